@@ -1,0 +1,270 @@
+"""A checkpoint is a Hugging Face GPT-2 folder, with our training state beside it.
+
+    OUT_DIR/latest                          the name of the newest checkpoint, as text
+    OUT_DIR/step_000200/config.json         } what GPT2LMHeadModel.from_pretrained reads; tensors
+    OUT_DIR/step_000200/model.safetensors   } in GPT-2's own layout, head tied, no padding
+    OUT_DIR/step_000200/vocab.json ...      what AutoTokenizer reads
+    OUT_DIR/step_000200/training_state.pt   optimizer, scaler, step, settings; plain data only
+
+The same reader takes any folder or hub name in that format, OpenAI's `gpt2` ... `gpt2-xl` first of
+all. Nothing that could run code is ever loaded.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from config import UserError
+from files import atomic_write, sync_folder
+from model import GPT, INIT_STD, GPTConfig
+from tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY, vocabulary_path
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+TRAINING_STATE_FILE = "training_state.pt"
+LATEST = "latest"
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# GPT-2's linear layers were written as 1x1 convolutions: weights (in, out) where nn.Linear has
+# (out, in). Everything else has one layout.
+TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+# What a config.json may not say otherwise, with the value that its absence means.
+FIXED_SETTINGS = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
+}
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
+                    prompt_template: str | None = None, keep_last: int = 0) -> Path:
+    """Writes OUT_DIR/step_NNNNNN, whole or not at all, and names it in OUT_DIR/latest.
+
+    `model` is the raw module, not its DDP wrapper. `prompt_template` marks a fine-tuned model.
+    With keep_last > 0 only that many newest checkpoints stay. Raises UserError when the disk is
+    full; earlier checkpoints are untouched then.
+    """
+    final = out_dir / f"step_{step:06d}"
+    temporary = out_dir / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it saved
+    temporary.mkdir(parents=True)
+    try:
+        write_model(temporary, model, prompt_template)
+        if training_state is not None:
+            torch.save(training_state, temporary / TRAINING_STATE_FILE)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        if final.exists():  # a run that went back to an earlier checkpoint comes by again
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        with atomic_write(out_dir / LATEST, text=True) as file:
+            file.write(final.name + "\n")
+    except (SafetensorError, RuntimeError, OSError) as error:
+        # safetensors and torch.save report a failed write as errors of their own
+        raise UserError(f"cannot write {final} ({first_line(error)}): is the disk full? Earlier "
+                        "checkpoints are whole: free space and go on from them") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep_last > 0:
+        for path in list_checkpoints(out_dir)[:-keep_last]:
+            shutil.rmtree(path)
+    return final
+
+
+def write_model(folder: Path, model: GPT, prompt_template: str | None) -> None:
+    config = model.config
+    settings = FIXED_SETTINGS | {
+        "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
+        "n_ctx": config.block_size, "vocab_size": config.vocab_size, "n_layer": config.n_layer,
+        "n_head": config.n_head, "n_embd": config.n_embd, "initializer_range": INIT_STD,
+        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+        "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN,
+    }
+    if prompt_template:
+        settings["prompt_template"] = prompt_template
+    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
+                 "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
+    write_json(folder / CONFIG_FILE, settings)
+    write_json(folder / "tokenizer_config.json", tokenizer)
+    for name in VOCABULARY:
+        shutil.copyfile(vocabulary_path(name), folder / name)
+    save_file(to_gpt2_layout(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
+    """The tensors of a GPT under GPT-2's names and in GPT-2's layout, on the CPU."""
+    return {
+        name: (tensor.detach().t() if TRANSPOSED.search(name) else tensor.detach())
+        .to("cpu", torch.float32).contiguous()
+        for name, tensor in model.named_parameters()  # a tied weight is met once, as wte
+    }
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- finding
+
+
+def list_checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in out_dir.glob("step_*")
+             if (match := STEP_FOLDER.fullmatch(path.name)) and (path / CONFIG_FILE).is_file()]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The local folder of a checkpoint, given that folder, OUT_DIR/latest, OUT_DIR (its newest
+    checkpoint) or a name on the Hugging Face hub, which is downloaded. Raises UserError."""
+    folder = Path(path)
+    if folder.is_file() and folder.name == LATEST:
+        folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if folder.is_dir():
+        if checkpoints := list_checkpoints(folder):
+            return checkpoints[-1]
+        raise UserError(f"{folder} is no checkpoint: it has neither {CONFIG_FILE} nor step_NNNNNN "
+                        "folders; make one with trainer.py or name a GPT-2 on the hub")
+    if folder.exists() or not HUB_NAME.fullmatch(str(path)):
+        raise UserError(f"checkpoint {folder} does not exist or is no folder")
+    return download_checkpoint(str(path))
+
+
+def download_checkpoint(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "model*.safetensors"]))
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"checkpoint {name} is no folder here, and the Hugging Face hub did not "
+                        f"give it either ({first_line(error)})") from None
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
+    """The model of a checkpoint (see `find_checkpoint`), fp32, in evaluation mode, on `device`.
+
+    Raises UserError for a setting that is not GPT-2's, and for a tensor that is missing, unknown
+    or of another shape than the configuration says.
+    """
+    folder = find_checkpoint(path)
+    model = GPT(read_config(folder))
+    expected = dict(model.named_parameters())
+    missing = set(expected)
+    for file, name, tensor in read_tensors(folder):
+        if name not in expected:
+            raise UserError(f"{file} holds a tensor {name}, which GPT-2 has not")
+        if TRANSPOSED.search(name):
+            tensor = tensor.t()
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected "
+                            f"{tuple(expected[name].shape)} for the sizes in {CONFIG_FILE}")
+        if name not in missing and not torch.equal(tensor.float(), expected[name]):
+            raise UserError(f"{file}: lm_head differs from wte, but GPT-2's head is tied")
+        with torch.no_grad():
+            expected[name].copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} tensors, {min(missing)} first: it is "
+                        "incomplete or of another model; use another checkpoint")
+    return model.to(device).eval()
+
+
+def read_config(folder: Path) -> GPTConfig:
+    settings = read_settings(folder)
+    for name, value in FIXED_SETTINGS.items():
+        if settings.get(name, value) != value:
+            raise UserError(f"{folder / CONFIG_FILE}: {name} is {settings[name]!r}, but GPT-2 has "
+                            f"{value!r}: not a model that this project can run")
+    try:
+        config = GPTConfig(block_size=settings["n_positions"], vocab_size=settings["vocab_size"],
+                           n_layer=settings["n_layer"], n_head=settings["n_head"],
+                           n_embd=settings["n_embd"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} does not describe a GPT-2: {error}") from None
+    if settings.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{folder / CONFIG_FILE}: n_inner is {settings['n_inner']}, but GPT-2 has "
+                        f"4 n_embd = {4 * config.n_embd}")
+    return config
+
+
+def read_settings(folder: Path) -> dict:
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / CONFIG_FILE} holds no JSON object")
+    return settings
+
+
+def read_prompt_template(path: str | Path) -> str | None:
+    """The template a checkpoint was fine-tuned with, None for a base model. Raises UserError for
+    one that this project does not have."""
+    folder = find_checkpoint(path)
+    template = read_settings(folder).get("prompt_template")
+    if template not in (None, PROMPT_TEMPLATE):
+        raise UserError(f"{folder} was fine-tuned with the template {template!r}, which is unknown "
+                        f"here (known: {PROMPT_TEMPLATE})")
+    return template
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """(file, name, tensor) of every weight under our name for it, whichever of the format's
+    variants the folder is in: OpenAI's files lack the prefix `transformer.` and carry attention
+    masks; others carry `module.` or `_orig_mod.`, or the tied head a second time."""
+    files = [folder / WEIGHTS_FILE]
+    if not files[0].is_file():
+        files = sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no {WEIGHTS_FILE}: only safetensors checkpoints are read")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118, it is no dict
+                    name = re.sub(r"^((_orig_mod|module)\.)+", "", stored)
+                    if re.search(r"\.attn\.(masked_)?bias$", name):
+                        continue
+                    if name == "lm_head.weight":
+                        name = "transformer.wte.weight"
+                    elif not name.startswith("transformer."):
+                        name = "transformer." + name
+                    yield file, name, tensors.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or truncated ({first_line(error)}): use an earlier "
+                            "checkpoint") from None
+
+
+def load_training_state(folder: Path) -> dict:
+    """What `save_checkpoint` was given as `training_state`, on the CPU. Raises UserError; a file
+    that holds more than tensors and plain values is refused unread."""
+    path = folder / TRAINING_STATE_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {TRAINING_STATE_FILE}: training cannot go on from it; "
+                        "start a new run in another --out-dir") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged, or holds code, which is never run "
+                        f"({first_line(error)}): use an earlier checkpoint") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,185 @@
+"""Token shards, and batches that depend on nothing but (seed, step, micro-step, rank).
+
+A corpus is a folder of shards and a `manifest.json`. A shard is a NumPy `.npy` file holding one
+vector of uint16 token ids, read through a memory map. The manifest is written last: a folder
+without one is unfinished, and no file name is ever guessed from.
+
+`TokenLoader` cuts every shard into windows of T + 1 tokens (inputs and, one further, targets) that
+overlap by one token. An epoch visits the shards in a seeded order and the windows of each shard in
+a seeded order, every window once. Window k of the run belongs to update k // G, where G is the
+number of windows in a global batch: the same windows for any number of ranks and any micro-batch.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import UserError
+from files import atomic_write
+from model import IGNORE_INDEX
+
+MANIFEST = "manifest.json"
+TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes tokens (n,) uint16 as one shard."""
+    assert tokens.dtype == TOKEN_DTYPE and tokens.ndim == 1, (tokens.dtype, tokens.shape)
+    with atomic_write(path) as file:
+        np.save(file, tokens, allow_pickle=False)
+
+
+def open_shard(path: Path, num_tokens: int) -> np.ndarray:
+    """The tokens (num_tokens,) uint16 of a shard, memory-mapped. Raises UserError."""
+    mend = "write the corpus again with the script that made it"
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"shard {path} is missing though {MANIFEST} lists it: {mend}") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"shard {path} is truncated or no shard at all ({error}): {mend}") from None
+    if not isinstance(tokens, np.ndarray) or tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
+        got = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
+        raise UserError(f"shard {path} holds {got}, expected one vector of uint16: {mend}")
+    if len(tokens) != num_tokens:
+        raise UserError(
+            f"shard {path} has {len(tokens):,} tokens, {MANIFEST} says {num_tokens:,}: {mend}")
+    return tokens
+
+
+def write_manifest(data_dir: Path, manifest: dict) -> None:
+    with atomic_write(data_dir / MANIFEST, text=True) as file:
+        json.dump(manifest, file, indent=1)
+        file.write("\n")
+
+
+def read_manifest(data_dir: Path) -> dict:
+    """The manifest of a corpus: source, tokenizer, totals, and `shards`, a list of dicts with
+    `file`, `split`, `tokens` and `sha256`. Raises UserError."""
+    make = "make one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
+    path = data_dir / MANIFEST
+    if not data_dir.is_dir():
+        raise UserError(f"data folder {data_dir} does not exist: {make}")
+    if not path.is_file():
+        state = "is empty" if not any(data_dir.iterdir()) else f"has no {MANIFEST} (unfinished?)"
+        raise UserError(f"data folder {data_dir} {state}: {make}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for shard in manifest["shards"]:
+            shard["file"], shard["split"], int(shard["tokens"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no manifest of a corpus ({error!r}): {make}") from None
+    return manifest
+
+
+@lru_cache(maxsize=4)
+def permutation(n: int, *stream: int) -> np.ndarray:
+    """A permutation of range(n) that is a pure function of the numbers in `stream`.
+
+    `RandomState` because NumPy promises never to change its streams: a run resumed under another
+    NumPy still sees the windows it would have seen.
+    """
+    bits = np.random.MT19937(np.random.SeedSequence(stream))
+    return np.random.RandomState(bits).permutation(n)
+
+
+@dataclass
+class TokenLoader:
+    """Batches of one split of a corpus. Raises UserError when the corpus is not what it says.
+
+    `total_batch_size` is in tokens and a multiple of micro_batch_size * sequence_length *
+    world_size (see `distributed.micro_steps_per_update`).
+    """
+
+    data_dir: Path
+    split: str  # "train" or "val"
+    sequence_length: int
+    micro_batch_size: int  # windows per rank and micro-step
+    total_batch_size: int  # tokens per update, over all ranks and micro-steps
+    vocab_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        entries = [e for e in read_manifest(self.data_dir)["shards"] if e["split"] == self.split]
+        self.paths = [self.data_dir / entry["file"] for entry in entries]
+        self.shards = [open_shard(path, entry["tokens"])
+                       for path, entry in zip(self.paths, entries, strict=True)]
+        self.window_counts = np.array(
+            [(len(tokens) - 1) // self.sequence_length for tokens in self.shards], dtype=np.int64)
+        needed = self.sequence_length if self.split == "train" else 1  # targets in a row
+        if max((len(tokens) - 1 for tokens in self.shards), default=0) < needed:
+            raise UserError(f"{self.data_dir} has {len(entries)} {self.split} shards, none of them "
+                            f"with {needed} + 1 tokens for one window: lower --sequence-length or "
+                            "make a larger corpus")
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return int(self.window_counts.sum())
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.total_batch_size // self.sequence_length
+
+    def locate(self, window: int) -> tuple[int, int]:
+        """The shard, and the first token in it, of the window-th window of the run."""
+        epoch, position = divmod(window, self.windows_per_epoch)
+        order = permutation(len(self.shards), self.seed, epoch)
+        ends = np.cumsum(self.window_counts[order])
+        place = int(np.searchsorted(ends, position, side="right"))
+        shard = int(order[place])
+        before = int(ends[place - 1]) if place else 0
+        inner = permutation(int(self.window_counts[shard]), self.seed, epoch, shard)
+        return shard, int(inner[position - before]) * self.sequence_length
+
+    def read(self, shard: int, start: int, length: int) -> np.ndarray:
+        """Tokens start .. start + length of a shard (fewer at its end), ids checked."""
+        tokens = self.shards[shard][start : start + length]
+        if tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"shard {self.paths[shard]} holds id {tokens.max()} near token {start:,}, but the "
+                f"vocabulary has {self.vocab_size} ids: write the corpus again with this tokenizer")
+        return tokens
+
+    def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's inputs and targets, each (micro_batch_size, sequence_length) int64."""
+        row = (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        first = step * self.windows_per_step + row
+        tokens = np.empty((self.micro_batch_size, self.sequence_length + 1), dtype=np.int64)
+        for i in range(self.micro_batch_size):
+            shard, start = self.locate(first + i)
+            tokens[i] = self.read(shard, start, self.sequence_length + 1)
+        return split_targets(tokens)
+
+    def eval_batches(self, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The first max_tokens targets of the split (or all), in order, this rank's share of them.
+
+        Windows do not overlap in their targets; what is missing in a last, short window is 0 in
+        the inputs and IGNORE_INDEX in the targets, so that every target is counted exactly once.
+        """
+        T, windows, budget = self.sequence_length, [], max_tokens
+        for shard, tokens in enumerate(self.shards):
+            for start in range(0, len(tokens) - 1, T):
+                length = min(T, len(tokens) - 1 - start, budget)
+                if length > 0:
+                    windows.append((shard, start, length))
+                    budget -= length
+        mine = windows[self.rank :: self.world_size]
+        for first in range(0, len(mine), self.micro_batch_size):
+            rows = mine[first : first + self.micro_batch_size]
+            tokens = np.full((len(rows), T + 1), IGNORE_INDEX, dtype=np.int64)
+            for i, (shard, start, length) in enumerate(rows):
+                tokens[i, : length + 1] = self.read(shard, start, length + 1)
+            yield split_targets(tokens)
+
+
+def split_targets(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T + 1) ids, IGNORE_INDEX where there are none -> inputs and targets (B, T)."""
+    tokens = torch.from_numpy(tokens)
+    return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()

@@ -1,0 +1,130 @@
+"""One process or many: what torchrun's environment says, and the few collectives we use."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all those of the run; rank 0 of 1 outside torchrun."""
+
+    rank: int  # among all processes of all nodes
+    local_rank: int  # among the processes of this node: which GPU
+    world_size: int
+    device: torch.device
+
+    @property
+    def device_type(self) -> str:
+        return self.device.type
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    def print0(self, *values) -> None:
+        """Prints on rank 0 only."""
+        if self.is_master:
+            print(*values, flush=True)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(device: str) -> Launch:
+    """Reads torchrun's RANK, LOCAL_RANK and WORLD_SIZE, joins the process group (NCCL on GPUs,
+    gloo elsewhere) and picks the device. Raises UserError for a device that is not there."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    torch_device = pick_device(device, local_rank)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo")
+    return Launch(rank, local_rank, world_size, torch_device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU; MPS is taken only when asked for."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device} is no device; try auto, cpu, cuda or mps") from None
+    if picked.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if picked.index is None else picked.index
+        if index >= count:
+            raise UserError(f"--device {device} needs GPU {index} for local rank {local_rank}, but "
+                            f"{count} are visible: lower --nproc-per-node or use --device cpu")
+        return torch.device("cuda", index)
+    if picked.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: no such GPU here; use --device cpu")
+    return picked
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The autocast dtype. "auto" on CUDA is bfloat16 where the GPU computes in it, else float16
+    (with a gradient scaler); elsewhere float32, so that two machines agree to rounding."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context of a forward pass; nothing changes for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies without making the host wait for a GPU."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def micro_steps_per_update(total: int, *, micro_batch_size: int, row: int, world_size: int,
+                           flag: str) -> int:
+    """How many micro-steps make one update: total / (micro_batch_size * row * world_size).
+
+    `total` is the global batch set by `flag`, in tokens with row = sequence_length or in examples
+    with row = 1. Raises UserError, with the nearest values that do divide, when it does not.
+    """
+    per_micro_step = micro_batch_size * row * world_size
+    if total % per_micro_step == 0 and total > 0:
+        return total // per_micro_step
+    below = total // per_micro_step * per_micro_step
+    totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
+    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {row} x "
+               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
+               + " or ".join(totals))
+    if total % (row * world_size) == 0 and total > 0:
+        rows = total // (row * world_size)  # any divisor of this is a possible micro-batch
+        nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
+                      key=lambda d: abs(d - micro_batch_size))
+        message += f", or --micro-batch-size {nearest}"
+    raise UserError(message)

@@ -1,0 +1,46 @@
+"""Questions about the embedded corpus, in Alpaca's format, with the answers it was trained on.
+
+    python finetune_data/pydocs_questions.py --rows 4000
+
+Writes finetune_data/pydocs_questions.json: "What does the Python function json.dumps do?" with the
+first sentence of that function's documentation. About 14,000 can be had.
+"""
+
+import json
+import pathlib
+import random
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from config import flag, parse_config, run_main
+from files import atomic_write
+from pydocs import question_and_answer, read_documents
+
+SHUFFLE_SEED = 1337
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_questions.json"),
+                    "the file to write")
+    rows: int | None = flag(None, "how many questions (default: all)", minimum=1)
+
+
+def main() -> None:
+    config = parse_config(QuestionsConfig, description=__doc__)
+    pairs = [pair for document in read_documents() if (pair := question_and_answer(document))]
+    answers = dict(reversed(pairs))  # one answer a question: the first
+    rows = [{"instruction": question, "input": "", "output": answer}
+            for question, answer in answers.items()]
+    random.Random(SHUFFLE_SEED).shuffle(rows)
+    path = pathlib.Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, text=True) as file:
+        json.dump(rows[: config.rows], file, ensure_ascii=False, indent=0)
+    print(f"wrote {path}: {len(rows[: config.rows]):,} questions of {len(rows):,}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,34 @@
+"""Draws the loss of one or several run logs into one PNG.
+
+    python image/plot_loss.py out/pretrain/metrics.jsonl --out image/pretrain_loss.png
+    python image/plot_loss.py out/a/metrics.jsonl out/b/metrics.jsonl --out a_and_b.png
+"""
+
+import pathlib
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from config import UserError, flag, parse_config, run_main
+from metrics import draw_loss_graph
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    logs: tuple[str, ...] = flag((), "metrics.jsonl files", positional=True)
+    out: str = flag("loss.png", "the PNG to write")
+    title: str = flag("Loss", "over the graph")
+
+
+def main() -> None:
+    config = parse_config(PlotConfig, description=__doc__)
+    if not config.logs:
+        raise UserError("no run log given: name one or more metrics.jsonl files")
+    runs = [(pathlib.Path(log).parent.name, pathlib.Path(log)) for log in config.logs]
+    draw_loss_graph(runs, pathlib.Path(config.out), config.title)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

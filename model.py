@@ -1,0 +1,263 @@
+"""GPT-2 exactly as OpenAI released it, and nothing else.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the reference for every
+number here is Hugging Face's `GPT2LMHeadModel`, which loads OpenAI's weights (parity is tested).
+The block: x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); learned positions; a final
+LayerNorm; an output head tied to the token embedding. No dropout: one epoch of pre-training does
+not overfit, and without it a run is a pure function of its seed.
+
+Shapes: B batch, T sequence, C n_embd, H n_head, D head_dim = C / H, V vocab_size,
+S cache slots, N = B * T rows of the flattened batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100  # a target that carries no loss
+INIT_STD = 0.02
+# Rows of logits held at a time by the training loss. 256 x 50257 fp32 is 51 MB, where a CPU stops
+# gaining; a GPU wants larger products: 4096 rows are 0.8 GB instead of the 6.6 GB of 32 x 1024.
+LOSS_ROWS_CPU, LOSS_ROWS_GPU = 256, 4096
+HEAD_MULTIPLE_GPU = 128  # tensor cores want aligned columns: the head's 50257 are padded to 50304
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The five numbers that define a GPT-2; the defaults are the 124M model."""
+
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+PRESETS = {  # OpenAI's four sizes, under their hub names
+    "gpt2": GPTConfig(),  # 124M parameters
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: slot t of row b holds token t of row b.
+
+    Rows may be of unequal length. What a slot held before its row reaches it (the keys of a
+    prompt's padding, say) is overwritten then, and never attended before.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
+        shape = (config.n_layer, batch_size, max_length, config.n_head, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, S, H, D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, S, H, D)
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
+        self.slots = torch.arange(max_length, device=device)  # (S,)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+        """Stores k and v (B, H, T, D) at `positions` (B, T)."""
+        self.k[layer][self.rows, positions] = k.transpose(1, 2).to(self.k.dtype)  # (B, T, H, D)
+        self.v[layer][self.rows, positions] = v.transpose(1, 2).to(self.v.dtype)
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer, each (B, H, S, D)."""
+        return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
+
+    def visible(self, positions: torch.Tensor) -> torch.Tensor:
+        """Which slots the one new token of each row, at `positions` (B, 1), may attend."""
+        return (self.slots <= positions)[:, None, None, :]  # (B, 1, 1, S)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, positions=None, cache: KVCache | None = None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        if cache is not None:
+            cache.write(self.layer, k, v, positions)
+        if cache is None or T > 1:  # training, or a prompt: its tokens see only one another
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        else:  # one new token a row, which sees that row's past
+            k, v = cache.read(self.layer)  # (B, H, S, D)
+            mask = cache.visible(positions)  # (B, 1, 1, S)
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x, positions=None, cache: KVCache | None = None):
+        x = x + self.attn(self.ln_1(x), positions, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 with a language-modelling head; parameter names are those of the released weights."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02), biases 0; the 2 n_layer projections that write into the residual stream are
+        scaled by 1/sqrt(2 n_layer), so that its variance does not grow with depth (section 2.3)."""
+        for name, parameter in self.named_parameters():  # a tied weight is met once
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:  # LayerNorm
+                parameter.fill_(1.0)
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(std=INIT_STD / math.sqrt(2 * self.config.n_layer))
+            else:
+                parameter.normal_(std=INIT_STD)
+
+    def num_parameters(self) -> int:
+        """124,439,808 for the default config; the tied head is counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def hidden_states(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
+                      cache: KVCache | None = None) -> torch.Tensor:
+        """The stack below the head: idx (B, T) int64 -> (B, T, C).
+
+        With a cache, `positions` (B, T) names the slot and position of every token: either a whole
+        prompt from slot 0 on, or one new token a row.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, positions, cache)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, *,
+                reduction: str = "mean", return_logits: bool = True):
+        """idx (B, T) int64, targets (B, T) int64 -> (logits (B, T, V), loss ()).
+
+        `targets[b, t]` is the token that follows `idx[b, t]`; IGNORE_INDEX carries no loss. The
+        loss is the cross-entropy in nats: its mean over the targets that count, or their sum
+        (`reduction="sum"`), for callers that divide by a count of their own. A batch in which no
+        target counts has loss 0 and zero gradients. Without targets the loss is None.
+
+        `return_logits=False` gives (None, loss), the same loss with only a few rows of logits in
+        memory at a time: the training path. Raises ValueError past block_size.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}, expected 'mean' or 'sum'")
+        x = self.hidden_states(idx)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x), None
+        if return_logits:
+            logits = self.lm_head(x)  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                   ignore_index=IGNORE_INDEX, reduction="sum")
+        else:
+            logits, loss = None, self.blockwise_loss(x.flatten(0, 1), targets.flatten())
+        if reduction == "mean":
+            loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        return logits, loss
+
+    def blockwise_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of rows x (N, C) against targets (N,), for `LinearCrossEntropy`."""
+        device_type = x.device.type
+        if not torch.compiler.is_compiling():  # a compiled graph wants static shapes
+            keep = targets != IGNORE_INDEX  # prompt and padding rows need no logits at all
+            x, targets = x[keep], targets[keep]
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        weight, rows = self.lm_head.weight, LOSS_ROWS_CPU
+        if device_type == "cuda":
+            weight, rows = F.pad(weight, (0, 0, 0, -len(weight) % HEAD_MULTIPLE_GPU)), LOSS_ROWS_GPU
+        return LinearCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows,
+                                        torch.is_grad_enabled())
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum over rows of -log softmax(x @ weight.T)[target], with `rows` rows of logits at a time.
+
+    The gradient of a softmax cross-entropy needs nothing but the logits, so each block's share of
+    both gradients is computed in the forward pass, while its logits exist, and `backward` only
+    scales them by the incoming scalar. Memory is O(rows x V) instead of O(N x V); the result is
+    that of `F.cross_entropy(..., reduction="sum")`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size: int, rows: int, with_grad: bool):
+        """x (N, C) in the compute dtype, weight (V', C) fp32 with V' >= vocab_size (the rest is
+        padding that gets no probability), targets (N,) -> () fp32."""
+        head = weight.to(x.dtype)  # (V', C)
+        loss = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if with_grad else None
+        grad_weight = torch.zeros_like(weight) if with_grad else None
+        for start in range(0, x.size(0), rows):
+            block, target = x[start : start + rows], targets[start : start + rows, None]
+            counts = target != IGNORE_INDEX  # (rows, 1)
+            target = target.clamp(min=0)
+            logits = block @ head.t()  # (rows, V')
+            logits[:, vocab_size:] = -torch.inf
+            logprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (rows, V')
+            loss -= (logprobs.gather(1, target) * counts).sum()
+            if with_grad:  # d loss / d logits = softmax - one_hot(target)
+                minus_one = torch.full_like(target, -1, dtype=torch.float32)
+                grad = logprobs.exp_().scatter_add_(1, target, minus_one)
+                grad = (grad * counts).to(x.dtype)  # (rows, V')
+                grad_x[start : start + rows] = grad @ head
+                grad_weight += grad.t() @ block
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None

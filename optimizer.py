@@ -1,0 +1,38 @@
+"""Parameter groups, AdamW, and the learning-rate schedule as a pure function."""
+
+import math
+
+import torch
+
+
+def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
+              min_lr: float) -> float:
+    """The learning rate of the update that follows `step` finished ones.
+
+    Linear from max_lr / warmup_steps up to max_lr at step warmup_steps - 1, then half a cosine
+    down to min_lr at step max_steps (GPT-3 paper, appendix B, which GPT-2 reproductions use).
+    """
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 .. 1
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+def make_adamw(model: torch.nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
+               weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that decays matrices and embeddings, not biases or
+    LayerNorms: weight decay would only pull those from the values that normalise."""
+    parameters = list(model.parameters())  # a tied weight is met once
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # fused: one kernel for all parameters instead of a dozen passes over memory for each
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

