@@ -1,6 +1,7 @@
 """One process or many: what torchrun's environment says, and the few collectives we use."""
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,13 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def seconds_on(device: torch.device) -> float:
+    """The clock, once a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def micro_steps_per_update(total: int, *, micro_batch_size: int, row: int, world_size: int,

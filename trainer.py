@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +36,7 @@ from distributed import (
     autocast,
     micro_steps_per_update,
     pick_dtype,
+    seconds_on,
     start,
     stop,
     to_device,
@@ -208,13 +208,6 @@ def write_run_file(config: TrainerConfig, launch: Launch, manifest: dict, max_st
            "world_size": launch.world_size, "device": str(launch.device), "data": manifest}
     with atomic_write(Path(config.out_dir) / "run.json", text=True) as file:
         json.dump(run, file, indent=1)
-
-
-def seconds_on(device: torch.device) -> float:
-    """The clock, once a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def train(config: TrainerConfig, launch: Launch) -> GPT:
