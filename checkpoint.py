@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import UserError
+from config import UserError, first_line
 from files import atomic_write, sync_folder
 from model import GPT, INIT_STD, GPTConfig
 from tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY, vocabulary_path
@@ -256,15 +257,13 @@ def load_training_state(folder: Path) -> dict:
     """What `save_checkpoint` was given as `training_state`, on the CPU. Raises UserError; a file
     that holds more than tensors and plain values is refused unread."""
     path = folder / TRAINING_STATE_FILE
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(f"{folder} has no {TRAINING_STATE_FILE}: training cannot go on from it; "
-                        "start a new run in another --out-dir") from None
+                        "start a new run in another --out-dir")
+    try:
+        if not zipfile.is_zipfile(path):  # torch.load would take it for its format before 1.6
+            raise pickle.UnpicklingError("no zip archive")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path} is damaged, or holds code, which is never run "
                         f"({first_line(error)}): use an earlier checkpoint") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

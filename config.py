@@ -100,6 +100,11 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
     sys.exit(0)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short enough for one line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def fail(prefix: str, message: str) -> int:
     print(f"{prefix}: error: {message}", file=sys.stderr, flush=True)
     return 2

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import UserError, flag, parse_config, run_main
+from config import UserError, first_line, flag, parse_config, run_main
 from files import atomic_write
 
 REPO = "tatsu-lab/alpaca"
@@ -50,7 +50,7 @@ def download(path: pathlib.Path, revision: str, num_rows: int = NUM_ROWS) -> Non
     try:
         rows = load_dataset(REPO, split="train", revision=revision)
     except (HTTPError, OSError) as error:
-        raise UserError(f"cannot fetch {REPO} from the Hugging Face hub ({error}): "
+        raise UserError(f"cannot fetch {REPO} from the Hugging Face hub ({first_line(error)}): "
                         "check the network and run again") from None
     if not set(COLUMNS) <= set(rows.column_names) or len(rows) != num_rows:
         raise UserError(f"{REPO} at {revision} has {len(rows):,} rows with {rows.column_names}, "

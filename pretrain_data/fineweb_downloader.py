@@ -11,16 +11,18 @@ FineWeb's `text` column work the same way.
 
 import glob
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import UserError, flag, parse_config, run_main
+from config import UserError, first_line, flag, parse_config, run_main
 from corpus import default_workers, write_corpus
 
 SAMPLE_FOLDER = "sample/10BT"
+SCRATCH_FOLDER = ".download"  # in --out-dir: the parquet file being read
 READ_ROWS = 1024
 
 
@@ -55,8 +57,8 @@ def hub_documents(repo: str, revision: str,
     from huggingface_hub.errors import HTTPError  # HTTP status or no connection at all
 
     def unreachable(error: Exception) -> UserError:
-        return UserError(f"cannot fetch {repo} from the Hugging Face hub ({error}): check the "
-                         "network and run again, or give local files with --parquet")
+        return UserError(f"cannot fetch {repo} from the Hugging Face hub ({first_line(error)}): "
+                         "check the network and run again, or give local files with --parquet")
 
     try:
         commit = HfApi().dataset_info(repo, revision=revision).sha
@@ -93,7 +95,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str | None]:
             for rows in file.iter_batches(READ_ROWS, columns=["text"]):
                 yield from rows.column(0).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is damaged or no parquet file: {error}") from None
+        raise UserError(f"{path} is damaged or no parquet file: {first_line(error)}") from None
 
 
 def main() -> None:
@@ -104,9 +106,10 @@ def main() -> None:
         source, documents = local_documents(config.parquet)
     else:
         repo = "HuggingFaceFW/fineweb-edu" if config.edu else "HuggingFaceFW/fineweb"
-        source, documents = hub_documents(repo, config.revision, out_dir / ".download")
+        source, documents = hub_documents(repo, config.revision, out_dir / SCRATCH_FOLDER)
     write_corpus(documents, out_dir, name=folder, source=source, shard_tokens=config.shard_tokens,
                  max_tokens=config.max_tokens, workers=config.workers or default_workers())
+    shutil.rmtree(out_dir / SCRATCH_FOLDER, ignore_errors=True)
 
 
 if __name__ == "__main__":

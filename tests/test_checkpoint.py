@@ -1,0 +1,356 @@
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_user_error, run_script, script_env, user_error
+from hub_server import serve
+from safetensors.torch import load_file, save_file
+
+from checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_model,
+    load_training_state,
+    read_prompt_template,
+    save_checkpoint,
+    to_gpt2_layout,
+)
+from model import GPT, GPTConfig
+from tokenizer import encode
+
+SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
+
+
+def random_model(config: GPTConfig = SMALL, seed: int = 0) -> GPT:
+    """Every parameter random, biases and LayerNorms too, so that none can be swapped unseen."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3 if p.dim() == 1 else 0.1)
+    return model
+
+
+def hugging_face_model(config: GPTConfig = SMALL, seed: int = 0):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(
+        n_positions=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+        n_head=config.n_head, n_embd=config.n_embd)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3 if p.dim() == 1 else 0.1)
+    return model
+
+
+def tokens(config: GPTConfig = SMALL) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def same_parameters(a: GPT, b: GPT) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# -------------------------------------------------------------------------- Hugging Face
+
+
+def test_their_checkpoint_in_our_model(tmp_path):
+    theirs = hugging_face_model()
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = load_model(tmp_path / "hf")
+    with torch.no_grad():
+        difference = (ours(tokens())[0] - theirs(tokens()).logits).abs().max()
+    assert difference < 1e-4 and ours.config == SMALL and not ours.training
+
+
+def test_our_checkpoint_in_their_model(tmp_path):
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+    ours = random_model(TINY)
+    folder = save_checkpoint(tmp_path, 3, ours, prompt_template="alpaca")
+    theirs, report = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report  # nothing missing, nothing left over
+    with torch.no_grad():
+        difference = (ours(tokens(TINY))[0] - theirs.eval()(tokens(TINY)).logits).abs().max()
+    assert difference < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Hello <b> wörld\n\n  x"
+    assert tokenizer.encode(text) == encode(text)
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == theirs.config.eos_token_id == 50256
+    theirs.save_pretrained(tmp_path / "again")  # through their hands, and back
+    assert same_parameters(load_model(tmp_path / "again"), ours)
+    assert read_prompt_template(tmp_path / "again") == "alpaca"
+
+
+def test_layout_is_gpt2s(tmp_path):
+    folder = save_checkpoint(tmp_path, 0, random_model())
+    stored = load_file(folder / "model.safetensors")
+    assert stored["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)  # (in, out)
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
+    assert stored["transformer.wte.weight"].shape == (101, 32)  # no padding
+    assert "lm_head.weight" not in stored and len(stored) == 2 + 3 * 12 + 2
+
+
+def test_bfloat16_weights_load_as_float32(tmp_path):
+    theirs = hugging_face_model().bfloat16()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: "_orig_mod." + name, lambda name: "module." + name,
+    lambda name: "module._orig_mod." + name,
+    lambda name: name.removeprefix("transformer.")])  # OpenAI's own files on the hub
+def test_foreign_names(tmp_path, rename):
+    model = random_model()
+    folder = save_checkpoint(tmp_path, 0, model)
+    stored = {rename(name): tensor for name, tensor in to_gpt2_layout(model).items()}
+    stored[rename("transformer.h.0.attn.bias")] = torch.ones(1, 1, 24, 24)  # a causal mask
+    stored[rename("lm_head.weight")] = model.lm_head.weight.detach().clone()
+    save_file(stored, folder / "model.safetensors")
+    assert same_parameters(load_model(folder), model)
+
+
+def test_weights_in_several_files(tmp_path):
+    theirs = hugging_face_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    with torch.no_grad():
+        assert (load_model(tmp_path)(tokens())[0] - theirs(tokens()).logits).abs().max() < 1e-4
+
+
+def test_a_name_on_the_hub(tmp_path):
+    """The real client against a local server: openai-community/gpt2 as if from the hub."""
+    model = random_model()
+    folder = save_checkpoint(tmp_path / "made", 0, model)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files["pytorch_model.bin"] = b"never fetched"
+    code = ("import sys, checkpoint\n"
+            "folder = checkpoint.find_checkpoint(sys.argv[1])\n"
+            "print(folder)\n"
+            "print(float(checkpoint.load_model(sys.argv[1]).lm_head.weight.sum()))\n")
+    script = tmp_path / "load.py"
+    script.write_text(code)
+    with serve({"models/openai-community/gpt2": files}) as environment:
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+        result = run_script(script, "openai-community/gpt2", env=environment)
+        missing = run_script(ROOT / "inference.py", "--checkpoint", "openai-community/gpt3", "hi",
+                             env=environment, check=False)
+    fetched, total = result.stdout.split()
+    assert float(total) == model.lm_head.weight.sum().item()
+    assert sorted(os.listdir(fetched)) == ["config.json", "model.safetensors"]
+    assert_user_error(missing, "openai-community/gpt3", "hub")
+
+
+# ------------------------------------------------------------------------------- folders
+
+
+def test_latest_and_the_ways_to_name_a_checkpoint(tmp_path):
+    models = {step: random_model(seed=step) for step in (2, 10, 1_000_000)}
+    for step, model in models.items():
+        save_checkpoint(tmp_path, step, model)
+    assert (tmp_path / "latest").read_text() == "step_1000000\n"
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "step_000002", "step_000010", "step_1000000"]
+    for name in (tmp_path, tmp_path / "latest", tmp_path / "step_1000000", str(tmp_path)):
+        assert find_checkpoint(name) == tmp_path / "step_1000000"
+    assert same_parameters(load_model(tmp_path / "step_000002"), models[2])
+    (tmp_path / "latest").write_text("step_000010\n")
+    assert same_parameters(load_model(tmp_path / "latest"), models[10])
+
+
+def test_keep_last(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, random_model(), keep_last=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000004", "step_000005"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save_checkpoint(tmp_path, 1, random_model(seed=1), training_state={"step": 1})
+    save_checkpoint(tmp_path, 1, random_model(seed=2))
+    assert same_parameters(load_model(tmp_path), random_model(seed=2))
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step_000001"]
+
+
+def test_training_state_round_trip(tmp_path):
+    state = {"step": 7, "optimizer": {"state": {0: {"exp_avg": torch.randn(3)}},
+                                      "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95)}]}}
+    folder = save_checkpoint(tmp_path, 7, random_model(), training_state=state)
+    loaded = load_training_state(folder)
+    assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"],
+                       state["optimizer"]["state"][0]["exp_avg"])
+    assert loaded["step"] == 7 and loaded["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.95)
+
+
+def test_prompt_template_is_stored(tmp_path):
+    base = save_checkpoint(tmp_path / "base", 1, random_model())
+    tuned = save_checkpoint(tmp_path / "tuned", 1, random_model(), prompt_template="alpaca")
+    assert read_prompt_template(base) is None and read_prompt_template(tuned) == "alpaca"
+    edit_config(tuned, prompt_template="chatml")
+    assert "chatml" in user_error(read_prompt_template, tuned)
+
+
+# ----------------------------------------------------------------- killed, full, damaged
+
+SAVE_FOR_EVER = f"""
+import sys, pathlib
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_checkpoint import SMALL, random_model
+from checkpoint import save_checkpoint
+step = 0
+while True:
+    step += 1
+    save_checkpoint(pathlib.Path(sys.argv[1]), step, random_model(seed=step),
+                    training_state={{"step": step}}, keep_last=3)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after, delay", [(1, 0.0), (2, 0.003), (3, 0.011), (5, 0.02)])
+def test_killed_while_saving_every_checkpoint_there_is_whole(tmp_path, after, delay):
+    process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], text=True,
+                               stdout=subprocess.PIPE, env=script_env())
+    for _ in range(after):
+        process.stdout.readline()
+    try:
+        process.wait(delay)  # somewhere inside the next save
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    found = list_checkpoints(tmp_path)
+    assert found
+    for folder in found:
+        step = int(folder.name.removeprefix("step_"))
+        assert same_parameters(load_model(folder), random_model(seed=step))
+        assert load_training_state(folder)["step"] == step
+    assert find_checkpoint(tmp_path / "latest") in found
+    save_checkpoint(tmp_path, 10_000, random_model(seed=7))  # and a later run goes on
+    assert same_parameters(load_model(tmp_path / "latest"), random_model(seed=7))
+
+
+FULL_DISK = f"""
+import sys, pathlib, resource
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+from test_checkpoint import random_model
+from checkpoint import save_checkpoint
+from config import run_main
+limit = int(sys.argv[2])
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save_checkpoint(pathlib.Path(sys.argv[1]), 2, random_model(seed=2),
+                    training_state={{"x": torch.zeros(1_000_000)}})
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("limit", [500, 50_000, 900_000, 2_000_000])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, limit):
+    """A file-size limit stands in for the full disk: config, weights, vocabulary, state."""
+    assert resource.RLIMIT_FSIZE is not None
+    save_checkpoint(tmp_path, 1, random_model(seed=1))
+    script = tmp_path / "save.py"
+    script.write_text(FULL_DISK)
+    result = run_script(script, tmp_path, limit, check=False)
+    assert_user_error(result, "step_000002", "disk")
+    assert find_checkpoint(tmp_path / "latest") == tmp_path / "step_000001"
+    assert same_parameters(load_model(tmp_path), random_model(seed=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "save.py", "step_000001"]
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_checkpoint(tmp_path, 1, random_model(), training_state={"step": 1})
+
+
+def edit_weights(folder, change):
+    stored = load_file(folder / "model.safetensors")
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+
+
+def test_a_missing_tensor(saved):
+    edit_weights(saved, lambda t: t.pop("transformer.h.1.mlp.c_fc.bias"))
+    message = user_error(load_model, saved)
+    assert "transformer.h.1.mlp.c_fc.bias" in message and str(saved) in message
+
+
+def test_a_tensor_of_another_shape(saved):
+    edit_weights(saved, lambda t: t.update({"transformer.wpe.weight": torch.zeros(16, 32)}))
+    message = user_error(load_model, saved)
+    assert "transformer.wpe.weight" in message and "(16, 32)" in message and "(24, 32)" in message
+
+
+def test_an_unknown_tensor(saved):
+    edit_weights(saved, lambda t: t.update({"transformer.h.9.ln_1.bias": torch.zeros(32)}))
+    assert "transformer.h.9.ln_1.bias" in user_error(load_model, saved)
+
+
+def test_a_head_that_is_not_tied(saved):
+    edit_weights(saved, lambda t: t.update({"lm_head.weight": torch.zeros(101, 32)}))
+    assert "tied" in user_error(load_model, saved)
+
+
+def test_a_truncated_or_absent_weights_file(saved):
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 1):
+        weights.write_bytes(content[:size])
+        assert "model.safetensors" in user_error(load_model, saved)
+    weights.unlink()
+    assert "model.safetensors" in user_error(load_model, saved)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"model_type": "llama"}, "model_type"), ({"activation_function": "relu"}, "relu"),
+    ({"n_layer": ...}, "n_layer"), ({"n_head": 5}, "n_head"), ({"n_inner": 77}, "n_inner"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"vocab_size": "many"}, "vocab_size"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx")])
+def test_a_config_that_is_not_gpt2s(saved, changes, word):
+    edit_config(saved, **changes)
+    message = user_error(load_model, saved)
+    assert word in message and "config.json" in message
+
+
+def test_what_is_no_checkpoint(tmp_path, saved):
+    assert "does not exist" in user_error(load_model, tmp_path / "a" / "b" / "none")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in user_error(load_model, tmp_path / "empty")
+    assert "no folder" in user_error(load_model, saved / "model.safetensors")
+    for text in ("{", "[]", "\x80"):
+        (saved / "config.json").write_text(text, encoding="latin-1")
+        assert "config.json" in user_error(load_model, saved)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch bomb_went_off",))
+
+
+def test_a_pickle_that_would_run_code_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = saved / "training_state.pt"
+    torch.save({"step": 1, "optimizer": Bomb()}, state)
+    assert "holds code" in user_error(load_training_state, saved)
+    state.write_bytes(pickle.dumps(Bomb()))
+    assert "training_state.pt" in user_error(load_training_state, saved)
+    assert not (tmp_path / "bomb_went_off").exists()
+    for content in (b"", b"half a file"):
+        state.write_bytes(content)
+        assert "training_state.pt" in user_error(load_training_state, saved)
+    state.unlink()
+    assert "training_state.pt" in user_error(load_training_state, saved)

@@ -1,0 +1,198 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_corpus, user_error
+
+from dataloader import TokenLoader, open_shard, permutation, read_manifest, write_shard
+from model import IGNORE_INDEX
+
+T = 16
+
+
+def loader(data_dir, *, split="train", micro_batch_size=2, rows=8, rank=0, world_size=1, seed=7,
+           **options) -> TokenLoader:
+    options = {"sequence_length": T, "vocab_size": 50257} | options
+    return TokenLoader(data_dir, split, micro_batch_size=micro_batch_size,
+                       total_batch_size=rows * options["sequence_length"], seed=seed, rank=rank,
+                       world_size=world_size, **options)
+
+
+def global_batch(data_dir, step, micro_batch_size, world_size, rows=8) -> torch.Tensor:
+    """The inputs of one update, put together from every rank's micro-batches."""
+    ranks = [loader(data_dir, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size,
+                    rows=rows) for rank in range(world_size)]
+    return torch.cat([ranks[rank].batch(step, micro_step)[0]
+                      for micro_step in range(rows // (micro_batch_size * world_size))
+                      for rank in range(world_size)])
+
+
+def test_targets_are_the_inputs_one_further(corpus):
+    inputs, targets = loader(corpus).batch(0, 0)
+    assert inputs.shape == targets.shape == (2, T) and inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    shard, start = loader(corpus).locate(0)
+    stored = np.load(corpus / f"shard_{shard + 1:06d}.npy")
+    assert inputs[0].tolist() == stored[start : start + T].tolist()
+    assert targets[0].tolist() == stored[start + 1 : start + T + 1].tolist()
+
+
+def test_every_window_once_per_epoch_in_another_order_each_epoch(corpus):
+    data = loader(corpus)
+    windows = data.windows_per_epoch
+    assert windows == 3 * 62
+    epochs = [[data.locate(epoch * windows + i) for i in range(windows)] for epoch in range(6)]
+    every = {(shard, start) for shard in range(3) for start in range(0, 62 * T, T)}
+    for order in epochs:
+        assert set(order) == every and len(order) == len(every)
+    assert epochs[0] != epochs[1] != epochs[2]
+    shards_in_order = [list(dict.fromkeys(shard for shard, _ in order)) for order in epochs]
+    assert len({tuple(order) for order in shards_in_order}) > 1  # shards are shuffled, too
+    starts = [start for _, start in epochs[0][:62]]
+    assert starts != sorted(starts)
+
+
+def test_batch_is_a_pure_function_of_its_arguments(corpus):
+    first, second = loader(corpus), loader(corpus)
+    for step in (29, 3, 0, 17):  # in any order, across the epoch border at step 23
+        first.batch(step + 1, 0)
+        assert torch.equal(first.batch(step, 1)[0], second.batch(step, 1)[0])
+    assert not torch.equal(first.batch(0, 0)[0], loader(corpus, seed=8).batch(0, 0)[0])
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    first.batch(5, 0)
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("micro_batch_size, world_size", [(8, 1), (1, 1), (2, 2), (1, 8), (2, 4)])
+def test_global_batch_does_not_depend_on_its_split(corpus, micro_batch_size, world_size):
+    for step in (0, 22, 23, 24):  # an epoch ends inside step 23: 186 windows, 8 an update
+        expected = global_batch(corpus, step, 8, 1)
+        assert torch.equal(global_batch(corpus, step, micro_batch_size, world_size), expected)
+
+
+def test_ranks_see_different_windows(corpus):
+    rows = torch.cat([loader(corpus, rank=rank, world_size=4).batch(0, 0)[0] for rank in range(4)])
+    assert len({tuple(row.tolist()) for row in rows}) == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("sequence_length", [16, 7, 1000])
+@pytest.mark.parametrize("max_tokens", [10**9, 699, 100, 1])
+def test_validation_counts_every_target_once(corpus, world_size, sequence_length, max_tokens):
+    stored = np.load(corpus / "shard_000000.npy").tolist()
+    pairs = Counter()
+    for rank in range(world_size):
+        data = loader(corpus, split="val", rank=rank, world_size=world_size,
+                      sequence_length=sequence_length)
+        for inputs, targets in data.eval_batches(max_tokens):
+            assert inputs.min() >= 0
+            keep = targets != IGNORE_INDEX
+            pairs.update(zip(inputs[keep].tolist(), targets[keep].tolist(), strict=True))
+    count = min(max_tokens, len(stored) - 1)
+    assert pairs == Counter(zip(stored[:count], stored[1 : count + 1], strict=True))
+
+
+def test_the_order_of_a_seed_never_changes():
+    """Golden: a resumed run must see the windows it would have seen, whatever NumPy it has."""
+    assert permutation(10, 1337, 0).tolist() == GOLDEN_ORDER
+    assert sorted(permutation(1000, 1, 2, 3)) == list(range(1000))
+
+
+GOLDEN_ORDER = [3, 5, 2, 9, 6, 1, 0, 4, 7, 8]
+
+
+def test_shards_are_memory_mapped(corpus):
+    shard = loader(corpus).shards[0]
+    assert isinstance(shard, np.memmap) and shard.dtype == np.uint16
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_missing_and_empty_folders(tmp_path):
+    assert "does not exist" in user_error(loader, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in user_error(loader, tmp_path / "empty")
+    write_shard(tmp_path / "empty" / "shard_train_000001.npy", np.zeros(99, dtype=np.uint16))
+    message = user_error(loader, tmp_path / "empty")  # a run that was killed before its manifest
+    assert "manifest.json" in message and "pretrain_data/" in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": [{}]}', '{"shards": [3]}'])
+def test_a_manifest_that_is_none(corpus, text):
+    (corpus / "manifest.json").write_text(text)
+    assert "manifest.json" in user_error(loader, corpus)
+
+
+def damage(corpus, change) -> str:
+    path = corpus / "shard_000002.npy"
+    change(path)
+    message = user_error(loader, corpus)
+    assert "shard_000002.npy" in message and "write the corpus again" in message
+    return message
+
+
+def test_damaged_shards_are_named(corpus):
+    whole = (corpus / "shard_000002.npy").read_bytes()
+    assert "truncated" in damage(corpus, lambda path: path.write_bytes(whole[:-1]))
+    assert "truncated" in damage(corpus, lambda path: path.write_bytes(whole[:100]))
+    assert "truncated" in damage(corpus, lambda path: path.write_bytes(b""))
+    assert "no shard" in damage(corpus, lambda path: path.write_bytes(b"hello" * 100))
+    assert "int64" in damage(corpus, lambda path: np.save(path, np.zeros(1000, dtype=np.int64)))
+    assert "(10, 100)" in damage(corpus, lambda path: np.save(path, np.zeros((10, 100), "uint16")))
+    assert "999" in damage(corpus, lambda path: np.save(path, np.zeros(999, dtype=np.uint16)))
+    assert "missing" in damage(corpus, lambda path: path.unlink())
+
+
+def test_a_pickled_shard_is_not_run(corpus, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    damage(corpus, lambda path: np.save(path, np.array([Bomb()], dtype=object), allow_pickle=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_ids_out_of_range_are_named(tmp_path):
+    data = make_corpus(tmp_path / "d", [100, 400])
+    tokens = np.full(400, 5, dtype=np.uint16)
+    tokens[100] = 60_000
+    write_shard(data / "shard_000001.npy", tokens)
+
+    def whole_epoch():
+        for step in range(3):
+            for micro_step in range(4):
+                loader(data).batch(step, micro_step)
+
+    message = user_error(whole_epoch)
+    assert "60000" in message and "shard_000001.npy" in message and "50257" in message
+
+
+def test_a_split_without_a_window(tmp_path):
+    data = make_corpus(tmp_path / "d", [5, 10, 12])
+    message = user_error(loader, data)
+    assert "--sequence-length" in message and "train" in message
+    assert loader(data, split="val").windows_per_epoch == 0  # short, yet enough to validate on
+    manifest = read_manifest(data)
+    manifest["shards"] = manifest["shards"][1:]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    assert "0 val shards" in user_error(loader, data, split="val")
+
+
+def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "a.npy"
+    write_shard(path, np.arange(10, dtype=np.uint16))
+
+    def fail(file, tokens, allow_pickle):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError) as caught:
+        write_shard(path, np.arange(20, dtype=np.uint16))
+    assert caught.value.filename == str(path)
+    assert open_shard(path, 10).tolist() == list(range(10))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]

