@@ -1,0 +1,240 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
+
+import finetune
+from checkpoint import load_model, read_prompt_template, save_checkpoint
+from finetune import (
+    FILLER,
+    FinetuneConfig,
+    collate,
+    global_batch,
+    make_examples,
+    read_rows,
+    split_rows,
+    train,
+)
+from metrics import read_log
+from model import GPT, IGNORE_INDEX, GPTConfig
+from tokenizer import EOT_TOKEN, decode, format_prompt
+
+SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
+ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (n % 2),
+         "output": f"{word} " * n} for n in range(1, 6)
+        for word in ("yes", "no", "perhaps", "never", "<|endoftext|>", "{braces}")]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path / "base", 1, GPT(SIZES))
+
+
+def tiny(base, rows_file, out, **changes) -> FinetuneConfig:
+    options = {"checkpoint": str(base), "data": str(rows_file), "out_dir": str(out),
+               "batch_size": 8, "micro_batch_size": 4, "max_lr": 1e-2, "val_fraction": 0.1,
+               "eval_interval": 4, "device": "cpu"} | changes
+    return FinetuneConfig(**options)
+
+
+def losses(out) -> list[float]:
+    records = read_log(out / "metrics.jsonl")["train"]
+    return [records[step]["loss"] for step in sorted(records)]
+
+
+# ------------------------------------------------------------------------------ the labels
+
+
+def test_labels_are_the_response_and_its_end_on_every_row():
+    examples, _ = make_examples(ROWS, 128)
+    inputs, targets = collate(examples)
+    longest = max(len(prompt) + len(response) for prompt, response in examples)
+    assert inputs.shape == targets.shape == (len(ROWS), longest - 1)
+    for i, (row, (prompt, response)) in enumerate(zip(ROWS, examples, strict=True)):
+        length = len(prompt) + len(response) - 1
+        labels = targets[i][targets[i] != IGNORE_INDEX].tolist()
+        assert labels[-1] == EOT_TOKEN  # the model is taught to stop
+        assert decode(labels[:-1]) == row["output"]
+        assert decode(inputs[i, : len(prompt)].tolist()) == format_prompt(row["instruction"],
+                                                                         row["input"])
+        assert inputs[i, :length].tolist() == (prompt + response)[:-1]
+        assert inputs[i, length:].eq(0).all() and targets[i, length:].eq(IGNORE_INDEX).all()
+        assert targets[i, len(prompt) - 1] == response[0]  # not shifted: position p predicts p + 1
+        assert targets[i, : len(prompt) - 1].eq(IGNORE_INDEX).all()
+
+
+def test_a_response_that_contains_the_pad_id_keeps_its_label():
+    prompt, response = [5, 6], [0, 0, 7, EOT_TOKEN]  # 0 is "!": a token like any other
+    _, targets = collate([(prompt, response), ([1] * 9, [2])])
+    assert targets[0].tolist() == [IGNORE_INDEX, 0, 0, 7, EOT_TOKEN] + [IGNORE_INDEX] * 4
+
+
+def test_rows_are_measured_in_tokens():
+    long = {"instruction": "x", "input": "", "output": "日本 " * 40}  # few characters, many tokens
+    text = {"instruction": "x", "input": "", "output": "word " * 60}  # more characters, fewer
+    examples, summary = make_examples([long, text, {**text, "output": " \n"}], 128)
+    assert len(examples) == 1 and "1 of 3 rows" in summary
+    assert "1 without an answer and 1 over 128 tokens" in summary
+    fits = make_examples([text], len(sum(examples[0], [])) - 1)[0]
+    assert len(fits) == 1 and fits[0][1][-1] == EOT_TOKEN  # exactly full, its end included
+    assert make_examples([text], len(sum(examples[0], [])) - 2)[0] == []
+
+
+# ------------------------------------------------------------------------ order and splits
+
+
+def test_validation_rows_are_held_out_at_random_and_fixed():
+    examples, _ = make_examples(ROWS, 128)
+    trained, held_out = split_rows(examples, 0.2, seed=3)
+    assert len(held_out) == 6 and sorted(trained + held_out) == sorted(examples)
+    assert split_rows(examples, 0.2, seed=3) == (trained, held_out)
+    assert held_out != examples[:6] and split_rows(examples, 0.2, seed=4)[1] != held_out
+    assert len(split_rows(examples, 0.0, seed=3)[1]) == 1
+    assert "--val-fraction" in user_error(split_rows, examples[:1], 0.1, 0)
+
+
+def test_every_row_once_an_epoch_in_another_order():
+    examples, _ = make_examples(ROWS, 128)
+    epochs = 3
+    steps = math.ceil(epochs * len(examples) / 7)
+    batches = [global_batch(examples, step, 7, epochs, seed=1) for step in range(steps)]
+    assert [len(batch) for batch in batches[:-1]] == [7] * (steps - 1) and len(batches[-1]) == 6
+    assert sorted(sum(batches, [])) == sorted(examples * epochs)
+    firsts = [global_batch(examples, 0, len(examples), 2, seed=1),
+              [sorted(global_batch(examples, 0, 5, 2, seed=1)),
+               sorted(global_batch(examples, 6, 5, 2, seed=1))]]
+    assert sorted(firsts[0]) == sorted(examples) and firsts[1][0] != firsts[1][1]
+    lengths = [len(prompt) + len(response) for prompt, response in firsts[0]]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 64])
+def test_losses_do_not_depend_on_the_micro_batch(base, rows_file, tmp_path, micro_batch_size):
+    """Micro-batches of very unequal numbers of response tokens: no mean of means."""
+    train(tiny(base, rows_file, tmp_path / "a"), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "b", micro_batch_size=micro_batch_size), CPU_LAUNCH)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(base, rows_file, tmp_path):
+    arguments = ["--checkpoint", base, "--data", rows_file, "--batch-size", 8, "--max-lr", 0.01,
+                 "--val-fraction", 0.1, "--device", "cpu", "--micro-batch-size", 2]
+    script = ROOT / "finetune.py"
+    run_script(script, *arguments, "--out-dir", tmp_path / "one")
+    run_torchrun(2, script, *arguments, "--out-dir", tmp_path / "two")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    val = [read_log(tmp_path / name / "metrics.jsonl")["val"] for name in ("one", "two")]
+    assert val[0][7]["loss"] == pytest.approx(val[1][7]["loss"], abs=1e-5)
+
+
+def test_the_loss_is_that_of_the_response_tokens_by_hand(base, rows_file, tmp_path):
+    """The first update's loss from log-probabilities, one unpadded row at a time."""
+    train(tiny(base, rows_file, tmp_path / "out", micro_batch_size=3), CPU_LAUNCH)
+    model = load_model(base)
+    examples, _ = make_examples(read_rows(rows_file), 128)
+    batch = global_batch(split_rows(examples, 0.1, 1337)[0], 0, 8, 2, 1337)
+    total = count = 0
+    for prompt, response in batch:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
+        for i, token in enumerate(response):
+            total -= logprobs[len(prompt) + i - 1, token].item()
+            count += 1
+    assert losses(tmp_path / "out")[0] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_a_batch_without_targets_changes_nothing():
+    torch.manual_seed(0)
+    model = GPT(SIZES)
+    inputs, targets = collate([FILLER])
+    _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad.eq(0).all() for p in model.parameters())
+
+
+def test_what_a_run_writes(base, rows_file, tmp_path):
+    out = tmp_path / "out"
+    train(tiny(base, rows_file, out), CPU_LAUNCH)
+    log = read_log(out / "metrics.jsonl")
+    assert sorted(log["train"]) == list(range(7))  # 27 rows x 2 epochs / 8
+    assert sorted(log["val"]) == [0, 4, 7]
+    assert log["val"][7]["loss"] < log["val"][0]["loss"]
+    assert (out / "latest").read_text() == "step_000007\n" and (out / "step_000004").is_dir()
+    assert read_prompt_template(out) == "alpaca" and read_prompt_template(base) is None
+    assert (out / "finetune_loss.png").read_bytes().startswith(b"\x89PNG")
+    val_rows = split_rows(make_examples(ROWS, 128)[0], 0.1, 1337)[1]
+    loss = finetune.evaluate(load_model(out), val_rows, 2, CPU_LAUNCH, torch.float32)
+    assert loss == pytest.approx(log["val"][7]["loss"], abs=1e-6)
+    assert "already holds a run" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
+
+
+def test_it_learns_to_answer_and_to_stop(tmp_path):
+    """The whole point, in small: a model that has seen its rows often enough repeats them."""
+    from sampling import decode_generation, generate, tokenize_batch_input
+    rows = [{"instruction": f"What colour is {thing}?", "input": "", "output": f"It is {colour}."}
+            for thing, colour in [("snow", "white"), ("grass", "green"), ("the sky", "blue"),
+                                  ("blood", "red"), ("coal", "black")]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    torch.manual_seed(0)
+    base = save_checkpoint(tmp_path / "base", 1, GPT(GPTConfig(block_size=64, n_layer=2, n_head=2,
+                                                               n_embd=32)))
+    model = train(tiny(base, tmp_path / "rows.json", tmp_path / "out", epochs=250, batch_size=4,
+                       max_lr=1e-2, eval_interval=1000), CPU_LAUNCH)
+    input_ids, masks = tokenize_batch_input([format_prompt(r["instruction"]) for r in rows])
+    output, output_masks = generate(model, input_ids, masks, 0.0, 12)
+    answers = decode_generation(output, output_masks, prompt_masks=masks)
+    assert all(output[i, output_masks[i].sum() - 1] == EOT_TOKEN for i in range(5))
+    assert sum(a == r["output"] for a, r in zip(answers, rows, strict=True)) >= 4  # 1 held out
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_json_lines_and_rows_without_input_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n\n{"instruction": "c", "input": "", '
+                    '"output": "d", "extra": 1}\n')
+    assert [row["instruction"] for row in read_rows(path)] == ["a", "c"]
+    assert len(make_examples(read_rows(path), 128)[0]) == 2
+
+
+@pytest.mark.parametrize("text, words", [
+    ('[{"instruction": "a"}]', ["row 1", "output"]),
+    ('[{"instruction": "a", "output": "b"}, {"instruction": 3, "output": "b"}]',
+     ["row 2", "instruction", "3"]),
+    ('[{"instruction": "a", "input": null, "output": "b"}]', ["row 1", "input", "None"]),
+    ('[{"instruction": " ", "output": "b"}]', ["row 1", "empty instruction"]),
+    ('["a"]', ["row 1", "'a'"]),
+    ('[{"instruction": "a", "output": "b"}', ["JSON"]),
+    ('{"instruction": "a", "output": "b"}\nnot json', ["JSON"]),
+    ("[]", ["0 usable rows"]),
+    ('[{"instruction": "a", "output": ""}]', ["0 usable rows"]),
+])
+def test_malformed_rows(base, tmp_path, text, words, monkeypatch, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    message = main_error(finetune.main, ["--checkpoint", base, "--data", path, "--device", "cpu",
+                                         "--out-dir", tmp_path / "out"], monkeypatch, capsys)
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files(base, tmp_path, rows_file, monkeypatch, capsys):
+    arguments = ["--out-dir", tmp_path / "out", "--device", "cpu"]
+    message = main_error(finetune.main, ["--checkpoint", base, "--data", tmp_path / "no.json",
+                                         *arguments], monkeypatch, capsys)
+    assert "no.json" in message and "alpaca_downloader" in message
+    message = main_error(finetune.main, ["--checkpoint", tmp_path / "no", "--data", rows_file,
+                                         *arguments], monkeypatch, capsys)
+    assert str(tmp_path / "no") in message

@@ -1,0 +1,401 @@
+import dataclasses
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import (
+    CPU_LAUNCH,
+    ROOT,
+    TINY_FLAGS,
+    assert_user_error,
+    main_error,
+    make_corpus,
+    run_script,
+    run_torchrun,
+    user_error,
+)
+
+import trainer
+from checkpoint import list_checkpoints, load_model, load_training_state
+from dataloader import TokenLoader
+from distributed import Launch, micro_steps_per_update, pick_device, pick_dtype
+from metrics import read_log
+from trainer import TrainerConfig, train
+
+SCRIPT = ROOT / "trainer.py"
+STEPS = 10
+
+
+def tiny(corpus, out_dir, **changes) -> TrainerConfig:
+    """Ten updates of 8 windows of 16 tokens."""
+    options = {"data_dir": str(corpus), "out_dir": str(out_dir), "n_layer": 2, "n_head": 2,
+               "n_embd": 16, "block_size": 32, "sequence_length": 16, "total_batch_size": 128,
+               "micro_batch_size": 4, "max_steps": STEPS, "warmup_steps": 3, "max_lr": 1e-2,
+               "min_lr": 1e-3, "eval_interval": 5, "save_interval": 5, "sample_steps": 2,
+               "device": "cpu"} | changes
+    return TrainerConfig(**options)
+
+
+def flags(config: TrainerConfig) -> list[str]:
+    """The command line that gives this configuration."""
+    argv = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            name = "--" + field.name.replace("_", "-")
+            argv += [name] if value is True else [name, str(value)]
+    return argv
+
+
+def trace(out_dir, *columns) -> list[tuple]:
+    return [tuple(record[c] for c in columns)
+            for _, record in sorted(read_log(out_dir / "metrics.jsonl")["train"].items())]
+
+
+def losses(out_dir) -> list[float]:
+    return [loss for loss, in trace(out_dir, "loss")]
+
+
+# ---------------------------------------------------------------------- what is computed
+
+
+@pytest.fixture
+def reference_trace(corpus):
+    """The recipe written anew around Hugging Face's model: their loss, torch's plain AdamW."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1337)
+    ours = trainer.GPT(trainer.model_config(tiny(corpus, "")))
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2,
+                                       embd_pdrop=0, resid_pdrop=0, attn_pdrop=0))
+    with torch.no_grad():
+        for (name, theirs), p in zip(model.named_parameters(), ours.parameters(), strict=True):
+            theirs.copy_(p.t() if "c_" in name and p.dim() == 2 else p)
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1},
+                                   {"params": rest, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), eps=1e-8)
+    loader = TokenLoader(corpus, "train", sequence_length=16, micro_batch_size=8,
+                         total_batch_size=128, vocab_size=50257, seed=1337)
+    steps = []
+    for step in range(STEPS):
+        if step < 3:
+            lr = 1e-2 * (step + 1) / 3
+        else:
+            lr = 1e-3 + 0.5 * (1 + math.cos(math.pi * (step - 3) / 7)) * 9e-3
+        inputs, targets = loader.batch(step, 0)
+        logits = model(inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        steps.append((loss.item(), norm.item(), lr))
+    return steps
+
+
+def test_ten_updates_are_those_of_hugging_faces_model(corpus, tmp_path, reference_trace):
+    train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
+    got = trace(tmp_path / "out", "loss", "grad_norm", "lr")
+    assert len(got) == STEPS
+    for (loss, norm, lr), (their_loss, their_norm, their_lr) in zip(got, reference_trace,
+                                                                    strict=True):
+        assert abs(loss - their_loss) < 1e-4 and abs(norm - their_norm) < 1e-4
+        assert lr == pytest.approx(their_lr, rel=1e-9)
+    assert got[-1][0] < got[0][0] - 0.5
+
+
+def test_golden_trace(corpus, tmp_path):
+    """The same ten updates as committed: a change of any default or formula shows here."""
+    train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
+    golden = json.loads((ROOT / "tests" / "golden_trace.json").read_text())
+    got = trace(tmp_path / "out", "loss", "grad_norm", "lr")
+    for step, expected in zip(got, golden, strict=True):
+        assert step == pytest.approx(tuple(expected), abs=1e-4)
+
+
+def test_defaults_are_the_missions():
+    config = TrainerConfig()
+    assert (config.total_batch_size, config.micro_batch_size, config.sequence_length) == (
+        2**19, 32, 1024)
+    assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (
+        0.9, 0.95, 0.1, 1.0)
+    assert (config.max_lr, config.min_lr, config.warmup_steps) == (6e-4, 6e-5, 715)
+    assert config.max_steps is None and config.eval_tokens == 10_485_760
+    assert trainer.model_config(config) == trainer.GPTConfig()
+    medium = dataclasses.replace(config, preset="gpt2-medium")
+    assert trainer.model_config(medium).n_layer == 24
+
+
+@pytest.mark.parametrize("world_size, steps", [(1, 16), (2, 8), (8, 2)])
+def test_accumulation_is_computed_for_every_launch_form(world_size, steps):
+    """One process included, where the earlier repo trained on a batch 16 times too small."""
+    assert micro_steps_per_update(2**19, micro_batch_size=32, row=1024, world_size=world_size,
+                                  flag="--total-batch-size") == steps
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_losses_do_not_depend_on_the_micro_batch(corpus, tmp_path, micro_batch_size):
+    train(tiny(corpus, tmp_path / "a"), CPU_LAUNCH)
+    train(tiny(corpus, tmp_path / "b", micro_batch_size=micro_batch_size), CPU_LAUNCH)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
+    """The real torchrun and gloo, from the command line, one update after the other."""
+    config = tiny(corpus, tmp_path / "one", micro_batch_size=2)
+    run_script(SCRIPT, *flags(config))
+    run_torchrun(2, SCRIPT, *flags(dataclasses.replace(config, out_dir=str(tmp_path / "two"))))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    validation = [read_log(tmp_path / name / "metrics.jsonl")["val"] for name in ("one", "two")]
+    for step in (0, 5, 10):
+        assert validation[0][step]["loss"] == pytest.approx(validation[1][step]["loss"], abs=1e-5)
+    one, two = (load_model(tmp_path / name) for name in ("one", "two"))
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4)
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS + 3  # one rank writes
+
+
+def test_rank_is_not_local_rank(monkeypatch):
+    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("distributed.dist.init_process_group", lambda backend: None)
+    launch = trainer.start("cpu")
+    assert (launch.rank, launch.local_rank, launch.world_size) == (11, 3, 16)
+    assert not launch.is_master
+
+
+def test_one_epoch_is_computed_from_the_shards(corpus, tmp_path, capsys):
+    train(tiny(corpus, tmp_path / "out", max_steps=None, eval_interval=100), CPU_LAUNCH)
+    assert len(losses(tmp_path / "out")) == 23  # 186 windows, 8 an update
+    assert "23 updates" in capsys.readouterr().out
+
+
+def test_validation_is_one_number_for_any_split(corpus, tiny_model):
+    def value(world_size, micro_batch_size, sequence_length=16):
+        loaders = [TokenLoader(corpus, "val", sequence_length=sequence_length, rank=rank,
+                               micro_batch_size=micro_batch_size, world_size=world_size,
+                               total_batch_size=0, vocab_size=50257) for rank in range(world_size)]
+
+        class Adds:
+            """Stands in for the all-reduce: every rank's sums, one after the other."""
+            device, total = torch.device("cpu"), torch.zeros(2, dtype=torch.float64)
+
+            def sum(self, tensor):
+                self.total = self.total + tensor
+                return self.total
+
+        launch = Adds()
+        return [trainer.evaluate(tiny_model, data, launch, torch.float32, 10**9)
+                for data in loaders][-1]
+
+    expected = value(1, 4)
+    assert value(1, 1) == pytest.approx(expected, abs=1e-6)
+    assert value(3, 2) == pytest.approx(expected, abs=1e-6)
+    assert value(5, 7) == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------- what is left behind
+
+
+def test_what_a_run_writes(corpus, tmp_path):
+    out = tmp_path / "out"
+    model = train(tiny(corpus, out), CPU_LAUNCH)
+    log = read_log(out / "metrics.jsonl")
+    assert sorted(log) == ["train", "val"]
+    assert sorted(log["train"]) == list(range(10)) and sorted(log["val"]) == [0, 5, 10]
+    for record in log["train"].values():
+        assert {"step", "kind", "loss", "lr", "grad_norm", "tokens_per_sec"} <= set(record)
+        assert all(not isinstance(value, dict | list) for value in record.values())
+        assert record["tokens_per_sec"] > 0
+    assert [p.name for p in list_checkpoints(out)] == ["step_000005", "step_000010"]
+    assert (out / "latest").read_text() == "step_000010\n"
+    assert (out / "pretrain_loss.png").read_bytes().startswith(b"\x89PNG")
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 5, 10]
+    assert all(sample["text"].startswith("Hello, I'm a language model,") for sample in samples)
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"]["seed"] == 1337 and run["versions"]["torch"] == torch.__version__
+    # the final weights are those after the last update, saved and evaluated
+    final = load_model(out)
+    for p, q in zip(final.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    val = TokenLoader(corpus, "val", sequence_length=16, micro_batch_size=3, total_batch_size=0,
+                      vocab_size=50257)
+    loss = trainer.evaluate(final, val, CPU_LAUNCH, torch.float32, 10**9)
+    assert loss == pytest.approx(log["val"][10]["loss"], abs=1e-6)
+
+
+def test_two_runs_are_bit_equal(corpus, tmp_path):
+    models = [train(tiny(corpus, tmp_path / name), CPU_LAUNCH) for name in "ab"]
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+# -------------------------------------------------------------------------------- resume
+
+
+def interrupted(whole, out, at: int):
+    """A copy of a run as if it had been killed some updates after its checkpoint `at`."""
+    shutil.copytree(whole, out)
+    for folder in list_checkpoints(out):
+        if folder.name > f"step_{at:06d}":
+            shutil.rmtree(folder)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < at + 2]
+    (out / "metrics.jsonl").write_text("".join(kept) + kept[-1][:20])
+
+
+def test_resume_is_exact_even_twice(corpus, tmp_path):
+    """10 + 10 + 10 = 30 updates, bit for bit, across shard borders and the epoch border at 23."""
+    changes = {"max_steps": 30, "save_interval": 10, "eval_interval": 10, "keep_last": 0}
+    whole = train(tiny(corpus, tmp_path / "whole", **changes), CPU_LAUNCH)
+    interrupted(tmp_path / "whole", tmp_path / "once", 10)
+    torch.manual_seed(99)  # nothing may depend on the state of a global generator
+    train(tiny(corpus, tmp_path / "once", resume=True, **changes), CPU_LAUNCH)
+    interrupted(tmp_path / "once", tmp_path / "twice", 20)
+    model = train(tiny(corpus, tmp_path / "twice", resume=True, **changes), CPU_LAUNCH)
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert losses(tmp_path / "twice") == losses(tmp_path / "whole")
+    states = [load_training_state(list_checkpoints(tmp_path / name)[-1])["optimizer"]["state"]
+              for name in ("whole", "twice")]
+    for index, moments in states[0].items():
+        for name, value in moments.items():
+            assert torch.equal(value, states[1][index][name])
+    validation = [read_log(tmp_path / name / "metrics.jsonl")["val"] for name in ("whole", "twice")]
+    assert validation[0] == validation[1]
+
+
+def test_resume_at_another_world_size_and_micro_batch(corpus, tmp_path):
+    changes = {"max_steps": 12, "save_interval": 6, "micro_batch_size": 2}
+    train(tiny(corpus, tmp_path / "whole", **changes), CPU_LAUNCH)
+    interrupted(tmp_path / "whole", tmp_path / "two", 6)
+    config = tiny(corpus, tmp_path / "two", resume=True, **changes | {"micro_batch_size": 1})
+    run_torchrun(2, SCRIPT, *flags(config))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+
+
+def test_resume_starts_fresh_when_there_is_nothing(corpus, tmp_path, capsys):
+    train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)
+    assert "starting from scratch" in capsys.readouterr().out
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)  # already finished
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_says_what_changed_and_refuses_what_would_corrupt(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(tiny(corpus, out), CPU_LAUNCH)
+    for change, word in [({"seed": 1}, "seed"), ({"total_batch_size": 256}, "total_batch_size"),
+                         ({"sequence_length": 8}, "sequence_length"), ({"n_layer": 3}, "n_layer")]:
+        message = user_error(train, tiny(corpus, out, resume=True, **change), CPU_LAUNCH)
+        assert word in message and "step_000010" in message
+    other = make_corpus(tmp_path / "other", [700, 2000], high=50)
+    assert "data" in user_error(train, tiny(other, out, resume=True), CPU_LAUNCH)
+    capsys.readouterr()
+    train(tiny(corpus, out, resume=True, max_steps=12, grad_clip=0.5), CPU_LAUNCH)
+    printed = capsys.readouterr().out
+    assert "grad_clip was 1.0, is now 0.5" in printed and "max_steps was 10, is now 12" in printed
+    assert len(losses(out)) == 12
+
+
+# ------------------------------------------------------------------------- devices, flags
+
+
+def test_dtype_and_device():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert "--device" in user_error(pick_device, "gpu")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == torch.device("cpu")
+        assert "--device cuda" in user_error(pick_device, "cuda", 0)
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_bf16_only_where_the_gpu_computes_in_it(native, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+def test_bfloat16_on_cpu_learns_too(corpus, tmp_path):
+    train(tiny(corpus, tmp_path / "a"), CPU_LAUNCH)
+    train(tiny(corpus, tmp_path / "b", dtype="bfloat16"), CPU_LAUNCH)
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=0.05)
+
+
+def test_without_a_compiler_one_line_says_so(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
+    train(tiny(corpus, tmp_path / "out", compile=True, max_steps=1), CPU_LAUNCH)
+    assert "no compiler" in capsys.readouterr().out
+
+
+def test_a_sample_prompt_that_does_not_fit_is_said(corpus, tmp_path, capsys):
+    train(tiny(corpus, tmp_path / "out", block_size=16, sample_prompt="word " * 20, max_steps=1),
+          CPU_LAUNCH)
+    assert "no samples" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"total_batch_size": 100}, ["--total-batch-size 100", "64 or 128"]),
+    ({"micro_batch_size": 3}, ["3 x 16", "96 or 144", "--micro-batch-size 2"]),
+    ({"micro_batch_size": 16}, ["--total-batch-size 256", "--micro-batch-size 8"]),
+    ({"sequence_length": 64}, ["--sequence-length 64", "--block-size 32"]),
+    ({"n_head": 3}, ["n_embd 16", "n_head 3"]),
+    ({"data_dir": "/does/not/exist"}, ["/does/not/exist", "pretrain_data/"]),
+    ({"device": "quantum"}, ["--device quantum"]),
+    ({"max_steps": None, "total_batch_size": 2**14}, ["--total-batch-size"]),
+    ({"warmup_steps": -1}, ["--warmup-steps"]),
+    ({"preset": "gpt3"}, ["gpt3"]),
+])
+def test_bad_settings_are_one_line_and_leave_nothing(corpus, tmp_path, changes, words, monkeypatch,
+                                                     capsys):
+    message = main_error(trainer.main, flags(tiny(corpus, tmp_path / "out", **changes)),
+                         monkeypatch, capsys)
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "out", max_steps=1)
+    run_script(SCRIPT, *flags(config))
+    files = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert_user_error(run_script(SCRIPT, *flags(config), check=False), "--resume", "--out-dir")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == files
+
+
+def test_a_truncated_shard_stops_every_rank(corpus, tmp_path):
+    path = corpus / "shard_000002.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = run_torchrun(2, SCRIPT, *flags(tiny(corpus, tmp_path / "out", micro_batch_size=1)),
+                          check=False)
+    assert result.returncode != 0 and "shard_000002.npy is truncated" in result.stderr
+    assert not (tmp_path / "out" / "latest").exists()
+
+
+def test_launch_is_all_that_a_process_knows_of_the_others():
+    assert [field.name for field in dataclasses.fields(Launch)] == [
+        "rank", "local_rank", "world_size", "device"]
+
+
+def test_fixed_interface_of_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "--help"])
+    with pytest.raises(SystemExit):
+        trainer.main()
+    text = capsys.readouterr().out
+    for name in ("data-dir out-dir total-batch-size micro-batch-size sequence-length max-steps "
+                 "warmup-steps max-lr min-lr n-layer n-head n-embd block-size eval-interval "
+                 "save-interval seed device dtype compile no-compile resume").split():
+        assert f"--{name}" in text
+    assert set(TINY_FLAGS[::2]) <= set(text.replace(",", " ").split())
