@@ -36,8 +36,9 @@ class Launch:
             print(*values, flush=True)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks, in place."""
+        """The sum of a tensor over all ranks."""
         if self.world_size > 1:
+            tensor = tensor.to(self.device)  # where the process group works
             dist.all_reduce(tensor)
         return tensor
 
@@ -110,8 +111,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def seconds_on(device: torch.device) -> float:
     """The clock, once a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -136,7 +136,7 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluate(model: GPT, examples: list[Example], micro_batch_size: int, launch: Launch,
              dtype: torch.dtype) -> float:
     """Mean loss per response token over all held-out rows and ranks."""
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, targets
+    summed, count = 0.0, 0  # loss, targets
     mine = sorted(examples, key=lambda row: len(row[0]) + len(row[1]))
     mine = mine[launch.rank :: launch.world_size]
     for first in range(0, len(mine), micro_batch_size):
@@ -144,8 +144,9 @@ def evaluate(model: GPT, examples: list[Example], micro_batch_size: int, launch:
         inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
         with autocast(launch.device, dtype):
             _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-        total += torch.stack([loss.double(), (targets != IGNORE_INDEX).sum()]).cpu()
-    summed, count = launch.sum(total.to(launch.device)).tolist()
+        summed += loss.item()
+        count += (targets != IGNORE_INDEX).sum().item()
+    summed, count = launch.sum(torch.tensor([summed, count], dtype=torch.float64)).tolist()
     return summed / count
 
 

@@ -170,13 +170,14 @@ def evaluate(model: GPT, loader: TokenLoader, launch: Launch, dtype: torch.dtype
              max_tokens: int) -> float:
     """Mean loss over the first max_tokens targets of a split: summed over all ranks in float64, so
     that it is one number for any world size and micro-batch."""
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, targets
+    summed, count = 0.0, 0  # loss, targets
     for inputs, targets in loader.eval_batches(max_tokens):
-        inputs, targets = inputs.to(launch.device), targets.to(launch.device)
+        inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
         with autocast(launch.device, dtype):
             _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-        total += torch.stack([loss.double(), (targets != IGNORE_INDEX).sum()]).cpu()
-    summed, count = launch.sum(total.to(launch.device)).tolist()
+        summed += loss.item()
+        count += (targets != IGNORE_INDEX).sum().item()
+    summed, count = launch.sum(torch.tensor([summed, count], dtype=torch.float64)).tolist()
     return summed / count
 
 
@@ -225,6 +226,9 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     max_steps = config.max_steps or one_epoch(config, train_loader, launch)
     resumed = find_resume(config, manifest, launch)
     samples = can_sample(config, sizes, launch)
+    if config.warmup_steps > max_steps:
+        launch.print0(f"the warm-up of {config.warmup_steps} updates is longer than the run of "
+                      f"{max_steps}: --max-lr will not be reached")
     launch.barrier()  # every rank has looked into --out-dir before rank 0 writes there
 
     # 2. Model and optimizer. Initialised on the CPU: the same weights on every device and rank
@@ -242,6 +246,9 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         optimizer.load_state_dict(resumed[1]["optimizer"])
         scaler.load_state_dict(resumed[1]["scaler"])
         step = start_step = resumed[1]["step"]
+        if step > max_steps:
+            raise UserError(f"--resume: {resumed[0]} was made after {step} updates, more than the "
+                            f"{max_steps} of this run: raise --max-steps")
     compiled = prepare_compile(config, launch)
     if compiled:
         raw_model.compile()  # in place: names of parameters stay as they are

@@ -306,6 +306,8 @@ def test_resume_says_what_changed_and_refuses_what_would_corrupt(corpus, tmp_pat
     printed = capsys.readouterr().out
     assert "grad_clip was 1.0, is now 0.5" in printed and "max_steps was 10, is now 12" in printed
     assert len(losses(out)) == 12
+    assert "--max-steps" in user_error(train, tiny(corpus, out, resume=True, max_steps=6),
+                                       CPU_LAUNCH)
 
 
 # ------------------------------------------------------------------------- devices, flags

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# GPT-2 124M from nothing: FineWeb, pre-training on 8 GPUs, Alpaca, two answers.
+#   bash runs/gpt2_124m.sh [number of GPUs]
+# Needs a network, 25 GB of disk, and for 8 GPUs 24 GB each (else: a smaller --micro-batch-size).
+# Every step can be repeated: what is whole is kept, and pre-training goes on where it stopped.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" requirements.txt
+gpus=${1:-8}
+out=out/gpt2_124m
+
+python pretrain_data/fineweb_downloader.py --out-dir pretrain_data/fineweb
+torchrun --standalone --nproc-per-node="$gpus" trainer.py --data-dir pretrain_data/fineweb \
+  --out-dir "$out/pretrain" --loss-graph image/pretrain_loss.png --resume
+
+python finetune_data/alpaca_downloader.py
+torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \
+  --data finetune_data/alpaca.json --out-dir "$out/finetune" --loss-graph image/finetune_loss.png
+
+python inference.py --checkpoint "$out/finetune" \
+  "What are the places I can visit in New York?" "Who was the first president of the United States?"

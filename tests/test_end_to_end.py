@@ -1,0 +1,77 @@
+"""The whole life of a very small model through the command line, as the README tells it."""
+
+import json
+import re
+import subprocess
+
+import pyarrow
+import pyarrow.parquet
+from conftest import ROOT, TINY_FLAGS, run_script, run_torchrun
+
+from metrics import read_log
+
+SENTENCES = ["The cat sat on the mat and slept.", "A dog ran over the hill to the sea.",
+             "Rain fell all night on the old roof.", "She read the letter twice and smiled."]
+
+
+def test_from_parquet_to_an_answer(tmp_path):
+    table = pyarrow.table({"text": [f"{a} {b} {c}" for a in SENTENCES for b in SENTENCES
+                                    for c in SENTENCES]})
+    pyarrow.parquet.write_table(table, tmp_path / "web.parquet")
+    run_script("-m", "pretrain_data.fineweb_downloader", "--parquet", tmp_path / "*.parquet",
+               "--out-dir", tmp_path / "shards", "--shard-tokens", 300, "--workers", 1)
+    run_torchrun(2, ROOT / "trainer.py", *TINY_FLAGS, "--data-dir", tmp_path / "shards",
+                 "--out-dir", tmp_path / "pretrain", "--total-batch-size", 128, "--max-lr", 0.01,
+                 "--micro-batch-size", 4, "--max-steps", 12, "--warmup-steps", 2,
+                 "--eval-interval", 6, "--save-interval", 6)
+    val = read_log(tmp_path / "pretrain" / "metrics.jsonl")["val"]
+    assert val[12]["loss"] < val[6]["loss"] < val[0]["loss"]
+
+    # the checkpoint is what others read
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+    folder = tmp_path / "pretrain" / (tmp_path / "pretrain" / "latest").read_text().strip()
+    ids = AutoTokenizer.from_pretrained(folder)("The cat", return_tensors="pt")
+    assert GPT2LMHeadModel.from_pretrained(folder)(**ids).logits.shape == (1, 2, 50257)
+
+    rows = [{"instruction": "Hi", "input": "", "output": sentence} for sentence in SENTENCES * 3]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    short = run_script(ROOT / "finetune.py", "--checkpoint", tmp_path / "pretrain", "--data",
+                       tmp_path / "rows.json", "--out-dir", tmp_path / "no", check=False)
+    assert short.returncode == 2 and "12 over 32 tokens" in short.stderr  # the template is long
+
+    run_script(ROOT / "trainer.py", *TINY_FLAGS, "--block-size", 128, "--data-dir",
+               tmp_path / "shards", "--out-dir", tmp_path / "longer", "--total-batch-size", 128,
+               "--micro-batch-size", 8, "--max-steps", 3, "--warmup-steps", 0)
+    run_script(ROOT / "finetune.py", "--checkpoint", tmp_path / "longer" / "latest", "--data",
+               tmp_path / "rows.json", "--out-dir", tmp_path / "tuned", "--batch-size", 4,
+               "--micro-batch-size", 4, "--max-lr", 0.01, "--epochs", 1)
+    printed = run_script(ROOT / "inference.py", "--checkpoint", tmp_path / "tuned", "--max-steps",
+                         8, "--temperature", 0, "Hi").stdout
+    assert re.search(r"prompt:   Hi\nresponse: .*\n +\[\d tokens, ended by", printed, re.DOTALL)
+
+
+def tracked_files() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.split()
+
+
+def test_readme_names_every_script_and_only_flags_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in tracked_files():
+        if name.endswith((".py", ".sh")) and not name.startswith("tests/"):
+            assert f"`{name}`" in readme, f"README.md does not say what {name} is"
+    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in tracked_files()
+                      if name.endswith(".py"))
+    launchers = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}
+    for shown in ["README.md", "runs/demo.sh", "runs/gpt2_124m.sh"]:
+        for flag in re.findall(r"(?<=\s)--([a-z][a-z-]+)", (ROOT / shown).read_text("utf-8")):
+            field = flag.replace("-", "_").removeprefix("no_")
+            known = flag in launchers or re.search(rf"^    {field}: ", sources, re.MULTILINE)
+            assert known or flag in ("quiet", "help", "raw", "edu"), f"{shown} shows --{flag}"
+
+
+def test_committed_figures_can_be_redrawn(tmp_path):
+    for image in (ROOT / "image").glob("*_loss.png"):
+        log = ROOT / "image" / "logs" / f"{image.stem}.jsonl"
+        run_script(ROOT / "image" / "plot_loss.py", log, "--out", tmp_path / image.name)
+        assert (tmp_path / image.name).stat().st_size > 10_000
