@@ -189,8 +189,8 @@ class GPT(nn.Module):
         (`reduction="sum"`), for callers that divide by a count of their own. A batch in which no
         target counts has loss 0 and zero gradients. Without targets the loss is None.
 
-        `return_logits=False` gives (None, loss), the same loss with only a few rows of logits in
-        memory at a time: the training path. Raises ValueError past block_size.
+        `return_logits=False` gives (None, loss), the same loss without all logits in memory: the
+        training path. Raises ValueError past block_size.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean' or 'sum'")
@@ -202,22 +202,25 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                    ignore_index=IGNORE_INDEX, reduction="sum")
         else:
-            logits, loss = None, self.blockwise_loss(x.flatten(0, 1), targets.flatten())
+            logits, loss = None, self.summed_loss(x.flatten(0, 1), targets.flatten())
         if reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return logits, loss
 
-    def blockwise_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The summed loss of rows x (N, C) against targets (N,), for `LinearCrossEntropy`."""
-        device_type = x.device.type
-        if not torch.compiler.is_compiling():  # a compiled graph wants static shapes
-            keep = targets != IGNORE_INDEX  # prompt and padding rows need no logits at all
-            x, targets = x[keep], targets[keep]
+    def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of rows x (N, C) against targets (N,), never with all logits in fp32."""
+        weight, device_type = self.lm_head.weight, x.device.type
+        if device_type == "cuda":
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % HEAD_MULTIPLE_GPU))  # (V', C)
+        if torch.compiler.is_compiling():  # the compiler fuses the cast into the softmax
+            logits = F.linear(x, weight)[:, : self.config.vocab_size]  # (N, V)
+            return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX,
+                                   reduction="sum")
+        keep = targets != IGNORE_INDEX  # rows of prompts and padding need no logits at all
+        x, targets = x[keep], targets[keep]
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        weight, rows = self.lm_head.weight, LOSS_ROWS_CPU
-        if device_type == "cuda":
-            weight, rows = F.pad(weight, (0, 0, 0, -len(weight) % HEAD_MULTIPLE_GPU)), LOSS_ROWS_GPU
+        rows = LOSS_ROWS_GPU if device_type == "cuda" else LOSS_ROWS_CPU
         return LinearCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows,
                                         torch.is_grad_enabled())
 
@@ -234,7 +237,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, rows: int, with_grad: bool):
         """x (N, C) in the compute dtype, weight (V', C) fp32 with V' >= vocab_size (the rest is
-        padding that gets no probability), targets (N,) -> () fp32."""
+        padding that gets no probability), targets (N,) all valid -> () fp32."""
         N, V = len(x), len(weight)
         head = weight.to(x.dtype)  # (V', C)
         loss = torch.zeros((), device=x.device)
@@ -246,16 +249,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, N, rows):
             block, target = x[start : start + rows], targets[start : start + rows, None]
             logits, probs = all_logits[: len(block)], all_probs[: len(block)]  # (rows, V')
-            counts = target != IGNORE_INDEX  # (rows, 1)
-            target = target.clamp(min=0)
             torch.mm(block, head.t(), out=logits)
             logits[:, vocab_size:] = -torch.inf
             torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=probs)
-            loss -= (probs.gather(1, target) * counts).sum()
+            loss -= probs.gather(1, target).sum()
             if with_grad:  # d loss / d logits = softmax(logits) - one_hot(target)
                 minus_one = torch.full_like(target, -1, dtype=torch.float32)
-                probs.exp_().scatter_add_(1, target, minus_one).mul_(counts)
-                grad_logits = logits.copy_(probs)  # in the compute dtype
+                grad_logits = logits.copy_(probs.exp_().scatter_add_(1, target, minus_one))
                 torch.mm(grad_logits, head, out=grad_x[start : start + rows])
                 grad_weight += grad_logits.t() @ block
         if with_grad:

@@ -18,8 +18,8 @@ python pretrain_data/pydocs_corpus.py --out-dir "$out/corpus" --shard-tokens 327
 step "2/5 pre-training, 5.5M parameters ($dtype)"
 python trainer.py --data-dir "$out/corpus" --out-dir "$out/pretrain" --device cpu --dtype "$dtype" \
   --n-layer 6 --n-head 4 --n-embd 96 --block-size 256 --sequence-length 256 \
-  --micro-batch-size 4 --total-batch-size 1024 --max-steps 600 --warmup-steps 30 \
-  --max-lr 4e-3 --min-lr 4e-4 --eval-interval 150 --save-interval 300 \
+  --micro-batch-size 4 --total-batch-size 1024 --max-steps 700 --warmup-steps 30 \
+  --max-lr 4e-3 --min-lr 4e-4 --eval-interval 175 --save-interval 350 \
   --sample-prompt "Return a new array" --loss-graph "$out/pretrain_loss.png"
 
 step "3/5 questions about that documentation, in Alpaca's format"

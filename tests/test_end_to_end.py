@@ -75,3 +75,12 @@ def test_committed_figures_can_be_redrawn(tmp_path):
         log = ROOT / "image" / "logs" / f"{image.stem}.jsonl"
         run_script(ROOT / "image" / "plot_loss.py", log, "--out", tmp_path / image.name)
         assert (tmp_path / image.name).stat().st_size > 10_000
+
+
+def test_default_paths_do_not_depend_on_the_current_folder():
+    for name, folder in (("trainer.py", "pretrain_data/fineweb"),
+                         ("finetune.py", "finetune_data/alpaca.json"),
+                         ("pretrain_data/pydocs_corpus.py", "pretrain_data/pydocs"),
+                         ("finetune_data/alpaca_downloader.py", "finetune_data/alpaca.json")):
+        text = run_script(ROOT / name, "--help", cwd=ROOT / "tests").stdout
+        assert str(ROOT / folder) in "".join(text.split()), name
