@@ -63,7 +63,9 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         write_model(temporary, model, prompt_template)
         if training_state is not None:
             torch.save(training_state, temporary / TRAINING_STATE_FILE)
+        mode = (temporary / CONFIG_FILE).stat().st_mode  # safetensors writes for its owner alone
         for path in temporary.iterdir():
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)

@@ -84,7 +84,8 @@ def permutation(n: int, *stream: int) -> np.ndarray:
     `RandomState` because NumPy promises never to change its streams: a run resumed under another
     NumPy still sees the windows it would have seen.
     """
-    bits = np.random.MT19937(np.random.SeedSequence(stream))
+    # the length first: SeedSequence takes (7, 0) and (7, 0, 0) for the same numbers
+    bits = np.random.MT19937(np.random.SeedSequence([len(stream), *stream]))
     return np.random.RandomState(bits).permutation(n)
 
 

@@ -94,6 +94,7 @@ def test_layout_is_gpt2s(tmp_path):
     assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
     assert stored["transformer.wte.weight"].shape == (101, 32)  # no padding
     assert "lm_head.weight" not in stored and len(stored) == 2 + 3 * 12 + 2
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # readable like any file
 
 
 def test_bfloat16_weights_load_as_float32(tmp_path):

@@ -99,9 +99,11 @@ def test_the_order_of_a_seed_never_changes():
     """Golden: a resumed run must see the windows it would have seen, whatever NumPy it has."""
     assert permutation(10, 1337, 0).tolist() == GOLDEN_ORDER
     assert sorted(permutation(1000, 1, 2, 3)) == list(range(1000))
+    streams = [permutation(50, *stream).tolist() for stream in [(7,), (7, 0), (7, 0, 0), (0, 7)]]
+    assert len({tuple(order) for order in streams}) == 4
 
 
-GOLDEN_ORDER = [3, 5, 2, 9, 6, 1, 0, 4, 7, 8]
+GOLDEN_ORDER = [8, 4, 9, 0, 7, 3, 1, 2, 5, 6]
 
 
 def test_shards_are_memory_mapped(corpus):
