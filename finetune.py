@@ -160,6 +160,8 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     rows = read_rows(Path(config.data))
     raw_model = load_model(config.checkpoint, device).train()
     examples, summary = make_examples(rows, raw_model.config.block_size)
+    if len(examples) < 2:  # one to train on, one to validate on
+        raise UserError(f"--data {config.data}: {summary}; at least 2 are needed")
     train_rows, val_rows = split_rows(examples, config.val_fraction, config.seed)
     steps_per_epoch = len(train_rows) / config.batch_size
     max_steps = math.ceil(config.epochs * steps_per_epoch)

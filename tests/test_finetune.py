@@ -217,8 +217,8 @@ def test_json_lines_and_rows_without_input_are_read(tmp_path):
     ('["a"]', ["row 1", "'a'"]),
     ('[{"instruction": "a", "output": "b"}', ["JSON"]),
     ('{"instruction": "a", "output": "b"}\nnot json', ["JSON"]),
-    ("[]", ["0 usable rows"]),
-    ('[{"instruction": "a", "output": ""}]', ["0 usable rows"]),
+    ("[]", ["0 of 0 rows", "at least 2"]),
+    ('[{"instruction": "a", "output": ""}]', ["0 of 1 rows", "1 without an answer"]),
 ])
 def test_malformed_rows(base, tmp_path, text, words, monkeypatch, capsys):
     path = tmp_path / "rows.json"
