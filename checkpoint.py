@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import UserError, first_line
+from config import NO_SPACE, UserError, first_line
 from files import atomic_write, sync_folder
 from model import GPT, INIT_STD, GPTConfig
 from tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY, vocabulary_path
@@ -57,10 +57,12 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
     """
     final = out_dir / f"step_{step:06d}"
     temporary = out_dir / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it saved
+    tensors = to_gpt2_layout(model)
+    for left_over in out_dir.glob(".step_*.tmp"):  # by a run that was killed while it saved
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_model(temporary, model, prompt_template)
+        write_model(temporary, model.config, tensors, prompt_template)
         if training_state is not None:
             torch.save(training_state, temporary / TRAINING_STATE_FILE)
         mode = (temporary / CONFIG_FILE).stat().st_mode  # safetensors writes for its owner alone
@@ -69,25 +71,34 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)
-        if final.exists():  # a run that went back to an earlier checkpoint comes by again
-            shutil.rmtree(final)
+        remove_checkpoint(final)  # a run that went back to an earlier one comes by again
         os.replace(temporary, final)
         with atomic_write(out_dir / LATEST, text=True) as file:
             file.write(final.name + "\n")
     except (SafetensorError, RuntimeError, OSError) as error:
         # safetensors and torch.save report a failed write as errors of their own
-        raise UserError(f"cannot write {final} ({first_line(error)}): is the disk full? Earlier "
-                        "checkpoints are whole: free space and go on from them") from error
+        full = getattr(error, "errno", None) in {None, *NO_SPACE}
+        raise UserError(f"cannot write {final} ({first_line(error)}): "
+                        + ("is the disk full? " if full else "") + "Earlier checkpoints are whole: "
+                        "mend it and go on from them") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep_last > 0:
         for path in list_checkpoints(out_dir)[:-keep_last]:
-            shutil.rmtree(path)
+            remove_checkpoint(path)
     return final
 
 
-def write_model(folder: Path, model: GPT, prompt_template: str | None) -> None:
-    config = model.config
+def remove_checkpoint(folder: Path) -> None:
+    """Out of sight first: a run killed half-way leaves no half of a checkpoint under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def write_model(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor],
+                prompt_template: str | None) -> None:
     settings = FIXED_SETTINGS | {
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "vocab_size": config.vocab_size, "n_layer": config.n_layer,
@@ -103,7 +114,7 @@ def write_model(folder: Path, model: GPT, prompt_template: str | None) -> None:
     write_json(folder / "tokenizer_config.json", tokenizer)
     for name in VOCABULARY:
         shutil.copyfile(vocabulary_path(name), folder / name)
-    save_file(to_gpt2_layout(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
@@ -134,7 +145,11 @@ def find_checkpoint(path: str | Path) -> Path:
     checkpoint) or a name on the Hugging Face hub, which is downloaded. Raises UserError."""
     folder = Path(path)
     if folder.is_file() and folder.name == LATEST:
-        folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+        name = folder.read_text(encoding="utf-8", errors="replace").strip()
+        if not STEP_FOLDER.fullmatch(name) or not (folder.parent / name).is_dir():
+            raise UserError(f"{folder} names {name:.60}, which is not there: name a checkpoint, or "
+                            f"{folder.parent} for its newest")
+        folder = folder.parent / name
     if (folder / CONFIG_FILE).is_file():
         return folder
     if folder.is_dir():
@@ -168,26 +183,27 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     or of another shape than the configuration says.
     """
     folder = find_checkpoint(path)
-    model = GPT(read_config(folder))
-    expected = dict(model.named_parameters())
-    missing = set(expected)
+    with torch.device("meta"):  # sizes only: no memory taken, no random number drawn
+        model = GPT(read_config(folder))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
-        if name not in expected:
+        if name not in shapes:
             raise UserError(f"{file} holds a tensor {name}, which GPT-2 has not")
-        if TRANSPOSED.search(name):
+        if TRANSPOSED.search(name) and tensor.dim() == 2:
             tensor = tensor.t()
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != shapes[name]:
             raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected "
-                            f"{tuple(expected[name].shape)} for the sizes in {CONFIG_FILE}")
-        if name not in missing and not torch.equal(tensor.float(), expected[name]):
+                            f"{tuple(shapes[name])} for the sizes in {CONFIG_FILE}")
+        tensor = tensor.to(device, torch.float32).contiguous()
+        if not torch.equal(found.setdefault(name, tensor), tensor):
             raise UserError(f"{file}: lm_head differs from wte, but GPT-2's head is tied")
-        with torch.no_grad():
-            expected[name].copy_(tensor)
-        missing.discard(name)
-    if missing:
+    if missing := set(shapes) - set(found):
         raise UserError(f"{folder} lacks {len(missing)} tensors, {min(missing)} first: it is "
                         "incomplete or of another model; use another checkpoint")
-    return model.to(device).eval()
+    model.load_state_dict(found | {"lm_head.weight": found["transformer.wte.weight"]}, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # tied
+    return model.eval()
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -211,7 +227,7 @@ def read_config(folder: Path) -> GPTConfig:
 def read_settings(folder: Path) -> dict:
     try:
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{folder / CONFIG_FILE} holds no JSON object")
@@ -265,7 +281,10 @@ def load_training_state(folder: Path) -> dict:
     try:
         if not zipfile.is_zipfile(path):  # torch.load would take it for its format before 1.6
             raise pickle.UnpicklingError("no zip archive")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # mapped: what is copied into the optimizer is not held a second time
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged, or holds code, which is never run "
-                        f"({first_line(error)}): use an earlier checkpoint") from None
+        # what torch says, to load it without the check, is not to be repeated
+        detail = type(error).__name__
+        raise UserError(f"{path} is damaged, or holds code, which is never run ({detail}): "
+                        f"rm -r {folder} goes back to the checkpoint before") from None

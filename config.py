@@ -7,14 +7,18 @@ Every script declares what a user may choose as one frozen dataclass, one `flag(
 import argparse
 import dataclasses
 import errno
+import math
 import os
+import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Config = typing.TypeVar("Config")  # the dataclass of one script
+LATER_RANKS_WAIT = 3.0  # seconds
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -22,18 +26,21 @@ class UserError(Exception):
     """What is wrong, what was got, what was expected, and the flag or command that mends it."""
 
 
-def flag(default, help: str, *, minimum: float | None = None, positional: bool = False):
-    """A dataclass field that `parse_config` turns into `--field-name` (or a positional)."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "minimum": minimum, "positional": positional}
-    )
+def flag(default, help: str, *, minimum: float | None = None, below: float = math.inf,
+         positional: bool = False, may_be_empty: bool = False):
+    """A dataclass field that `parse_config` turns into `--field-name` (or a positional). A number
+    has to be at least `minimum`, less than `below`, and finite; a text may not be empty (a shell's
+    variable that is not set), unless said otherwise."""
+    return dataclasses.field(default=default, metadata={
+        "help": help, "minimum": minimum, "below": below, "positional": positional,
+        "may_be_empty": may_be_empty})
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage block in front of its errors."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        sys.exit(fail(f"{message} (--help lists the flags)"))
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
@@ -52,9 +59,13 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
         add_argument(parser, field, hints[field.name])
     values = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
-        minimum, value = field.metadata["minimum"], values[field.name]
-        if minimum is not None and value is not None and not value >= minimum:
-            parser.error(f"{flag_name(field.name)} is {value}, expected at least {minimum}")
+        minimum, below, value = (*map(field.metadata.get, ("minimum", "below")), values[field.name])
+        if minimum is not None and value is not None and not minimum <= value < below:
+            limit = "" if below == math.inf else f" and less than {below}"
+            parser.error(f"{flag_name(field.name)} is {value}, expected a number of at least "
+                         f"{minimum}{limit}")
+        if value == "" and not field.metadata["may_be_empty"]:
+            parser.error(f"{flag_name(field.name)} is empty")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -82,20 +93,30 @@ def flag_name(field_name: str) -> str:
 
 
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs a script's `main`: a UserError or a full disk is one line and exit 2, no traceback."""
-    rank = os.environ.get("RANK", "0")
-    prefix = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
+    """Runs a script's `main`: a UserError, or a file that the system refuses to read or to write,
+    is one line and exit 2, no traceback."""
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open to the end
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # where a terminal has not every letter
     try:
         main()
     except UserError as error:
-        sys.exit(fail(prefix, str(error)))
+        sys.exit(fail(str(error)))
+    except BrokenPipeError:  # of `| head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        if error.errno in NO_SPACE:
+            sys.exit(fail(f"no space left while writing {error.filename or 'output'}; what was "
+                          "finished earlier is whole: free space and run again"))
+        if error.filename is None or error.strerror is None:
             raise
-        sys.exit(fail(prefix, f"no space left while writing {error.filename or 'output'}; "
-                              "what was finished earlier is whole: free space and run again"))
+        sys.exit(fail(f"{error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
-        print(f"{prefix}: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -105,6 +126,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def fail(prefix: str, message: str) -> int:
-    print(f"{prefix}: error: {message}", file=sys.stderr, flush=True)
+def fail(message: str) -> int:
+    """Says what is wrong; of several ranks that find the same, rank 0 alone: the others give
+    torchrun the time to end them."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(LATER_RANKS_WAIT)
+        message += f" (rank {rank})"
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     return 2

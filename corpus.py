@@ -1,172 +1,455 @@
-"""Documents in, verified token shards out: the one way from text to what `dataloader.py` reads.
+"""Documents in, verified token shards out: the one way from text to what `shards.py` reads.
 
-    documents -> batches -> worker processes (tokenise) -> one ordered writer -> shards + manifest
+    source -> parts -> worker processes (read, tokenise) -> one ordered writer -> shards + manifest
 
 Every document becomes <|endoftext|> and its tokens; the stream is cut every `shard_tokens` tokens.
-The first shard is the validation split, the others are for training. Batches come back in the
-order they went out, so that the shards are the same bytes for any number of workers.
+The first shard is the validation split, the others are for training. Parts come back in the order
+they went out, so that the shards are the same bytes for any number of workers.
+
+A folder is unfinished as long as it has no `manifest.json`. Until then `progress.json` says how far
+the tokens on disk are good, and a run that was killed goes on from there. It is written when a
+shard is full and else about once a second, always between two parts and after a flush to the disk.
 """
 
+import contextlib
 import itertools
+import json
 import multiprocessing
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
+import filelock
 import numpy as np
 
 from config import UserError
-from dataloader import MANIFEST, TOKEN_DTYPE, read_manifest, write_manifest, write_shard
-from files import sha256_of
-from metrics import progress_bar
-from tokenizer import VOCABULARY, encode_document
+from documents import Part, Source
+from files import atomic_write, sha256_of, sync_folder
+from progress import progress_bar
+from shards import (
+    MANIFEST,
+    PROGRESS,
+    TOKEN_DTYPE,
+    read_manifest,
+    read_record,
+    shard_header,
+    write_manifest,
+    write_shard,
+)
+from tokenizer import EOT_TOKEN, VOCABULARY, cut_whitespace, encode_to_array, repair
 
-BATCH_CHARACTERS = 1_000_000  # a quarter of a second's work: far above the cost of handing it over
+LOCK = ".lock"
+COMMIT_SECONDS = 1.0  # the most work, beside a part, that a killed run does again
+BYTES_PER_TOKEN = 4.0  # of text, for the estimates; English web text has 4.5, source code 3
+CHECK_EVERY = 100  # one document of so many goes through tiktoken too, if another encoder is used
+# What can befall a document, and how the manifest counts it
+OUTCOMES = {"empty": "had no text and were skipped",
+            "failed": "could not be encoded and were skipped",
+            "repaired": "had invalid characters, now U+FFFD",
+            "cut": "had white space too long for the tokenizer's pattern, encoded in pieces"}
 
 
-def write_corpus(documents: Iterable[str | None], out_dir: Path, *, name: str, source: dict,
-                 shard_tokens: int, max_tokens: int | None = None, workers: int = 1) -> dict:
-    """Tokenises documents into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
+@dataclass(frozen=True)
+class Position:
+    """A place in the token stream of a source: so many tokens into a part of a unit."""
 
-    `source` says where the documents come from and must hold whatever would change them. A folder
-    that already holds the same corpus is left as it is; one that holds another is refused, and so
-    is a corpus too small for a second shard (UserError). Empty documents are skipped and counted.
+    unit: int = 0
+    part: int = 0
+    tokens: int = 0
+
+
+def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
+                 shard_tokens: int, max_tokens: int | None = None, workers: int = 1,
+                 encoder: str = "tiktoken") -> dict:
+    """Tokenises a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
+
+    `description` goes into the manifest and must hold whatever decides what the documents are; the
+    source is opened only if there is something to do. An unfinished folder is gone on with, and so
+    is a finished one that stopped at a smaller max_tokens; in a finished one, shards that are
+    missing or too short are made again. Raises UserError for a folder that holds another corpus or
+    is being written by another process, for too little disk, and for too few tokens to fill more
+    than the validation shard.
     """
-    settings = {"source": source, "shard_tokens": shard_tokens, "max_tokens": max_tokens,
+    settings = {"source": description, "shard_tokens": shard_tokens,
                 "tokenizer": {"name": "gpt2", "sha256": {k: v[1] for k, v in VOCABULARY.items()}}}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the first shard, which is for "
                         f"validation: lower --shard-tokens ({shard_tokens}) below it")
-    if (out_dir / MANIFEST).exists():
-        return check_finished(out_dir, settings)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for path in out_dir.glob(f"{name}_*.npy"):
-        print(f"removing {path}, left by a run that did not finish")
-        path.unlink()
-
-    writer = ShardWriter(out_dir, name, shard_tokens, max_tokens)
-    kept = skipped = 0
-    with progress_bar(max_tokens, 0, "tokenising", unit="token") as bar:
-        for arrays, empty in tokenise(documents, workers):
-            skipped += empty
-            for tokens in arrays:
-                kept += 1
-                bar.update(writer.add(tokens))
-            if writer.full:
-                break
-    shards = writer.finish()
-    manifest = settings | {"documents": kept, "skipped_documents": skipped,
-                           "tokens": writer.total, "shards": shards}
-    write_manifest(out_dir, manifest)
-    print(f"wrote {out_dir}: {kept:,} documents ({skipped:,} empty ones skipped), "
-          f"{writer.total:,} tokens, {len(shards)} shards, the first for validation")
-    return manifest
+    with only_writer(out_dir):
+        if (out_dir / MANIFEST).exists():
+            manifest = check_same(out_dir, read_manifest(out_dir), settings, max_tokens)
+            if manifest["max_tokens"] == max_tokens:
+                remake_missing_shards(open_source, out_dir, manifest, workers, encoder)
+                return manifest
+            reopen(out_dir, manifest)
+        return write_shards(open_source(), out_dir, name, settings, max_tokens, workers, encoder)
 
 
-def check_finished(out_dir: Path, settings: dict) -> dict:
-    manifest = read_manifest(out_dir)
+@contextlib.contextmanager
+def only_writer(out_dir: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system takes back from a process that dies."""
+    lock = filelock.FileLock(out_dir / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
+                        "--out-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_same(out_dir: Path, found: dict, settings: dict, max_tokens: int | None) -> dict:
+    """The record of a folder (manifest or progress), if it is of the corpus that is asked for."""
     for key, value in settings.items():
-        if manifest.get(key) != value:
-            raise UserError(f"{out_dir} holds another corpus: its {key} is {manifest.get(key)}, "
+        if found.get(key) != value:
+            raise UserError(f"{out_dir} holds another corpus: its {key} is {found.get(key)}, "
                             f"asked for is {value}; use another --out-dir, or delete that one")
-    print(f"{out_dir} is already whole: {manifest['tokens']:,} tokens, "
-          f"{len(manifest['shards'])} shards")
-    return manifest
+    if max_tokens is not None and found["tokens"] > max_tokens:
+        raise UserError(f"{out_dir} holds {found['tokens']:,} tokens already, --max-tokens is "
+                        f"{max_tokens:,}: use another --out-dir, or delete that one")
+    return found
 
 
-def tokenise(documents: Iterable[str | None], workers: int) -> Iterator[tuple[list, int]]:
-    """Yields what `tokenise_batch` makes of every batch of documents, in order."""
-    batches = batched_by_size(documents)
+def reopen(out_dir: Path, manifest: dict) -> None:
+    """Turns a finished folder into one that is unfinished and can be gone on with."""
+    *whole, last = manifest["shards"]
+    if last["tokens"] == manifest["shard_tokens"]:
+        whole.append(last)
+    write_record(out_dir, manifest | {"shards": whole, "open_start": last["start"]})
+    (out_dir / MANIFEST).unlink()  # a run killed just before this line comes here again
+    sync_folder(out_dir)
+
+
+def write_record(out_dir: Path, record: dict) -> None:
+    with atomic_write(out_dir / PROGRESS, text=True) as file:
+        json.dump(record, file)
+
+
+def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_tokens: int | None,
+                 workers: int, encoder: str) -> dict:
+    """Writes what is missing of the stream, then the manifest."""
+    writer = ShardWriter(out_dir, name, settings["shard_tokens"])
+    position, outcomes = Position(), Counter(dict.fromkeys(OUTCOMES, 0))
+    if (out_dir / PROGRESS).exists():
+        record = check_same(out_dir, read_record(out_dir / PROGRESS), settings, max_tokens)
+        position, outcomes = Position(**record["position"]), Counter(record["outcomes"])
+        writer.resume(record)
+        print(f"{out_dir} is unfinished: going on after {writer.total:,} tokens", flush=True)
+    expected = expected_tokens(source, max_tokens)
+    check_disk(out_dir, source.scratch_bytes
+               + max(0, expected - writer.total) * TOKEN_DTYPE().itemsize)
+    begun, before = time.monotonic(), writer.total
+
+    def record() -> dict:
+        return settings | {"max_tokens": max_tokens, "documents": writer.documents,
+                           "tokens": writer.total, "outcomes": dict(outcomes),
+                           "position": asdict(position), "shards": writer.shards}
+
+    def commit() -> float:
+        writer.flush()
+        write_record(out_dir, record() | {"open_start": writer.open_start})
+        return time.monotonic()
+
+    committed, shards = commit(), len(writer.shards)
+    with (contextlib.closing(token_stream(source, position, workers, encoder)) as stream,
+          progress_bar(expected, writer.total, "tokenising", unit="token") as bar):
+        for start, tokens, part_outcomes in stream:  # all that is before `start` was taken
+            last_unit, position = position.unit, start
+            if (start.unit > last_unit or len(writer.shards) > shards
+                    or time.monotonic() - committed > COMMIT_SECONDS):
+                committed, shards = commit(), len(writer.shards)
+            if start.unit > last_unit:
+                source.release_unit(last_unit)
+            if max_tokens is not None:
+                tokens = tokens[: max_tokens - writer.total]
+            writer.add(tokens, start)
+            bar.update(len(tokens))
+            if writer.total == max_tokens:
+                position = replace(start, tokens=start.tokens + len(tokens))
+                break
+            outcomes.update(part_outcomes)
+    writer.finish()
+    write_manifest(out_dir, record())
+    (out_dir / PROGRESS).unlink()
+    report(out_dir, record(), writer.total - before, time.monotonic() - begun)
+    return record()
+
+
+def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
+    """The last line: what was written, and what befell documents that are not as they were."""
+    outcomes = [f"{count:,} {OUTCOMES[name]}" for name, count in manifest["outcomes"].items()
+                if count]
+    print(f"wrote {out_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+          f"{len(manifest['shards'])} shards, the first for validation; {tokens / seconds:,.0f} "
+          f"tokens/s over {seconds:,.0f} s"
+          + "".join(f"; {outcome}" for outcome in outcomes))
+
+
+def expected_tokens(source: Source, max_tokens: int | None) -> int:
+    expected = int(source.text_bytes / BYTES_PER_TOKEN)
+    return expected if max_tokens is None else min(expected, max_tokens)
+
+
+def check_disk(out_dir: Path, needed: int) -> None:
+    """Says what disk is needed, in bytes, and what is free. Raises UserError for too little."""
+    free = shutil.disk_usage(out_dir).free
+    print(f"{out_dir} will take about {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free",
+          flush=True)
+    if needed > free:
+        raise UserError(f"{out_dir} needs about {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB "
+                        "are free: free some, choose another --out-dir, or lower --max-tokens")
+
+
+# --------------------------------------------------------------------------------- the stream
+
+
+def token_stream(source: Source, position: Position, workers: int,
+                 encoder: str) -> Iterator[tuple[Position, np.ndarray, Counter]]:
+    """The tokens from `position` on, a part at a time: (where it starts, tokens, outcomes). When a
+    unit is done, the start of the next one comes with no tokens."""
+    with worker_pool(workers) as pool:
+        while position.unit < source.num_units:
+            parts = itertools.islice(source.open_unit(position.unit), position.part, None)
+            for tokens, outcomes in tokenise_parts(parts, pool, workers, encoder):
+                yield position, tokens[position.tokens :], outcomes
+                position = Position(position.unit, position.part + 1)
+            position = Position(position.unit + 1)
+            yield position, np.empty(0, dtype=TOKEN_DTYPE), Counter()
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that tokenise; none for one worker, which is this process."""
     if workers == 1:
-        yield from map(tokenise_batch, batches)
+        yield None
         return
     # spawn: forking a process that holds threads (torch, Arrow) can deadlock
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending = deque(pool.submit(tokenise_batch, batch)
-                        for batch in itertools.islice(batches, 2 * workers))
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
+                               initializer=leave_with_parent)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError("a process that tokenises was killed (out of memory?): run again to go on "
+                        "from here, with fewer --workers if it happens again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_with_parent() -> None:
+    """In a worker: ends it when the parent is killed, who cannot tell it to any more."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def tokenise_parts(parts: Iterator[Part], pool: ProcessPoolExecutor | None, workers: int,
+                   encoder: str) -> Iterator[tuple[np.ndarray, Counter]]:
+    """What `tokenise_part` makes of every part, in order."""
+    if pool is None:
+        yield from (tokenise_part(part, encoder) for part in parts)
+        return
+    # a few parts a worker in flight: memory does not grow with the set
+    pending = deque(pool.submit(tokenise_part, part, encoder)
+                    for part in itertools.islice(parts, 3 * workers))
+    while pending:
+        result = pending.popleft().result()
+        pending.extend(pool.submit(tokenise_part, part, encoder)
+                       for part in itertools.islice(parts, 1))
+        yield result
+
+
+def tokenise_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
+    """The tokens (n,) uint16 of a part's documents, and what befell some of them."""
+    arrays, outcomes = [np.empty(0, dtype=TOKEN_DTYPE)], Counter()
+    begin = np.array([EOT_TOKEN], dtype=TOKEN_DTYPE)
+    for number, text in enumerate(part.read()):
+        continues = part.continues and number == 0
+        if not text and not continues:
+            outcomes["empty"] += 1
+            continue
+        whole = repair(text)
         try:
-            while pending:  # a few batches a worker in flight: memory does not grow with the set
-                result = pending.popleft().result()
-                pending.extend(pool.submit(tokenise_batch, b) for b in itertools.islice(batches, 1))
-                yield result
-        finally:
-            for future in pending:
-                future.cancel()
+            tokens = encode_to_array(whole, encoder)
+        except ValueError:  # tiktoken's pattern gave up: the document is lost, not its neighbours
+            outcomes["failed"] += 1
+            continue
+        if encoder != "tiktoken" and number % CHECK_EVERY == 0:
+            check_encoder(encoder, whole, tokens)
+        outcomes["repaired"] += whole != text
+        outcomes["cut"] += len(cut_whitespace(whole)) > 1
+        arrays += [tokens] if continues else [begin, tokens]
+    return np.concatenate(arrays), outcomes
 
 
-def batched_by_size(documents: Iterable[str | None]) -> Iterator[list[str | None]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document or "")
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def tokenise_batch(documents: list[str | None]) -> tuple[list[np.ndarray], int]:
-    """The token arrays of the documents that have text, and how many have none."""
-    arrays = [encode_document(document) for document in documents if document]
-    return arrays, len(documents) - len(arrays)
-
-
-@dataclass
-class ShardWriter:
-    """Cuts a stream of token arrays into shards of exactly shard_tokens, the last one shorter."""
-
-    out_dir: Path
-    name: str
-    shard_tokens: int
-    max_tokens: int | None
-    total: int = 0  # tokens taken so far
-    filled: int = 0  # of which in the buffer
-    shards: list[dict] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.buffer = np.empty(self.shard_tokens, dtype=TOKEN_DTYPE)
-
-    @property
-    def full(self) -> bool:
-        return self.total == self.max_tokens
-
-    def add(self, tokens: np.ndarray) -> int:
-        """Takes the tokens of one document, up to max_tokens in all; returns how many."""
-        if self.max_tokens is not None:
-            tokens = tokens[: self.max_tokens - self.total]
-        self.total += len(tokens)
-        taken = len(tokens)
-        while len(tokens):
-            if self.filled == self.shard_tokens:
-                self.flush()
-            part = tokens[: self.shard_tokens - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            tokens = tokens[len(part) :]
-        return taken
-
-    def flush(self) -> None:
-        split = "train" if self.shards else "val"
-        path = self.out_dir / f"{self.name}_{split}_{len(self.shards):06d}.npy"
-        write_shard(path, self.buffer[: self.filled])
-        self.shards.append({"file": path.name, "split": split, "tokens": self.filled,
-                            "sha256": sha256_of(path)})
-        self.filled = 0
-
-    def finish(self) -> list[dict]:
-        """Writes what is left and returns the shards; a lone validation shard is refused."""
-        if not self.shards:
-            raise UserError(f"all {self.total:,} tokens fit into the first shard, which is for "
-                            f"validation: lower --shard-tokens to {max(1, self.total // 10)}, say")
-        if self.filled:
-            self.flush()
-        return self.shards
+def check_encoder(encoder: str, text: str, tokens: np.ndarray) -> None:
+    if not np.array_equal(tokens, encode_to_array(text)):
+        raise UserError(f"--encoder {encoder} gives other ids than tiktoken for the document "
+                        f"{text[:60]!r}: leave that flag out, and delete what was written with it")
 
 
 def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --------------------------------------------------------------------------------- the shards
+
+
+@dataclass
+class ShardWriter:
+    """Cuts a stream of tokens into shards of exactly shard_tokens, the last one shorter. A shard
+    has its name only once it is whole."""
+
+    out_dir: Path
+    name: str
+    shard_tokens: int
+    total: int = 0  # tokens in all shards
+    documents: int = 0
+    shards: list[dict] = field(default_factory=list)  # the whole ones, as in the manifest
+    file: BinaryIO | None = None  # of the open one, if there is one
+    open_start: dict | None = None  # where in the source it starts
+
+    @property
+    def filled(self) -> int:
+        """Tokens in the open shard."""
+        return self.total - sum(shard["tokens"] for shard in self.shards)
+
+    def paths(self) -> tuple[Path, Path]:
+        """(under what name the open shard is being written, its final name)."""
+        split = "train" if self.shards else "val"
+        path = self.out_dir / f"{self.name}_{split}_{len(self.shards):06d}.npy"
+        return path.with_name(f".{path.name}.partial"), path
+
+    def add(self, tokens: np.ndarray, start: Position) -> None:
+        """Takes tokens (n,) uint16, the first of which stands at `start`."""
+        self.documents += int(np.count_nonzero(tokens == EOT_TOKEN))
+        while len(tokens):
+            if self.file is None:
+                self.file = open(self.paths()[0], "wb")  # noqa: SIM115, closed by close_shard
+                self.file.write(shard_header(self.shard_tokens))
+                self.open_start = asdict(start)
+            part = tokens[: self.shard_tokens - self.filled]
+            self.file.write(part.data)
+            self.total += len(part)
+            tokens, start = tokens[len(part) :], replace(start, tokens=start.tokens + len(part))
+            if self.filled == self.shard_tokens:
+                self.close_shard()
+
+    def flush(self) -> None:
+        """To the disk, and not only to the system."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close_shard(self) -> None:
+        """Gives the open shard its length and its name."""
+        partial, path = self.paths()
+        tokens = self.filled
+        self.file.seek(0)
+        self.file.write(shard_header(tokens))
+        self.flush()
+        self.file.close()
+        self.file = None
+        os.replace(partial, path)
+        sync_folder(self.out_dir)
+        self.shards.append({"file": path.name, "split": "train" if self.shards else "val",
+                            "tokens": tokens, "sha256": sha256_of(path), "start": self.open_start})
+
+    def resume(self, record: dict) -> None:
+        """Goes back to where a record was written: later tokens are cut off."""
+        self.total, self.documents = record["tokens"], record["documents"]
+        self.shards, self.open_start = list(record["shards"]), record["open_start"]
+        if self.filled == 0:
+            return
+        partial, path = self.paths()
+        if not partial.exists() and path.exists():  # it was closed after the record was written
+            os.replace(path, partial)
+        header = shard_header(self.shard_tokens)
+        size = len(header) + self.filled * TOKEN_DTYPE().itemsize
+        if not partial.exists() or partial.stat().st_size < size:
+            raise UserError(f"{partial} is missing or shorter than the {size:,} bytes that "
+                            f"{PROGRESS} promises: delete {self.out_dir} and start again")
+        self.file = open(partial, "r+b")  # noqa: SIM115, closed by close_shard
+        self.file.write(header)
+        self.file.truncate(size)
+        self.file.seek(size)
+
+    def finish(self) -> None:
+        """Closes the last shard; a lone validation shard is refused."""
+        if not self.shards:
+            if self.file is not None:
+                self.file.close()
+                self.paths()[0].unlink()
+            (self.out_dir / PROGRESS).unlink()
+            if self.total <= 1:
+                raise UserError("there is no text in what was read: nothing to write")
+            raise UserError(f"all {self.total:,} tokens fit into the first shard, which is for "
+                            f"validation: lower --shard-tokens to {max(2, self.total // 10)}, say")
+        if self.file is not None:
+            self.close_shard()
+
+
+# ------------------------------------------------------------------------- a finished folder
+
+
+def remake_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
+                          workers: int, encoder: str) -> None:
+    """Makes those shards of a finished folder again whose files are gone or of another size. Raises
+    UserError when they do not come out as they were."""
+    def is_there(shard: dict) -> bool:
+        path, itemsize = out_dir / shard["file"], TOKEN_DTYPE().itemsize
+        size = len(shard_header(shard["tokens"])) + shard["tokens"] * itemsize
+        return path.exists() and path.stat().st_size == size
+
+    missing = [shard for shard in manifest["shards"] if not is_there(shard)]
+    source = open_source() if missing else None
+    for shard in missing:
+        path, filled = out_dir / shard["file"], 0
+        print(f"{path} is missing or damaged: making it again", flush=True)
+        tokens = np.empty(shard["tokens"], dtype=TOKEN_DTYPE)
+        stream = token_stream(source, Position(**shard["start"]), workers, encoder)
+        with contextlib.closing(stream):
+            for _, part, _ in stream:
+                part = part[: len(tokens) - filled]
+                tokens[filled : filled + len(part)] = part
+                filled += len(part)
+                if filled == len(tokens):
+                    break
+        write_shard(path, tokens[:filled])
+        if sha256_of(path) != shard["sha256"]:
+            path.unlink()
+            raise UserError(f"{path} cannot be made again, its source gives other tokens now: "
+                            f"delete {out_dir} and make it anew")
+    print(f"{out_dir} is {'whole again' if missing else 'already whole'}: "
+          f"{manifest['tokens']:,} tokens, {len(manifest['shards'])} shards")
+
+
+def verify_corpus(out_dir: Path) -> None:
+    """Compares every shard with its checksum. Raises UserError naming those that are bad."""
+    shards, bad = read_manifest(out_dir)["shards"], []
+    if not all("sha256" in shard for shard in shards):
+        raise UserError(f"{out_dir} has no checksums to verify: its shards are known by their "
+                        "names only")
+    for shard in progress_bar(len(shards), 0, "verifying", unit="shard", over=shards):
+        path = out_dir / shard["file"]
+        if not path.exists() or sha256_of(path) != shard["sha256"]:
+            bad.append(str(path))
+    if bad:
+        raise UserError(f"{len(bad)} of {len(shards)} shards are missing or damaged: delete them "
+                        "and run the command that made them again, which makes only what is "
+                        f"missing: rm -f {' '.join(bad)}")
+    print(f"{out_dir} is whole: {len(shards)} shards match their checksums")

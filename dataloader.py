@@ -1,8 +1,4 @@
-"""Token shards, and batches that depend on nothing but (seed, step, micro-step, rank).
-
-A corpus is a folder of shards and a `manifest.json`. A shard is a NumPy `.npy` file holding one
-vector of uint16 token ids, read through a memory map. The manifest is written last: a folder
-without one is unfinished, and no file name is ever guessed from.
+"""Batches of token shards that depend on nothing but (seed, step, micro-step, rank).
 
 `TokenLoader` cuts every shard into windows of T + 1 tokens (inputs and, one further, targets) that
 overlap by one token. An epoch visits the shards in a seeded order and the windows of each shard in
@@ -10,8 +6,9 @@ a seeded order, every window once. Window k of the run belongs to update k // G,
 number of windows in a global batch: the same windows for any number of ranks and any micro-batch.
 """
 
-import json
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,61 +17,8 @@ import numpy as np
 import torch
 
 from config import UserError
-from files import atomic_write
 from model import IGNORE_INDEX
-
-MANIFEST = "manifest.json"
-TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes tokens (n,) uint16 as one shard."""
-    assert tokens.dtype == TOKEN_DTYPE and tokens.ndim == 1, (tokens.dtype, tokens.shape)
-    with atomic_write(path) as file:
-        np.save(file, tokens, allow_pickle=False)
-
-
-def open_shard(path: Path, num_tokens: int) -> np.ndarray:
-    """The tokens (num_tokens,) uint16 of a shard, memory-mapped. Raises UserError."""
-    mend = "write the corpus again with the script that made it"
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"shard {path} is missing though {MANIFEST} lists it: {mend}") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"shard {path} is truncated or no shard at all ({error}): {mend}") from None
-    if not isinstance(tokens, np.ndarray) or tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-        got = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
-        raise UserError(f"shard {path} holds {got}, expected one vector of uint16: {mend}")
-    if len(tokens) != num_tokens:
-        raise UserError(
-            f"shard {path} has {len(tokens):,} tokens, {MANIFEST} says {num_tokens:,}: {mend}")
-    return tokens
-
-
-def write_manifest(data_dir: Path, manifest: dict) -> None:
-    with atomic_write(data_dir / MANIFEST, text=True) as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
-
-
-def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a corpus: source, tokenizer, totals, and `shards`, a list of dicts with
-    `file`, `split`, `tokens` and `sha256`. Raises UserError."""
-    make = "make one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
-    path = data_dir / MANIFEST
-    if not data_dir.is_dir():
-        raise UserError(f"data folder {data_dir} does not exist: {make}")
-    if not path.is_file():
-        state = "is empty" if not any(data_dir.iterdir()) else f"has no {MANIFEST} (unfinished?)"
-        raise UserError(f"data folder {data_dir} {state}: {make}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        for shard in manifest["shards"]:
-            shard["file"], shard["split"], int(shard["tokens"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no manifest of a corpus ({error!r}): {make}") from None
-    return manifest
+from shards import open_shard, read_manifest
 
 
 @lru_cache(maxsize=4)
@@ -157,6 +101,21 @@ class TokenLoader:
             shard, start = self.locate(first + i)
             tokens[i] = self.read(shard, start, self.sequence_length + 1)
         return split_targets(tokens)
+
+    def stream(self, step: int, micro_steps: int, place: Callable[[torch.Tensor], torch.Tensor],
+               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of all updates from `step` on, `micro_steps` each, after `place` (which moves
+        a tensor to its device). A thread prepares each one while the one before is in use."""
+        calls = ((s, micro) for s in itertools.count(step) for micro in range(micro_steps))
+        with ThreadPoolExecutor(1) as thread:
+            def prepare() -> tuple[torch.Tensor, torch.Tensor]:
+                inputs, targets = self.batch(*next(calls))
+                return place(inputs), place(targets)
+
+            ahead = thread.submit(prepare)
+            while True:
+                batch, ahead = ahead.result(), thread.submit(prepare)
+                yield batch
 
     def eval_batches(self, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The first max_tokens targets of the split (or all), in order, this rank's share of them.

@@ -1,8 +1,11 @@
 """One process or many: what torchrun's environment says, and the few collectives we use."""
 
+import json
 import os
+import re
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -11,6 +14,8 @@ import torch.distributed as dist
 from config import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+# Rank 0 alone writes checkpoints and samples while the others wait: 19 GB for gpt2-xl, slow disks
+TIMEOUT_MINUTES = 30
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,21 @@ class Launch:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks."""
         if self.world_size > 1:
-            tensor = tensor.to(self.device)  # where the process group works
+            tensor = tensor.to(self.device, copy=True)  # where the process group works
             dist.all_reduce(tensor)
         return tensor
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raises UserError, on every rank, when a value is not the same on all of them."""
+        if self.world_size == 1:
+            return
+        text = json.dumps(value, sort_keys=True)
+        texts = [""] * self.world_size
+        dist.all_gather_object(texts, text)
+        for rank, other in enumerate(texts):
+            if other != texts[0]:
+                raise UserError(f"{what} differs between rank 0 ({texts[0]:.60}) and rank {rank} "
+                                f"({other:.60}): all nodes must see the same folders")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -50,6 +67,8 @@ class Launch:
 def start(device: str) -> Launch:
     """Reads torchrun's RANK, LOCAL_RANK and WORLD_SIZE, joins the process group (NCCL on GPUs,
     gloo elsewhere) and picks the device. Raises UserError for a device that is not there."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.fullmatch(r"cuda:\d+", device):
+        raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,7 +76,10 @@ def start(device: str) -> Launch:
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     if world_size > 1:
-        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo")
+        on_gpus = torch_device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpus else "gloo",
+                                timeout=timedelta(minutes=TIMEOUT_MINUTES),
+                                device_id=torch_device if on_gpus else None)
     return Launch(rank, local_rank, world_size, torch_device)
 
 
@@ -70,10 +92,9 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """"auto" is CUDA where there is one, else the CPU; MPS is taken only when asked for."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device} is no device; try auto, cpu, cuda or mps") from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"--device {device} is none of auto, cpu, cuda, cuda:N and mps")
+    picked = torch.device(device)
     if picked.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if picked.index is None else picked.index
@@ -103,9 +124,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies without making the host wait for a GPU."""
+    """Copies without making the host wait for a GPU; from any thread."""
     if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        with torch.cuda.device(device):  # a new thread pins for GPU 0, and so wakes it, otherwise
+            return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 

@@ -27,15 +27,18 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
         error.filename = error.filename or str(path)  # a failed write() does not name its file
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to has none
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename inside `folder` survive a power cut, where folders can be opened at all."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

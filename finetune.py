@@ -15,17 +15,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import list_checkpoints, load_model, save_checkpoint
-from config import UserError, flag, parse_config, run_main
+from checkpoint import CONFIG_FILE, list_checkpoints, load_model, save_checkpoint
+from config import UserError, first_line, flag, parse_config, run_main
 from dataloader import permutation
 from distributed import Dtype, Launch, autocast, pick_dtype, seconds_on, start, stop, to_device
-from metrics import RunLog, draw_loss_graph, progress_bar
+from metrics import RunLog, check_image, draw_loss_graph
 from model import GPT, IGNORE_INDEX
 from optimizer import cosine_lr, make_adamw, set_lr
-from sampling import PAD_TOKEN
+from progress import progress_bar
+from sampling import PAD_TOKEN, check_vocabulary
 from tokenizer import PROMPT_TEMPLATE, encode_example
 
 ROOT = Path(__file__).resolve().parent
@@ -37,43 +40,52 @@ FILLER: Example = ([PAD_TOKEN, PAD_TOKEN], [])  # for a rank that has no row lef
 @dataclass(frozen=True)
 class FinetuneConfig:
     checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from")
-    data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "JSON or JSON Lines of rows")
+    data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"),
+                     "rows as JSON, JSON Lines or parquet")
     out_dir: str = flag(str(ROOT / "out" / "finetune"), "where checkpoints and logs go")
     epochs: int = flag(2, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per update, over all ranks", minimum=1)
     micro_batch_size: int = flag(16, "rows per rank and micro-step", minimum=1)
     max_lr: float = flag(5e-5, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
-    warmup_fraction: float = flag(0.03, "of the updates, for linear warm-up", minimum=0)
+    warmup_fraction: float = flag(0.03, "of the updates, for linear warm-up", minimum=0, below=1)
     weight_decay: float = flag(0.0, "on matrices and embeddings only", minimum=0)
     grad_clip: float = flag(1.0, "largest global gradient norm", minimum=0)
-    val_fraction: float = flag(0.05, "of the rows, held out for validation", minimum=0)
+    val_fraction: float = flag(0.05, "of the rows, held out for validation: at least one",
+                               minimum=0, below=1)
     eval_interval: int = flag(100, "updates between validations", minimum=1)
-    seed: int = flag(1337, "of the split and the order of the rows", minimum=0)
+    seed: int = flag(1337, "of the split and the order of the rows", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "of autocast: bfloat16 or float16 on CUDA, else float32")
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/finetune_loss.png)")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON list or a JSON Lines file, each with text in instruction and output, and
-    text or nothing in input. Raises UserError naming the first row that is otherwise."""
+    """The rows of a JSON list, a JSON Lines file or a parquet file, each with text in instruction
+    and output, and text or nothing in input. Raises UserError naming the first row that is
+    otherwise."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        if content.startswith(b"PAR1"):
+            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        else:
+            text = content.decode("utf-8-sig")
+            rows = (json.loads(text) if text.lstrip().startswith("[")
+                    else [json.loads(line) for line in text.split("\n") if line.strip()])
+    except OSError as error:
         raise UserError(f"cannot read --data {path} ({error}): make it with "
                         "finetune_data/alpaca_downloader.py or pydocs_questions.py") from None
-    try:
-        rows = (json.loads(text) if text.lstrip().startswith("[")
-                else [json.loads(line) for line in text.splitlines() if line.strip()])
-    except json.JSONDecodeError as error:
-        raise UserError(f"--data {path} is neither a JSON list nor JSON Lines: {error}") from None
+    except (ValueError, RecursionError, pyarrow.ArrowException) as error:
+        raise UserError(f"--data {path} is no JSON list, JSON Lines or parquet file: "
+                        f"{first_line(error)}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {number} is {row!r:.60}, expected an object with the keys "
                             + ", ".join(COLUMNS))
         for column in COLUMNS:
-            value = row.get(column, "" if column == "input" else None)
+            value = row.get(column)
+            if column == "input" and value is None:
+                row[column] = value = ""
             if not isinstance(value, str):
                 raise UserError(f"{path} row {number}: {column} is {value!r:.60}, expected text")
         if not row["instruction"].strip():
@@ -86,7 +98,7 @@ def make_examples(rows: list[dict], block_size: int) -> tuple[list[Example], str
     some), and rows longer than the context, which would lose their end and with it the stop."""
     examples, empty, long = [], 0, 0
     for row in rows:
-        prompt, response = encode_example(row["instruction"], row.get("input", ""), row["output"])
+        prompt, response = encode_example(row["instruction"], row["input"], row["output"])
         if not row["output"].strip():
             empty += 1
         elif len(prompt) + len(response) > block_size + 1:  # the last token is only a target
@@ -153,20 +165,29 @@ def evaluate(model: GPT, examples: list[Example], micro_batch_size: int, launch:
 def train(config: FinetuneConfig, launch: Launch) -> GPT:
     """Fine-tunes for the given epochs; returns the final model."""
     out_dir, device = Path(config.out_dir), launch.device
+    image = Path(config.loss_graph or out_dir / "finetune_loss.png")
 
     # 1. The rows, and how many updates they make
-    if list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists():
-        raise UserError(f"--out-dir {out_dir} already holds a run: choose another")
+    if list_checkpoints(out_dir) or (out_dir / CONFIG_FILE).exists():
+        raise UserError(f"--out-dir {out_dir} already holds a checkpoint: choose another")
+    check_image(image)
     rows = read_rows(Path(config.data))
     raw_model = load_model(config.checkpoint, device).train()
+    check_vocabulary(raw_model, config.checkpoint)
     examples, summary = make_examples(rows, raw_model.config.block_size)
     if len(examples) < 2:  # one to train on, one to validate on
-        raise UserError(f"--data {config.data}: {summary}; at least 2 are needed")
+        raise UserError(f"--data {config.data}: {summary}; at least 2 are needed: give other rows, "
+                        "or a model with a longer context")
     train_rows, val_rows = split_rows(examples, config.val_fraction, config.seed)
-    steps_per_epoch = len(train_rows) / config.batch_size
-    max_steps = math.ceil(config.epochs * steps_per_epoch)
-    epoch_ends = {math.ceil(epoch * steps_per_epoch) for epoch in range(1, config.epochs + 1)}
-    grad_accum_steps = math.ceil(config.batch_size / (config.micro_batch_size * launch.world_size))
+    epoch_ends = {-(-epoch * len(train_rows) // config.batch_size)  # rounded up, in whole numbers
+                  for epoch in range(1, config.epochs + 1)}
+    max_steps = max(epoch_ends)
+    # not so many rows in a micro-batch that some ranks would have none
+    micro_batch_size = min(config.micro_batch_size, -(-config.batch_size // launch.world_size))
+    if micro_batch_size < config.micro_batch_size:
+        launch.print0(f"--micro-batch-size {config.micro_batch_size} is more than a rank's share "
+                      f"of --batch-size {config.batch_size}: {micro_batch_size} is used")
+    grad_accum_steps = -(-config.batch_size // (micro_batch_size * launch.world_size))
     launch.print0(f"{summary}; {len(train_rows):,} to train on, {len(val_rows):,} held out")
     launch.barrier()  # every rank has looked into --out-dir before rank 0 writes there
 
@@ -185,13 +206,13 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     # 3. The loop
     if launch.is_master:
         out_dir.mkdir(parents=True, exist_ok=True)
-        log = RunLog(out_dir / "metrics.jsonl")
+        log = RunLog(out_dir / "metrics.jsonl", fresh=True)
     bar = progress_bar(max_steps, 0, "fine-tuning", enabled=launch.is_master)
     step = 0  # updates made so far
     while True:
         is_last = step >= max_steps
         if is_last or step % config.eval_interval == 0:
-            val_loss = evaluate(raw_model, val_rows, config.micro_batch_size, launch, dtype)
+            val_loss = evaluate(raw_model, val_rows, micro_batch_size, launch, dtype)
             if launch.is_master:
                 log.write(step, "val", loss=val_loss)
                 bar.write(f"step {step}: validation loss {val_loss:.4f}")
@@ -208,8 +229,8 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
         num_valid_tokens = sum(len(response) for _, response in batch)  # of all ranks
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            first = (micro_step * launch.world_size + launch.rank) * config.micro_batch_size
-            inputs, targets = collate(batch[first : first + config.micro_batch_size] or [FILLER])
+            first = (micro_step * launch.world_size + launch.rank) * micro_batch_size
+            inputs, targets = collate(batch[first : first + micro_batch_size] or [FILLER])
             inputs, targets = to_device(inputs, device), to_device(targets, device)  # (B, T)
             sync = micro_step == grad_accum_steps - 1 or model is raw_model
             with contextlib.nullcontext() if sync else model.no_sync():
@@ -229,6 +250,9 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
         loss = launch.sum(loss_sum).item() / launch.world_size
         tokens = sum(len(prompt) + len(response) for prompt, response in batch)
         tokens_per_sec = tokens / (seconds_on(device) - clock)
+        if not math.isfinite(loss):  # on all ranks alike, and before it is saved
+            raise UserError(f"the loss of update {step} is {loss}: the run has diverged; lower "
+                            "--max-lr and start again")
         if launch.is_master:
             log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm.item(),
                       tokens_per_sec=tokens_per_sec)
@@ -240,7 +264,6 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     bar.close()
     if launch.is_master:
         log.close()
-        image = Path(config.loss_graph or out_dir / "finetune_loss.png")
         draw_loss_graph([("", out_dir / "metrics.jsonl")], image, "Fine-tuning loss")
         print(f"finished {max_steps:,} updates: {list_checkpoints(out_dir)[-1]}, graph {image}")
     return raw_model.eval()
@@ -248,10 +271,8 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
 
 def main() -> None:
     config = parse_config(FinetuneConfig, description=__doc__)
-    try:
-        train(config, start(config.device))
-    finally:
-        stop()
+    train(config, start(config.device))
+    stop()  # not after an error: it would wait for ranks that wait for this one
 
 
 if __name__ == "__main__":

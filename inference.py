@@ -17,7 +17,7 @@ from pathlib import Path
 from checkpoint import find_checkpoint, load_model, read_prompt_template
 from config import UserError, flag, parse_config, run_main
 from distributed import pick_device
-from sampling import decode_generation, generate, tokenize_batch_input
+from sampling import check_vocabulary, decode_generation, generate, tokenize_batch_input
 from tokenizer import EOT_TOKEN, format_prompt
 
 
@@ -29,7 +29,7 @@ class InferenceConfig:
     raw: bool = flag(False, "give the prompts to a fine-tuned model without its template")
     temperature: float = flag(0.8, "0 takes the likeliest token", minimum=0)
     max_steps: int = flag(128, "most tokens of an answer", minimum=1)
-    seed: int = flag(0, "of the samples", minimum=0)
+    seed: int = flag(0, "of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
@@ -41,19 +41,24 @@ def read_prompts(config: InferenceConfig) -> list[str]:
         prompts = list(config.prompts)
     elif config.prompts_file:
         try:
-            prompts = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
+            prompts = lines(Path(config.prompts_file).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --prompts-file {config.prompts_file}: {error}") from None
     else:
-        if sys.stdin.isatty():
+        if sys.stdin is not None and sys.stdin.isatty():
             print("one prompt a line, then Ctrl-D:", file=sys.stderr)
-        prompts = sys.stdin.read().splitlines()
+        prompts = [] if sys.stdin is None else lines(sys.stdin.read())
     if not prompts:
         raise UserError("no prompt given: as arguments, with --prompts-file or on standard input")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(f"prompt {number} of {len(prompts)} is empty")
     return prompts
+
+
+def lines(text: str) -> list[str]:
+    """Without their ends. Not `splitlines`, which also cuts at characters like U+2028."""
+    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
 
 
 def why_it_ended(last_token: int, length: int, block_size: int) -> str:
@@ -70,6 +75,7 @@ def main() -> None:
     texts = [format_prompt(prompt) for prompt in prompts] if template else prompts
     input_ids, masks = tokenize_batch_input(texts)
     model = load_model(folder, pick_device(config.device))
+    check_vocabulary(model, config.checkpoint)
     output_ids, output_masks = generate(model, input_ids, masks, config.temperature,
                                         config.max_steps, seed=config.seed)
     answers = decode_generation(output_ids, output_masks, prompt_masks=masks)

@@ -1,13 +1,13 @@
-"""What a run reports: a JSONL log, a progress bar, throughput and MFU, and the loss graph."""
+"""What a run reports: a JSONL log, throughput and MFU, and the loss graph."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from config import UserError
 from files import atomic_write
@@ -44,8 +44,11 @@ def flops_per_token(model: GPT, sequence_length: int) -> int:
 class RunLog:
     """One flat JSON object a line, appended: at least step, kind and loss."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fresh: bool = False):
+        """`fresh` begins anew, over what a run left that did not get to its first checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            path.unlink(missing_ok=True)
         self.file = open(path, "a+b")  # noqa: SIM115, closed by `close`
         self.drop_half_written_line()
 
@@ -56,7 +59,10 @@ class RunLog:
         self.file.truncate(whole)
 
     def write(self, step: int, kind: str, **values) -> None:
-        line = json.dumps({"step": step, "kind": kind, **values}, ensure_ascii=False)
+        """Appends a record; a number that is not finite, which JSON has not, becomes null."""
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in values.items()}
+        line = json.dumps({"step": step, "kind": kind, **finite}, ensure_ascii=False)
         self.file.write(line.encode("utf-8") + b"\n")
         self.file.flush()
 
@@ -68,26 +74,27 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     """kind -> step -> record. The last record of a step counts: a resumed run writes it again."""
     records: dict[str, dict[int, dict]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the run log {path}: {error.strerror}") from None
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the run log {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError(f"step is {record['step']!r}")
             records.setdefault(record["kind"], {})[record["step"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} line {number} is no record of a run log ({error!r})") from None
     return records
 
 
-def progress_bar(total: int, initial: int, description: str, *, unit: str = "step",
-                 enabled: bool = True) -> tqdm:
-    """A bar with time left: redrawn in place on a terminal, now and then elsewhere."""
-    interactive = os.isatty(2)
-    return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=not enabled,
-                dynamic_ncols=interactive, ncols=None if interactive else 120,
-                mininterval=0.5 if interactive else 20, ascii=None if interactive else True,
-                unit_scale=unit != "step", smoothing=0.05)
+def check_image(image: Path) -> None:
+    """Raises UserError where no PNG can be written, before the hours that it is to show."""
+    if image.suffix != ".png":
+        raise UserError(f"{image} does not end in .png, which is what is drawn")
+    above = next(folder for folder in image.absolute().parents if folder.exists())
+    if image.is_dir() or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{image} cannot be written there: choose another file")
 
 
 def draw_loss_graph(runs: Sequence[tuple[str, Path]], image: Path, title: str) -> None:
@@ -100,14 +107,22 @@ def draw_loss_graph(runs: Sequence[tuple[str, Path]], image: Path, title: str) -
     for label, path in runs:
         records = read_log(path)
         for kind, style in (("train", {"alpha": 0.5, "linewidth": 1}), ("val", {"marker": "o"})):
-            points = sorted(records.get(kind, {}).items())
+            losses = {step: record.get("loss") for step, record in records.get(kind, {}).items()}
+            points = [(step, loss) for step, loss in sorted(losses.items())
+                      if isinstance(loss, int | float)]
             if points:
                 name = f"{label} {kind}" if len(runs) > 1 else kind
-                axes.plot([step for step, _ in points], [record["loss"] for _, record in points],
-                          label=name, **style)
-    axes.set(title=title, xlabel="updates", ylabel="cross-entropy, nats per token")
+                axes.plot(*zip(*points, strict=True), label=plain(name), **style)
+    if not axes.lines:
+        raise UserError(f"no loss in {', '.join(str(path) for _, path in runs)}: nothing to draw")
+    axes.set(title=plain(title), xlabel="updates", ylabel="cross-entropy, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     image.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(image) as file:
         FigureCanvasAgg(figure).print_png(file)
+
+
+def plain(text: str) -> str:
+    """For matplotlib, which would take what stands between dollars for a formula."""
+    return text.replace("$", r"\$")

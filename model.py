@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 IGNORE_INDEX = -100  # a target that carries no loss
 INIT_STD = 0.02
-# Rows of logits held at a time by the training loss. 512 x 50257 fp32 is 0.1 GB, where a CPU stops
-# gaining; a GPU wants larger products: 4096 rows are 0.8 GB instead of the 6.6 GB of 32 x 1024.
+# Rows of logits held at a time by the uncompiled training loss. 512 x 50257 fp32 is 0.1 GB, where a
+# CPU stops gaining; a GPU wants larger products: 4096 rows are 0.8 GB, not the 6.6 of 32 x 1024.
 LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096
 HEAD_MULTIPLE_GPU = 128  # tensor cores want aligned columns: the head's 50257 are padded to 50304
 
@@ -37,7 +37,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
@@ -189,8 +189,8 @@ class GPT(nn.Module):
         (`reduction="sum"`), for callers that divide by a count of their own. A batch in which no
         target counts has loss 0 and zero gradients. Without targets the loss is None.
 
-        `return_logits=False` gives (None, loss), the same loss without all logits in memory: the
-        training path. Raises ValueError past block_size.
+        `return_logits=False` gives (None, loss), the same loss by way of `summed_loss`: the path
+        of training. Raises ValueError past block_size.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean' or 'sum'")
@@ -208,18 +208,22 @@ class GPT(nn.Module):
         return logits, loss
 
     def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The summed loss of rows x (N, C) against targets (N,), never with all logits in fp32."""
+        """The summed loss of rows x (N, C) against targets (N,).
+
+        A few rows of logits at a time; but all of them, in the compute dtype, under the compiler
+        (which fuses the softmax, and its upcast, into what it makes of them) and in float16."""
         weight, device_type = self.lm_head.weight, x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         if device_type == "cuda":
             weight = F.pad(weight, (0, 0, 0, -len(weight) % HEAD_MULTIPLE_GPU))  # (V', C)
-        if torch.compiler.is_compiling():  # the compiler fuses the cast into the softmax
+        # float16 has its gradients scaled before they are made; LinearCrossEntropy makes them first
+        if torch.compiler.is_compiling() or dtype == torch.float16:
             logits = F.linear(x, weight)[:, : self.config.vocab_size]  # (N, V)
             return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX,
                                    reduction="sum")
         keep = targets != IGNORE_INDEX  # rows of prompts and padding need no logits at all
-        x, targets = x[keep], targets[keep]
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
+        x, targets = x[keep].to(dtype), targets[keep]
         rows = LOSS_ROWS_GPU if device_type == "cuda" else LOSS_ROWS_CPU
         return LinearCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows,
                                         torch.is_grad_enabled())

@@ -33,6 +33,22 @@ def make_adamw(model: torch.nn.Module, *, lr: float, betas: tuple[float, float],
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Restores the moments, and keeps the settings (betas, eps, weight decay) that `optimizer` was
+    made with: PyTorch alone would restore those, too, and ignore the command line. Raises KeyError,
+    TypeError or ValueError for a state of another model."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], saved["params"], strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):  # a wrong shape would crash the fused kernel
+                if state["state"] and state["state"][index][name].shape != parameter.shape:
+                    raise ValueError(f"{name} of another shape")
+    settings = [{key: value for key, value in group.items() if key != "params"}
+                for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -38,6 +38,14 @@ def tokenize_batch_input(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Te
     return input_ids, attention_masks
 
 
+def check_vocabulary(model: GPT, checkpoint: str) -> None:
+    """Raises UserError for a model that lacks ids of GPT-2's encoding. More ids (an added pad, say)
+    do no harm: they are never sampled."""
+    if model.config.vocab_size < N_VOCAB:
+        raise UserError(f"--checkpoint {checkpoint} has {model.config.vocab_size} ids, GPT-2's "
+                        f"encoding has {N_VOCAB}: it was trained with another tokenizer")
+
+
 @torch.no_grad()
 def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
              temperature: float, max_steps: int, *, seed: int = 0,
@@ -60,11 +68,15 @@ def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
     if max_steps == 0:
         return output_ids, attention_masks[:, :T].to(device)
 
+    max_steps = min(max_steps, total - int(lengths.min()))  # no row has room for more
     uniforms = row_uniforms(input_ids, attention_masks, max_steps, seed).to(device)
     cache = KVCache(model.config, B, total, device, model.lm_head.weight.dtype)
     rows = torch.arange(B, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     logits = prefill(model, output_ids[:, :T], lengths, cache)  # (B, V)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its training has diverged; use an "
+                        "earlier checkpoint")
     for step in range(max_steps):
         token = sample(logits, temperature, uniforms[:, step])  # (B,)
         place = lengths.clamp(max=total - 1)  # where a full row points does not matter

@@ -5,9 +5,12 @@ original files come from a package installed beside it and are checked against t
 tiktoken pins, so nothing needs a network after `pip install`.
 """
 
+import base64
 import functools
 import hashlib
 import re
+import tempfile
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -28,8 +31,8 @@ VOCABULARY = {  # name in a Hugging Face checkpoint: (file in the package, SHA-2
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
 # tiktoken's regular expression overflows its stack on about a million white-space characters in a
-# row and panics (tiktoken issue 587), so longer runs are cut. Spaces never merge in GPT-2's
-# vocabulary: for them the cut changes no id; for any text, decoding gives back the same text.
+# row (tiktoken issue 587), so longer runs are cut. Spaces never merge in GPT-2's vocabulary: for
+# them the cut changes no id; for any text, decoding gives back the same text.
 LONGEST_WHITESPACE = 250_000
 
 PROMPT_TEMPLATE = "alpaca"  # this name, stored in a checkpoint, says that it was trained with:
@@ -56,33 +59,68 @@ def vocabulary_path(name: str) -> Path:
     return path
 
 
-@functools.cache
-def load_tokenizer() -> tiktoken.Encoding:
-    """The GPT-2 encoding, built on first use (0.2 s)."""
-    ranks = data_gym_to_mergeable_bpe_ranks(
+def data_gym_ranks() -> dict[bytes, int]:
+    """GPT-2's mergeable byte strings and their ids, from the two verified files."""
+    return data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=str(vocabulary_path("merges.txt")),
         encoder_json_file=str(vocabulary_path("vocab.json")),
         vocab_bpe_hash=VOCABULARY["merges.txt"][1],
         encoder_json_hash=VOCABULARY["vocab.json"][1],
     )
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+
+
+@functools.cache
+def load_tokenizer() -> tiktoken.Encoding:
+    """The GPT-2 encoding, built on first use (0.2 s)."""
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=data_gym_ranks(),
                              special_tokens={EOT_TEXT: EOT_TOKEN}, explicit_n_vocab=N_VOCAB)
+
+
+def repair(text: str) -> str:
+    """The text with every lone surrogate, which has no UTF-8, replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def cut_whitespace(text: str) -> list[str]:
+    """The text in pieces without too long a run of white space: nearly always, in one."""
+    if len(text) <= LONGEST_WHITESPACE:
+        return [text]
+    cuts = [m.end() for m in re.finditer(rf"\s{{{LONGEST_WHITESPACE}}}(?=\s)", text)]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def encode(text: str) -> list[int]:
     """The ids of a text. All of it is text: "<|endoftext|>" gives seven ids, never EOT_TOKEN; a
     lone surrogate is encoded as U+FFFD."""
     encoding = load_tokenizer()
-    if len(text) <= LONGEST_WHITESPACE:
-        return encoding.encode_ordinary(text)
-    cuts = [m.end() for m in re.finditer(rf"\s{{{LONGEST_WHITESPACE}}}(?=\s)", text)]
-    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    return [token for piece in pieces for token in encoding.encode_ordinary(piece)]
+    return [token for piece in cut_whitespace(text) for token in encoding.encode_ordinary(piece)]
 
 
-def encode_document(text: str) -> np.ndarray:
-    """One document of a pre-training corpus, EOT_TOKEN in front: (n,) uint16."""
-    return np.array([EOT_TOKEN, *encode(text)], dtype=np.uint16)
+@functools.cache
+def load_encoder(name: str) -> Callable[[str], np.ndarray]:
+    """A function from valid text to its ids, uint32: tiktoken's, or that of gigatoken, a faster
+    one with the same ids that need not be installed. Raises UserError."""
+    if name == "tiktoken":
+        return functools.partial(load_tokenizer().encode_to_numpy, disallowed_special=())
+    try:
+        from gigatoken import Tokenizer
+    except ImportError:
+        raise UserError(f"--encoder {name} is not installed: pip install {name}") from None
+    ranks = data_gym_ranks()
+    with tempfile.TemporaryDirectory() as folder:  # it reads tiktoken's format from a file only
+        path = Path(folder) / "gpt2.tiktoken"
+        path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank
+                                  for piece, rank in sorted(ranks.items(), key=lambda r: r[1])))
+        return Tokenizer.from_tiktoken(path, "gpt2", {}).encode
+
+
+def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
+    """The ids that `encode` gives, for a text without lone surrogates (see `repair`): (n,) uint16,
+    by way of no Python list."""
+    arrays = [load_encoder(encoder)(piece) for piece in cut_whitespace(text)]
+    return np.concatenate(arrays, dtype=np.uint16, casting="unsafe")
 
 
 def decode(ids: list[int]) -> str:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
 from config import UserError, flag, parse_config, run_main
-from dataloader import TokenLoader, read_manifest
+from dataloader import TokenLoader
 from distributed import (
     Dtype,
     Launch,
@@ -42,10 +42,12 @@ from distributed import (
     to_device,
 )
 from files import atomic_write
-from metrics import RunLog, draw_loss_graph, flops_per_token, peak_flops, progress_bar
+from metrics import RunLog, check_image, draw_loss_graph, flops_per_token, peak_flops
 from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig
-from optimizer import cosine_lr, make_adamw, set_lr
+from optimizer import cosine_lr, load_optimizer_state, make_adamw, set_lr
+from progress import progress_bar
 from sampling import decode_generation, generate, tokenize_batch_input
+from shards import read_manifest
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,10 +57,12 @@ class TrainerConfig:
     data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "folder of token shards")
     out_dir: str = flag(str(ROOT / "out" / "pretrain"), "where checkpoints and logs go")
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = flag("gpt2", "model size")
-    n_layer: int | None = flag(None, "layers (default: the preset's)", minimum=1)
-    n_head: int | None = flag(None, "attention heads (default: the preset's)", minimum=1)
-    n_embd: int | None = flag(None, "width (default: the preset's)", minimum=1)
-    block_size: int | None = flag(None, "longest context (default: the preset's)", minimum=1)
+    n_layer: int | None = flag(None, "layers (default: the preset's)", minimum=1, below=2**16)
+    n_head: int | None = flag(None, "attention heads (default: the preset's)", minimum=1,
+                              below=2**16)
+    n_embd: int | None = flag(None, "width (default: the preset's)", minimum=1, below=2**20)
+    block_size: int | None = flag(None, "longest context (default: the preset's)", minimum=1,
+                                  below=2**24)
     total_batch_size: int = flag(524_288, "tokens per update, over all ranks", minimum=1)  # 2**19
     micro_batch_size: int = flag(32, "sequences per rank and micro-step", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
@@ -67,8 +71,8 @@ class TrainerConfig:
     max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(6e-5, "learning rate at the end of the cosine", minimum=0)
     weight_decay: float = flag(0.1, "on matrices and embeddings only", minimum=0)
-    beta1: float = flag(0.9, "AdamW's decay of the mean gradient", minimum=0)
-    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0)
+    beta1: float = flag(0.9, "AdamW's decay of the mean gradient", minimum=0, below=1)
+    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's floor under the root", minimum=0)
     grad_clip: float = flag(1.0, "largest global gradient norm", minimum=0)
     eval_interval: int = flag(250, "updates between validations and samples", minimum=1)
@@ -76,9 +80,11 @@ class TrainerConfig:
     save_interval: int = flag(1000, "updates between checkpoints", minimum=1)
     keep_last: int = flag(5, "checkpoints to keep; 0 keeps all", minimum=0)
     log_interval: int = flag(1, "updates between records of the run log", minimum=1)
-    sample_prompt: str = flag("Hello, I'm a language model,", "continued at every validation")
+    sample_prompt: str = flag("Hello, I'm a language model,", "continued at every validation",
+                              may_be_empty=True)
     sample_steps: int = flag(32, "tokens of that sample; 0 for none", minimum=0)
-    seed: int = flag(1337, "of the weights, the order of the data and the samples", minimum=0)
+    seed: int = flag(1337, "of the weights, the order of the data and the samples", minimum=0,
+                     below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "of autocast: bfloat16 or float16 on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile the training step (default: on CUDA)")
@@ -87,8 +93,8 @@ class TrainerConfig:
 
 
 # What a resumed run may not change: the model, or which windows an update sees.
-FIXED_ON_RESUME = ("preset", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
-                   "sequence_length", "seed")
+FIXED_ON_RESUME = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
+                   "sequence_length", "seed", "data")
 
 
 def model_config(config: TrainerConfig) -> GPTConfig:
@@ -137,32 +143,42 @@ def find_resume(config: TrainerConfig, manifest: dict, launch: Launch) -> tuple[
                             "on with it, or choose another --out-dir")
         return None
     if not checkpoints:
-        launch.print0(f"--resume: no checkpoint in {config.out_dir} yet, starting from scratch")
+        launch.print0(f"--resume: no checkpoint in {config.out_dir} yet, starting from scratch, "
+                      "also with its log")
         return None
     state = load_training_state(checkpoints[-1])
-    now = dataclasses.asdict(config) | {"data": manifest}
-    before = state["config"] | {"data": state["data"]}
-    for name in sorted(key for key in now if now[key] != before.get(key)):
-        if name in (*FIXED_ON_RESUME, "data"):
-            detail = "" if name == "data" else f" ({before.get(name)} before, {now[name]} now)"
+    try:
+        saved = TrainerConfig(**state["config"])
+    except TypeError as error:
+        raise UserError(f"{checkpoints[-1]} was written by another version of trainer.py "
+                        f"({error}): start in another --out-dir") from None
+    before, now = (dataclasses.asdict(run) | dataclasses.asdict(model_config(run)) | {"data": data}
+                   for run, data in ((saved, state["data"]), (config, manifest)))
+    for name in sorted(key for key in now if now[key] != before[key] and key != "preset"):
+        if name in FIXED_ON_RESUME:
+            detail = "" if name == "data" else f" ({before[name]} before, {now[name]} now)"
             raise UserError(f"--resume: {name} is not what {checkpoints[-1]} was trained with"
                             f"{detail}: restore it, or start in another --out-dir")
         if name != "resume":
-            launch.print0(f"--resume: {name} was {before.get(name)}, is now {now[name]}")
+            launch.print0(f"--resume: {name} was {before[name]}, is now {now[name]}")
     return checkpoints[-1], state
 
 
 def prepare_compile(config: TrainerConfig, launch: Launch) -> bool:
     """Whether to compile the training step; a missing compiler is one line, not the end."""
     wanted = launch.device_type == "cuda" if config.compile is None else config.compile
-    if launch.device_type == "cuda":
-        found = importlib.util.find_spec("triton") is not None
-    else:  # code for CPUs goes through a C++ compiler
-        found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
-    if wanted and not found:
-        launch.print0("no compiler for torch.compile (Triton on a GPU, g++ or clang++ on a CPU): "
-                      "training without it, more slowly")
-    return wanted and found
+    if launch.device_type == "cuda":  # Triton builds its launchers with a C compiler
+        compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+        missing = ("Triton" if importlib.util.find_spec("triton") is None
+                   else "a GPU of compute capability 7.0 or more"
+                   if torch.cuda.get_device_capability(launch.device) < (7, 0) else None)
+    else:
+        compilers, missing = (os.environ.get("CXX", ""), "g++", "clang++"), None
+    if not any(map(shutil.which, filter(None, compilers))):
+        missing = f"a compiler ({', '.join(filter(None, compilers))})"
+    if wanted and missing:
+        launch.print0(f"torch.compile needs {missing}: training without it, more slowly")
+    return wanted and missing is None
 
 
 @torch.no_grad()
@@ -214,6 +230,7 @@ def write_run_file(config: TrainerConfig, launch: Launch, manifest: dict, max_st
 def train(config: TrainerConfig, launch: Launch) -> GPT:
     """Pre-trains from the first or the resumed update to the last; returns the final model."""
     out_dir, device = Path(config.out_dir), launch.device
+    image = Path(config.loss_graph or out_dir / "pretrain_loss.png")
 
     # 1. What an update is, how many there are, and whether some were made already
     sizes = model_config(config)
@@ -225,13 +242,17 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     val_loader = make_loader(config, launch, "val", sizes.vocab_size)
     max_steps = config.max_steps or one_epoch(config, train_loader, launch)
     resumed = find_resume(config, manifest, launch)
+    launch.check_same("what --out-dir and --data-dir hold",
+                      {"step": resumed[1]["step"] if resumed else None, "data": manifest})
     samples = can_sample(config, sizes, launch)
+    check_image(image)
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} updates is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")
     launch.barrier()  # every rank has looked into --out-dir before rank 0 writes there
 
     # 2. Model and optimizer. Initialised on the CPU: the same weights on every device and rank
+    is_resumed = resumed is not None
     if resumed:
         raw_model = load_model(resumed[0], device).train()
     else:
@@ -243,12 +264,20 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = start_step = 0  # updates made so far
     if resumed:
-        optimizer.load_state_dict(resumed[1]["optimizer"])
-        scaler.load_state_dict(resumed[1]["scaler"])
-        step = start_step = resumed[1]["step"]
+        checkpoint, state = resumed
+        step = start_step = state["step"]
         if step > max_steps:
-            raise UserError(f"--resume: {resumed[0]} was made after {step} updates, more than the "
+            raise UserError(f"--resume: {checkpoint} was made after {step} updates, more than the "
                             f"{max_steps} of this run: raise --max-steps")
+        try:
+            load_optimizer_state(optimizer, state["optimizer"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"--resume: the optimizer's state in {checkpoint} is not that of this "
+                            f"model ({error}): rm -r {checkpoint} goes back to the one before, if "
+                            "there is one") from None
+        if scaler.is_enabled() and state["scaler"]:  # empty after a run in another dtype
+            scaler.load_state_dict(state["scaler"])
+        del state, resumed  # the moments are twice the size of the weights
     compiled = prepare_compile(config, launch)
     if compiled:
         raw_model.compile()  # in place: names of parameters stay as they are
@@ -266,16 +295,17 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     if launch.is_master:
         out_dir.mkdir(parents=True, exist_ok=True)
         write_run_file(config, launch, manifest, max_steps)
-        log = RunLog(out_dir / "metrics.jsonl")
+        log = RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed)
     bar = progress_bar(max_steps, step, "pre-training", enabled=launch.is_master)
     peak = peak_flops(device)
     flops = flops_per_token(raw_model, config.sequence_length)
+    batches = train_loader.stream(step, grad_accum_steps, lambda x: to_device(x, device))
     clock, clock_step = seconds_on(device), step  # of the last record in the log
     while True:
         is_last = step >= max_steps
         eval_due = is_last or step % config.eval_interval == 0
         save_due = is_last or (step % config.save_interval == 0 and step > 0)
-        if (eval_due or save_due) and (step > start_step or not resumed):
+        if (eval_due or save_due) and (step > start_step or is_last or not is_resumed):
             pause = seconds_on(device)
             if eval_due:
                 # the raw module, uncompiled: other shapes would only make it compile again
@@ -286,7 +316,7 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
                         bar.write(f"step {step}: validation loss {val_loss:.4f}")
                     if launch.is_master and samples:
                         bar.write("  " + write_sample(raw_model, config, step))
-            if save_due and launch.is_master:
+            if save_due and launch.is_master and (step > start_step or not is_resumed):
                 state = {"step": step, "optimizer": optimizer.state_dict(),
                          "scaler": scaler.state_dict(), "config": dataclasses.asdict(config),
                          "data": manifest}
@@ -301,8 +331,7 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         set_lr(optimizer, lr)
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            inputs, targets = train_loader.batch(step, micro_step)  # (B, T) each
-            inputs, targets = to_device(inputs, device), to_device(targets, device)
+            inputs, targets = next(batches)  # (B, T) each
             sync = micro_step == grad_accum_steps - 1 or model is raw_model
             with contextlib.nullcontext() if sync else model.no_sync():
                 with autocast(device, dtype):
@@ -318,12 +347,16 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % config.log_interval == 0 or step == max_steps - 1:
+        save_next = step == max_steps - 1 or (step + 1) % config.save_interval == 0
+        if step % config.log_interval == 0 or save_next:
             loss = launch.sum(loss_sum).item() / launch.world_size
             seconds, clock = seconds_on(device) - clock, seconds_on(device)
             tokens_per_sec = (step + 1 - clock_step) * config.total_batch_size / seconds
             clock_step = step + 1
             mfu = tokens_per_sec * flops / (peak * launch.world_size) if peak else None
+            if not math.isfinite(loss):  # on all ranks alike, and before it is saved
+                raise UserError(f"the loss of update {step} is {loss}: the run has diverged; lower "
+                                "--max-lr and go on from the last checkpoint with --resume")
             if launch.is_master:
                 log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm.item(),
                           tokens_per_sec=tokens_per_sec, mfu=mfu)
@@ -336,7 +369,6 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     bar.close()
     if launch.is_master:
         log.close()
-        image = Path(config.loss_graph or out_dir / "pretrain_loss.png")
         draw_loss_graph([("", out_dir / "metrics.jsonl")], image, "Pre-training loss")
         print(f"finished {max_steps:,} updates: {list_checkpoints(out_dir)[-1]}, graph {image}")
     return raw_model
@@ -344,10 +376,8 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
 
 def main() -> None:
     config = parse_config(TrainerConfig, description=__doc__)
-    try:
-        train(config, start(config.device))
-    finally:
-        stop()
+    train(config, start(config.device))
+    stop()  # not after an error: it would wait for ranks that wait for this one
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from config import UserError, flag, parse_config, run_main
-from metrics import draw_loss_graph
+from metrics import check_image, draw_loss_graph
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,12 @@ def main() -> None:
     config = parse_config(PlotConfig, description=__doc__)
     if not config.logs:
         raise UserError("no run log given: name one or more metrics.jsonl files")
-    runs = [(pathlib.Path(log).parent.name, pathlib.Path(log)) for log in config.logs]
-    draw_loss_graph(runs, pathlib.Path(config.out), config.title)
+    image = pathlib.Path(config.out)
+    check_image(image)
+    paths = [pathlib.Path(log) for log in config.logs]
+    # OUT_DIR/metrics.jsonl is known by its folder, any other log by its own name
+    runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]
+    draw_loss_graph(runs, image, config.title)
     print(f"wrote {config.out}")
 
 

@@ -2,28 +2,55 @@
 
     python pretrain_data/fineweb_downloader.py                        # FineWeb sample-10BT
     python pretrain_data/fineweb_downloader.py --edu                  # FineWeb-Edu sample-10BT
-    python pretrain_data/fineweb_downloader.py --parquet 'dir/*.parquet' --out-dir DIR
+    python pretrain_data/fineweb_downloader.py --pretokenized         # shards ready-made, llm.c's
+    python pretrain_data/fineweb_downloader.py --files 'dir/*.parquet' --out-dir DIR
+    python pretrain_data/fineweb_downloader.py --verify --out-dir DIR
 
 The set's parquet files are fetched from the Hugging Face hub one at a time and deleted once they
-are tokenised, so that the disk holds the shards and one such file. Local parquet files with
-FineWeb's `text` column work the same way.
+are tokenised, so that the disk holds the shards and one such file. Local files work the same way:
+parquet and JSON Lines (also gzipped) with a `text` column, and plain text, a file a document.
+
+A run that was stopped, by whatever means, is gone on with by giving the command again; so is a
+finished one, with a larger --max-tokens. `--verify` compares the shards with their checksums; bad
+ones are deleted by hand, and the command makes them again.
 """
 
+import functools
 import glob
+import itertools
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import UserError, first_line, flag, parse_config, run_main
-from corpus import default_workers, write_corpus
+from config import UserError, flag, parse_config, run_main
+from corpus import (
+    check_disk,
+    check_same,
+    default_workers,
+    only_writer,
+    verify_corpus,
+    write_corpus,
+    write_record,
+)
+from documents import SUFFIXES, Part, Source, describe_files, file_source, open_parts
+from files import sha256_of
+from hub import Patience, fetch, find_commit, list_files
+from progress import progress_bar
+from shards import MANIFEST, PROGRESS, open_shard, read_record, write_manifest
 
 SAMPLE_FOLDER = "sample/10BT"
-SCRATCH_FOLDER = ".download"  # in --out-dir: the parquet file being read
-READ_ROWS = 1024
+SCRATCH = ".download"  # in --out-dir: the file being read
+FINEWEB = ("HuggingFaceFW/fineweb", "9bb295ddab0e05d785b879661af7260fed5140fc")  # v1.4.0
+FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9")
+PRETOKENIZED = ("kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c")
+PRETOKENIZED_NAME = re.compile(r"fineweb_(val|train)_\d{6}\.bin")
+TEXT_PER_BYTE = 1.5  # text in a byte of FineWeb's parquet files: 10.3B tokens in 30 GB
 
 
 @dataclass(frozen=True)
@@ -34,82 +61,119 @@ class FineWebConfig:
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after so many tokens (default: all)", minimum=1)
     workers: int = flag(0, "processes that tokenise; 0: one for every core", minimum=0)
-    parquet: str | None = flag(None, "read these local files (a quoted glob) instead of the hub")
+    encoder: Literal["tiktoken", "gigatoken"] = flag(
+        "tiktoken", "gigatoken (pip install gigatoken) gives the same ids faster; one document in "
+                    "a hundred is checked")
+    files: str | None = flag(None, "read local files instead of the hub: a quoted glob or a folder")
+    parquet: str | None = flag(None, "the same as --files")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
-    revision: str = flag("main", "branch, tag or commit of the set on the hub")
+    pretokenized: bool = flag(False, "fetch FineWeb already tokenised, in llm.c's format")
+    revision: str | None = flag(None, "branch, tag or commit of the set on the hub (default: the "
+                                      "one this script was written for)")
+    retries: int = flag(8, "repetitions of a request that failed", minimum=0)
+    retry_wait: float = flag(2.0, "seconds before the first repetition, doubled each time",
+                             minimum=0)
+    verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
-def local_documents(pattern: str) -> tuple[dict, Iterator[str | None]]:
-    """(source for the manifest, documents) of local parquet files, in the order of their names."""
-    paths = [pathlib.Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+def local_files(pattern: str) -> list[pathlib.Path]:
+    """The files of a glob or a folder, in the order of their names. Raises UserError."""
+    if pathlib.Path(pattern).is_dir():
+        paths = [p for p in pathlib.Path(pattern).rglob("*") if p.name.endswith(SUFFIXES)]
+    else:
+        paths = [pathlib.Path(path) for path in glob.glob(pattern, recursive=True)]
+    paths = [path for path in paths if path.is_file()]
     if not paths:
-        raise UserError(f"--parquet {pattern} matches no file (expected parquet files with a "
-                        "`text` column; quote the pattern)")
-    source = {"name": "parquet", "files": {path.name: path.stat().st_size for path in paths}}
-    return source, (text for path in paths for text in read_texts(path))
+        raise UserError(f"--files {pattern} matches no file (expected {', '.join(SUFFIXES)}; quote "
+                        "the pattern)")
+    return sorted(paths)
 
 
-def hub_documents(repo: str, revision: str,
-                  scratch: pathlib.Path) -> tuple[dict, Iterator[str | None]]:
-    """(source for the manifest, documents) of a sample on the hub, whose files pass through
-    `scratch` one at a time. Raises UserError when the hub cannot be reached."""
-    from huggingface_hub import HfApi, hf_hub_download  # slow to import, and not needed locally
-    from huggingface_hub.errors import HTTPError  # HTTP status or no connection at all
-
-    def unreachable(error: Exception) -> UserError:
-        return UserError(f"cannot fetch {repo} from the Hugging Face hub ({first_line(error)}): "
-                         "check the network and run again, or give local files with --parquet")
-
-    try:
-        commit = HfApi().dataset_info(repo, revision=revision).sha
-        entries = HfApi().list_repo_tree(repo, SAMPLE_FOLDER, repo_type="dataset", revision=commit)
-        files = sorted(entry.path for entry in entries if entry.path.endswith(".parquet"))
-    except (HTTPError, OSError) as error:
-        raise unreachable(error) from None
+def hub_source(repo: str, commit: str, scratch: pathlib.Path, patience: Patience) -> Source:
+    """The sample of a set on the hub: a unit is a file, in `scratch` from when it is opened until
+    it is released. Raises UserError."""
+    files = [file for file in list_files(repo, commit, SAMPLE_FOLDER, patience)
+             if file.path.endswith(".parquet")]
     if not files:
-        raise UserError(f"{repo} has no parquet file in {SAMPLE_FOLDER} at revision {commit}")
+        raise UserError(f"{repo} has no parquet file in {SAMPLE_FOLDER} at {commit}")
 
-    def documents() -> Iterator[str | None]:
-        for number, file in enumerate(files, 1):
-            print(f"fetching {repo} {file} ({number} of {len(files)})", flush=True)
-            try:
-                path = pathlib.Path(hf_hub_download(repo, file, repo_type="dataset",
-                                                    revision=commit, local_dir=scratch))
-            except (HTTPError, OSError) as error:
-                raise unreachable(error) from None
-            yield from read_texts(path)
-            path.unlink()
+    def open_unit(unit: int) -> Iterator[Part]:
+        print(f"fetching {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
+        return open_parts(fetch(files[unit], scratch, patience))
 
-    return {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}, documents()
+    return Source(len(files), open_unit,
+                  text_bytes=int(TEXT_PER_BYTE * sum(file.size for file in files)),
+                  scratch_bytes=max(file.size for file in files),
+                  release_unit=lambda unit: (scratch / files[unit].path).unlink())
 
 
-def read_texts(path: pathlib.Path) -> Iterator[str | None]:
-    """The `text` column of a parquet file, a few rows in memory at a time. Raises UserError."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column `text`, only {file.schema_arrow.names}")
-            for rows in file.iter_batches(READ_ROWS, columns=["text"]):
-                yield from rows.column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is damaged or no parquet file: {first_line(error)}") from None
+def fetch_pretokenized(out_dir: pathlib.Path, commit: str, max_tokens: int | None,
+                       patience: Patience) -> None:
+    """Ready-made shards in llm.c's format, each checked, and their manifest; with max_tokens, as
+    many whole shards as that takes. Raises UserError."""
+    repo = PRETOKENIZED[0]
+    shards = [(file, match[1]) for file in list_files(repo, commit, "", patience)
+              if (match := PRETOKENIZED_NAME.fullmatch(file.path))]
+    shards.sort(key=lambda shard: (shard[1] != "val", shard[0].path))  # validation first
+    if max_tokens is not None:
+        ends = itertools.accumulate(file.size // 2 for file, _ in shards)
+        shards = shards[: max(2, 1 + sum(end < max_tokens for end in ends))]
+    if {split for _, split in shards} != {"val", "train"}:
+        raise UserError(f"{repo} at {commit} lacks validation or training shards, files called "
+                        f"{PRETOKENIZED_NAME.pattern}")
+    source = {"name": repo, "revision": commit}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with only_writer(out_dir):
+        for name in (PROGRESS, MANIFEST):
+            if (out_dir / name).exists():
+                check_same(out_dir, read_record(out_dir / name), {"source": source}, None)
+        write_record(out_dir, {"source": source, "shards": []})  # unfinished from here on
+        (out_dir / MANIFEST).unlink(missing_ok=True)
+        entries = []
+        check_disk(out_dir, sum(file.size for file, _ in shards
+                                if not (out_dir / file.path).exists()))
+        for file, split in progress_bar(len(shards), 0, "fetching", unit="shard", over=shards):
+            path = fetch(file, out_dir, patience)
+            entries.append({"file": file.path, "split": split, "tokens": len(open_shard(path)),
+                            "sha256": file.sha256 or sha256_of(path)})
+        manifest = {"source": source, "tokens": sum(entry["tokens"] for entry in entries),
+                    "shards": entries}
+        write_manifest(out_dir, manifest)
+        (out_dir / PROGRESS).unlink()
+    shutil.rmtree(out_dir / ".cache", ignore_errors=True)  # the client's notes on its downloads
+    print(f"wrote {out_dir}: {manifest['tokens']:,} tokens, {len(entries)} shards, the first for "
+          "validation")
 
 
 def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
-    folder = "parquet" if config.parquet else "fineweb-edu" if config.edu else "fineweb"
+    pattern = config.files or config.parquet
+    if sum(map(bool, (pattern, config.edu, config.pretokenized))) > 1:
+        raise UserError("--files (or --parquet), --edu and --pretokenized exclude one another")
+    folder = ("files" if pattern else "fineweb-edu" if config.edu
+              else "fineweb-pretokenized" if config.pretokenized else "fineweb")
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / folder)
-    if config.parquet:
-        source, documents = local_documents(config.parquet)
+    patience = Patience(config.retries, config.retry_wait)
+    if config.verify:
+        verify_corpus(out_dir)
+        return
+    repo, revision = PRETOKENIZED if config.pretokenized else FINEWEB_EDU if config.edu else FINEWEB
+    if config.pretokenized:
+        commit = find_commit(repo, config.revision or revision, patience)
+        fetch_pretokenized(out_dir, commit, config.max_tokens, patience)
+        return
+    if pattern:
+        paths = local_files(pattern)
+        description, open_source = describe_files(paths), functools.partial(file_source, paths)
     else:
-        repo = "HuggingFaceFW/fineweb-edu" if config.edu else "HuggingFaceFW/fineweb"
-        source, documents = hub_documents(repo, config.revision, out_dir / SCRATCH_FOLDER)
-    write_corpus(documents, out_dir, name=folder, source=source, shard_tokens=config.shard_tokens,
-                 max_tokens=config.max_tokens, workers=config.workers or default_workers())
-    shutil.rmtree(out_dir / SCRATCH_FOLDER, ignore_errors=True)
+        scratch = out_dir / SCRATCH
+        commit = find_commit(repo, config.revision or revision, patience)
+        description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
+        open_source = functools.partial(hub_source, repo, commit, scratch, patience)
+    write_corpus(description, open_source, out_dir, name=folder, shard_tokens=config.shard_tokens,
+                 max_tokens=config.max_tokens, workers=config.workers or default_workers(),
+                 encoder=config.encoder)
+    shutil.rmtree(out_dir / SCRATCH, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from config import flag, parse_config, run_main
 from corpus import write_corpus
+from documents import Source, memory_source
 from pydocs import PACKAGES, read_documents
 
 SHUFFLE_SEED = 1337
@@ -33,15 +34,19 @@ class CorpusConfig:
     workers: int = flag(1, "processes that tokenise", minimum=1)
 
 
-def main() -> None:
-    config = parse_config(CorpusConfig, description=__doc__)
+def shuffled_documents() -> Source:
     documents = read_documents()
     random.Random(SHUFFLE_SEED).shuffle(documents)
-    source = {"name": "pydocs", "python": platform.python_version(),
-              **{package: version(package) for package in PACKAGES}}
-    write_corpus((document.text for document in documents), pathlib.Path(config.out_dir),
-                 name="pydocs", source=source, shard_tokens=config.shard_tokens,
-                 max_tokens=config.max_tokens, workers=config.workers)
+    return memory_source([document.text for document in documents])
+
+
+def main() -> None:
+    config = parse_config(CorpusConfig, description=__doc__)
+    description = {"name": "pydocs", "python": platform.python_version(),
+                   **{package: version(package) for package in PACKAGES}}
+    write_corpus(description, shuffled_documents, pathlib.Path(config.out_dir), name="pydocs",
+                 shard_tokens=config.shard_tokens, max_tokens=config.max_tokens,
+                 workers=config.workers)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from config import UserError, run_main
-from dataloader import write_manifest, write_shard
 from distributed import Launch
 from model import GPT, GPTConfig
+from shards import write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)

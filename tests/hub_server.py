@@ -4,6 +4,7 @@ clients (`huggingface_hub`, `datasets`) use to list and download files."""
 import contextlib
 import hashlib
 import json
+import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ COMMIT = "1234567890abcdef1234567890abcdef12345678"
 class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repos: dict[str, dict[str, bytes]]  # "datasets/org/name" or "models/name" -> path -> content
-    truncated: set[str]  # paths whose body is shorter than announced
+    faults: list  # each spoils one request for a file: a status, or one of the words below
+    gone: set[str]  # paths that are never to be had
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
@@ -49,26 +51,44 @@ class Hub(BaseHTTPRequestHandler):
             return self.json([self.entry(files, p) for p in inside])
         if rest and not rest.startswith("revision/"):
             return self.answer(404, b"{}")
-        name = repo.split("/", 1)[1]
-        return self.json({"_id": "0", "id": name, "sha": COMMIT, "private": False, "tags": [],
+        name, commit = repo.split("/", 1)[1], commit_of(rest.removeprefix("revision/"))
+        return self.json({"_id": "0", "id": name, "sha": commit, "private": False, "tags": [],
                           "downloads": 0, "likes": 0,
                           "siblings": [{"rfilename": path} for path in files]})
 
     def file(self, files: dict[str, bytes], rest: str):
         revision, _, path = rest.partition("/")
-        if revision not in (COMMIT, "main"):
+        if revision != "main" and not is_commit(revision):
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if path not in files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound",
                                           "X-Repo-Commit": COMMIT})
-        etag = hashlib.sha256(files[path]).hexdigest()
-        return self.answer(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT},
-                           cut=path in self.truncated)
+        content, headers = files[path], {"X-Repo-Commit": commit_of(revision)}
+        headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        if path in self.gone and self.command == "GET":
+            return self.answer(500, b"")
+        fault = self.faults.pop(0) if self.faults and self.command == "GET" else None
+        if isinstance(fault, int):
+            return self.answer(fault, b"", {"Retry-After": "0"})
+        if fault == "drop":  # the connection, before any answer
+            self.close_connection = True
+            return None
+        if fault == "flip":  # a bit
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        status, begin = 200, self.headers["Range"]
+        if begin:
+            begin = int(begin.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            status, content = 206, content[begin:]
+        return self.answer(status, content, headers, cut=fault == "cut")
 
     @staticmethod
     def entry(files: dict[str, bytes], path: str) -> dict:
         oid = hashlib.sha256(files[path]).hexdigest()
-        return {"type": "file", "path": path, "size": len(files[path]), "oid": oid}
+        entry = {"type": "file", "path": path, "size": len(files[path]), "oid": oid[:40]}
+        if path.endswith((".parquet", ".bin")):  # large files, as the hub keeps them
+            entry["lfs"] = {"oid": oid, "size": len(files[path]), "pointerSize": 130}
+        return entry
 
     def json(self, value):
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -87,16 +107,27 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+def is_commit(revision: str) -> bool:
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def commit_of(revision: str) -> str:
+    return revision if is_commit(revision) else COMMIT
+
+
 @contextlib.contextmanager
-def serve(repos: dict[str, dict[str, bytes]], truncated: set[str] = frozenset()) -> Iterator[dict]:
-    """Serves the repositories; yields the environment that makes the real clients use them."""
-    handler = type("Handler", (Hub,), {"repos": repos, "truncated": set(truncated)})
+def serve(repos: dict[str, dict[str, bytes]], faults: list = (),
+          gone: set[str] = frozenset()) -> Iterator[tuple[dict, list]]:
+    """Serves the repositories; yields the environment that makes the real clients use them, and
+    the faults that are still to come."""
+    pending = list(faults)
+    handler = type("Handler", (Hub,), {"repos": repos, "faults": pending, "gone": set(gone)})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1",
-               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}, pending
     finally:
         server.shutdown()
         server.server_close()

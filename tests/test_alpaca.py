@@ -24,7 +24,7 @@ def download(tmp_path, environment: dict, check: bool = True):
 
 def test_the_real_client_against_a_local_hub(tmp_path):
     """All 52,002 rows, from another folder, then again with nothing to do and no network."""
-    with serve(hub(tmp_path, 52_002)) as environment:
+    with serve(hub(tmp_path, 52_002)) as (environment, _):
         assert "52,002 rows" in download(tmp_path, environment).stdout
     path = tmp_path / "deep" / "alpaca.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def test_the_real_client_against_a_local_hub(tmp_path):
     (lambda tmp: hub(tmp, 52_002, columns=("instruction", "answer")), ["answer", "output"]),
     (lambda tmp: {}, ["tatsu-lab/alpaca"])])
 def test_another_set_is_refused(tmp_path, repos, words):
-    with serve(repos(tmp_path)) as environment:
+    with serve(repos(tmp_path)) as (environment, _):
         result = download(tmp_path, environment, check=False)
     assert_user_error(result, *words)
     assert not list(tmp_path.glob("deep/*"))

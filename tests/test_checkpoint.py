@@ -138,7 +138,7 @@ def test_a_name_on_the_hub(tmp_path):
             "print(float(checkpoint.load_model(sys.argv[1]).lm_head.weight.sum()))\n")
     script = tmp_path / "load.py"
     script.write_text(code)
-    with serve({"models/openai-community/gpt2": files}) as environment:
+    with serve({"models/openai-community/gpt2": files}) as (environment, _):
         environment |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
         result = run_script(script, "openai-community/gpt2", env=environment)
         missing = run_script(ROOT / "inference.py", "--checkpoint", "openai-community/gpt3", "hi",
@@ -177,6 +177,50 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save_checkpoint(tmp_path, 1, random_model(seed=2))
     assert same_parameters(load_model(tmp_path), random_model(seed=2))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step_000001"]
+
+
+def test_a_run_killed_while_it_removes_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path, ignore_errors=False):
+        if path.exists() and not ignore_errors:
+            (path / "model.safetensors").unlink()
+            raise Killed
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, random_model(seed=step))
+    for step, keep_last in ((3, 1), (3, 0)):  # an old one goes; one of the same name goes
+        with monkeypatch.context() as patch:
+            patch.setattr("checkpoint.shutil.rmtree", killed)
+            with pytest.raises(Killed):
+                save_checkpoint(tmp_path, step, random_model(seed=step), keep_last=keep_last)
+        assert list_checkpoints(tmp_path)
+        for path in list_checkpoints(tmp_path):
+            load_model(path)
+    save_checkpoint(tmp_path, 4, random_model(), keep_last=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000004"]
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        events.append(f"-> {target}")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = save_checkpoint(tmp_path, 1, random_model(), training_state={"step": 1})
+    renamed = events.index(f"-> {folder}")
+    written = {os.path.basename(event) for event in events[:renamed]}
+    assert {path.name for path in folder.iterdir()} <= written
+    assert events.index(str(tmp_path / ".latest.tmp")) < events.index(f"-> {tmp_path / 'latest'}")
+    assert events[-1] == str(tmp_path)
 
 
 def test_training_state_round_trip(tmp_path):
@@ -289,6 +333,12 @@ def test_a_missing_tensor(saved):
     assert "transformer.h.1.mlp.c_fc.bias" in message and str(saved) in message
 
 
+def test_a_tensor_of_three_dimensions(saved):
+    name = "transformer.h.0.attn.c_attn.weight"
+    edit_weights(saved, lambda t: t.update({name: torch.zeros(2, 3, 4)}))
+    assert "(2, 3, 4)" in user_error(load_model, saved)
+
+
 def test_a_tensor_of_another_shape(saved):
     edit_weights(saved, lambda t: t.update({"transformer.wpe.weight": torch.zeros(16, 32)}))
     message = user_error(load_model, saved)
@@ -332,7 +382,10 @@ def test_what_is_no_checkpoint(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     assert "config.json" in user_error(load_model, tmp_path / "empty")
     assert "no folder" in user_error(load_model, saved / "model.safetensors")
-    for text in ("{", "[]", "\x80"):
+    for name in ("step_000009", "nonsense", "x" * 9999, "\x80"):
+        (saved.parent / "latest").write_text(name, encoding="latin-1")
+        assert "is not there" in user_error(load_model, saved.parent / "latest")
+    for text in ("{", "[]", "\x80", "[" * 99999):
         (saved / "config.json").write_text(text, encoding="latin-1")
         assert "config.json" in user_error(load_model, saved)
 

@@ -1,5 +1,6 @@
 import errno
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,8 @@ from config import UserError, flag, parse_config, run_main
 @dataclass(frozen=True)
 class Example:
     names: tuple[str, ...] = flag((), "names", positional=True)
-    rate: float = flag(0.1, "a rate of 100%", minimum=0)
+    rate: float = flag(0.1, "a rate of 100%", minimum=0, below=1)
+    folder: str = flag("here", "a folder")
     max_steps: int | None = flag(None, "updates", minimum=1)
     kind: Literal["a", "b"] = flag("a", "a kind")
     compile: bool | None = flag(None, "three states")
@@ -27,7 +29,7 @@ def parse(*argv: str) -> Example:
 def test_values_and_defaults():
     assert parse() == Example()
     assert parse("x", "y", "--rate", "1e-3", "--max-steps", "5", "--kind", "b", "--no-compile",
-                 "--resume") == Example(("x", "y"), 1e-3, 5, "b", False, True)
+                 "--resume") == Example(("x", "y"), 1e-3, "here", 5, "b", False, True)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -37,6 +39,9 @@ def test_values_and_defaults():
     (["--max-steps", "0"], "at least 1"),
     (["--rate", "-1"], "at least 0"),
     (["--rate", "nan"], "at least 0"),
+    (["--rate", "inf"], "at least 0"),
+    (["--rate", "1.0"], "less than 1"),
+    (["--folder", ""], "--folder is empty"),
     (["--kind", "c"], "invalid choice"),
 ])
 def test_bad_flags_are_one_line_and_exit_2(argv, words, capsys):
@@ -70,9 +75,35 @@ def test_run_main_turns_mistakes_into_one_line(capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "out/log")
 
     assert exit_of(mistake, capsys) == (2, "trainer.py: error: --data-dir x does not exist\n")
+    for number in (errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS):
+        def refused(number=number):
+            raise OSError(number, os.strerror(number), "out/log")
+
+        error = f"trainer.py: error: out/log: {os.strerror(number)}\n"
+        assert exit_of(refused, capsys) == (2, error)
     code, error = exit_of(full_disk, capsys)
     assert code == 2 and "out/log" in error and error.count("\n") == 1
     assert exit_of(lambda: None, capsys) == (0, "")
+
+
+def test_of_several_ranks_rank_0_speaks_first(capsys, monkeypatch):
+    def mistake():
+        raise UserError("no data")
+
+    waited = []
+    monkeypatch.setattr("config.time.sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["trainer.py"])
+    monkeypatch.setenv("RANK", "3")
+    assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data (rank 3)\n")
+    assert waited == [3.0]  # torchrun ends this rank meanwhile, if rank 0 failed as well
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom config import run_main\n"
+            "def main():\n    for i in range(100_000): print('line', i)\nrun_main(main)\n")
+    result = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "$CODE" | head -1'],
+                            env=os.environ | {"CODE": code}, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("line 0\n", "")
 
 
 def test_a_defect_of_ours_keeps_its_traceback():

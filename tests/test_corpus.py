@@ -1,5 +1,8 @@
+import functools
+import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,10 +16,14 @@ import pytest
 from conftest import ROOT, assert_user_error, run_script, script_env, user_error
 from hub_server import serve
 
-from corpus import write_corpus
-from dataloader import TokenLoader, read_manifest
+import corpus
+import documents
+from corpus import verify_corpus, write_corpus
+from dataloader import TokenLoader
+from documents import Part, Source, describe_files, file_source, memory_source
 from files import sha256_of
-from tokenizer import EOT_TOKEN, decode
+from shards import read_manifest
+from tokenizer import EOT_TOKEN, decode, encode
 
 SCRIPT = ROOT / "pretrain_data" / "fineweb_downloader.py"
 TEXTS = [f"Document {i}: " + "naïve 日本 text\n\n " * (i % 7 + 1) + "<|endoftext|>" * (i % 5 == 0)
@@ -58,6 +65,23 @@ def file_bytes(data_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in data_dir.iterdir() if path.is_file()}
 
 
+def write(texts, out: Path, shard_tokens: int = 300, **options) -> dict:
+    if isinstance(texts, Source):
+        source, description = texts, {"name": "test"}
+    elif isinstance(texts[0], Path):
+        source, description = file_source(texts), describe_files(texts)
+    else:
+        source, description = memory_source(texts), {"name": "test"}
+    return write_corpus(description, lambda: source, out, name="x", shard_tokens=shard_tokens,
+                        **options)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of a few documents, so that a small corpus has many."""
+    monkeypatch.setattr(documents, "PART_BYTES", 200)
+
+
 def test_parquet_to_shards_and_back(parquet, tmp_path):
     out = tmp_path / "shards"
     result = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500,
@@ -66,14 +90,17 @@ def test_parquet_to_shards_and_back(parquet, tmp_path):
     tokens = all_tokens(out)
     assert documents_of(tokens) == TEXTS  # in order, every one whole
     assert tokens[0] == EOT_TOKEN
-    assert manifest["documents"] == 60 and manifest["skipped_documents"] == 2
+    assert manifest["documents"] == 60 and manifest["outcomes"]["empty"] == 2
     assert manifest["tokens"] == len(tokens) == sum(s["tokens"] for s in manifest["shards"])
     assert [s["tokens"] for s in manifest["shards"][:-1]] == [500] * (len(manifest["shards"]) - 1)
     assert [s["split"] for s in manifest["shards"]] == ["val"] + ["train"] * (len(tokens) // 500)
     for shard in manifest["shards"]:
         assert shard["split"] in shard["file"]
         assert shard["sha256"] == sha256_of(out / shard["file"])
-    assert f"{len(tokens):,} tokens" in result.stdout
+        np.load(out / shard["file"])  # the last one's header has its own length
+    assert f"60 documents, {len(tokens):,} tokens" in result.stdout.splitlines()[-1]
+    assert "2 had no text and were skipped" in result.stdout.splitlines()[-1]
+    assert "GB are free" in result.stdout
     TokenLoader(out, "train", sequence_length=16, micro_batch_size=1, total_batch_size=16,
                 vocab_size=50257).batch(0, 0)
 
@@ -86,74 +113,355 @@ def test_parquet_to_shards_and_back(parquet, tmp_path):
     assert file_bytes(out) == before
 
 
-def test_shards_do_not_depend_on_the_number_of_workers(parquet, tmp_path, monkeypatch):
+def test_shards_do_not_depend_on_the_number_of_workers(parquet, tmp_path):
     for workers in (1, 2, 3):
         run_script(SCRIPT, "--parquet", parquet, "--out-dir", tmp_path / str(workers),
                    "--shard-tokens", 300, "--workers", workers)
     assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "2") == file_bytes(tmp_path / "3")
 
 
-def test_workers_keep_the_order_of_many_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("corpus.BATCH_CHARACTERS", 200)
+def test_workers_keep_the_order_of_many_parts(tmp_path, small_parts):
     for workers in (1, 2):
-        write_corpus(iter(TEXTS), tmp_path / str(workers), name="x", source={}, shard_tokens=300,
-                     workers=workers)
+        write(TEXTS, tmp_path / str(workers), workers=workers)
     assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "2")
     assert documents_of(all_tokens(tmp_path / "2")) == TEXTS
 
 
-def test_max_tokens_is_exact(tmp_path):
-    for limit in (301, 600, 750):
+@pytest.mark.parametrize("part_bytes", [50, 700, 10**6])
+def test_shards_do_not_depend_on_how_files_are_cut(parquet, tmp_path, monkeypatch, part_bytes):
+    monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
+    write(sorted(Path(parquet).parent.iterdir()), tmp_path / "out")
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
+
+
+@pytest.mark.parametrize("part_bytes", [40, 10**6])
+def test_every_format_gives_the_same_documents(tmp_path, monkeypatch, part_bytes):
+    monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
+    rows = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0)
+            for i, text in enumerate([*TEXTS, "", None])]
+    lines = "".join(row + ("\n", "\r\n", "\n\n")[i % 3] for i, row in enumerate(rows))
+    folders = {name: tmp_path / name for name in ("jsonl", "gz", "parquet", "txt")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["jsonl"] / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
+    (folders["gz"] / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folders["parquet"] / "a.parquet").write_bytes(parquet_bytes(tmp_path, [*TEXTS, "", None]))
+    for i, text in enumerate(TEXTS):
+        (folders["txt"] / f"{i:03d}.txt").write_text(text, encoding="utf-8", newline="")
+    (folders["txt"] / "empty.txt").write_text("")
+    for name, folder in folders.items():
+        write(sorted(folder.iterdir()), tmp_path / f"{name}-out")
+        assert documents_of(all_tokens(tmp_path / f"{name}-out")) == TEXTS
+        manifest = read_manifest(tmp_path / f"{name}-out")
+        assert manifest["outcomes"]["empty"] == (1 if name == "txt" else 2)
+        assert manifest["documents"] == 60
+
+
+def test_a_text_file_is_cut_where_the_ids_do_not_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PART_BYTES", 100)
+    alphabet = ["word", " ", "  ", "\n", "\n\n", "'s", "1", "é", "日本", "\x1c", "\u2028", "."]
+    text = "".join(random.Random(0).choices(alphabet, k=5000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    assert len(list(file_source([tmp_path / "a.txt"]).open_unit(0))) > 50
+    write([tmp_path / "a.txt"], tmp_path / "out")
+    assert all_tokens(tmp_path / "out") == [EOT_TOKEN, *encode(text)]
+
+
+def test_max_tokens_is_exact_and_can_be_raised(tmp_path, small_parts):
+    whole = write(TEXTS, tmp_path / "whole")
+    grown = tmp_path / "grown"
+    for limit in (301, 302, 600, 750, 900, whole["tokens"] + 5):
         out = tmp_path / str(limit)
-        manifest = write_corpus(iter(TEXTS), out, name="x", source={}, shard_tokens=300,
-                                max_tokens=limit)
-        assert manifest["tokens"] == len(all_tokens(out)) == limit
-        assert [s["tokens"] for s in manifest["shards"]][:2] == [300, min(300, limit - 300)]
+        manifest = write(TEXTS, out, max_tokens=limit)
+        assert manifest["tokens"] == len(all_tokens(out)) == min(limit, whole["tokens"])
+        assert all_tokens(out) == all_tokens(tmp_path / "whole")[:limit]
+        write(TEXTS, grown, max_tokens=limit)  # gone on with, from the limit before
+        assert file_bytes(grown) == file_bytes(out)
+    before = file_bytes(grown)
+    assert "--max-tokens" in user_error(write, TEXTS, grown, max_tokens=500)
+    assert file_bytes(grown) == before
+
+
+def test_shards_that_were_deleted_are_made_again(tmp_path, small_parts, capsys):
+    out = tmp_path / "out"
+    write(TEXTS, out)
+    before = file_bytes(out)
+    verify_corpus(out)
+    bad = [out / read_manifest(out)["shards"][i]["file"] for i in (2, 7)]
+    for path in bad:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    message = user_error(verify_corpus, out)
+    assert f"rm -f {bad[0]} {bad[1]}" in message and "2 of" in message
+    for path in bad:
+        path.unlink()
+    assert "2 of" in user_error(verify_corpus, out)
+    write(TEXTS, out)
+    assert "whole again" in capsys.readouterr().out
+    assert file_bytes(out) == before
+    bad[0].unlink()
+    message = user_error(write, [text.upper() for text in TEXTS], out)
+    assert "cannot be made again" in message and not bad[0].exists()
+
+
+def test_verify_on_the_command_line(parquet, tmp_path):
+    out = tmp_path / "out"
+    run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500)
+    assert "match their checksums" in run_script(SCRIPT, "--verify", "--out-dir", out).stdout
+    shard = out / "files_train_000002.npy"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert_user_error(run_script(SCRIPT, "--verify", "--out-dir", out, check=False), str(shard),
+                      "rm -f")
+    shard.unlink()
+    run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500)
+    run_script(SCRIPT, "--verify", "--out-dir", out)
 
 
 def test_a_corpus_without_training_shard_is_refused(tmp_path):
-    message = user_error(write_corpus, TEXTS, tmp_path / "a", name="x", source={},
-                         shard_tokens=100_000)
+    message = user_error(write, TEXTS, tmp_path / "a", shard_tokens=100_000)
     assert "--shard-tokens" in message and "validation" in message
-    message = user_error(write_corpus, TEXTS, tmp_path / "b", name="x", source={},
-                         shard_tokens=100, max_tokens=100)
+    write(TEXTS, tmp_path / "a", shard_tokens=100)  # nothing of it is in the way
+    message = user_error(write, TEXTS, tmp_path / "b", shard_tokens=100, max_tokens=100)
     assert "--max-tokens" in message and "--shard-tokens" in message
-    for folder in ("a", "b"):
-        assert not (tmp_path / folder / "manifest.json").exists()
+    assert not (tmp_path / "b").exists()
 
 
-def test_killed_half_way_it_leaves_nothing_that_passes_for_whole(tmp_path):
-    """kill -9 while shards are being written; a second run ends as an undisturbed one."""
-    out, code = tmp_path / "out", (
-        "import sys, pathlib, itertools\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from corpus import write_corpus\n"
-        f"write_corpus(itertools.cycle(['some text here ' * 9]), pathlib.Path({str(tmp_path)!r})"
-        " / 'out', name='x', source={}, shard_tokens=2000)\n")
-    process = subprocess.Popen([sys.executable, "-c", code], env=script_env(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("x_train_*.npy"))) < 3 and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "unfinished" in user_error(read_manifest, out)
-    write_corpus(iter(TEXTS), out, name="x", source={}, shard_tokens=300)
-    write_corpus(iter(TEXTS), tmp_path / "calm", name="x", source={}, shard_tokens=300)
-    calm = file_bytes(tmp_path / "calm")
-    assert {name: data for name, data in file_bytes(out).items() if name[0] != "."} == calm
+# ------------------------------------------------------------------- documents out of the ordinary
+
+
+def test_pathological_documents_cost_nothing_but_themselves(tmp_path, monkeypatch):
+    texts = ["before", " " * 2_000_000 + "x", "a" * 5_000_000, "\n" * 700_000, "\x00" * 1000, "",
+             "lone \ud800 surrogate", "日" * 300_000, "a line " * 200_000, "after"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    manifest = write([tmp_path / "a.jsonl"], tmp_path / "out", shard_tokens=100_000)
+    kept = [text.replace("\ud800", "\ufffd") for text in texts if text]
+    assert documents_of(all_tokens(tmp_path / "out")) == kept
+    assert manifest["outcomes"] == {"empty": 1, "failed": 0, "repaired": 1, "cut": 2}
+
+
+def test_invalid_utf8_is_repaired_and_counted(tmp_path):
+    good, bad = "déjà vu".encode(), b"caf\xe9 \xff\xfe"
+    (tmp_path / "a.txt").write_bytes(bad * 20)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + bad + b'"}\n{"text": "' + good + b'"}\n')
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, pyarrow.array([bad, good], pyarrow.binary()).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "c.parquet")
+    manifest = write(sorted(tmp_path.iterdir()), tmp_path / "out", shard_tokens=20)
+    mended = "caf\ufffd \ufffd\ufffd"
+    assert documents_of(all_tokens(tmp_path / "out")) == [mended * 20, *[mended, "déjà vu"] * 2]
+    assert manifest["outcomes"]["repaired"] == 3
+
+
+def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, monkeypatch):
+    def encode_or_fail(text, encoder):
+        if "7" in text:
+            raise ValueError("Regex error while tokenizing")
+        return real(text, encoder)
+
+    real = corpus.encode_to_array
+    monkeypatch.setattr(corpus, "encode_to_array", encode_or_fail)
+    manifest = write(TEXTS, tmp_path / "out")
+    kept = [text for text in TEXTS if "7" not in text]
+    assert documents_of(all_tokens(tmp_path / "out")) == kept
+    assert manifest["outcomes"]["failed"] == len(TEXTS) - len(kept) > 0
+
+
+def test_another_encoder_is_checked_against_tiktoken(tmp_path, monkeypatch):
+    real = corpus.encode_to_array
+    monkeypatch.setattr(corpus, "encode_to_array",
+                        lambda text, encoder="tiktoken": real(text)[encoder != "tiktoken":])
+    message = user_error(write, TEXTS, tmp_path / "out", encoder="gigatoken")
+    assert "--encoder gigatoken" in message and "Document 0" in message
+
+
+def test_row_groups_of_any_size_are_read_in_small_parts(tmp_path):
+    texts = [f"{i} " + "some words " * 900 for i in range(3000)]  # 30 MB in one row group
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet",
+                                use_dictionary=False)
+    parts = list(file_source([tmp_path / "a.parquet"]).open_unit(0))
+    assert 5 <= len(parts) <= 9
+    assert [text for part in parts for text in part.read()] == texts
+
+
+# ---------------------------------------------------------------------------- killed, and restarted
+
+
+def test_killed_at_20_random_instants_it_ends_in_the_same_bytes(tmp_path):
+    """kill -9 while it starts, tokenises, writes shards, and finishes; every run goes on from the
+    one before, with another number of workers; none starts over."""
+    texts = [f"{i} " + "some words of a document, " * 40 for i in range(6000)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import pathlib, corpus, documents\n"
+            "documents.PART_BYTES, corpus.COMMIT_SECONDS = 50_000, 0.0\n"
+            "def main(out, workers):\n"
+            "    paths = [pathlib.Path(sys.argv[1])]\n"
+            "    corpus.write_corpus({}, lambda: documents.file_source(paths), pathlib.Path(out),\n"
+            "                        name='x', shard_tokens=150_000, workers=int(workers))\n"
+            "if __name__ == '__main__': main(*sys.argv[2:])\n")
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    out, calm = tmp_path / "out", tmp_path / "calm"
+
+    def start(folder: Path, workers: int) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, script, tmp_path / "a.jsonl", folder,
+                                 str(workers)], env=script_env(), stderr=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    assert start(calm, 1).wait() == 0
+    expected, instants, reached = file_bytes(calm), random.Random(0), []
+    for kill in range(20):
+        process = start(out, 1 + kill % 2)
+        had = reached[-1] if reached else -1
+        target = had + 1 + instants.randrange(60_000)  # tokens on record: time is no measure here
+        while process.poll() is None and tokens_on_record(out) < target:
+            time.sleep(0.001)
+        time.sleep(instants.random() * 0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached.append(tokens_on_record(out))
+        assert reached[-1] >= had
+        if not (out / "manifest.json").exists():
+            assert "unfinished" in user_error(read_manifest, out)
+    assert reached[-1] > reached[3] > 0
+    process = start(out, 2)
+    printed = process.communicate()[0]
+    assert process.returncode == 0
+    assert "going on after" in printed or "already whole" in printed
+    assert file_bytes(out) == expected
+
+
+def tokens_on_record(out: Path) -> int:
+    for name in ("manifest.json", "progress.json"):
+        if (out / name).exists():
+            try:
+                return json.loads((out / name).read_text())["tokens"]
+            except FileNotFoundError:  # renamed or removed meanwhile
+                continue
+    return 0
+
+
+def stop_at(moment: str, monkeypatch, out: Path, texts: list, **options) -> None:
+    """Runs until just before or after one of the steps that change the folder, and stops there as
+    if killed: nothing more is written."""
+    class Killed(BaseException):
+        pass
+
+    when, name, number = moment.split()
+    calls, real = [0], getattr(os, name)
+
+    def killed(*arguments, **keywords):
+        calls[0] += 1
+        if calls[0] == int(number) and when == "before":
+            raise Killed
+        result = real(*arguments, **keywords)
+        if calls[0] == int(number):
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, killed)
+        with pytest.raises(Killed):
+            write(texts, out, **options)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name, number", [("fsync", n) for n in (2, 5, 9, 16, 40)]
+                         + [("replace", n) for n in (1, 2, 3, 4, 5, 9, 17)])
+def test_killed_at_every_kind_of_step(tmp_path, monkeypatch, small_parts, when, name, number):
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
+    out = tmp_path / "out"
+    stop_at(f"{when} {name} {number}", monkeypatch, out, TEXTS)
+    write(TEXTS, out)
+    write(TEXTS, tmp_path / "calm")
+    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_killed_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_parts, when,
+                                                    number):
+    out = tmp_path / "out"
+    write(TEXTS, out, max_tokens=750)
+    stop_at(f"{when} replace {number}", monkeypatch, out, TEXTS)
+    write(TEXTS, out)
+    write(TEXTS, tmp_path / "calm")
+    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+
+
+def test_a_worker_that_dies_is_one_line_and_the_next_run_goes_on(tmp_path):
+    marker = tmp_path / "marker"
+    marker.touch()
+
+    def parts(unit):
+        yield Part(functools.partial(list, TEXTS[:30]))
+        yield Part(functools.partial(die_once, str(marker), TEXTS[30:]))
+
+    source = Source(1, parts, 1000)
+    message = user_error(write, source, tmp_path / "out", workers=2)
+    assert "killed" in message and "run again" in message
+    write(source, tmp_path / "out", workers=2)
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
+
+
+def die_once(marker: str, texts: list[str]) -> list[str]:
+    if Path(marker).exists():
+        Path(marker).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return texts
+
+
+def test_two_runs_on_one_folder_exclude_each_other(tmp_path):
+    def parts(unit):  # the second run begins while the first is in the middle
+        yield Part(functools.partial(list, TEXTS[:30]))
+        messages.append(user_error(write, TEXTS, tmp_path / "out"))
+        yield Part(functools.partial(list, TEXTS[30:]))
+
+    messages = []
+    write(Source(1, parts, 1000), tmp_path / "out")
+    assert "another process" in messages[0]
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
+
+
+def test_too_little_disk_is_said_before_it_starts(tmp_path):
+    source = memory_source(TEXTS)
+    source.scratch_bytes = 10**18
+    message = user_error(write, source, tmp_path / "out")
+    assert "1000000000.00 GB" in message and "--max-tokens" in message
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, small_parts, monkeypatch):
+    """`ulimit -f` stands in for the disk: no file may grow past 3 KiB."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    arguments = [SCRIPT, "--files", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out",
+                 "--workers", 1, "--shard-tokens", 2100]
+    command = " ".join(map(str, [sys.executable, *arguments]))
+    full = subprocess.run(["bash", "-c", f"ulimit -f 3; {command}"], env=script_env(), text=True,
+                          capture_output=True)
+    assert_user_error(full, "no space left")
+    run_script(*arguments)
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
+
+
+# ------------------------------------------------------------------------------------------ hub
+
+
+def fineweb(tmp_path) -> dict:
+    return {"sample/10BT/000_00000.parquet": parquet_bytes(tmp_path, TEXTS[:30]),
+            "sample/10BT/001_00000.parquet": parquet_bytes(tmp_path, TEXTS[30:]),
+            "data/other.parquet": parquet_bytes(tmp_path, ["not of this sample"])}
 
 
 def test_the_hub_path_end_to_end(tmp_path):
     """The real huggingface_hub client against a local server; the files do not stay."""
-    files = {"sample/10BT/000_00000.parquet": parquet_bytes(tmp_path, TEXTS[:30]),
-             "sample/10BT/001_00000.parquet": parquet_bytes(tmp_path, TEXTS[30:]),
-             "data/other.parquet": parquet_bytes(tmp_path, ["not of this sample"])}
-    repos = {"datasets/HuggingFaceFW/fineweb": files,
+    repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path),
              "datasets/HuggingFaceFW/fineweb-edu": {
                  "sample/10BT/train-0.parquet": parquet_bytes(tmp_path, TEXTS[:20])}}
-    with serve(repos) as environment:
+    with serve(repos) as (environment, _):
         environment |= {"HF_HOME": str(tmp_path / "hf")}
         run_script(SCRIPT, "--out-dir", tmp_path / "out", "--shard-tokens", 500, "--workers", 2,
                    env=environment)
@@ -167,17 +475,91 @@ def test_the_hub_path_end_to_end(tmp_path):
         assert not list((tmp_path / folder).rglob("*.parquet"))
     manifest = read_manifest(tmp_path / "out")
     assert manifest["source"]["name"] == "HuggingFaceFW/fineweb"
-    assert manifest["source"]["revision"].startswith("1234567890")
+    assert len(manifest["source"]["revision"]) == 40
     assert read_manifest(tmp_path / "edu")["source"]["name"] == "HuggingFaceFW/fineweb-edu"
-    assert_user_error(absent, "HuggingFaceFW/fineweb", "--parquet")
+    assert_user_error(absent, "HuggingFaceFW/fineweb")
+
+
+def test_a_bad_network_gives_the_same_bytes(tmp_path):
+    """Connections dropped in the middle, 429, 503, bodies shorter than announced, and content that
+    is not what its checksum says: all mended by asking again."""
+    arguments = ["--shard-tokens", 500, "--workers", 1, "--retry-wait", 0.01]
+    repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path)}
+    faults = [429, 503, "cut", 500, "drop", "flip", "cut", "flip"]
+    outputs = {}
+    for name, broken in [("calm", []), ("stormy", faults)]:
+        with serve(repos, faults=broken) as (environment, pending):
+            outputs[name] = run_script(SCRIPT, "--out-dir", tmp_path / name, *arguments,
+                                       env=environment | {"HF_HOME": str(tmp_path / name / "hf")})
+            assert not pending  # every fault was met
+    assert file_bytes(tmp_path / "stormy") == file_bytes(tmp_path / "calm")
+    assert "trying again" in outputs["stormy"].stdout
+    assert "SHA-256" in outputs["stormy"].stdout
+
+
+def test_a_network_that_stays_away_is_one_line_and_the_next_run_goes_on(tmp_path):
+    repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path)}
+    arguments = [SCRIPT, "--out-dir", tmp_path / "out", "--shard-tokens", 300, "--workers", 1,
+                 "--retries", 1, "--retry-wait", 0]
+    second = "sample/10BT/001_00000.parquet"
+    with serve(repos, gone={second}) as (environment, _):
+        environment |= {"HF_HOME": str(tmp_path / "hf")}
+        assert_user_error(run_script(*arguments, env=environment, check=False), second, "again")
+        assert "unfinished" in user_error(read_manifest, tmp_path / "out")
+    with serve(repos) as (environment, _):
+        result = run_script(*arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")})
+    assert "going on after" in result.stdout
+    assert "fetching HuggingFaceFW/fineweb sample/10BT/000" not in result.stdout  # not again
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
+
+
+def llmc_bytes(tokens: np.ndarray) -> bytes:
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + tokens.astype(np.uint16).tobytes()
+
+
+def test_ready_made_shards(tmp_path):
+    tokens = np.random.RandomState(0).randint(0, 50257, 4000)
+    files = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": llmc_bytes(part)
+             for i, part in enumerate(tokens.reshape(4, 1000))}
+    repos = {"datasets/kjj0/fineweb10B-gpt2": files | {"README.md": b"# shards"}}
+    out = tmp_path / "out"
+
+    def fetch(*arguments, check=True, **options):
+        with serve(repos, **options) as (environment, _):
+            return run_script(SCRIPT, "--pretokenized", "--out-dir", out, "--retry-wait", 0.01,
+                              *arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")},
+                              check=check)
+
+    failed = fetch("--retries", 0, gone={"fineweb_train_000002.bin"}, check=False)
+    assert_user_error(failed, "fineweb_train_000002.bin")
+    assert "unfinished" in user_error(read_manifest, out)
+    fetch("--max-tokens", 1500)
+    assert [s["file"] for s in read_manifest(out)["shards"]] == sorted(files)[2:] + \
+        sorted(files)[:1] or len(read_manifest(out)["shards"]) == 2
+    fetch(faults=["flip", 503])
+    assert read_manifest(out)["tokens"] == 4000
+    assert all_foreign_tokens(out) == tokens.tolist()
+    assert "4 shards match" in run_script(SCRIPT, "--verify", "--out-dir", out).stdout
+    (out / "fineweb_train_000001.bin").unlink()
+    fetch()
+    run_script(SCRIPT, "--verify", "--out-dir", out)
+    result = run_script(SCRIPT, "--files", tmp_path, "--out-dir", out, check=False)
+    assert result.returncode == 2
+
+
+def all_foreign_tokens(out: Path) -> list[int]:
+    return [token for shard in read_manifest(out)["shards"]
+            for token in np.fromfile(out / shard["file"], dtype=np.uint16, offset=1024).tolist()]
 
 
 # ------------------------------------------------------------------------------- bad input
 
 
-def test_parquet_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read(tmp_path):
     def fails(pattern, *words):
-        result = run_script(SCRIPT, "--parquet", pattern, "--out-dir", tmp_path / "out",
+        result = run_script(SCRIPT, "--files", pattern, "--out-dir", tmp_path / "out",
                             "--shard-tokens", 10, "--workers", 1, check=False)
         assert_user_error(result, *words)
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -185,14 +567,49 @@ def test_parquet_that_cannot_be_read(tmp_path):
     fails(tmp_path / "none-*.parquet", "none-*", "matches no file")
     (tmp_path / "broken.parquet").write_bytes(parquet_bytes(tmp_path, TEXTS)[:-50])
     fails(tmp_path / "broken.parquet", "broken.parquet", "damaged")
-    table = pyarrow.table({"content": ["a"]})
-    pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "other.parquet")
     fails(tmp_path / "other.parquet", "other.parquet", "`text`", "content")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "number.parquet")
+    fails(tmp_path / "number.parquet", "number.parquet", "int64")
+    (tmp_path / "a.csv").write_text("text\n")
+    fails(tmp_path / "a.csv", "a.csv", ".jsonl")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x y z"}\n' * 9999)[:-20])
+    fails(tmp_path / "b.jsonl.gz", "b.jsonl.gz")
+    for line in ('{"text": 5}', '{"words": "a"}', "[1]", "not json", '{"text": "a"', "[" * 99999):
+        (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
+        message = user_error(write, [tmp_path / "c.jsonl"], tmp_path / f"out{len(line)}", 2)
+        assert "c.jsonl line 3" in message
 
 
-def test_bad_manifest_in_the_output_folder(tmp_path, parquet):
+def test_a_corrupt_row_group_keeps_what_came_before(tmp_path, small_parts):
+    words = random.Random(0).sample(TEXTS[0] + "".join(map(chr, range(97, 600))), 400)
+    texts = ["".join(random.Random(i).choices(words, k=3000)) for i in range(120)]
+    content = bytearray(parquet_bytes(tmp_path, texts))
+    path, out = tmp_path / "a.parquet", tmp_path / "out"
+    path.write_bytes(content)
+    with documents.open_parquet(path) as file:
+        page = file.metadata.row_group(3).column(0).data_page_offset
+    damaged = content.copy()
+    damaged[page : page + 20] = b"\xff" * 20
+    assert 1 << 16 < page < len(content) - (1 << 17)  # the file is still known for what it is
+    path.write_bytes(damaged)
+    message = user_error(write, [path], out)
+    assert "row group 3" in message and "a.parquet" in message
+    path.write_bytes(content)
+    write([path], out)
+    assert documents_of(all_tokens(out)) == texts
+
+
+def test_a_folder_of_another_corpus_is_refused(tmp_path, parquet):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "manifest.json").write_text(json.dumps({"shards": [], "source": {"name": "other"}}))
-    result = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, check=False)
-    assert_user_error(result, "holds another corpus", "source")
+    for name in ("manifest.json", "progress.json"):
+        (out / name).write_text(json.dumps({"shards": [], "source": {"name": "other"}}))
+        result = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, check=False)
+        assert_user_error(result, "holds another corpus", "source")
+        (out / name).unlink()
+    write(TEXTS, tmp_path / "a")
+    manifest = read_manifest(tmp_path / "a")
+    manifest["tokenizer"]["sha256"]["vocab.json"] = "other"
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert "tokenizer" in user_error(write, TEXTS, tmp_path / "a")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import make_corpus, user_error
 
-from dataloader import TokenLoader, open_shard, permutation, read_manifest, write_shard
+from dataloader import TokenLoader, permutation
 from model import IGNORE_INDEX
+from shards import open_shard, read_manifest, write_shard
 
 T = 16
 
@@ -106,6 +107,75 @@ def test_the_order_of_a_seed_never_changes():
 GOLDEN_ORDER = [8, 4, 9, 0, 7, 3, 1, 2, 5, 6]
 
 
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_the_stream_is_the_batches_in_order(corpus, micro_steps):
+    data, moved = loader(corpus), []
+    stream = data.stream(5, micro_steps, lambda tensor: moved.append(1) or tensor + 0)
+    for step in (5, 6, 7):
+        for micro_step in range(micro_steps):
+            inputs, targets = next(stream)
+            expected = data.batch(step, micro_step)
+            assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
+    stream.close()
+    assert len(moved) in (6 * micro_steps, 6 * micro_steps + 2)  # at most one batch ahead
+
+
+def test_an_error_of_the_thread_that_prepares_arrives(tmp_path):
+    data = make_corpus(tmp_path / "d", [100, 400])
+    write_shard(data / "shard_000001.npy", np.full(400, 60_000, dtype=np.uint16))
+    assert "60000" in user_error(next, loader(data).stream(0, 1, lambda tensor: tensor))
+
+
+def write_llmc(path, tokens: np.ndarray, magic=20240520, version=1, announced=None) -> None:
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if announced is None else announced
+    path.write_bytes(header.tobytes() + tokens.astype(np.uint16).tobytes())
+
+
+def make_foreign(corpus, folder, form: str):
+    """The shards of a corpus in llm.c's or nanoGPT's format, under the names those have."""
+    folder.mkdir()
+    for i, shard in enumerate(read_manifest(corpus)["shards"]):
+        tokens = np.load(corpus / shard["file"])
+        if form == "llm.c":
+            write_llmc(folder / f"fineweb_{shard['split']}_{i:06d}.bin", tokens)
+        else:
+            (folder / f"{shard['split']}_{i}.bin").write_bytes(tokens.tobytes())
+    (folder / "meta.pkl").write_bytes(b"not looked at")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["llm.c", "nanoGPT"])
+def test_foreign_shards_give_the_same_batches(corpus, tmp_path, form):
+    foreign = make_foreign(corpus, tmp_path / "foreign", form)
+    assert read_manifest(foreign)["tokens"] == read_manifest(corpus)["tokens"]
+    for split in ("train", "val"):
+        for step in (0, 9, 24):
+            ours, theirs = loader(corpus, split=split), loader(foreign, split=split)
+            assert torch.equal(ours.batch(step, 1)[1], theirs.batch(step, 1)[1])
+        ours, theirs = (list(data.eval_batches(10**6)) for data in (ours, theirs))
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_formats_are_told_apart_by_content(tmp_path):
+    tokens = np.arange(1000, dtype=np.uint16)
+    path = tmp_path / "misleading.npy"
+    write_shard(path, tokens)
+    as_save = tmp_path / "saved.npy"
+    np.save(as_save, tokens)
+    assert path.read_bytes() == as_save.read_bytes()
+    path.write_bytes(tokens.tobytes())
+    assert open_shard(path, 1000).tolist() == tokens.tolist()
+    write_llmc(path, tokens)
+    assert open_shard(path).tolist() == tokens.tolist()
+    write_llmc(path, tokens, announced=1001)
+    assert "1,001" in user_error(open_shard, path)
+    write_llmc(path, tokens, version=2)
+    assert "version 2" in user_error(open_shard, path)
+    write_llmc(path, tokens[:0])
+    assert "truncated" in user_error(open_shard, path)
+
+
 def test_shards_are_memory_mapped(corpus):
     shard = loader(corpus).shards[0]
     assert isinstance(shard, np.memmap) and shard.dtype == np.uint16
@@ -121,6 +191,9 @@ def test_missing_and_empty_folders(tmp_path):
     write_shard(tmp_path / "empty" / "shard_train_000001.npy", np.zeros(99, dtype=np.uint16))
     message = user_error(loader, tmp_path / "empty")  # a run that was killed before its manifest
     assert "manifest.json" in message and "pretrain_data/" in message
+    (tmp_path / "empty" / "progress.json").write_text("{}")
+    (tmp_path / "empty" / "val.bin").write_bytes(bytes(100))  # a ready-made shard, so far
+    assert "unfinished" in user_error(loader, tmp_path / "empty")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": [{}]}', '{"shards": [3]}'])
@@ -133,7 +206,7 @@ def damage(corpus, change) -> str:
     path = corpus / "shard_000002.npy"
     change(path)
     message = user_error(loader, corpus)
-    assert "shard_000002.npy" in message and "write the corpus again" in message
+    assert "shard_000002.npy" in message and "delete it and run the command" in message
     return message
 
 
@@ -142,11 +215,12 @@ def test_damaged_shards_are_named(corpus):
     assert "truncated" in damage(corpus, lambda path: path.write_bytes(whole[:-1]))
     assert "truncated" in damage(corpus, lambda path: path.write_bytes(whole[:100]))
     assert "truncated" in damage(corpus, lambda path: path.write_bytes(b""))
-    assert "no shard" in damage(corpus, lambda path: path.write_bytes(b"hello" * 100))
+    assert "expected 1,000" in damage(corpus, lambda path: path.write_bytes(b"hello" * 100))
+    assert "truncated" in damage(corpus, lambda path: path.write_bytes(b"hello"))
     assert "int64" in damage(corpus, lambda path: np.save(path, np.zeros(1000, dtype=np.int64)))
     assert "(10, 100)" in damage(corpus, lambda path: np.save(path, np.zeros((10, 100), "uint16")))
     assert "999" in damage(corpus, lambda path: np.save(path, np.zeros(999, dtype=np.uint16)))
-    assert "missing" in damage(corpus, lambda path: path.unlink())
+    assert "No such file" in damage(corpus, lambda path: path.unlink())
 
 
 def test_a_pickled_shard_is_not_run(corpus, tmp_path):
@@ -188,11 +262,10 @@ def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "a.npy"
     write_shard(path, np.arange(10, dtype=np.uint16))
 
-    def fail(file, tokens, allow_pickle):
-        file.write(b"half")
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError) as caught:
         write_shard(path, np.arange(20, dtype=np.uint16))
     assert caught.value.filename == str(path)

@@ -6,8 +6,9 @@ import subprocess
 
 import pyarrow
 import pyarrow.parquet
-from conftest import ROOT, TINY_FLAGS, run_script, run_torchrun
+from conftest import ROOT, TINY_FLAGS, assert_user_error, run_script, run_torchrun
 
+from finetune_data import alpaca_downloader
 from metrics import read_log
 
 SENTENCES = ["The cat sat on the mat and slept.", "A dog ran over the hill to the sea.",
@@ -80,7 +81,19 @@ def test_committed_figures_can_be_redrawn(tmp_path):
 def test_default_paths_do_not_depend_on_the_current_folder():
     for name, folder in (("trainer.py", "pretrain_data/fineweb"),
                          ("finetune.py", "finetune_data/alpaca.json"),
-                         ("pretrain_data/pydocs_corpus.py", "pretrain_data/pydocs"),
-                         ("finetune_data/alpaca_downloader.py", "finetune_data/alpaca.json")):
+                         ("pretrain_data/pydocs_corpus.py", "pretrain_data/pydocs")):
         text = run_script(ROOT / name, "--help", cwd=ROOT / "tests").stdout
         assert str(ROOT / folder) in "".join(text.split()), name
+    result = run_script(ROOT / "pretrain_data" / "fineweb_downloader.py", "--verify", "--edu",
+                        cwd=ROOT / "tests", check=False)
+    assert_user_error(result, str(ROOT / "pretrain_data" / "fineweb-edu"))
+
+
+def test_alpaca_goes_beside_its_script(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["alpaca_downloader.py", "--cleaned"])
+    asked = []
+    monkeypatch.setattr(alpaca_downloader, "download", lambda *arguments: asked.append(arguments))
+    alpaca_downloader.main()
+    assert asked[0][0] == ROOT / "finetune_data" / "alpaca_cleaned.json"
+    assert asked[0][1].repo == "yahma/alpaca-cleaned" and len(asked[0][2]) == 40

@@ -1,6 +1,8 @@
 import json
 import math
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
@@ -19,6 +21,7 @@ from finetune import (
 )
 from metrics import read_log
 from model import GPT, IGNORE_INDEX, GPTConfig
+from optimizer import cosine_lr
 from tokenizer import EOT_TOKEN, decode, format_prompt
 
 SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
@@ -175,7 +178,52 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     val_rows = split_rows(make_examples(ROWS, 128)[0], 0.1, 1337)[1]
     loss = finetune.evaluate(load_model(out), val_rows, 2, CPU_LAUNCH, torch.float32)
     assert loss == pytest.approx(log["val"][7]["loss"], abs=1e-6)
-    assert "already holds a run" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
+    assert "already holds a checkpoint" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
+    inside = tiny(base, rows_file, base)
+    assert "already holds a checkpoint" in user_error(train, inside, CPU_LAUNCH)
+    assert [r["lr"] for _, r in sorted(log["train"].items())] == pytest.approx(
+        [cosine_lr(step, warmup_steps=0, max_steps=7, max_lr=inside.max_lr, min_lr=inside.min_lr)
+         for step in range(7)])
+
+
+def test_a_run_that_left_only_a_log_is_begun_again(base, rows_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 99, "kind": "train", "loss": 1}\n')
+    train(tiny(base, rows_file, tmp_path / "out"), CPU_LAUNCH)
+    assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == list(range(7))
+
+
+def test_epochs_are_counted_in_whole_numbers(base, tmp_path, monkeypatch):
+    """7 x (29 / 7) is a little more than 29 in floating point: an update without rows."""
+    rows = [{"instruction": f"q {i}", "output": f"a {i}"} for i in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    train(tiny(base, tmp_path / "rows.json", tmp_path / "out", epochs=7, batch_size=7,
+               val_fraction=0.01), CPU_LAUNCH)
+    assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == list(range(29))
+
+
+def test_a_micro_batch_larger_than_the_batch_is_lowered(base, rows_file, tmp_path, capsys):
+    train(tiny(base, rows_file, tmp_path / "a", micro_batch_size=64), CPU_LAUNCH)
+    assert "--micro-batch-size 64" in capsys.readouterr().out
+    train(tiny(base, rows_file, tmp_path / "b", micro_batch_size=8), CPU_LAUNCH)
+    traces = [[r["loss"] for r in read_log(tmp_path / name / "metrics.jsonl")["train"].values()]
+              for name in "ab"]
+    assert traces[0] == traces[1]
+
+
+def test_gradients_are_clipped(base, rows_file, tmp_path, monkeypatch):
+    seen, real = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda parameters, limit: seen.append(limit) or real(parameters, limit))
+    train(tiny(base, rows_file, tmp_path / "out", grad_clip=0.25), CPU_LAUNCH)
+    assert seen == [0.25] * 7
+
+
+def test_a_model_of_another_tokenizer_is_refused(rows_file, tmp_path, monkeypatch, capsys):
+    sizes = GPTConfig(block_size=64, vocab_size=100, n_layer=1, n_head=1, n_embd=8)
+    other = save_checkpoint(tmp_path / "other", 1, GPT(sizes))
+    message = user_error(train, tiny(other, rows_file, tmp_path / "out"), CPU_LAUNCH)
+    assert "100 ids" in message and not (tmp_path / "out").exists()
 
 
 def test_it_learns_to_answer_and_to_stop(tmp_path):
@@ -208,11 +256,24 @@ def test_json_lines_and_rows_without_input_are_read(tmp_path):
     assert len(make_examples(read_rows(path), 128)[0]) == 2
 
 
+def test_parquet_json_lines_and_json_give_the_same_rows(tmp_path):
+    rows = [{"instruction": f"question {i} é", "input": "" if i % 2 else f"context\u2028 {i}",
+             "output": f"answer {i}"} for i in range(5)]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n"
+                                              for row in rows), encoding="utf-8")
+    with_null = [row | {"input": row["input"] or None} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(with_null), tmp_path / "c.bin")
+    assert all(read_rows(tmp_path / name) == rows for name in ("a.json", "b.jsonl", "c.bin"))
+    (tmp_path / "c.bin").write_bytes((tmp_path / "c.bin").read_bytes()[:-20])
+    assert "parquet" in user_error(read_rows, tmp_path / "c.bin")
+
+
 @pytest.mark.parametrize("text, words", [
     ('[{"instruction": "a"}]', ["row 1", "output"]),
     ('[{"instruction": "a", "output": "b"}, {"instruction": 3, "output": "b"}]',
      ["row 2", "instruction", "3"]),
-    ('[{"instruction": "a", "input": null, "output": "b"}]', ["row 1", "input", "None"]),
+    ('[{"instruction": "a", "input": 5, "output": "b"}]', ["row 1", "input", "5"]),
     ('[{"instruction": " ", "output": "b"}]', ["row 1", "empty instruction"]),
     ('["a"]', ["row 1", "'a'"]),
     ('[{"instruction": "a", "output": "b"}', ["JSON"]),

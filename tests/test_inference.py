@@ -1,6 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, main_error, run_script
+from conftest import ROOT, TINY, assert_user_error, main_error, run_script, script_env
 
 import inference
 from checkpoint import save_checkpoint
@@ -39,6 +42,16 @@ def test_prompts_from_arguments_a_file_and_standard_input_are_the_same(base, tmp
     assert run("--checkpoint", base, stdin="\n".join(prompts)) == printed
     assert run("--checkpoint", base.parent / "latest", *prompts) == printed
     assert run("--checkpoint", base, *prompts, "--seed", 1) != printed
+
+
+def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone \u2028 line\r\nanother\x0cone\r\n".encode())
+    printed = run("--checkpoint", base, "--prompts-file", file)
+    assert "prompt:   one \u2028 line\n" in printed and "prompt:   another\x0cone\n" in printed
+    closed = subprocess.run(["bash", "-c", f"{sys.executable} {SCRIPT} --checkpoint {base} <&-"],
+                            capture_output=True, text=True, env=script_env())
+    assert_user_error(closed, "no prompt given")
 
 
 def texts_given_to_the_model(monkeypatch, capsys, *arguments) -> list[str]:

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script, user_error
+from matplotlib.axes import Axes
 
-from metrics import RunLog, flops_per_token, peak_flops, read_log
+from metrics import RunLog, check_image, draw_loss_graph, flops_per_token, peak_flops, read_log
 from model import GPT, GPTConfig
 
 
@@ -43,6 +44,43 @@ def test_log_is_appended_and_a_torn_line_is_cut_off(tmp_path):
     assert lines == [{"step": 0, "kind": "val", "loss": 10.5},
                      {"step": 0, "kind": "train", "loss": 10.25, "lr": 1e-4},
                      {"step": 1, "kind": "train", "loss": 9.5}]
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+    log = RunLog(tmp_path / "metrics.jsonl")
+    log.write(0, "train", loss=float("nan"), grad_norm=float("inf"), lr=0.5)
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0, "kind": "train", "loss": None, "grad_norm": None, "lr": 0.5}
+
+
+def test_the_graph_shows_what_was_logged(tmp_path, monkeypatch):
+    drawn, real = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, xs, ys, label, **style: drawn.update(
+        {label: (list(xs), list(ys))}) or real(axes, xs, ys, label=label, **style))
+    for name in ("a", "b$_$"):
+        log = RunLog(tmp_path / name / "metrics.jsonl")
+        for step in range(3):
+            log.write(step, "train", loss=5.0 - step)
+        log.write(1, "train", loss=None)
+        log.write(2, "val", loss=0.5)
+        log.close()
+    runs = [(name, tmp_path / name / "metrics.jsonl") for name in ("a", "b$_$")]
+    draw_loss_graph(runs, tmp_path / "x.png", r"$\frac{$")
+    assert drawn["a train"] == ([0, 2], [5.0, 3.0]) and drawn["a val"] == ([2], [0.5])
+    assert set(drawn) == {"a train", "a val", r"b\$_\$ train", r"b\$_\$ val"}
+    (tmp_path / "empty.jsonl").touch()
+    message = user_error(draw_loss_graph, [("", tmp_path / "empty.jsonl")], tmp_path / "y.png", "")
+    assert "empty.jsonl" in message and not (tmp_path / "y.png").exists()
+
+
+def test_an_image_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for name in ("metrics.jsonl", "file/x.png", "folder.png"):
+        assert str(tmp_path / name) in user_error(check_image, tmp_path / name)
+    check_image(tmp_path / "new" / "deep" / "x.png")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_later_record_of_a_step_wins(tmp_path):

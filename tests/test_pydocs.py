@@ -5,9 +5,9 @@ import sys
 from conftest import run_script, user_error
 
 import pydocs
-from dataloader import read_manifest
 from finetune_data import pydocs_questions
 from pydocs import Document, question_and_answer, read_docstrings, read_topics, read_tree
+from shards import read_manifest
 
 SOURCE = '''"""Tools for shapes, and nothing else but shapes."""
 import does_not_exist

@@ -224,3 +224,17 @@ def test_bad_prompts_and_settings():
     left_padded = masks.flip(1)
     assert "ones" in user_error(generate, model, ids, left_padded, 1.0, 5)
     assert "ones" in user_error(generate, model, ids, torch.zeros_like(masks), 1.0, 5)
+
+
+def test_a_model_that_diverged_is_refused(tiny_model):
+    with torch.no_grad():
+        tiny_model.transformer.ln_f.weight[0] = float("nan")
+    message = user_error(generate, tiny_model, *tokenize_batch_input(["a"]), 1.0, 3)
+    assert "not finite" in message
+
+
+def test_more_steps_than_the_context_holds_are_no_burden(tiny_model):
+    ids, masks = tokenize_batch_input(["a b c", "a"])
+    output = generate(tiny_model, ids, masks, 1.0, 10**17)[0]
+    assert output.size(1) == TINY.block_size
+    assert torch.equal(output, generate(tiny_model, ids, masks, 1.0, 40)[0])

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from tokenizer import (
     EOT_TOKEN,
     decode,
     encode,
-    encode_document,
     encode_example,
+    encode_to_array,
     format_prompt,
+    repair,
     vocabulary_path,
 )
 
@@ -51,9 +53,10 @@ def test_known_ids():
     assert decode([EOT_TOKEN]) == "<|endoftext|>"
 
 
-def test_documents_begin_with_the_end_of_text_token():
-    tokens = encode_document("Hello world")
-    assert tokens.dtype == np.uint16 and tokens.tolist() == [EOT_TOKEN, 15496, 995]
+@pytest.mark.parametrize("name", TEXTS)
+def test_ids_as_an_array(name):
+    tokens = encode_to_array(TEXTS[name])
+    assert tokens.dtype == np.uint16 and tokens.tolist() == encode(TEXTS[name])
 
 
 def test_a_run_of_spaces_that_makes_tiktoken_panic():
@@ -64,7 +67,17 @@ def test_a_run_of_spaces_that_makes_tiktoken_panic():
     assert encode("x" + " " * 101 + "y") == [87, *[220] * 100, 331]
 
 
+def test_another_encoder_gives_the_same_ids():
+    if find_spec("gigatoken") is None:
+        message = user_error(encode_to_array, "a", "gigatoken")
+        assert "pip install gigatoken" in message
+        return
+    for text in TEXTS.values():
+        assert encode_to_array(text, "gigatoken").tolist() == encode(text)
+
+
 def test_lone_surrogates_become_replacement_characters():
+    assert repair("a\ud800b\U0001f600") == "a\ufffdb\U0001f600"
     assert decode(encode("a\ud800b")) == "a\ufffdb"
 
 

@@ -17,6 +17,7 @@ from conftest import (
     run_torchrun,
     user_error,
 )
+from torch._dynamo.testing import CompileCounter
 
 import trainer
 from checkpoint import list_checkpoints, load_model, load_training_state
@@ -166,7 +167,7 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
 def test_rank_is_not_local_rank(monkeypatch):
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("distributed.dist.init_process_group", lambda backend: None)
+    monkeypatch.setattr("distributed.dist.init_process_group", lambda *arguments, **options: None)
     launch = trainer.start("cpu")
     assert (launch.rank, launch.local_rank, launch.world_size) == (11, 3, 16)
     assert not launch.is_master
@@ -287,9 +288,13 @@ def test_resume_at_another_world_size_and_micro_batch(corpus, tmp_path):
 def test_resume_starts_fresh_when_there_is_nothing(corpus, tmp_path, capsys):
     train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)
     assert "starting from scratch" in capsys.readouterr().out
-    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    before = read_log(tmp_path / "out" / "metrics.jsonl")
     train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)  # already finished
-    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    assert read_log(tmp_path / "out" / "metrics.jsonl") == before
+    shutil.rmtree(tmp_path / "out" / "step_000005")
+    shutil.rmtree(tmp_path / "out" / "step_000010")  # as if killed before the first checkpoint
+    train(tiny(corpus, tmp_path / "out", resume=True, max_steps=4), CPU_LAUNCH)
+    assert len(losses(tmp_path / "out")) == 4  # no record of the other run among them
 
 
 def test_resume_says_what_changed_and_refuses_what_would_corrupt(corpus, tmp_path, capsys):
@@ -325,7 +330,8 @@ def test_dtype_and_device():
 
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
 def test_bf16_only_where_the_gpu_computes_in_it(native, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation:
+                        native or including_emulation)
     assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
 
 
@@ -338,7 +344,105 @@ def test_bfloat16_on_cpu_learns_too(corpus, tmp_path):
 def test_without_a_compiler_one_line_says_so(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
     train(tiny(corpus, tmp_path / "out", compile=True, max_steps=1), CPU_LAUNCH)
-    assert "no compiler" in capsys.readouterr().out
+    assert "torch.compile needs a compiler (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("triton, capability, compiler, missing", [
+    (True, (9, 0), "gcc", None), (False, (9, 0), "gcc", "Triton"),
+    (True, (6, 1), "gcc", "capability 7.0"), (True, (9, 0), None, "a compiler")])
+def test_what_compiling_for_a_gpu_needs(monkeypatch, capsys, triton, capability, compiler, missing):
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: compiler)
+    launch = Launch(0, 0, 1, torch.device("cuda", 0))
+    assert trainer.prepare_compile(TrainerConfig(), launch) is (missing is None)
+    assert (missing or "") in capsys.readouterr().out
+    assert trainer.prepare_compile(TrainerConfig(compile=False), launch) is False
+
+
+def test_only_the_training_step_is_compiled_and_only_once(corpus, tmp_path, monkeypatch):
+    """Three evaluations in batches of other shapes, and samples, compile nothing more."""
+    counter, real = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=counter))
+    train(tiny(corpus, tmp_path / "compiled", compile=True), CPU_LAUNCH)
+    assert counter.frame_count == 1
+    train(tiny(corpus, tmp_path / "eager"), CPU_LAUNCH)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
+
+
+def test_the_last_weights_are_evaluated_and_saved_whatever_the_intervals(corpus, tmp_path):
+    train(tiny(corpus, tmp_path / "out", max_steps=11, eval_interval=5, save_interval=4,
+               keep_last=0), CPU_LAUNCH)
+    assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["val"]) == [0, 5, 10, 11]
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == [
+        "step_000004", "step_000008", "step_000011"]
+
+
+def test_float16_learns_with_a_scaler_that_is_resumed(corpus, tmp_path):
+    train(tiny(corpus, tmp_path / "a"), CPU_LAUNCH)
+    train(tiny(corpus, tmp_path / "b", dtype="float16"), CPU_LAUNCH)
+    full, half = (trace(tmp_path / name, "loss", "grad_norm") for name in "ab")
+    assert half == [pytest.approx(pair, rel=1e-2) for pair in full]
+    interrupted(tmp_path / "b", tmp_path / "c", 5)
+    train(tiny(corpus, tmp_path / "c", dtype="float16", resume=True), CPU_LAUNCH)
+    assert losses(tmp_path / "c") == losses(tmp_path / "b")
+    scalers = [load_training_state(list_checkpoints(tmp_path / name)[-1])["scaler"]
+               for name in "bc"]
+    assert scalers[0] == scalers[1] and scalers[0]["_growth_tracker"] == STEPS
+    interrupted(tmp_path / "a", tmp_path / "d", 5)  # from float32, which has no scaler
+    train(tiny(corpus, tmp_path / "d", dtype="float16", resume=True), CPU_LAUNCH)
+    assert losses(tmp_path / "d") == pytest.approx(losses(tmp_path / "a"), rel=1e-2)
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_from_the_command_line(corpus, tmp_path):
+    train(tiny(corpus, tmp_path / "a", max_steps=5), CPU_LAUNCH)
+    train(tiny(corpus, tmp_path / "a", resume=True, weight_decay=0.5, beta2=0.9, eps=1e-6),
+          CPU_LAUNCH)
+    state = load_training_state(list_checkpoints(tmp_path / "a")[-1])["optimizer"]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0]
+    assert all(group["betas"] == (0.9, 0.9) and group["eps"] == 1e-6
+               for group in state["param_groups"])
+
+
+def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatch):
+    """A clock of our own: an update takes a second, an evaluation or a checkpoint a thousand."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def slow(*arguments, **options):
+            now[0] += seconds
+            return function(*arguments, **options)
+        return slow
+
+    monkeypatch.setattr(trainer, "seconds_on", lambda device: now[0])
+    for name, seconds in (("cosine_lr", 1), ("evaluate", 1000), ("save_checkpoint", 1000)):
+        monkeypatch.setattr(trainer, name, taking(seconds, getattr(trainer, name)))
+    train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
+    assert trace(tmp_path / "out", "tokens_per_sec") == [(128.0,)] * STEPS
+
+
+def test_a_run_that_diverges_stops_before_it_saves(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "out", max_lr=1e30, warmup_steps=0, save_interval=1)
+    message = user_error(train, config, CPU_LAUNCH)
+    assert "diverged" in message and "--max-lr" in message
+    for path in list_checkpoints(tmp_path / "out"):
+        assert all(p.isfinite().all() for p in load_model(path).parameters())
+
+
+def test_ranks_that_see_other_folders_are_told(monkeypatch):
+    def gather(texts, text):
+        texts[:] = [text, text, text.replace("7", "null")]
+
+    monkeypatch.setattr("distributed.dist.all_gather_object", gather)
+    launch = Launch(0, 0, 3, torch.device("cpu"))
+    message = user_error(launch.check_same, "what --out-dir holds", {"step": 7})
+    assert "rank 2" in message and "--out-dir" in message
+    launch.check_same("x", {"step": 5})
+
+
+def test_a_gpu_by_number_is_refused_under_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--device cuda:0" in user_error(trainer.start, "cuda:0")
 
 
 def test_a_sample_prompt_that_does_not_fit_is_said(corpus, tmp_path, capsys):
