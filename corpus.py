@@ -13,7 +13,6 @@ shard is full and else about once a second, always between two parts and after a
 
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -24,25 +23,27 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import filelock
 import numpy as np
 
 from config import UserError
 from documents import Part, Source
-from files import atomic_write, sha256_of, sync_folder
+from files import sha256_of, sync_folder
 from progress import progress_bar
 from shards import (
     MANIFEST,
     PROGRESS,
     TOKEN_DTYPE,
+    Position,
+    ShardWriter,
     read_manifest,
     read_record,
     shard_header,
     write_manifest,
+    write_progress,
     write_shard,
 )
 from tokenizer import EOT_TOKEN, VOCABULARY, cut_whitespace, encode_to_array, repair
@@ -56,15 +57,6 @@ OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
             "cut": "had white space too long for the tokenizer's pattern, encoded in pieces"}
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the token stream of a source: so many tokens into a part of a unit."""
-
-    unit: int = 0
-    part: int = 0
-    tokens: int = 0
 
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
@@ -127,14 +119,9 @@ def reopen(out_dir: Path, manifest: dict) -> None:
     *whole, last = manifest["shards"]
     if last["tokens"] == manifest["shard_tokens"]:
         whole.append(last)
-    write_record(out_dir, manifest | {"shards": whole, "open_start": last["start"]})
+    write_progress(out_dir, manifest | {"shards": whole, "open_start": last["start"]})
     (out_dir / MANIFEST).unlink()  # a run killed just before this line comes here again
     sync_folder(out_dir)
-
-
-def write_record(out_dir: Path, record: dict) -> None:
-    with atomic_write(out_dir / PROGRESS, text=True) as file:
-        json.dump(record, file)
 
 
 def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_tokens: int | None,
@@ -159,7 +146,7 @@ def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_t
 
     def commit() -> float:
         writer.flush()
-        write_record(out_dir, record() | {"open_start": writer.open_start})
+        write_progress(out_dir, record() | {"open_start": writer.open_start})
         return time.monotonic()
 
     committed, shards = commit(), len(writer.shards)
@@ -304,103 +291,6 @@ def check_encoder(encoder: str, text: str, tokens: np.ndarray) -> None:
 
 def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# --------------------------------------------------------------------------------- the shards
-
-
-@dataclass
-class ShardWriter:
-    """Cuts a stream of tokens into shards of exactly shard_tokens, the last one shorter. A shard
-    has its name only once it is whole."""
-
-    out_dir: Path
-    name: str
-    shard_tokens: int
-    total: int = 0  # tokens in all shards
-    documents: int = 0
-    shards: list[dict] = field(default_factory=list)  # the whole ones, as in the manifest
-    file: BinaryIO | None = None  # of the open one, if there is one
-    open_start: dict | None = None  # where in the source it starts
-
-    @property
-    def filled(self) -> int:
-        """Tokens in the open shard."""
-        return self.total - sum(shard["tokens"] for shard in self.shards)
-
-    def paths(self) -> tuple[Path, Path]:
-        """(under what name the open shard is being written, its final name)."""
-        split = "train" if self.shards else "val"
-        path = self.out_dir / f"{self.name}_{split}_{len(self.shards):06d}.npy"
-        return path.with_name(f".{path.name}.partial"), path
-
-    def add(self, tokens: np.ndarray, start: Position) -> None:
-        """Takes tokens (n,) uint16, the first of which stands at `start`."""
-        self.documents += int(np.count_nonzero(tokens == EOT_TOKEN))
-        while len(tokens):
-            if self.file is None:
-                self.file = open(self.paths()[0], "wb")  # noqa: SIM115, closed by close_shard
-                self.file.write(shard_header(self.shard_tokens))
-                self.open_start = asdict(start)
-            part = tokens[: self.shard_tokens - self.filled]
-            self.file.write(part.data)
-            self.total += len(part)
-            tokens, start = tokens[len(part) :], replace(start, tokens=start.tokens + len(part))
-            if self.filled == self.shard_tokens:
-                self.close_shard()
-
-    def flush(self) -> None:
-        """To the disk, and not only to the system."""
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def close_shard(self) -> None:
-        """Gives the open shard its length and its name."""
-        partial, path = self.paths()
-        tokens = self.filled
-        self.file.seek(0)
-        self.file.write(shard_header(tokens))
-        self.flush()
-        self.file.close()
-        self.file = None
-        os.replace(partial, path)
-        sync_folder(self.out_dir)
-        self.shards.append({"file": path.name, "split": "train" if self.shards else "val",
-                            "tokens": tokens, "sha256": sha256_of(path), "start": self.open_start})
-
-    def resume(self, record: dict) -> None:
-        """Goes back to where a record was written: later tokens are cut off."""
-        self.total, self.documents = record["tokens"], record["documents"]
-        self.shards, self.open_start = list(record["shards"]), record["open_start"]
-        if self.filled == 0:
-            return
-        partial, path = self.paths()
-        if not partial.exists() and path.exists():  # it was closed after the record was written
-            os.replace(path, partial)
-        header = shard_header(self.shard_tokens)
-        size = len(header) + self.filled * TOKEN_DTYPE().itemsize
-        if not partial.exists() or partial.stat().st_size < size:
-            raise UserError(f"{partial} is missing or shorter than the {size:,} bytes that "
-                            f"{PROGRESS} promises: delete {self.out_dir} and start again")
-        self.file = open(partial, "r+b")  # noqa: SIM115, closed by close_shard
-        self.file.write(header)
-        self.file.truncate(size)
-        self.file.seek(size)
-
-    def finish(self) -> None:
-        """Closes the last shard; a lone validation shard is refused."""
-        if not self.shards:
-            if self.file is not None:
-                self.file.close()
-                self.paths()[0].unlink()
-            (self.out_dir / PROGRESS).unlink()
-            if self.total <= 1:
-                raise UserError("there is no text in what was read: nothing to write")
-            raise UserError(f"all {self.total:,} tokens fit into the first shard, which is for "
-                            f"validation: lower --shard-tokens to {max(2, self.total // 10)}, say")
-        if self.file is not None:
-            self.close_shard()
 
 
 # ------------------------------------------------------------------------- a finished folder

@@ -1,8 +1,10 @@
 """One process or many: what torchrun's environment says, and the few collectives we use."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,6 +118,21 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
+
+
+def missing_for_compile(device: torch.device) -> str | None:
+    """What torch.compile would lack for this device: inductor writes C++ for a CPU and Triton for a
+    GPU, whose launchers need a C compiler."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    if on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
+        return "a GPU of compute capability 7.0 or more"
+    names = (os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "cc") if on_gpu else ("g++",)),
+             "clang" if on_gpu else "clang++")
+    if not any(shutil.which(name) for name in names if name):
+        return f"a compiler, one of {', '.join(filter(None, names))}"
+    return None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -10,13 +10,17 @@ Without torch, so that the data scripts and each of their worker processes start
 
 import io
 import json
+import os
 import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from config import UserError
-from files import atomic_write
+from files import atomic_write, sha256_of, sync_folder
+from tokenizer import EOT_TOKEN
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # stands in a folder that is still being written, see `corpus.py`
@@ -133,3 +137,111 @@ def read_record(path: Path) -> dict:
         raise UserError(f"{path} is no manifest of a corpus ({error!r}): make the corpus again "
                         "with the script that made it") from None
     return manifest
+
+
+def write_progress(data_dir: Path, progress: dict) -> None:
+    with atomic_write(data_dir / PROGRESS, text=True) as file:
+        json.dump(progress, file)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the token stream of a source: so many tokens into a part of a unit."""
+
+    unit: int = 0
+    part: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class ShardWriter:
+    """Cuts a stream of tokens into shards of exactly shard_tokens, the last one shorter. A shard
+    has its name only once it is whole."""
+
+    out_dir: Path
+    name: str
+    shard_tokens: int
+    total: int = 0  # tokens in all shards
+    documents: int = 0
+    shards: list[dict] = field(default_factory=list)  # the whole ones, as in the manifest
+    file: BinaryIO | None = None  # of the open one, if there is one
+    open_start: dict | None = None  # where in the source it starts
+
+    @property
+    def filled(self) -> int:
+        """Tokens in the open shard."""
+        return self.total - sum(shard["tokens"] for shard in self.shards)
+
+    def paths(self) -> tuple[Path, Path]:
+        """(under what name the open shard is being written, its final name)."""
+        split = "train" if self.shards else "val"
+        path = self.out_dir / f"{self.name}_{split}_{len(self.shards):06d}.npy"
+        return path.with_name(f".{path.name}.partial"), path
+
+    def add(self, tokens: np.ndarray, start: Position) -> None:
+        """Takes tokens (n,) uint16, the first of which stands at `start`."""
+        self.documents += int(np.count_nonzero(tokens == EOT_TOKEN))
+        while len(tokens):
+            if self.file is None:
+                self.file = open(self.paths()[0], "wb")  # noqa: SIM115, closed by close_shard
+                self.file.write(shard_header(self.shard_tokens))
+                self.open_start = asdict(start)
+            part = tokens[: self.shard_tokens - self.filled]
+            self.file.write(part.data)
+            self.total += len(part)
+            tokens, start = tokens[len(part) :], replace(start, tokens=start.tokens + len(part))
+            if self.filled == self.shard_tokens:
+                self.close_shard()
+
+    def flush(self) -> None:
+        """To the disk, and not only to the system."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close_shard(self) -> None:
+        """Gives the open shard its length and its name."""
+        partial, path = self.paths()
+        tokens = self.filled
+        self.file.seek(0)
+        self.file.write(shard_header(tokens))
+        self.flush()
+        self.file.close()
+        self.file = None
+        os.replace(partial, path)
+        sync_folder(self.out_dir)
+        self.shards.append({"file": path.name, "split": "train" if self.shards else "val",
+                            "tokens": tokens, "sha256": sha256_of(path), "start": self.open_start})
+
+    def resume(self, record: dict) -> None:
+        """Goes back to where a record was written: later tokens are cut off."""
+        self.total, self.documents = record["tokens"], record["documents"]
+        self.shards, self.open_start = list(record["shards"]), record["open_start"]
+        if self.filled == 0:
+            return
+        partial, path = self.paths()
+        if not partial.exists() and path.exists():  # it was closed after the record was written
+            os.replace(path, partial)
+        header = shard_header(self.shard_tokens)
+        size = len(header) + self.filled * TOKEN_DTYPE().itemsize
+        if not partial.exists() or partial.stat().st_size < size:
+            raise UserError(f"{partial} is missing or shorter than the {size:,} bytes that "
+                            f"{PROGRESS} promises: delete {self.out_dir} and start again")
+        self.file = open(partial, "r+b")  # noqa: SIM115, closed by close_shard
+        self.file.write(header)
+        self.file.truncate(size)
+        self.file.seek(size)
+
+    def finish(self) -> None:
+        """Closes the last shard; a lone validation shard is refused."""
+        if not self.shards:
+            if self.file is not None:
+                self.file.close()
+                self.paths()[0].unlink()
+            (self.out_dir / PROGRESS).unlink()
+            if self.total <= 1:
+                raise UserError("there is no text in what was read: nothing to write")
+            raise UserError(f"all {self.total:,} tokens fit into the first shard, which is for "
+                            f"validation: lower --shard-tokens to {max(2, self.total // 10)}, say")
+        if self.file is not None:
+            self.close_shard()

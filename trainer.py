@@ -14,12 +14,9 @@ OUT_DIR/samples.jsonl, OUT_DIR/run.json (settings and versions) and, at the end,
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
-import os
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +32,7 @@ from distributed import (
     Launch,
     autocast,
     micro_steps_per_update,
+    missing_for_compile,
     pick_dtype,
     seconds_on,
     start,
@@ -167,16 +165,8 @@ def find_resume(config: TrainerConfig, manifest: dict, launch: Launch) -> tuple[
 def prepare_compile(config: TrainerConfig, launch: Launch) -> bool:
     """Whether to compile the training step; a missing compiler is one line, not the end."""
     wanted = launch.device_type == "cuda" if config.compile is None else config.compile
-    if launch.device_type == "cuda":  # Triton builds its launchers with a C compiler
-        compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
-        missing = ("Triton" if importlib.util.find_spec("triton") is None
-                   else "a GPU of compute capability 7.0 or more"
-                   if torch.cuda.get_device_capability(launch.device) < (7, 0) else None)
-    else:
-        compilers, missing = (os.environ.get("CXX", ""), "g++", "clang++"), None
-    if not any(map(shutil.which, filter(None, compilers))):
-        missing = f"a compiler ({', '.join(filter(None, compilers))})"
-    if wanted and missing:
+    missing = missing_for_compile(launch.device) if wanted else None
+    if missing:
         launch.print0(f"torch.compile needs {missing}: training without it, more slowly")
     return wanted and missing is None
 

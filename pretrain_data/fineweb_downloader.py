@@ -29,20 +29,12 @@ from typing import Literal
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from config import UserError, flag, parse_config, run_main
-from corpus import (
-    check_disk,
-    check_same,
-    default_workers,
-    only_writer,
-    verify_corpus,
-    write_corpus,
-    write_record,
-)
+from corpus import check_disk, check_same, default_workers, only_writer, verify_corpus, write_corpus
 from documents import SUFFIXES, Part, Source, describe_files, file_source, open_parts
 from files import sha256_of
 from hub import Patience, fetch, find_commit, list_files
 from progress import progress_bar
-from shards import MANIFEST, PROGRESS, open_shard, read_record, write_manifest
+from shards import MANIFEST, PROGRESS, open_shard, read_record, write_manifest, write_progress
 
 SAMPLE_FOLDER = "sample/10BT"
 SCRATCH = ".download"  # in --out-dir: the file being read
@@ -127,7 +119,7 @@ def fetch_pretokenized(out_dir: pathlib.Path, commit: str, max_tokens: int | Non
         for name in (PROGRESS, MANIFEST):
             if (out_dir / name).exists():
                 check_same(out_dir, read_record(out_dir / name), {"source": source}, None)
-        write_record(out_dir, {"source": source, "shards": []})  # unfinished from here on
+        write_progress(out_dir, {"source": source, "shards": []})  # unfinished from here on
         (out_dir / MANIFEST).unlink(missing_ok=True)
         entries = []
         check_disk(out_dir, sum(file.size for file, _ in shards

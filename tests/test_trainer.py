@@ -342,18 +342,18 @@ def test_bfloat16_on_cpu_learns_too(corpus, tmp_path):
 
 
 def test_without_a_compiler_one_line_says_so(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
+    monkeypatch.setattr("distributed.shutil.which", lambda name: None)
     train(tiny(corpus, tmp_path / "out", compile=True, max_steps=1), CPU_LAUNCH)
-    assert "torch.compile needs a compiler (" in capsys.readouterr().out
+    assert "torch.compile needs a compiler, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("triton, capability, compiler, missing", [
     (True, (9, 0), "gcc", None), (False, (9, 0), "gcc", "Triton"),
     (True, (6, 1), "gcc", "capability 7.0"), (True, (9, 0), None, "a compiler")])
 def test_what_compiling_for_a_gpu_needs(monkeypatch, capsys, triton, capability, compiler, missing):
-    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr("distributed.importlib.util.find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(trainer.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr("distributed.shutil.which", lambda name: compiler)
     launch = Launch(0, 0, 1, torch.device("cuda", 0))
     assert trainer.prepare_compile(TrainerConfig(), launch) is (missing is None)
     assert (missing or "") in capsys.readouterr().out
