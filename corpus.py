@@ -262,8 +262,8 @@ def tokenise_parts(parts: Iterator[Part], pool: ProcessPoolExecutor | None, work
 
 def tokenise_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
     """The tokens (n,) uint16 of a part's documents, and what befell some of them."""
-    arrays, outcomes = [np.empty(0, dtype=TOKEN_DTYPE)], Counter()
-    begin = np.array([EOT_TOKEN], dtype=TOKEN_DTYPE)
+    begin = np.array([EOT_TOKEN], dtype=np.uint32)
+    arrays, outcomes = [begin[:0]], Counter()
     for number, text in enumerate(part.read()):
         continues = part.continues and number == 0
         if not text and not continues:
@@ -280,7 +280,7 @@ def tokenise_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
         outcomes["repaired"] += whole != text
         outcomes["cut"] += len(cut_whitespace(whole)) > 1
         arrays += [tokens] if continues else [begin, tokens]
-    return np.concatenate(arrays), outcomes
+    return np.concatenate(arrays, dtype=TOKEN_DTYPE, casting="unsafe"), outcomes
 
 
 def check_encoder(encoder: str, text: str, tokens: np.ndarray) -> None:

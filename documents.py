@@ -9,6 +9,7 @@ and counts like any others.
 """
 
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -65,6 +66,19 @@ def memory_source(texts: list[str]) -> Source:
         yield Part(functools.partial(list, batch))
 
     return Source(1, parts, sum(map(len, texts)))
+
+
+def local_files(pattern: str) -> list[Path]:
+    """The files of a glob or a folder, in the order of their names. Raises UserError."""
+    if Path(pattern).is_dir():
+        paths = [p for p in Path(pattern).rglob("*") if p.name.endswith(SUFFIXES)]
+    else:
+        paths = [Path(path) for path in glob.glob(pattern, recursive=True)]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise UserError(f"--files {pattern} matches no file (expected {', '.join(SUFFIXES)}; quote "
+                        "the pattern)")
+    return sorted(paths)
 
 
 def describe_files(paths: list[Path]) -> dict:

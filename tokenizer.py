@@ -117,10 +117,10 @@ def load_encoder(name: str) -> Callable[[str], np.ndarray]:
 
 
 def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
-    """The ids that `encode` gives, for a text without lone surrogates (see `repair`): (n,) uint16,
+    """The ids that `encode` gives, for a text without lone surrogates (see `repair`): (n,) uint32,
     by way of no Python list."""
     arrays = [load_encoder(encoder)(piece) for piece in cut_whitespace(text)]
-    return np.concatenate(arrays, dtype=np.uint16, casting="unsafe")
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def decode(ids: list[int]) -> str:

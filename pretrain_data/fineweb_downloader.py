@@ -16,7 +16,6 @@ ones are deleted by hand, and the command makes them again.
 """
 
 import functools
-import glob
 import itertools
 import pathlib
 import re
@@ -30,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from config import UserError, flag, parse_config, run_main
 from corpus import check_disk, check_same, default_workers, only_writer, verify_corpus, write_corpus
-from documents import SUFFIXES, Part, Source, describe_files, file_source, open_parts
+from documents import Part, Source, describe_files, file_source, local_files, open_parts
 from files import sha256_of
 from hub import Patience, fetch, find_commit, list_files
 from progress import progress_bar
@@ -66,19 +65,6 @@ class FineWebConfig:
     retry_wait: float = flag(2.0, "seconds before the first repetition, doubled each time",
                              minimum=0)
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
-
-
-def local_files(pattern: str) -> list[pathlib.Path]:
-    """The files of a glob or a folder, in the order of their names. Raises UserError."""
-    if pathlib.Path(pattern).is_dir():
-        paths = [p for p in pathlib.Path(pattern).rglob("*") if p.name.endswith(SUFFIXES)]
-    else:
-        paths = [pathlib.Path(path) for path in glob.glob(pattern, recursive=True)]
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise UserError(f"--files {pattern} matches no file (expected {', '.join(SUFFIXES)}; quote "
-                        "the pattern)")
-    return sorted(paths)
 
 
 def hub_source(repo: str, commit: str, scratch: pathlib.Path, patience: Patience) -> Source:

@@ -4,7 +4,7 @@
 #   bash runs/demo.sh [folder for what it makes; default: a new one under out/]
 set -euo pipefail
 out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
-case $out in /*) ;; *) out=$PWD/$out ;; esac
+[[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # a folder given is the caller's
 source "$(dirname "$0")/setup.sh" requirements.txt
 begin=$SECONDS
 step() { echo; echo "== [$((SECONDS - begin)) s] $1"; }

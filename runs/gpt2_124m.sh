@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # GPT-2 124M from nothing: FineWeb, pre-training on 8 GPUs, Alpaca, two answers.
 #   bash runs/gpt2_124m.sh [number of GPUs]
-# Needs a network, 25 GB of disk, and for 8 GPUs 24 GB each (else: a smaller --micro-batch-size).
-# Every step can be repeated: what is whole is kept, and pre-training goes on where it stopped.
+# Needs a network and 25 GB of disk; where memory is short, a smaller --micro-batch-size.
+# Can be stopped and given again: what is whole is kept, the corpus and the pre-training go on where
+# they stopped, and fine-tuning, which takes minutes, begins again unless it was finished.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 gpus=${1:-8}
@@ -13,8 +14,13 @@ torchrun --standalone --nproc-per-node="$gpus" trainer.py --data-dir pretrain_da
   --out-dir "$out/pretrain" --loss-graph image/pretrain_loss.png --resume
 
 python finetune_data/alpaca_downloader.py
-torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \
-  --data finetune_data/alpaca.json --out-dir "$out/finetune" --loss-graph image/finetune_loss.png
+if [ ! -e "$out/finetune_done" ]; then
+  rm -rf "$out/finetune"
+  torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \
+    --data finetune_data/alpaca.json --out-dir "$out/finetune" \
+    --loss-graph image/finetune_loss.png
+  touch "$out/finetune_done"
+fi
 
 python inference.py --checkpoint "$out/finetune" \
   "What are the places I can visit in New York?" "Who was the first president of the United States?"

@@ -13,7 +13,7 @@ import torch
 from config import UserError, run_main
 from distributed import Launch
 from model import GPT, GPTConfig
-from shards import write_manifest, write_shard
+from shards import read_manifest, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
@@ -51,6 +51,27 @@ def corpus(tmp_path) -> Path:
     """700 validation and 3 x about 1000 training tokens: 3 x 62 windows of 16, few enough distinct
     ids to be learnt a little in ten updates."""
     return make_corpus(tmp_path / "data", [700, 1003, 1000, 1001], high=50)
+
+
+def llmc_bytes(tokens: np.ndarray, version: int = 1, announced: int | None = None) -> bytes:
+    """A shard as llm.c writes it: 256 int32 of header, then uint16."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, version, len(tokens) if announced is None else announced
+    return header.tobytes() + tokens.astype(np.uint16).tobytes()
+
+
+def make_foreign(corpus: Path, folder: Path, form: str) -> Path:
+    """The shards of a corpus in llm.c's or nanoGPT's format, under the names those have."""
+    folder.mkdir()
+    for i, shard in enumerate(read_manifest(corpus)["shards"]):
+        tokens = np.load(corpus / shard["file"])
+        if form == "llm.c":
+            path = folder / f"fineweb_{shard['split']}_{i:06d}.bin"
+            path.write_bytes(llmc_bytes(tokens))
+        else:
+            (folder / f"{shard['split']}_{i}.bin").write_bytes(tokens.tobytes())
+    (folder / "meta.pkl").write_bytes(b"not looked at")
+    return folder
 
 
 def run_script(*arguments, env: dict | None = None, stdin: str = "", check: bool = True,

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import make_corpus, user_error
+from conftest import llmc_bytes, make_corpus, make_foreign, user_error
 
 from dataloader import TokenLoader, permutation
 from model import IGNORE_INDEX
@@ -126,25 +126,6 @@ def test_an_error_of_the_thread_that_prepares_arrives(tmp_path):
     assert "60000" in user_error(next, loader(data).stream(0, 1, lambda tensor: tensor))
 
 
-def write_llmc(path, tokens: np.ndarray, magic=20240520, version=1, announced=None) -> None:
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(tokens) if announced is None else announced
-    path.write_bytes(header.tobytes() + tokens.astype(np.uint16).tobytes())
-
-
-def make_foreign(corpus, folder, form: str):
-    """The shards of a corpus in llm.c's or nanoGPT's format, under the names those have."""
-    folder.mkdir()
-    for i, shard in enumerate(read_manifest(corpus)["shards"]):
-        tokens = np.load(corpus / shard["file"])
-        if form == "llm.c":
-            write_llmc(folder / f"fineweb_{shard['split']}_{i:06d}.bin", tokens)
-        else:
-            (folder / f"{shard['split']}_{i}.bin").write_bytes(tokens.tobytes())
-    (folder / "meta.pkl").write_bytes(b"not looked at")
-    return folder
-
-
 @pytest.mark.parametrize("form", ["llm.c", "nanoGPT"])
 def test_foreign_shards_give_the_same_batches(corpus, tmp_path, form):
     foreign = make_foreign(corpus, tmp_path / "foreign", form)
@@ -166,13 +147,13 @@ def test_formats_are_told_apart_by_content(tmp_path):
     assert path.read_bytes() == as_save.read_bytes()
     path.write_bytes(tokens.tobytes())
     assert open_shard(path, 1000).tolist() == tokens.tolist()
-    write_llmc(path, tokens)
+    path.write_bytes(llmc_bytes(tokens))
     assert open_shard(path).tolist() == tokens.tolist()
-    write_llmc(path, tokens, announced=1001)
+    path.write_bytes(llmc_bytes(tokens, announced=1001))
     assert "1,001" in user_error(open_shard, path)
-    write_llmc(path, tokens, version=2)
+    path.write_bytes(llmc_bytes(tokens, version=2))
     assert "version 2" in user_error(open_shard, path)
-    write_llmc(path, tokens[:0])
+    path.write_bytes(llmc_bytes(tokens[:0]))
     assert "truncated" in user_error(open_shard, path)
 
 

@@ -56,7 +56,7 @@ def test_known_ids():
 @pytest.mark.parametrize("name", TEXTS)
 def test_ids_as_an_array(name):
     tokens = encode_to_array(TEXTS[name])
-    assert tokens.dtype == np.uint16 and tokens.tolist() == encode(TEXTS[name])
+    assert tokens.dtype == np.uint32 and tokens.tolist() == encode(TEXTS[name])
 
 
 def test_a_run_of_spaces_that_makes_tiktoken_panic():

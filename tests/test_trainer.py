@@ -13,6 +13,7 @@ from conftest import (
     assert_user_error,
     main_error,
     make_corpus,
+    make_foreign,
     run_script,
     run_torchrun,
     user_error,
@@ -232,6 +233,16 @@ def test_what_a_run_writes(corpus, tmp_path):
                       vocab_size=50257)
     loss = trainer.evaluate(final, val, CPU_LAUNCH, torch.float32, 10**9)
     assert loss == pytest.approx(log["val"][10]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["llm.c", "nanoGPT"])
+def test_ready_made_shards_train_to_the_same_losses(corpus, tmp_path, form):
+    foreign = make_foreign(corpus, tmp_path / "foreign", form)
+    train(tiny(corpus, tmp_path / "ours"), CPU_LAUNCH)
+    train(tiny(foreign, tmp_path / "theirs"), CPU_LAUNCH)
+    ours, theirs = (read_log(tmp_path / name / "metrics.jsonl") for name in ("ours", "theirs"))
+    assert losses(tmp_path / "ours") == losses(tmp_path / "theirs")
+    assert ours["val"] == theirs["val"]
 
 
 def test_two_runs_are_bit_equal(corpus, tmp_path):
