@@ -72,7 +72,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def report(config: BenchConfig, name: str, **figures) -> None:
+def record(config: BenchConfig, name: str, **figures) -> None:
     print(f"{name}: " + ", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else
                                   f"{key} {value}" for key, value in figures.items()), flush=True)
     if config.log:
@@ -159,7 +159,7 @@ def bench_tokenising(config: BenchConfig, texts: list[str], path: Path, folder: 
         taken = in_turn(config.repeats, bare=lambda loops=loops: seconds(loops.run),
                         shards=lambda workers=workers: write_once(path, workers, shard_tokens))
         loops.stop()
-        report(config, "tokenise", workers=workers, documents=len(texts), tokens=tokens,
+        record(config, "tokenise", workers=workers, documents=len(texts), tokens=tokens,
                bare_tokens_per_sec=tokens / taken["bare"],
                shards_tokens_per_sec=tokens / taken["shards"],
                ratio=taken["bare"] / taken["shards"],
@@ -177,13 +177,13 @@ def bench_encoders(config: BenchConfig, texts: list[str]) -> None:
     reference = load_tokenizer().encode_ordinary
     for name, encode in encoders.items():
         different = sum(not np.array_equal(encode(text), reference(text)) for text in texts)
-        report(config, "encoder equality", encoder=name, documents=len(texts), different=different)
+        record(config, "encoder equality", encoder=name, documents=len(texts), different=different)
     measures = {"tiktoken_list": reference, **encoders}
     taken = in_turn(config.repeats, **{
         name: lambda encode=encode: seconds(lambda: [encode(text) for text in texts])
         for name, encode in measures.items()})
     for name in encoders:
-        report(config, "encoder", encoder=name, speedup=taken["tiktoken_list"] / taken[name])
+        record(config, "encoder", encoder=name, speedup=taken["tiktoken_list"] / taken[name])
 
 
 # ---------------------------------------------------------------------------------- the loader
@@ -202,7 +202,7 @@ def bench_loader(config: BenchConfig, data_dir: Path) -> None:
 
     rates = in_turn(config.repeats, wall=lambda: batches(time.perf_counter),
                     cpu=lambda: batches(time.process_time))
-    report(config, "loader", tokens_per_sec=rates["wall"], tokens_per_cpu_sec=rates["cpu"])
+    record(config, "loader", tokens_per_sec=rates["wall"], tokens_per_cpu_sec=rates["cpu"])
 
     # the same training steps on one batch that is there already, and on the loader's stream
     torch.manual_seed(0)
@@ -226,7 +226,7 @@ def bench_loader(config: BenchConfig, data_dir: Path) -> None:
 
     taken = in_turn(4 * config.repeats, fixed=lambda: step(lambda: fixed),
                     stream=lambda: step(next_batch))
-    report(config, "loader beside training", step_ms=1000 * taken["stream"],
+    record(config, "loader beside training", step_ms=1000 * taken["stream"],
            wait_ms=1000 * statistics.median(waits),
            wait_share_of_step=statistics.median(waits) / taken["stream"],
            step_on_stream_over_fixed=taken["stream"] / taken["fixed"])
@@ -270,7 +270,7 @@ def main() -> None:
     if not config.what or set(config.what) - {"data", "encoders", "tokenise", "loader"}:
         raise UserError(f"asked to measure {' '.join(config.what) or 'nothing'}, expected data, or "
                         "of that only encoders, tokenise or loader")
-    report(config, "machine", cores=os.cpu_count(), processor=processor(),
+    record(config, "machine", cores=os.cpu_count(), processor=processor(),
            python=platform.python_version(), torch=torch.__version__)
     bench_data(config)
 

@@ -17,9 +17,9 @@ def hub(tmp_path, rows: int, columns=("instruction", "input", "output", "text"))
     return {"datasets/tatsu-lab/alpaca": {"README.md": README, "data/train.parquet": content}}
 
 
-def download(tmp_path, environment: dict, check: bool = True):
-    return run_script(SCRIPT, "--out", tmp_path / "deep" / "alpaca.json", check=check, cwd=tmp_path,
-                      env=environment | {"HF_HOME": str(tmp_path / "hf")})
+def download(tmp_path, environment: dict, *arguments, check: bool = True):
+    return run_script(SCRIPT, "--out", tmp_path / "deep" / "alpaca.json", *arguments, check=check,
+                      cwd=tmp_path, env=environment | {"HF_HOME": str(tmp_path / "hf")})
 
 
 def test_the_real_client_against_a_local_hub(tmp_path):
@@ -37,6 +37,19 @@ def test_the_real_client_against_a_local_hub(tmp_path):
     path.write_text("[]")
     assert_user_error(download(tmp_path, environment, check=False), "alpaca.json", "--out")
     assert path.read_text() == "[]"
+
+
+def test_a_bad_network_gives_the_same_file(tmp_path):
+    """The real `datasets` client, its connections dropped, cut, refused for now, or answered with
+    an error."""
+    files, written = hub(tmp_path, 52_002), {}
+    for name, faults in (("calm", []), ("stormy", [503, "drop", "cut", 429, 500, "cut"])):
+        (tmp_path / name).mkdir()
+        with serve(files, faults=faults) as (environment, pending):
+            download(tmp_path / name, environment, "--retry-wait", 0.01)
+        assert not pending  # every fault was met
+        written[name] = (tmp_path / name / "deep" / "alpaca.json").read_bytes()
+    assert written["calm"] == written["stormy"]
 
 
 @pytest.mark.parametrize("repos, words", [
