@@ -252,7 +252,7 @@ def bench_data(config: BenchConfig) -> None:
             bench_tokenising(config, texts, path, Path(name))
         if {"data", "loader"} & set(config.what):
             write_corpus({}, partial(file_source, [path]), Path(name) / "data", name="bench",
-                         shard_tokens=500_000)
+                         shard_tokens=min(500_000, sum(map(len, texts)) // 40))
             bench_loader(config, Path(name) / "data")
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gzip
 import json
@@ -332,6 +333,39 @@ def test_killed_at_20_random_instants_it_ends_in_the_same_bytes(tmp_path):
     assert process.returncode == 0
     assert "going on after" in printed or "already whole" in printed
     assert file_bytes(out) == expected
+
+
+def test_no_worker_outlives_a_run_that_is_killed(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import corpus, documents, functools, itertools, pathlib\n"
+            "def main():\n"
+            "    part = documents.Part(functools.partial(list, ['some words ' * 1000] * 50))\n"
+            "    source = documents.Source(1, lambda unit: itertools.repeat(part), 10**9)\n"
+            "    corpus.write_corpus({}, lambda: source, pathlib.Path(sys.argv[1]), name='x',\n"
+            "                        shard_tokens=100_000, workers=2)\n"
+            "if __name__ == '__main__': main()\n")
+    (tmp_path / "run.py").write_text(code)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "out"],
+                               env=script_env(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+
+    def alive() -> list[str]:
+        stats = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                stats += [path.parent.name] if int(group) == process.pid and state != "Z" else []
+        return stats
+
+    while tokens_on_record(tmp_path / "out") == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(alive()) > 2  # it, its workers, and the resource tracker
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive() == []
 
 
 def tokens_on_record(out: Path) -> int:
