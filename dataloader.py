@@ -52,6 +52,7 @@ class TokenLoader:
     world_size: int = 1
 
     def __post_init__(self):
+        assert self.total_batch_size % self.sequence_length == 0, "checked by the trainer"
         entries = [e for e in read_manifest(self.data_dir)["shards"] if e["split"] == self.split]
         self.paths = [self.data_dir / entry["file"] for entry in entries]
         self.shards = [open_shard(path, entry["tokens"])

@@ -25,7 +25,6 @@ class Launch:
     """This process among all those of the run; rank 0 of 1 outside torchrun."""
 
     rank: int  # among all processes of all nodes
-    local_rank: int  # among the processes of this node: which GPU
     world_size: int
     device: torch.device
 
@@ -72,7 +71,7 @@ def start(device: str) -> Launch:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
     rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this node: which GPU
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":
@@ -82,7 +81,7 @@ def start(device: str) -> Launch:
         dist.init_process_group("nccl" if on_gpus else "gloo",
                                 timeout=timedelta(minutes=TIMEOUT_MINUTES),
                                 device_id=torch_device if on_gpus else None)
-    return Launch(rank, local_rank, world_size, torch_device)
+    return Launch(rank, world_size, torch_device)
 
 
 def stop() -> None:

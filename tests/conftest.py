@@ -17,7 +17,7 @@ from shards import read_manifest, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
-CPU_LAUNCH = Launch(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+CPU_LAUNCH = Launch(rank=0, world_size=1, device=torch.device("cpu"))
 TINY_FLAGS = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "32",
               "--sequence-length", "16", "--device", "cpu"]
 

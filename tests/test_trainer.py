@@ -169,8 +169,11 @@ def test_rank_is_not_local_rank(monkeypatch):
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("distributed.dist.init_process_group", lambda *arguments, **options: None)
+    picked = []
+    monkeypatch.setattr("distributed.pick_device", lambda device, local_rank: picked.append(
+        local_rank) or torch.device("cpu"))
     launch = trainer.start("cpu")
-    assert (launch.rank, launch.local_rank, launch.world_size) == (11, 3, 16)
+    assert (launch.rank, launch.world_size, picked) == (11, 16, [3])
     assert not launch.is_master
 
 
@@ -365,7 +368,7 @@ def test_what_compiling_for_a_gpu_needs(monkeypatch, capsys, triton, capability,
     monkeypatch.setattr("distributed.importlib.util.find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("distributed.shutil.which", lambda name: compiler)
-    launch = Launch(0, 0, 1, torch.device("cuda", 0))
+    launch = Launch(0, 1, torch.device("cuda", 0))
     assert trainer.prepare_compile(TrainerConfig(), launch) is (missing is None)
     assert (missing or "") in capsys.readouterr().out
     assert trainer.prepare_compile(TrainerConfig(compile=False), launch) is False
@@ -445,7 +448,7 @@ def test_ranks_that_see_other_folders_are_told(monkeypatch):
         texts[:] = [text, text, text.replace("7", "null")]
 
     monkeypatch.setattr("distributed.dist.all_gather_object", gather)
-    launch = Launch(0, 0, 3, torch.device("cpu"))
+    launch = Launch(0, 3, torch.device("cpu"))
     message = user_error(launch.check_same, "what --out-dir holds", {"step": 7})
     assert "rank 2" in message and "--out-dir" in message
     launch.check_same("x", {"step": 5})
@@ -503,7 +506,7 @@ def test_a_truncated_shard_stops_every_rank(corpus, tmp_path):
 
 def test_launch_is_all_that_a_process_knows_of_the_others():
     assert [field.name for field in dataclasses.fields(Launch)] == [
-        "rank", "local_rank", "world_size", "device"]
+        "rank", "world_size", "device"]
 
 
 def test_fixed_interface_of_the_command_line(capsys, monkeypatch):
