@@ -242,6 +242,9 @@ def load_texts(config: BenchConfig) -> list[str]:
 
 def bench_data(config: BenchConfig) -> None:
     texts = load_texts(config)
+    if sum(map(len, texts)) < 100_000:
+        raise UserError(f"{len(texts)} documents with less than 100,000 characters are too few to "
+                        "measure: give more --files")
     if {"data", "encoders"} & set(config.what):
         bench_encoders(config, texts)
     with tempfile.TemporaryDirectory() as name:

@@ -83,6 +83,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
             if manifest["max_tokens"] == max_tokens:
                 remake_missing_shards(open_source, out_dir, manifest, workers, encoder)
                 return manifest
+            remake_missing_shards(open_source, out_dir, manifest, workers, encoder)
             reopen(out_dir, manifest)
         return write_shards(open_source(), out_dir, name, settings, max_tokens, workers, encoder)
 
@@ -106,8 +107,9 @@ def check_same(out_dir: Path, found: dict, settings: dict, max_tokens: int | Non
     """The record of a folder (manifest or progress), if it is of the corpus that is asked for."""
     for key, value in settings.items():
         if found.get(key) != value:
-            raise UserError(f"{out_dir} holds another corpus: its {key} is {found.get(key)}, "
-                            f"asked for is {value}; use another --out-dir, or delete that one")
+            raise UserError(f"{out_dir} holds another corpus: its {key} is "
+                            f"{found.get(key)!s:.150}, asked for is {value!s:.150}; use another "
+                            "--out-dir, or delete that one")
     if max_tokens is not None and found["tokens"] > max_tokens:
         raise UserError(f"{out_dir} holds {found['tokens']:,} tokens already, --max-tokens is "
                         f"{max_tokens:,}: use another --out-dir, or delete that one")
@@ -117,6 +119,10 @@ def check_same(out_dir: Path, found: dict, settings: dict, max_tokens: int | Non
 def reopen(out_dir: Path, manifest: dict) -> None:
     """Turns a finished folder into one that is unfinished and can be gone on with."""
     *whole, last = manifest["shards"]
+    path = out_dir / last["file"]
+    if sha256_of(path) != last["sha256"]:
+        raise UserError(f"{path} is damaged and cannot be gone on with: rm -f {path} and run "
+                        "again, which makes it anew")
     if last["tokens"] == manifest["shard_tokens"]:
         whole.append(last)
     write_progress(out_dir, manifest | {"shards": whole, "open_start": last["start"]})
@@ -130,7 +136,11 @@ def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_t
     writer = ShardWriter(out_dir, name, settings["shard_tokens"])
     position, outcomes = Position(), Counter(dict.fromkeys(OUTCOMES, 0))
     if (out_dir / PROGRESS).exists():
-        record = check_same(out_dir, read_record(out_dir / PROGRESS), settings, max_tokens)
+        record = read_record(out_dir / PROGRESS)
+        if mended := mended_file(record.get("source"), settings["source"]):
+            print(f"{mended} is not what it was when this was begun: taken for mended", flush=True)
+            record["source"] = settings["source"]
+        check_same(out_dir, record, settings, max_tokens)
         position, outcomes = Position(**record["position"]), Counter(record["outcomes"])
         writer.resume(record)
         print(f"{out_dir} is unfinished: going on after {writer.total:,} tokens", flush=True)
@@ -172,6 +182,16 @@ def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_t
     (out_dir / PROGRESS).unlink()
     report(out_dir, record(), writer.total - before, time.monotonic() - begun)
     return record()
+
+
+def mended_file(before: dict | None, now: dict) -> str | None:
+    """The one file, if it is only one, in which an unfinished corpus' source differs: the one whose
+    damage stopped the run, it is to be hoped, and which was replaced."""
+    old, new = (before or {}).get("files"), now.get("files")
+    if not old or not new or list(old) != list(new):
+        return None
+    changed = [name for name in new if list(old[name]) != list(new[name])]
+    return changed[0] if len(changed) == 1 else None
 
 
 def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
@@ -290,7 +310,8 @@ def check_encoder(encoder: str, text: str, tokens: np.ndarray) -> None:
 
 
 def default_workers() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 61)  # Windows waits for no more processes than that
 
 
 # ------------------------------------------------------------------------- a finished folder

@@ -1,8 +1,7 @@
 """Files of a data set on the Hugging Face hub, at one commit, verified.
 
-The hub's own client lists and downloads (and resumes what was cut off). Here are the patience of a
-run that nobody watches, the check of every file against the size and the SHA-256 that the hub
-announces, and errors of one line.
+The hub's own client lists and downloads. Here are the patience of a run that nobody watches, the
+check of every file against the size and the SHA-256 that the hub announces, and errors of one line.
 """
 
 import re
@@ -38,7 +37,7 @@ class Patience:
 
     def attempt(self, what: str, call):
         """call(), again and again while the network or the hub fails. Raises UserError."""
-        from huggingface_hub.errors import HTTPError  # HTTP status or no connection at all
+        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
         from huggingface_hub.utils import logging
 
         logging.set_verbosity_error()  # its own retries and warnings: what matters is said here
@@ -46,12 +45,15 @@ class Patience:
         for number in range(self.retries + 1):
             try:
                 return call()
-            except (HTTPError, OSError) as error:
+            # an HTTP status, no connection, or (as the hub's storage client puts it) RuntimeError
+            except (HTTPError, OSError, RuntimeError) as error:
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
-                absent = status in PERMANENT or isinstance(error, FileNotFoundError)
+                # "not found locally" is what the client says of a hub that does not answer
+                absent = status in PERMANENT or (isinstance(error, FileNotFoundError) and not
+                                                 isinstance(error, LocalEntryNotFoundError))
                 if number == self.retries or absent:
                     raise UserError(f"cannot fetch {what} from the Hugging Face hub "
                                     f"({first_line(error)}): check the network and run again, "
@@ -87,9 +89,12 @@ def list_files(repo: str, commit: str, folder: str, patience: Patience) -> list[
 
 
 def fetch(file: HubFile, folder: Path, patience: Patience) -> Path:
-    """Downloads a file below `folder`, unless it is there already, and checks it. Raises
-    UserError; what was downloaded before a failure is kept and gone on with."""
+    """Downloads a file below `folder`, unless it is there already, and checks it. Halves of files
+    that earlier runs left in the folder are removed. Raises UserError."""
     from huggingface_hub import hf_hub_download
+
+    for half in folder.rglob("*.incomplete"):
+        half.unlink()
 
     def download() -> Path:
         path = Path(hf_hub_download(file.repo, file.path, repo_type="dataset",

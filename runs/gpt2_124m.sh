@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPT-2 124M from nothing: FineWeb, pre-training on 8 GPUs, Alpaca, two answers.
 #   bash runs/gpt2_124m.sh [number of GPUs]
-# Needs a network and 25 GB of disk; where memory is short, a smaller --micro-batch-size.
+# Needs a network and 40 GB of disk; where memory is short, a smaller --micro-batch-size.
 # Can be stopped and given again: what is whole is kept, the corpus and the pre-training go on where
 # they stopped, and fine-tuning, which takes minutes, begins again unless it was finished.
 set -euo pipefail

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, assert_user_error, llmc_bytes, run_script, script_env, user_error
 from hub_server import serve
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import corpus
 import documents
@@ -23,6 +24,7 @@ from corpus import verify_corpus, write_corpus
 from dataloader import TokenLoader
 from documents import Part, Source, describe_files, file_source, memory_source
 from files import sha256_of
+from hub import Patience
 from shards import read_manifest
 from tokenizer import EOT_TOKEN, decode, encode
 
@@ -160,12 +162,15 @@ def test_every_format_gives_the_same_documents(tmp_path, monkeypatch, part_bytes
 
 def test_a_text_file_is_cut_where_the_ids_do_not_change(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PART_BYTES", 100)
-    alphabet = ["word", " ", "  ", "\n", "\n\n", "'s", "1", "é", "日本", "\x1c", "\u2028", "."]
-    text = "".join(random.Random(0).choices(alphabet, k=5000))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    assert len(list(file_source([tmp_path / "a.txt"]).open_unit(0))) > 50
-    write([tmp_path / "a.txt"], tmp_path / "out")
-    assert all_tokens(tmp_path / "out") == [EOT_TOKEN, *encode(text)]
+    for number, alphabet in enumerate([
+            ["word", " ", "  ", "\n", "\n\n", "'s", "1", "é", "日本", "\x1c", "\u2028", "."],
+            ["日本", "。", "\n", "\u3000", "語", "\x85", "\xa0", " "]]):
+        text = "".join(random.Random(0).choices(alphabet, k=5000))
+        path, out = tmp_path / f"{number}.txt", tmp_path / f"out{number}"
+        path.write_text(text, encoding="utf-8", newline="")
+        assert len(list(file_source([path]).open_unit(0))) > 50
+        write([path], out)
+        assert all_tokens(out) == [EOT_TOKEN, *encode(text)]
 
 
 def test_max_tokens_is_exact_and_can_be_raised(tmp_path, small_parts):
@@ -204,6 +209,48 @@ def test_shards_that_were_deleted_are_made_again(tmp_path, small_parts, capsys):
     bad[0].unlink()
     message = user_error(write, [text.upper() for text in TEXTS], out)
     assert "cannot be made again" in message and not bad[0].exists()
+
+
+def test_a_finished_folder_with_a_bad_shard_is_not_gone_on_with(tmp_path, small_parts):
+    out = tmp_path / "out"
+    write(TEXTS, out, max_tokens=750)
+    first, last = (out / read_manifest(out)["shards"][i]["file"] for i in (0, -1))
+    content = last.read_bytes()
+    last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    message = user_error(write, TEXTS, out)
+    assert f"rm -f {last}" in message and (out / "manifest.json").exists()
+    last.unlink()
+    first.unlink()
+    write(TEXTS, out)
+    write(TEXTS, tmp_path / "calm")
+    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("CAS is away"), LocalEntryNotFoundError("no answer"), ConnectionResetError(),
+    OSError("size is wrong")])
+def test_what_the_hubs_clients_say_of_a_bad_network_is_tried_again(error, capsys):
+    errors = [error, error]
+
+    def call():
+        if errors:
+            raise errors.pop()
+        return "there"
+
+    assert Patience(retries=2, wait=0.0).attempt("a file", call) == "there"
+    assert capsys.readouterr().out.count("trying again") == 2
+    errors[:] = [error] * 9
+    assert "a file" in user_error(Patience(retries=1, wait=0.0).attempt, "a file", call)
+    errors[:] = [FileNotFoundError("no such set")]
+    user_error(Patience(retries=9, wait=9.0).attempt, "a file", call)  # at once: it will not appear
+
+
+def test_the_text_column_is_found_beside_nested_ones(tmp_path):
+    table = pyarrow.table({"meta": [{"a": 1, "b": "x"}] * 60, "text": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    assert documents.text_bytes(tmp_path / "a.parquet") > 1000
+    write([tmp_path / "a.parquet"], tmp_path / "out")
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
 
 
 def test_verify_on_the_command_line(parquet, tmp_path):
@@ -606,8 +653,20 @@ def test_files_that_cannot_be_read(tmp_path):
     fails(tmp_path / "b.jsonl.gz", "b.jsonl.gz")
     for line in ('{"text": 5}', '{"words": "a"}', "[1]", "not json", '{"text": "a"', "[" * 99999):
         (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
-        message = user_error(write, [tmp_path / "c.jsonl"], tmp_path / f"out{len(line)}", 2)
+        message = user_error(write, [tmp_path / "c.jsonl"], tmp_path / "c", 2)
         assert "c.jsonl line 3" in message
+    (tmp_path / "c.jsonl").write_text('\ufeff{"text": "fine"}\n\n{"text": "mended"}\n',
+                                      encoding="utf-8")
+    write([tmp_path / "c.jsonl"], tmp_path / "c", 2)  # goes on with the file that was mended
+    assert documents_of(all_tokens(tmp_path / "c")) == ["fine", "mended"]
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some words")
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.jsonl"]
+    (tmp_path / "c.jsonl").write_text("bad\n")
+    user_error(write, paths, tmp_path / "d", 2)
+    for path in paths:
+        path.write_text('{"text": "other words"}')
+    assert "another corpus" in user_error(write, paths, tmp_path / "d", 2)
 
 
 def test_a_corrupt_row_group_keeps_what_came_before(tmp_path, small_parts):
