@@ -461,6 +461,19 @@ def test_killed_at_every_kind_of_step(tmp_path, monkeypatch, small_parts, when, 
     assert file_bytes(out) == file_bytes(tmp_path / "calm")
 
 
+def test_tokens_that_are_not_on_record_are_cut_off(tmp_path, monkeypatch, small_parts):
+    """What a killed run had written after its last record must not outlast the end of the shard."""
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
+    out = tmp_path / "out"
+    stop_at("before replace 3", monkeypatch, out, TEXTS)
+    partial, = out.glob("*.partial")
+    with open(partial, "ab") as file:
+        file.write(b"junk" * 500)
+    write(TEXTS, out, max_tokens=301)
+    write(TEXTS, tmp_path / "calm", max_tokens=301)
+    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_killed_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_parts, when,
