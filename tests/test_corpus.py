@@ -465,7 +465,7 @@ def test_tokens_that_are_not_on_record_are_cut_off(tmp_path, monkeypatch, small_
     """What a killed run had written after its last record must not outlast the end of the shard."""
     monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
     out = tmp_path / "out"
-    stop_at("before replace 3", monkeypatch, out, TEXTS)
+    stop_at("before replace 5", monkeypatch, out, TEXTS)
     partial, = out.glob("*.partial")
     with open(partial, "ab") as file:
         file.write(b"junk" * 500)
