@@ -1,10 +1,11 @@
 """A checkpoint is a Hugging Face GPT-2 folder, with our training state beside it.
 
-    OUT_DIR/latest                          the name of the newest checkpoint, as text
+    OUT_DIR/latest, OUT_DIR/best            the names of two checkpoints, as text
     OUT_DIR/step_000200/config.json         } what GPT2LMHeadModel.from_pretrained reads; tensors
     OUT_DIR/step_000200/model.safetensors   } in GPT-2's own layout, head tied, no padding
     OUT_DIR/step_000200/vocab.json ...      what AutoTokenizer reads
-    OUT_DIR/step_000200/training_state.pt   optimizer, scaler, step, settings; plain data only
+    OUT_DIR/step_000200/training_state.pt   see resume.py; tensors and plain values only
+    OUT_DIR/step_000200/SHA256SUMS          of all these files, as `sha256sum -c` reads it
 
 The same reader takes any folder or hub name in that format, OpenAI's `gpt2` ... `gpt2-xl` first of
 all. Nothing that could run code is ever loaded.
@@ -16,7 +17,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,13 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from config import NO_SPACE, UserError, first_line
-from files import atomic_write, sync_folder
+from files import atomic_write, sha256_of, sync_folder
 from model import GPT, INIT_STD, GPTConfig
 from tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY, vocabulary_path
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-TRAINING_STATE_FILE = "training_state.pt"
-LATEST = "latest"
+TRAINING_STATE_FILE, SUMS_FILE = "training_state.pt", "SHA256SUMS"
+LATEST, BEST = "latest", "best"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # GPT-2's linear layers were written as 1x1 convolutions: weights (in, out) where nn.Linear has
@@ -48,12 +49,14 @@ FIXED_SETTINGS = {
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
-                    prompt_template: str | None = None, keep_last: int = 0) -> Path:
+                    prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
+                    best_step: int | None = None) -> Path:
     """Writes OUT_DIR/step_NNNNNN, whole or not at all, and names it in OUT_DIR/latest.
 
-    `model` is the raw module, not its DDP wrapper. `prompt_template` marks a fine-tuned model.
-    With keep_last > 0 only that many newest checkpoints stay. Raises UserError when the disk is
-    full; earlier checkpoints are untouched then.
+    `model` is the raw module, not its DDP wrapper. `prompt_template` marks a fine-tuned model. With
+    keep_last > 0 older checkpoints go, but for those of every keep_every-th step and the one of
+    `best_step`, which OUT_DIR/best names. Raises UserError when the disk is full; earlier
+    checkpoints are untouched then.
     """
     final = out_dir / f"step_{step:06d}"
     temporary = out_dir / f".{final.name}.tmp"
@@ -65,6 +68,8 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         write_model(temporary, model.config, tensors, prompt_template)
         if training_state is not None:
             torch.save(training_state, temporary / TRAINING_STATE_FILE)
+        sums = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+        (temporary / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
         mode = (temporary / CONFIG_FILE).stat().st_mode  # safetensors writes for its owner alone
         for path in temporary.iterdir():
             path.chmod(mode)
@@ -73,8 +78,10 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         sync_folder(temporary)
         remove_checkpoint(final)  # a run that went back to an earlier one comes by again
         os.replace(temporary, final)
-        with atomic_write(out_dir / LATEST, text=True) as file:
-            file.write(final.name + "\n")
+        for name, named in ((LATEST, step), (BEST, best_step)):
+            if named is not None:
+                with atomic_write(out_dir / name, text=True) as file:
+                    file.write(f"step_{named:06d}\n")
     except (SafetensorError, RuntimeError, OSError) as error:
         # safetensors and torch.save report a failed write as errors of their own
         full = getattr(error, "errno", None) in {None, *NO_SPACE}
@@ -85,7 +92,9 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         shutil.rmtree(temporary, ignore_errors=True)
     if keep_last > 0:
         for path in list_checkpoints(out_dir)[:-keep_last]:
-            remove_checkpoint(path)
+            old = step_of(path)
+            if old != best_step and (keep_every == 0 or old % keep_every):
+                remove_checkpoint(path)
     return final
 
 
@@ -135,16 +144,22 @@ def write_json(path: Path, value: dict) -> None:
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in out_dir.glob("step_*")
-             if (match := STEP_FOLDER.fullmatch(path.name)) and (path / CONFIG_FILE).is_file()]
-    return [path for _, path in sorted(found)]
+    found = [path for path in out_dir.glob("step_*")
+             if STEP_FOLDER.fullmatch(path.name) and (path / CONFIG_FILE).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """How many updates a checkpoint's name says that it has seen."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The local folder of a checkpoint, given that folder, OUT_DIR/latest, OUT_DIR (its newest
-    checkpoint) or a name on the Hugging Face hub, which is downloaded. Raises UserError."""
+    """The local folder of a checkpoint, given that folder, OUT_DIR/latest, OUT_DIR/best, OUT_DIR
+    (its newest checkpoint) or a name on the Hugging Face hub, which is downloaded. Raises
+    UserError."""
     folder = Path(path)
-    if folder.is_file() and folder.name == LATEST:
+    if folder.is_file() and folder.name in (LATEST, BEST):
         name = folder.read_text(encoding="utf-8", errors="replace").strip()
         if not STEP_FOLDER.fullmatch(name) or not (folder.parent / name).is_dir():
             raise UserError(f"{folder} names {name:.60}, which is not there: name a checkpoint, or "
@@ -176,16 +191,36 @@ def download_checkpoint(name: str) -> Path:
 # --------------------------------------------------------------------------- reading
 
 
+def verify(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compares files of a checkpoint (default: all) with their checksums. Raises UserError for one
+    that is damaged or missing; a folder without checksums, made by others, is taken as it is."""
+    if not (folder / SUMS_FILE).exists():
+        return
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SUMS_FILE} is damaged ({first_line(error)})") from None
+    for name in sums if names is None else sums.keys() & set(names):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: use another checkpoint")
+        if sha256_of(path) != sums.get(name):
+            raise UserError(f"{path} is damaged or truncated, it is not what {SUMS_FILE} says: use "
+                            f"an earlier checkpoint (if you changed it, delete {SUMS_FILE})")
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), fp32, in evaluation mode, on `device`.
 
-    Raises UserError for a setting that is not GPT-2's, and for a tensor that is missing, unknown
-    or of another shape than the configuration says.
+    Raises UserError for a damaged file, for a setting that is not GPT-2's, and for a tensor that is
+    missing, unknown or of another shape than the configuration says.
     """
     folder = find_checkpoint(path)
+    verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
+    config = read_config(folder)
     with torch.device("meta"):  # sizes only: no memory taken, no random number drawn
-        model = GPT(read_config(folder))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
     found: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
         if name not in shapes:
@@ -201,9 +236,17 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     if missing := set(shapes) - set(found):
         raise UserError(f"{folder} lacks {len(missing)} tensors, {min(missing)} first: it is "
                         "incomplete or of another model; use another checkpoint")
-    model.load_state_dict(found | {"lm_head.weight": found["transformer.wte.weight"]}, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight  # tied
-    return model.eval()
+    return model_around(config, found).eval()
+
+
+def model_around(config: GPTConfig, parameters: dict[str, torch.Tensor]) -> GPT:
+    """A GPT whose parameters are the given tensors themselves, under their names in it."""
+    with torch.device("meta"):
+        model = GPT(config)
+    tied = {"lm_head.weight": parameters["transformer.wte.weight"]}
+    model.load_state_dict(parameters | tied, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -276,8 +319,8 @@ def load_training_state(folder: Path) -> dict:
     that holds more than tensors and plain values is refused unread."""
     path = folder / TRAINING_STATE_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {TRAINING_STATE_FILE}: training cannot go on from it; "
-                        "start a new run in another --out-dir")
+        raise UserError(f"{folder} has no {TRAINING_STATE_FILE}: training cannot go on from it")
+    verify(folder, [TRAINING_STATE_FILE])
     try:
         if not zipfile.is_zipfile(path):  # torch.load would take it for its format before 1.6
             raise pickle.UnpicklingError("no zip archive")
@@ -285,6 +328,5 @@ def load_training_state(folder: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         # what torch says, to load it without the check, is not to be repeated
-        detail = type(error).__name__
-        raise UserError(f"{path} is damaged, or holds code, which is never run ({detail}): "
-                        f"rm -r {folder} goes back to the checkpoint before") from None
+        raise UserError(f"{path} is damaged, or holds code, which is never run "
+                        f"({type(error).__name__})") from None

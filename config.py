@@ -7,6 +7,7 @@ Every script declares what a user may choose as one frozen dataclass, one `flag(
 import argparse
 import dataclasses
 import errno
+import functools
 import math
 import os
 import signal
@@ -47,8 +48,9 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
     """Builds `cls` from `argv` (default: the command line); unknown or abbreviated flags exit 2.
 
-    Supported field types: int, float, str, bool (`--x/--no-x`), Literal[...], any of these
-    `| None`, and tuple[str, ...] for a positional that takes any number of values.
+    Supported field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...]
+    (a number or one of a few words), any of these `| None`, and tuple[str, ...] for a positional
+    that takes any number of values.
     """
     parser = OneLineParser(
         description=description, allow_abbrev=False,
@@ -60,7 +62,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     values = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
         minimum, below, value = (*map(field.metadata.get, ("minimum", "below")), values[field.name])
-        if minimum is not None and value is not None and not minimum <= value < below:
+        number = isinstance(value, int | float)  # not None, nor the word of an `int | Literal`
+        if minimum is not None and number and not minimum <= value < below:
             limit = "" if below == math.inf else f" and less than {below}"
             parser.error(f"{flag_name(field.name)} is {value}, expected a number of at least "
                          f"{minimum}{limit}")
@@ -74,18 +77,35 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
     default = None if required else field.default
     shown = "" if required or default in (None, "", ()) else f" (default: {default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    if isinstance(hint, types.UnionType):  # `int | None`: the flag takes an int, its absence None
-        hint = next(arm for arm in hint.__args__ if arm is not types.NoneType)
+    # `int | None` is a flag that takes an int, and None where it is absent. Python has two classes
+    # for unions: `int | Literal["auto"]` is of typing's, before 3.14.
+    arms = [hint]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
+        hint = arms[0]
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", **options)
         return
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
+    elif len(arms) == 2:  # int | Literal[...]
+        options["type"] = functools.partial(int_or_word, words=typing.get_args(arms[1]))
     elif typing.get_origin(hint) is typing.Literal:
         options["choices"] = typing.get_args(hint)
     else:
         options["type"] = hint
     parser.add_argument(flag_name(field.name), default=default, required=required, **options)
+
+
+def int_or_word(text: str, words: tuple[str, ...]) -> int | str:
+    """The value of an `int | Literal[...]` flag."""
+    if text in words:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a whole number nor {' nor '.join(words)}") from None
 
 
 def flag_name(field_name: str) -> str:

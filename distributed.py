@@ -1,13 +1,17 @@
 """One process or many: what torchrun's environment says, and the few collectives we use."""
 
+import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,7 +20,8 @@ import torch.distributed as dist
 from config import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Rank 0 alone writes checkpoints and samples while the others wait: 19 GB for gpt2-xl, slow disks
+# The longest that a rank waits for another which is alive: rank 0 checks and reads checkpoints, 19
+# GB for gpt2-xl, from disks that may be slow. Ranks that are gone are noticed sooner: faults.py
 TIMEOUT_MINUTES = 30
 
 
@@ -48,26 +53,44 @@ class Launch:
             dist.all_reduce(tensor)
         return tensor
 
-    def check_same(self, what: str, value: object) -> None:
-        """Raises UserError, on every rank, when a value is not the same on all of them."""
-        if self.world_size == 1:
-            return
-        text = json.dumps(value, sort_keys=True)
-        texts = [""] * self.world_size
-        dist.all_gather_object(texts, text)
-        for rank, other in enumerate(texts):
-            if other != texts[0]:
-                raise UserError(f"{what} differs between rank 0 ({texts[0]:.60}) and rank {rank} "
-                                f"({other:.60}): all nodes must see the same folders")
+    def gather(self, value: object) -> list:
+        """A plain value of every rank, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: object) -> object:
+        """A plain value of rank 0, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def check_same(self, facts: dict) -> None:
+        """Raises UserError, on every rank, when one of the facts is not the same on all of them."""
+        everyones = self.gather(json.loads(json.dumps(facts)))
+        for rank, theirs in enumerate(everyones):
+            for name in sorted(everyones[0].keys() | theirs.keys()):
+                first, other = everyones[0].get(name), theirs.get(name)
+                if first != other:
+                    raise UserError(f"{name} differs: {first!r:.80} on rank 0, {other!r:.80} on "
+                                    f"rank {rank}; start all nodes with the same code, flags, "
+                                    "packages and data")
 
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
 
-def start(device: str) -> Launch:
+def start(device: str, deterministic: bool = False) -> Launch:
     """Reads torchrun's RANK, LOCAL_RANK and WORLD_SIZE, joins the process group (NCCL on GPUs,
-    gloo elsewhere) and picks the device. Raises UserError for a device that is not there."""
+    gloo elsewhere) and picks the device. Raises UserError for a device that is not there.
+
+    `deterministic` makes PyTorch refuse what it cannot compute twice in the same bits."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
     rank = int(os.environ.get("RANK", 0))
@@ -134,6 +157,16 @@ def missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
+def should_compile(wanted: bool | None, launch: Launch) -> bool:
+    """Whether to compile the training step (None: on CUDA); a missing compiler is one line, not the
+    end."""
+    wanted = launch.device_type == "cuda" if wanted is None else wanted
+    missing = missing_for_compile(launch.device) if wanted else None
+    if missing:
+        launch.print0(f"torch.compile needs {missing}: training without it, more slowly")
+    return wanted and missing is None
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context of a forward pass; nothing changes for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -145,6 +178,23 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         with torch.cuda.device(device):  # a new thread pins for GPU 0, and so wakes it, otherwise
             return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+@contextlib.contextmanager
+def any_algorithm() -> Iterator[None]:
+    """For what has no deterministic algorithm on a GPU and does not touch the training."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+
+
+def code_sha256() -> str:
+    """Of all the Python files at the top level of this repository, to compare across nodes."""
+    files = sorted(Path(__file__).resolve().parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def seconds_on(device: torch.device) -> float:

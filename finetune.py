@@ -5,29 +5,35 @@
     torchrun --standalone --nproc-per-node=8 finetune.py --checkpoint out/pretrain
 
 The loss is over the tokens of the response and its final <|endoftext|>: the model learns to answer
-and to stop, not to repeat questions. Writes OUT_DIR/step_NNNNNN/ after every epoch, marked with the
-prompt template, OUT_DIR/metrics.jsonl and, at the end, the loss graph.
+and to stop, not to repeat questions. Writes OUT_DIR/step_NNNNNN/ after every epoch and every
+--save-interval updates, marked with the prompt template, OUT_DIR/metrics.jsonl and, at the end, the
+graph of the run. SIGTERM, SIGINT and SIGUSR1 make it save and stop; --resume goes on from there.
 """
 
 import contextlib
+import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow
 import pyarrow.parquet
 import torch
+from memory import find_micro_batch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import CONFIG_FILE, list_checkpoints, load_model, save_checkpoint
+from checkpoint import CONFIG_FILE, list_checkpoints, load_model
 from config import UserError, first_line, flag, parse_config, run_main
 from dataloader import permutation
-from distributed import Dtype, Launch, autocast, pick_dtype, seconds_on, start, stop, to_device
-from metrics import RunLog, check_image, draw_loss_graph
+from distributed import Dtype, Launch, autocast, code_sha256, pick_dtype, seconds_on, to_device
+from faults import StopRequest, count_skipped, launched, step_if_finite
+from files import sha256_of
+from metrics import RunLog, check_image, draw_runs, open_mirrors, run_facts
 from model import GPT, IGNORE_INDEX
 from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
+from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
 from sampling import PAD_TOKEN, check_vocabulary
 from tokenizer import PROMPT_TEMPLATE, encode_example
 
@@ -45,7 +51,8 @@ class FinetuneConfig:
     out_dir: str = flag(str(ROOT / "out" / "finetune"), "where checkpoints and logs go")
     epochs: int = flag(2, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per update, over all ranks", minimum=1)
-    micro_batch_size: int = flag(16, "rows per rank and micro-step", minimum=1)
+    micro_batch_size: int | Literal["auto"] = flag(
+        16, "rows per rank and micro-step; auto: as many as fit into memory", minimum=1)
     max_lr: float = flag(5e-5, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
     warmup_fraction: float = flag(0.03, "of the updates, for linear warm-up", minimum=0, below=1)
@@ -54,10 +61,25 @@ class FinetuneConfig:
     val_fraction: float = flag(0.05, "of the rows, held out for validation: at least one",
                                minimum=0, below=1)
     eval_interval: int = flag(100, "updates between validations", minimum=1)
+    save_interval: int = flag(200, "updates between checkpoints, beside those of the epochs",
+                              minimum=1)
+    keep_last: int = flag(3, "checkpoints to keep, beside the best; 0 keeps all", minimum=0)
+    keep_every: int = flag(0, "keep those of every so many updates as well; 0: none", minimum=0)
     seed: int = flag(1337, "of the split and the order of the rows", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "of autocast: bfloat16 or float16 on CUDA, else float32")
+    activation_checkpointing: bool = flag(False, "less memory, a third more computation")
+    shard_optimizer: bool = flag(False, "every rank keeps a part of AdamW's state: less memory")
+    deterministic: bool = flag(False, "only algorithms that give the same bits twice (on CUDA; a "
+                                      "CPU's do)")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out-dir, if there is one")
+    tensorboard: bool = flag(False, "log to OUT_DIR/tensorboard, too")
+    wandb: str | None = flag(None, "log to this project of Weights & Biases, too")
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/finetune_loss.png)")
+
+
+FIXED_ON_RESUME = ("batch_size", "val_fraction", "seed", "data")  # which rows an update sees
+OF_ONE_NODE = ("checkpoint", "data", "device")  # all other facts are the same on all ranks
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -163,17 +185,28 @@ def evaluate(model: GPT, examples: list[Example], micro_batch_size: int, launch:
 
 
 def train(config: FinetuneConfig, launch: Launch) -> GPT:
-    """Fine-tunes for the given epochs; returns the final model."""
+    """Fine-tunes for the given epochs, or until a signal; returns the final model."""
     out_dir, device = Path(config.out_dir), launch.device
     image = Path(config.loss_graph or out_dir / "finetune_loss.png")
 
-    # 1. The rows, and how many updates they make
-    if list_checkpoints(out_dir) or (out_dir / CONFIG_FILE).exists():
-        raise UserError(f"--out-dir {out_dir} already holds a checkpoint: choose another")
+    # 1. The rows, how many updates they make, and whether some were made already
+    if (out_dir / CONFIG_FILE).exists():
+        raise UserError(f"--out-dir {out_dir} is itself a checkpoint: choose another")
     check_image(image)
     rows = read_rows(Path(config.data))
-    raw_model = load_model(config.checkpoint, device).train()
-    check_vocabulary(raw_model, config.checkpoint)
+    data = {"sha256": sha256_of(Path(config.data))}
+    facts = run_facts(config, world_size=launch.world_size, device=device, data=data)
+    launch.check_same({name: value for name, value in facts.items() if name not in OF_ONE_NODE}
+                      | {"code": code_sha256()})
+    resumed = find_resume(out_dir, config.resume, launch)
+    is_resumed = resumed is not None
+    settings = dataclasses.asdict(config) | {"data": data}
+    if is_resumed:
+        check_settings(resumed[0], resumed[1]["config"] | {"data": resumed[1]["data"]}, settings,
+                       FIXED_ON_RESUME, launch)
+    base = resumed[0] if is_resumed else config.checkpoint
+    raw_model = load_model(base, device).train()
+    check_vocabulary(raw_model, base)
     examples, summary = make_examples(rows, raw_model.config.block_size)
     if len(examples) < 2:  # one to train on, one to validate on
         raise UserError(f"--data {config.data}: {summary}; at least 2 are needed: give other rows, "
@@ -182,20 +215,35 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     epoch_ends = {-(-epoch * len(train_rows) // config.batch_size)  # rounded up, in whole numbers
                   for epoch in range(1, config.epochs + 1)}
     max_steps = max(epoch_ends)
-    # not so many rows in a micro-batch that some ranks would have none
-    micro_batch_size = min(config.micro_batch_size, -(-config.batch_size // launch.world_size))
-    if micro_batch_size < config.micro_batch_size:
-        launch.print0(f"--micro-batch-size {config.micro_batch_size} is more than a rank's share "
-                      f"of --batch-size {config.batch_size}: {micro_batch_size} is used")
-    grad_accum_steps = -(-config.batch_size // (micro_batch_size * launch.world_size))
     launch.print0(f"{summary}; {len(train_rows):,} to train on, {len(val_rows):,} held out")
-    launch.barrier()  # every rank has looked into --out-dir before rank 0 writes there
 
     # 2. Model and optimizer
     dtype = pick_dtype(config.dtype, device)
+    shard = config.shard_optimizer and launch.world_size > 1
     optimizer = make_adamw(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
-                           weight_decay=config.weight_decay)
+                           weight_decay=config.weight_decay, shard=shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    raw_model.checkpoint_activations = config.activation_checkpointing
+    seed_rank(config.seed, 0, launch)
+    progress = Progress()
+    if is_resumed:
+        progress = restore(*resumed, optimizer, scaler, launch, seed=config.seed,
+                           max_steps=max_steps, flag="--epochs")
+        del resumed  # the moments are twice the size of the weights
+    # not so many rows in a micro-batch that some ranks would have none
+    share = -(-config.batch_size // launch.world_size)
+    if config.micro_batch_size == "auto":
+        moments = 0 if is_resumed else 8 * raw_model.num_parameters()  # bytes, still to be made
+        micro_batch_size = find_micro_batch(
+            raw_model, [share >> n for n in range(share.bit_length())], launch=launch, dtype=dtype,
+            sequence_length=max(len(prompt) + len(response) - 1 for prompt, response in examples),
+            optimizer_bytes=moments // (launch.world_size if shard else 1))
+    else:
+        micro_batch_size = min(config.micro_batch_size, share)
+        if micro_batch_size < config.micro_batch_size:
+            launch.print0(f"--micro-batch-size {config.micro_batch_size} is more than a rank's "
+                          f"share of --batch-size {config.batch_size}: {micro_batch_size} is used")
+    grad_accum_steps = -(-config.batch_size // (micro_batch_size * launch.world_size))
     model = raw_model
     if launch.world_size > 1:
         model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
@@ -204,75 +252,86 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
                   f"{device}; {max_steps:,} updates of {config.batch_size} rows")
 
     # 3. The loop
-    if launch.is_master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        log = RunLog(out_dir / "metrics.jsonl", fresh=True)
-    bar = progress_bar(max_steps, 0, "fine-tuning", enabled=launch.is_master)
-    step = 0  # updates made so far
-    while True:
-        is_last = step >= max_steps
-        if is_last or step % config.eval_interval == 0:
-            val_loss = evaluate(raw_model, val_rows, micro_batch_size, launch, dtype)
-            if launch.is_master:
-                log.write(step, "val", loss=val_loss)
-                bar.write(f"step {step}: validation loss {val_loss:.4f}")
-        if step in epoch_ends and launch.is_master:
-            save_checkpoint(out_dir, step, raw_model, prompt_template=PROMPT_TEMPLATE)
-        if is_last:
-            break
-
-        clock = seconds_on(device)
-        lr = cosine_lr(step, warmup_steps=round(max_steps * config.warmup_fraction),
-                       max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
-        set_lr(optimizer, lr)
-        batch = global_batch(train_rows, step, config.batch_size, config.epochs, config.seed)
-        num_valid_tokens = sum(len(response) for _, response in batch)  # of all ranks
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            first = (micro_step * launch.world_size + launch.rank) * micro_batch_size
-            inputs, targets = collate(batch[first : first + micro_batch_size] or [FILLER])
-            inputs, targets = to_device(inputs, device), to_device(targets, device)  # (B, T)
-            sync = micro_step == grad_accum_steps - 1 or model is raw_model
-            with contextlib.nullcontext() if sync else model.no_sync():
-                with autocast(device, dtype):
-                    _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-                # the mean over the global batch: DDP averages over ranks what is summed here
-                loss = loss * (launch.world_size / num_valid_tokens)
-                scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(),
-                                                   config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        loss = launch.sum(loss_sum).item() / launch.world_size
-        tokens = sum(len(prompt) + len(response) for prompt, response in batch)
-        tokens_per_sec = tokens / (seconds_on(device) - clock)
-        if not math.isfinite(loss):  # on all ranks alike, and before it is saved
-            raise UserError(f"the loss of update {step} is {loss}: the run has diverged; lower "
-                            "--max-lr and start again")
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        kept = {"config": dataclasses.asdict(config), "data": data, "facts": facts}
+        writer = stack.enter_context(CheckpointWriter(
+            out_dir, launch, kept, keep_last=config.keep_last, keep_every=config.keep_every,
+            saved_step=progress.step if is_resumed else None, prompt_template=PROMPT_TEMPLATE))
         if launch.is_master:
-            log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm.item(),
-                      tokens_per_sec=tokens_per_sec)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
-        step += 1
-        bar.update()
+            mirrors = open_mirrors(tensorboard=config.tensorboard, wandb=config.wandb,
+                                   out_dir=out_dir, start_step=progress.step, facts=facts)
+            log = stack.enter_context(contextlib.closing(
+                RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed, mirrors=mirrors)))
+            log.write(progress.step, "run", **facts)
+        bar = stack.enter_context(progress_bar(max_steps, progress.step, "fine-tuning",
+                                               enabled=launch.is_master))
+        stopping = False
+        while True:
+            step = progress.step
+            is_last = step >= max_steps
+            eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
+                        and progress.val_loss is None)
+            save_due = (step in epoch_ends or stopping
+                        or (step % config.save_interval == 0 and step > 0))
+            if eval_due:
+                progress.val_loss = evaluate(raw_model, val_rows, micro_batch_size, launch, dtype)
+                if launch.is_master:
+                    log.write(step, "val", loss=progress.val_loss)
+                    bar.write(f"step {step}: validation loss {progress.val_loss:.4f}")
+            if save_due:
+                writer.save(progress, raw_model, optimizer, scaler)
+            if is_last or stopping:
+                break
+
+            clock = seconds_on(device)
+            lr = cosine_lr(step, warmup_steps=round(max_steps * config.warmup_fraction),
+                           max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
+            set_lr(optimizer, lr)
+            batch = global_batch(train_rows, step, config.batch_size, config.epochs, config.seed)
+            num_valid_tokens = sum(len(response) for _, response in batch)  # of all ranks
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                first = (micro_step * launch.world_size + launch.rank) * micro_batch_size
+                inputs, targets = collate(batch[first : first + micro_batch_size] or [FILLER])
+                inputs, targets = to_device(inputs, device), to_device(targets, device)  # (B, T)
+                sync = micro_step == grad_accum_steps - 1 or model is raw_model
+                with contextlib.nullcontext() if sync else model.no_sync():
+                    with autocast(device, dtype):
+                        _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+                    # the mean over the global batch: DDP averages over ranks what is summed here
+                    loss = loss * (launch.world_size / num_valid_tokens)
+                    scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            loss, grad_norm, stopping = step_if_finite(raw_model, optimizer, scaler, loss_sum,
+                                                       config.grad_clip, stop, launch)
+            progress.skipped = count_skipped(progress.skipped, loss, grad_norm, scaler, out_dir)
+            progress.val_loss = None
+            progress.step += 1
+
+            tokens = sum(len(prompt) + len(response) for prompt, response in batch)
+            tokens_per_sec = tokens / (seconds_on(device) - clock)
+            if launch.is_master:
+                log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm,
+                          tokens_per_sec=tokens_per_sec,
+                          **({"skipped": progress.skipped} if progress.skipped else {}))
+                bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
+            writer.poll()
+            bar.update()
 
     # 4. What is left behind
-    bar.close()
-    if launch.is_master:
-        log.close()
-        draw_loss_graph([("", out_dir / "metrics.jsonl")], image, "Fine-tuning loss")
+    if launch.is_master and stopping:
+        print(stop.report(progress.step, max_steps, out_dir))
+    elif launch.is_master:
+        draw_runs([("", out_dir / "metrics.jsonl")], image, "Fine-tuning loss")
         print(f"finished {max_steps:,} updates: {list_checkpoints(out_dir)[-1]}, graph {image}")
     return raw_model.eval()
 
 
 def main() -> None:
     config = parse_config(FinetuneConfig, description=__doc__)
-    train(config, start(config.device))
-    stop()  # not after an error: it would wait for ranks that wait for this one
+    with launched(config.device, config.deterministic) as launch:
+        train(config, launch)
 
 
 if __name__ == "__main__":

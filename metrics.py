@@ -1,15 +1,23 @@
-"""What a run reports: a JSONL log, throughput and MFU, and the loss graph."""
+"""What a run reports: a JSONL log and its mirrors, the facts to repeat it, MFU, and graphs."""
 
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
 import json
 import math
 import os
+import platform
 import re
+import secrets
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from config import UserError
+from config import UserError, first_line
 from files import atomic_write
 from model import GPT
 
@@ -41,15 +49,53 @@ def flops_per_token(model: GPT, sequence_length: int) -> int:
     return 6 * multiplied + 12 * config.n_layer * config.n_embd * sequence_length
 
 
-class RunLog:
-    """One flat JSON object a line, appended: at least step, kind and loss."""
+def run_facts(config, *, world_size: int, device: torch.device, data: dict) -> dict:
+    """What it takes to repeat a run, flat and JSON-able: every setting, versions, the commit of
+    this code, the SHA-256 of `data` (a manifest) as canonical JSON, the number and name of devices.
+    A run logs it at every start, `log.write(start_step, "run", time=..., **facts)`."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{device.type} {platform.machine()}"
+    facts = {"python": platform.python_version(), "torch": str(torch.__version__),
+             "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": git_commit(),
+             "data_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+             "world_size": world_size, "device_name": name}
+    settings = dataclasses.asdict(config)
+    clash = settings.keys() & {*facts, "step", "kind", "time"}
+    assert not clash, f"settings and facts of a run are both called {clash}"
+    return settings | facts
 
-    def __init__(self, path: Path, fresh: bool = False):
-        """`fresh` begins anew, over what a run left that did not get to its first checkpoint."""
+
+def git_commit() -> str | None:
+    """The commit of this file's repository, `+changes` appended when tracked files differ from it;
+    None where this file is not tracked or there is no git."""
+    folder = Path(__file__).resolve().parent
+    # not the repository, nor the index, of a git hook that may have started this
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", "--no-optional-locks", *arguments], cwd=folder, check=True,
+                              env=environment, capture_output=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a copy inside another checkout?
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD").decode() + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class RunLog:
+    """One flat JSON object a line, appended: at least step and kind, for most of them loss."""
+
+    def __init__(self, path: Path, fresh: bool = False, mirrors: Sequence = ()):
+        """`fresh` begins anew, over what a run left that did not get to its first checkpoint.
+        Mirrors (see `open_mirrors`) get every record, too, and are closed with the log."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             path.unlink(missing_ok=True)
-        self.file = open(path, "a+b")  # noqa: SIM115, closed by `close`
+        self.path, self.mirrors = path, list(mirrors)
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115, closed by `close`
         self.drop_half_written_line()
 
     def drop_half_written_line(self) -> None:
@@ -59,33 +105,143 @@ class RunLog:
         self.file.truncate(whole)
 
     def write(self, step: int, kind: str, **values) -> None:
-        """Appends a record; a number that is not finite, which JSON has not, becomes null."""
+        """Appends a record; a number that is not finite, which JSON has not, becomes null. Raises
+        OSError with `filename` where there is no room; the log then ends in a whole line."""
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
         line = json.dumps({"step": step, "kind": kind, **finite}, ensure_ascii=False)
-        self.file.write(line.encode("utf-8") + b"\n")
-        self.file.flush()
+        self.append(line.encode("utf-8") + b"\n")
+        self.to_mirrors("write", step, kind, finite)
+
+    def append(self, line: bytes) -> None:
+        whole = os.fstat(self.file.fileno()).st_size
+        try:
+            while line:  # a full disk takes a part first; why it takes no more, the next try says
+                line = line[self.file.write(line):]
+        except OSError as error:
+            error.filename = str(self.path)
+            with contextlib.suppress(OSError):  # else the next start cuts it off
+                self.file.truncate(whole)
+            raise
+
+    def to_mirrors(self, method: str, *arguments) -> None:
+        """A mirror that fails is left out from there on, with a line: the log has everything."""
+        for mirror in tuple(self.mirrors):
+            try:
+                getattr(mirror, method)(*arguments)
+            except OSError as error:
+                self.mirrors.remove(mirror)
+                print(f"{type(mirror).__name__} ends here ({first_line(error)}): {self.path} has "
+                      "everything", flush=True)
 
     def close(self) -> None:
         self.file.close()
+        self.to_mirrors("close")
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
-    """kind -> step -> record. The last record of a step counts: a resumed run writes it again."""
+    """kind -> step -> record. The last record of a step counts, and a "run" record of step S, with
+    which a run starts from S, undoes the updates from S on: their train records, and the val
+    records after S. Raises UserError naming the line that is no record."""
     records: dict[str, dict[int, dict]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")[:-1]  # the last: empty, or half-written
+    except OSError as error:
         raise UserError(f"cannot read the run log {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise TypeError(f"step is {record['step']!r}")
-            records.setdefault(record["kind"], {})[record["step"]] = record
+            step, kind = record["step"], record["kind"]
+            if type(step) is not int or not isinstance(kind, str):
+                raise TypeError(f"step is {step!r}, kind is {kind!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is no record of a run log ({error!r})") from None
+            raise UserError(f"{path} line {number} is no record of a run log "
+                            f"({error!r:.200})") from None
+        if kind == "run":
+            for undone, first in (("train", step), ("val", step + 1)):
+                if undone in records:
+                    records[undone] = {s: r for s, r in records[undone].items() if s < first}
+        records.setdefault(kind, {})[step] = record
     return records
+
+
+def open_mirrors(*, tensorboard: bool, wandb: str | None, out_dir: Path, start_step: int,
+                 facts: dict) -> list:
+    """The mirrors of a run log that the user chose: a TensorBoard folder, a W&B project. Neither
+    needs a network. Raises UserError where a package is missing or W&B refuses."""
+    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb is not None)):
+        spec = importlib.util.find_spec(package) if wanted else None
+        if wanted and (spec is None or spec.origin is None):  # a mere folder of that name has none
+            raise UserError(f"--{package} needs a package that is not installed: "
+                            f"pip install {package}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    mirrors = [TensorBoardMirror(out_dir, start_step, facts)] if tensorboard else []
+    return mirrors + ([] if wandb is None else [WandbMirror(wandb, out_dir, facts)])
+
+
+def chart_values(kind: str, values: dict) -> dict[str, int | float]:
+    """What a chart can show of a record, as train/loss, val/loss, train/lr; nothing of "run"."""
+    return {f"{kind}/{name}": value for name, value in values.items()
+            if kind != "run" and name != "step" and isinstance(value, int | float)}
+
+
+class TensorBoardMirror:
+    """OUT_DIR/tensorboard, for `tensorboard --logdir OUT_DIR`."""
+
+    def __init__(self, out_dir: Path, start_step: int, facts: dict):
+        from torch.utils.tensorboard import SummaryWriter  # optional, as wandb below
+
+        self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10,
+                                    purge_step=start_step)
+        self.writer.add_text("run", f"```\n{json.dumps(facts, indent=1)}\n```", start_step)
+        log = out_dir / "metrics.jsonl"
+        if start_step and log.exists():  # purged, too, but not undone: the validation of this step
+            self.write(start_step, "val", read_log(log).get("val", {}).get(start_step, {}))
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        for name, value in chart_values(kind, values).items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbMirror:
+    """A W&B run under OUT_DIR/wandb whose id is kept in OUT_DIR/wandb_id: a restart goes on with
+    it. A server out of reach is waited for 40 s at the start and 60 s at the end."""
+
+    def __init__(self, project: str, out_dir: Path, facts: dict):
+        from wandb import Settings, init, login
+        from wandb.errors import Error
+
+        id_file = out_dir / "wandb_id"
+        if not id_file.exists():
+            with atomic_write(id_file, text=True) as file:
+                file.write(secrets.token_hex(4))
+        settings = Settings(init_timeout=20, finish_timeout=60, disable_git=True, console="off")
+        try:
+            chosen = "WANDB_MODE" in os.environ or login(prompt=False, verify=False)
+            if not chosen:
+                print(f"W&B: no login, so the run stays on this disk; `wandb sync {out_dir}/wandb/"
+                      "offline-run-*` uploads it", flush=True)
+            self.run = init(project=project, id=id_file.read_text(encoding="utf-8").strip(),
+                            dir=str(out_dir), resume="allow", mode=None if chosen else "offline",
+                            config=facts, allow_val_change=True, settings=settings)
+        except Error as error:
+            raise UserError(f"W&B does not start --wandb {project} ({first_line(error)}): "
+                            f"WANDB_MODE=offline needs no server, rm {id_file} begins another run"
+                            ) from None
+        # W&B's own step only grows; on this axis, updates made again after a restart are kept
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        shown = chart_values(kind, values)
+        if shown:
+            self.run.log({"step": step, **shown})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def check_image(image: Path) -> None:
@@ -97,30 +253,61 @@ def check_image(image: Path) -> None:
         raise UserError(f"{image} cannot be written there: choose another file")
 
 
-def draw_loss_graph(runs: Sequence[tuple[str, Path]], image: Path, title: str) -> None:
-    """Draws the training and validation loss of one or several (label, run log) into a PNG."""
+def draw_runs(runs: Sequence[tuple[str, Path]], image: Path, title: str) -> None:
+    """Draws one or several (label, run log) into one PNG, a colour each: the loss with the skipped
+    updates, and, where they were logged, the learning rate and the gradient norm below it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import: only when needed
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for label, path in runs:
-        records = read_log(path)
-        for kind, style in (("train", {"alpha": 0.5, "linewidth": 1}), ("val", {"marker": "o"})):
-            losses = {step: record.get("loss") for step, record in records.get(kind, {}).items()}
-            points = [(step, loss) for step, loss in sorted(losses.items())
-                      if isinstance(loss, int | float)]
-            if points:
-                name = f"{label} {kind}" if len(runs) > 1 else kind
-                axes.plot(*zip(*points, strict=True), label=plain(name), **style)
-    if not axes.lines:
+    logs = [(f"{label} " if len(runs) > 1 else "", read_log(path)) for label, path in runs]
+    if not any(points(records, kind, "loss") for _, records in logs for kind in ("train", "val")):
         raise UserError(f"no loss in {', '.join(str(path) for _, path in runs)}: nothing to draw")
-    axes.set(title=plain(title), xlabel="updates", ylabel="cross-entropy, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    names = [name for name in ("lr", "grad_norm")
+             if any(points(records, "train", name) for _, records in logs)]
+    figure = Figure(figsize=(8, 4.2 + 1.1 * len(names)), dpi=120, layout="constrained")
+    loss, *below = figure.subplots(1 + len(names), squeeze=False, sharex=True,
+                                   height_ratios=[3.5, *[1] * len(names)])[:, 0]
+    for axes in (loss, *below):
+        axes.grid(alpha=0.3)
+    for i, (label, records) in enumerate(logs):
+        draw_loss(loss, label, records, f"C{i}")
+    loss.set(title=plain(title), ylabel="cross-entropy, nats per token")
+    loss.legend()
+    for axes, name in zip(below, names, strict=True):
+        lines = [points(records, "train", name) or ((), ()) for _, records in logs]
+        for i, line in enumerate(lines):
+            axes.plot(*line, color=f"C{i}", linewidth=0.8)
+        axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[name])
+        values = [y for _, ys in lines for y in ys]
+        if name == "grad_norm" and max(values) > 10 * min(values) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+    figure.axes[-1].set_xlabel("updates")
+    figure.align_ylabels()
     image.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(image) as file:
         FigureCanvasAgg(figure).print_png(file)
+
+
+def draw_loss(axes, label: str, records: dict[str, dict[int, dict]], color: str) -> None:
+    """The losses of a run, and crosses at the bottom for updates that were skipped."""
+    for kind, style in (("train", {"linewidth": 0.8, "alpha": 0.5}),
+                        ("val", {"linewidth": 1.8, "marker": "o", "markersize": 5, "zorder": 3})):
+        line = points(records, kind, "loss")
+        if line:
+            axes.plot(*line, color=color, label=plain(label + kind), **style)
+    skipped = [step for step, record in sorted(records.get("train", {}).items())
+               if record.get("skipped") or record.get("loss", 0) is None]
+    if skipped:
+        axes.plot(skipped, [0.03] * len(skipped), "x", color=color, label=plain(label + "skipped"),
+                  transform=axes.get_xaxis_transform())  # a height on the axis, not a loss
+
+
+def points(records: dict[str, dict[int, dict]], kind: str, name: str) -> tuple:
+    """(steps, values) of the records with a finite number under that name; () if there is none."""
+    found = [(step, record[name]) for step, record in sorted(records.get(kind, {}).items())
+             if isinstance(record.get(name), int | float) and math.isfinite(record[name])]
+    return tuple(zip(*found, strict=True))
 
 
 def plain(text: str) -> str:

@@ -21,16 +21,36 @@ def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
 
 
 def make_adamw(model: torch.nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
-               weight_decay: float) -> torch.optim.AdamW:
+               weight_decay: float, shard: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) that decays matrices and embeddings, not biases or
-    LayerNorms: weight decay would only pull those from the values that normalise."""
+    LayerNorms: weight decay would only pull those from the values that normalise.
+
+    `shard` gives every rank the moments, and the update, of a part of the parameters only (ZeRO
+    stage 1, Rajbhandari et al. 2020), and needs a process group."""
     parameters = list(model.parameters())  # a tied weight is met once
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     # fused: one kernel for all parameters instead of a dozen passes over memory for each
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    options = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
+    if shard:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, is_master: bool) -> dict | None:
+    """The state of all parameters, in AdamW's own format whether it was sharded or not; on rank 0,
+    None elsewhere. Every rank calls this."""
+    if is_sharded(optimizer):
+        optimizer.consolidate_state_dict(to=0)
+    return optimizer.state_dict() if is_master else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -47,6 +67,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
+    if is_sharded(optimizer):
+        # it puts the count of updates on the CPU, where a GPU's fused kernel does not find it
+        for parameter, kept in optimizer.optim.state.items():
+            kept["step"] = kept["step"].to(parameter.device)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

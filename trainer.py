@@ -8,46 +8,55 @@
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d \\
         --rdzv-endpoint=HOST:29500 trainer.py                                      # on each of two
 
-Writes OUT_DIR/step_NNNNNN/ and OUT_DIR/latest (see checkpoint.py), OUT_DIR/metrics.jsonl,
-OUT_DIR/samples.jsonl, OUT_DIR/run.json (settings and versions) and, at the end, the loss graph.
+Writes OUT_DIR/step_NNNNNN/, OUT_DIR/latest and OUT_DIR/best (see checkpoint.py),
+OUT_DIR/metrics.jsonl, OUT_DIR/samples.jsonl and, at the end, the graph of the run. SIGTERM, SIGINT
+and SIGUSR1 make it save and stop; --resume goes on from the newest checkpoint that is whole.
 """
 
 import contextlib
 import dataclasses
-import json
-import math
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from memory import find_micro_batch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
+from checkpoint import list_checkpoints, load_model
 from config import UserError, flag, parse_config, run_main
 from dataloader import TokenLoader
 from distributed import (
     Dtype,
     Launch,
+    any_algorithm,
     autocast,
+    code_sha256,
     micro_steps_per_update,
-    missing_for_compile,
     pick_dtype,
     seconds_on,
-    start,
-    stop,
+    should_compile,
     to_device,
 )
-from files import atomic_write
-from metrics import RunLog, check_image, draw_loss_graph, flops_per_token, peak_flops
+from faults import StopRequest, count_skipped, launched, step_if_finite
+from metrics import (
+    RunLog,
+    check_image,
+    draw_runs,
+    flops_per_token,
+    open_mirrors,
+    peak_flops,
+    run_facts,
+)
 from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig
-from optimizer import cosine_lr, load_optimizer_state, make_adamw, set_lr
+from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
+from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
 from sampling import decode_generation, generate, tokenize_batch_input
 from shards import read_manifest
 
 ROOT = Path(__file__).resolve().parent
+SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class TrainerConfig:
     block_size: int | None = flag(None, "longest context (default: the preset's)", minimum=1,
                                   below=2**24)
     total_batch_size: int = flag(524_288, "tokens per update, over all ranks", minimum=1)  # 2**19
-    micro_batch_size: int = flag(32, "sequences per rank and micro-step", minimum=1)
+    micro_batch_size: int | Literal["auto"] = flag(
+        32, "sequences per rank and micro-step; auto: as many as fit into memory", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
     max_steps: int | None = flag(None, "updates (default: one epoch of the shards)", minimum=1)
     warmup_steps: int = flag(715, "updates of linear warm-up", minimum=0)
@@ -76,7 +86,8 @@ class TrainerConfig:
     eval_interval: int = flag(250, "updates between validations and samples", minimum=1)
     eval_tokens: int = flag(10_485_760, "validate on the first so many tokens", minimum=1)
     save_interval: int = flag(1000, "updates between checkpoints", minimum=1)
-    keep_last: int = flag(5, "checkpoints to keep; 0 keeps all", minimum=0)
+    keep_last: int = flag(5, "checkpoints to keep, beside the best; 0 keeps all", minimum=0)
+    keep_every: int = flag(0, "keep those of every so many updates as well; 0: none", minimum=0)
     log_interval: int = flag(1, "updates between records of the run log", minimum=1)
     sample_prompt: str = flag("Hello, I'm a language model,", "continued at every validation",
                               may_be_empty=True)
@@ -86,13 +97,20 @@ class TrainerConfig:
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "of autocast: bfloat16 or float16 on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile the training step (default: on CUDA)")
+    activation_checkpointing: bool = flag(False, "less memory, a third more computation")
+    shard_optimizer: bool = flag(False, "every rank keeps a part of AdamW's state: less memory")
+    deterministic: bool = flag(False, "only algorithms that give the same bits twice (on CUDA; a "
+                                      "CPU's do)")
     resume: bool = flag(False, "go on from the newest checkpoint in --out-dir, if there is one")
+    tensorboard: bool = flag(False, "log to OUT_DIR/tensorboard, too")
+    wandb: str | None = flag(None, "log to this project of Weights & Biases, too")
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/pretrain_loss.png)")
 
 
 # What a resumed run may not change: the model, or which windows an update sees.
 FIXED_ON_RESUME = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
                    "sequence_length", "seed", "data")
+OF_ONE_NODE = ("data_dir", "device")  # all other facts are the same on all ranks
 
 
 def model_config(config: TrainerConfig) -> GPTConfig:
@@ -109,11 +127,27 @@ def model_config(config: TrainerConfig) -> GPTConfig:
     return sizes
 
 
-def make_loader(config: TrainerConfig, launch: Launch, split: str, vocab_size: int) -> TokenLoader:
+def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
+    """What to choose the micro-batch from, largest first: the one given, or whatever divides a
+    rank's share of an update. Raises UserError for one that does not divide it."""
+    def micro_steps(micro_batch_size: int) -> int:
+        return micro_steps_per_update(
+            config.total_batch_size, micro_batch_size=micro_batch_size,
+            row=config.sequence_length, world_size=launch.world_size, flag="--total-batch-size")
+
+    if config.micro_batch_size != "auto":
+        micro_steps(config.micro_batch_size)
+        return [config.micro_batch_size]
+    share = micro_steps(1)  # windows
+    return [size for size in range(share, 0, -1) if share % size == 0]
+
+
+def make_loader(config: TrainerConfig, launch: Launch, split: str, micro_batch_size: int,
+                vocab_size: int) -> TokenLoader:
     return TokenLoader(Path(config.data_dir), split, sequence_length=config.sequence_length,
-                       micro_batch_size=config.micro_batch_size,
-                       total_batch_size=config.total_batch_size, vocab_size=vocab_size,
-                       seed=config.seed, rank=launch.rank, world_size=launch.world_size)
+                       micro_batch_size=micro_batch_size, vocab_size=vocab_size,
+                       total_batch_size=config.total_batch_size, seed=config.seed,
+                       rank=launch.rank, world_size=launch.world_size)
 
 
 def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int:
@@ -128,47 +162,19 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
     return steps
 
 
-def find_resume(config: TrainerConfig, manifest: dict, launch: Launch) -> tuple[Path, dict] | None:
-    """The newest checkpoint of --out-dir with its training state; None for a new run.
+def settings(config: TrainerConfig, manifest: dict) -> dict:
+    """The settings as they take effect, to compare with those of a resumed checkpoint."""
+    sizes = dataclasses.asdict(model_config(config))
+    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name != "preset"}
+    return chosen | sizes | {"data": manifest}
 
-    Raises UserError when the folder holds a run but --resume was not given, and when a setting
-    that decides what an update sees is not what it was. Other changed settings are listed.
-    """
-    checkpoints = list_checkpoints(Path(config.out_dir))
-    if not config.resume:
-        if checkpoints or (Path(config.out_dir) / "metrics.jsonl").exists():
-            raise UserError(f"--out-dir {config.out_dir} already holds a run: add --resume to go "
-                            "on with it, or choose another --out-dir")
-        return None
-    if not checkpoints:
-        launch.print0(f"--resume: no checkpoint in {config.out_dir} yet, starting from scratch, "
-                      "also with its log")
-        return None
-    state = load_training_state(checkpoints[-1])
+
+def saved_settings(folder: Path, state: dict) -> dict:
     try:
-        saved = TrainerConfig(**state["config"])
-    except TypeError as error:
-        raise UserError(f"{checkpoints[-1]} was written by another version of trainer.py "
-                        f"({error}): start in another --out-dir") from None
-    before, now = (dataclasses.asdict(run) | dataclasses.asdict(model_config(run)) | {"data": data}
-                   for run, data in ((saved, state["data"]), (config, manifest)))
-    for name in sorted(key for key in now if now[key] != before[key] and key != "preset"):
-        if name in FIXED_ON_RESUME:
-            detail = "" if name == "data" else f" ({before[name]} before, {now[name]} now)"
-            raise UserError(f"--resume: {name} is not what {checkpoints[-1]} was trained with"
-                            f"{detail}: restore it, or start in another --out-dir")
-        if name != "resume":
-            launch.print0(f"--resume: {name} was {before[name]}, is now {now[name]}")
-    return checkpoints[-1], state
-
-
-def prepare_compile(config: TrainerConfig, launch: Launch) -> bool:
-    """Whether to compile the training step; a missing compiler is one line, not the end."""
-    wanted = launch.device_type == "cuda" if config.compile is None else config.compile
-    missing = missing_for_compile(launch.device) if wanted else None
-    if missing:
-        launch.print0(f"torch.compile needs {missing}: training without it, more slowly")
-    return wanted and missing is None
+        return settings(TrainerConfig(**state["config"]), state["data"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} was written by another version of trainer.py ({error}): start "
+                        "in another --out-dir") from None
 
 
 @torch.no_grad()
@@ -200,77 +206,73 @@ def can_sample(config: TrainerConfig, sizes: GPTConfig, launch: Launch) -> bool:
 def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
     """Continues the sample prompt and appends the text to OUT_DIR/samples.jsonl."""
     input_ids, masks = tokenize_batch_input([config.sample_prompt])
-    output = generate(model, input_ids, masks, 1.0, config.sample_steps, seed=config.seed)
+    with any_algorithm():
+        output = generate(model, input_ids, masks, 1.0, config.sample_steps, seed=config.seed)
     text = decode_generation(*output)[0]
-    log = RunLog(Path(config.out_dir) / "samples.jsonl")
+    log = RunLog(Path(config.out_dir) / SAMPLES)
     log.write(step, "sample", text=text)
     log.close()
     return text
 
 
-def write_run_file(config: TrainerConfig, launch: Launch, manifest: dict, max_steps: int) -> None:
-    """OUT_DIR/run.json: what it takes to repeat the run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    run = {"config": dataclasses.asdict(config), "max_steps": max_steps, "versions": versions,
-           "world_size": launch.world_size, "device": str(launch.device), "data": manifest}
-    with atomic_write(Path(config.out_dir) / "run.json", text=True) as file:
-        json.dump(run, file, indent=1)
-
-
 def train(config: TrainerConfig, launch: Launch) -> GPT:
-    """Pre-trains from the first or the resumed update to the last; returns the final model."""
+    """Pre-trains from the first or the resumed update to the last, or until a signal; returns the
+    final model."""
     out_dir, device = Path(config.out_dir), launch.device
     image = Path(config.loss_graph or out_dir / "pretrain_loss.png")
 
     # 1. What an update is, how many there are, and whether some were made already
     sizes = model_config(config)
-    grad_accum_steps = micro_steps_per_update(
-        config.total_batch_size, micro_batch_size=config.micro_batch_size,
-        row=config.sequence_length, world_size=launch.world_size, flag="--total-batch-size")
+    candidates = micro_batch_sizes(config, launch)
     manifest = read_manifest(Path(config.data_dir))
-    train_loader = make_loader(config, launch, "train", sizes.vocab_size)
-    val_loader = make_loader(config, launch, "val", sizes.vocab_size)
+    facts = run_facts(config, world_size=launch.world_size, device=device, data=manifest)
+    launch.check_same({name: value for name, value in facts.items() if name not in OF_ONE_NODE}
+                      | {"code": code_sha256()})
+    train_loader = make_loader(config, launch, "train", candidates[0], sizes.vocab_size)
+    val_loader = make_loader(config, launch, "val", candidates[0], sizes.vocab_size)
     max_steps = config.max_steps or one_epoch(config, train_loader, launch)
-    resumed = find_resume(config, manifest, launch)
-    launch.check_same("what --out-dir and --data-dir hold",
-                      {"step": resumed[1]["step"] if resumed else None, "data": manifest})
+    resumed = find_resume(out_dir, config.resume, launch)
+    if resumed:
+        check_settings(resumed[0], saved_settings(*resumed), settings(config, manifest),
+                       FIXED_ON_RESUME, launch)
     samples = can_sample(config, sizes, launch)
     check_image(image)
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} updates is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")
-    launch.barrier()  # every rank has looked into --out-dir before rank 0 writes there
 
     # 2. Model and optimizer. Initialised on the CPU: the same weights on every device and rank
     is_resumed = resumed is not None
-    if resumed:
+    if is_resumed:
         raw_model = load_model(resumed[0], device).train()
     else:
         torch.manual_seed(config.seed)
         raw_model = GPT(sizes).to(device)
+        seed_rank(config.seed, 0, launch)
+    raw_model.checkpoint_activations = config.activation_checkpointing
     dtype = pick_dtype(config.dtype, device)
+    shard = config.shard_optimizer and launch.world_size > 1
+    if config.shard_optimizer and not shard:
+        launch.print0("--shard-optimizer: one rank keeps all of it")
     optimizer = make_adamw(raw_model, lr=config.max_lr, betas=(config.beta1, config.beta2),
-                           eps=config.eps, weight_decay=config.weight_decay)
+                           eps=config.eps, weight_decay=config.weight_decay, shard=shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step = start_step = 0  # updates made so far
-    if resumed:
-        checkpoint, state = resumed
-        step = start_step = state["step"]
-        if step > max_steps:
-            raise UserError(f"--resume: {checkpoint} was made after {step} updates, more than the "
-                            f"{max_steps} of this run: raise --max-steps")
-        try:
-            load_optimizer_state(optimizer, state["optimizer"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"--resume: the optimizer's state in {checkpoint} is not that of this "
-                            f"model ({error}): rm -r {checkpoint} goes back to the one before, if "
-                            "there is one") from None
-        if scaler.is_enabled() and state["scaler"]:  # empty after a run in another dtype
-            scaler.load_state_dict(state["scaler"])
-        del state, resumed  # the moments are twice the size of the weights
-    compiled = prepare_compile(config, launch)
+    progress = Progress()
+    if is_resumed:
+        progress = restore(*resumed, optimizer, scaler, launch, seed=config.seed,
+                           max_steps=max_steps, flag="--max-steps")
+        del resumed  # the moments are twice the size of the weights
+    compiled = should_compile(config.compile, launch)
     if compiled:
         raw_model.compile()  # in place: names of parameters stay as they are
+    micro_batch_size = candidates[0]
+    if config.micro_batch_size == "auto":
+        moments = 0 if is_resumed else 8 * raw_model.num_parameters()  # bytes, still to be made
+        micro_batch_size = find_micro_batch(
+            raw_model, candidates, launch=launch, dtype=dtype, optimizer_bytes=moments // (
+                launch.world_size if shard else 1), sequence_length=config.sequence_length)
+        train_loader.micro_batch_size = val_loader.micro_batch_size = micro_batch_size
+    grad_accum_steps = train_loader.windows_per_step // (micro_batch_size * launch.world_size)
     model = raw_model
     if launch.world_size > 1:
         model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
@@ -279,95 +281,103 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         f"{raw_model.num_parameters():,} parameters; {dtype} on {launch.world_size} x {device}"
         f"{', compiled' if compiled else ''}; {max_steps:,} updates of "
         f"{config.total_batch_size:,} tokens = {grad_accum_steps} micro-steps x "
-        f"{config.micro_batch_size} x {config.sequence_length} x {launch.world_size} ranks")
+        f"{micro_batch_size} x {config.sequence_length} x {launch.world_size} ranks")
 
     # 3. The loop
-    if launch.is_master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_run_file(config, launch, manifest, max_steps)
-        log = RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed)
-    bar = progress_bar(max_steps, step, "pre-training", enabled=launch.is_master)
-    peak = peak_flops(device)
-    flops = flops_per_token(raw_model, config.sequence_length)
-    batches = train_loader.stream(step, grad_accum_steps, lambda x: to_device(x, device))
-    clock, clock_step = seconds_on(device), step  # of the last record in the log
-    while True:
-        is_last = step >= max_steps
-        eval_due = is_last or step % config.eval_interval == 0
-        save_due = is_last or (step % config.save_interval == 0 and step > 0)
-        if (eval_due or save_due) and (step > start_step or is_last or not is_resumed):
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        kept = {"config": dataclasses.asdict(config), "data": manifest, "facts": facts}
+        writer = stack.enter_context(CheckpointWriter(
+            out_dir, launch, kept, keep_last=config.keep_last, keep_every=config.keep_every,
+            saved_step=progress.step if is_resumed else None))
+        if launch.is_master:
+            mirrors = open_mirrors(tensorboard=config.tensorboard, wandb=config.wandb,
+                                   out_dir=out_dir, start_step=progress.step, facts=facts)
+            if not is_resumed:
+                (out_dir / SAMPLES).unlink(missing_ok=True)
+            log = stack.enter_context(contextlib.closing(
+                RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed, mirrors=mirrors)))
+            log.write(progress.step, "run", **facts)
+        bar = stack.enter_context(progress_bar(max_steps, progress.step, "pre-training",
+                                               enabled=launch.is_master))
+        peak, flops = peak_flops(device), flops_per_token(raw_model, config.sequence_length)
+        batches = train_loader.stream(progress.step, grad_accum_steps,
+                                      lambda x: to_device(x, device))
+        stopping = False
+        clock, clock_step = seconds_on(device), progress.step  # of the last record in the log
+        while True:
+            step = progress.step
+            is_last = step >= max_steps
+            eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
+                        and progress.val_loss is None)
+            save_due = is_last or stopping or (step % config.save_interval == 0 and step > 0)
             pause = seconds_on(device)
             if eval_due:
                 # the raw module, uncompiled: other shapes would only make it compile again
                 with torch.compiler.set_stance("force_eager"):
-                    val_loss = evaluate(raw_model, val_loader, launch, dtype, config.eval_tokens)
+                    progress.val_loss = evaluate(raw_model, val_loader, launch, dtype,
+                                                 config.eval_tokens)
                     if launch.is_master:
-                        log.write(step, "val", loss=val_loss)
-                        bar.write(f"step {step}: validation loss {val_loss:.4f}")
+                        log.write(step, "val", loss=progress.val_loss)
+                        bar.write(f"step {step}: validation loss {progress.val_loss:.4f}")
                     if launch.is_master and samples:
                         bar.write("  " + write_sample(raw_model, config, step))
-            if save_due and launch.is_master and (step > start_step or not is_resumed):
-                state = {"step": step, "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict(), "config": dataclasses.asdict(config),
-                         "data": manifest}
-                save_checkpoint(out_dir, step, raw_model, training_state=state,
-                                keep_last=config.keep_last)
-            clock += seconds_on(device) - pause  # neither counts as training time
-        if is_last:
-            break
+            if save_due:
+                writer.save(progress, raw_model, optimizer, scaler)
+            if eval_due or save_due:
+                clock += seconds_on(device) - pause  # neither counts as training time
+            if is_last or stopping:
+                break
 
-        lr = cosine_lr(step, warmup_steps=config.warmup_steps, max_steps=max_steps,
-                       max_lr=config.max_lr, min_lr=config.min_lr)
-        set_lr(optimizer, lr)
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            inputs, targets = next(batches)  # (B, T) each
-            sync = micro_step == grad_accum_steps - 1 or model is raw_model
-            with contextlib.nullcontext() if sync else model.no_sync():
-                with autocast(device, dtype):
-                    _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-                # the mean over the global batch: DDP averages over ranks what is summed here
-                loss = loss * (launch.world_size / config.total_batch_size)
-                scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(),
-                                                   config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            lr = cosine_lr(step, warmup_steps=config.warmup_steps, max_steps=max_steps,
+                           max_lr=config.max_lr, min_lr=config.min_lr)
+            set_lr(optimizer, lr)
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                inputs, targets = next(batches)  # (B, T) each
+                sync = micro_step == grad_accum_steps - 1 or model is raw_model
+                with contextlib.nullcontext() if sync else model.no_sync():
+                    with autocast(device, dtype):
+                        _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+                    # the mean over the global batch: DDP averages over ranks what is summed here
+                    loss = loss * (launch.world_size / config.total_batch_size)
+                    scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            loss, grad_norm, stopping = step_if_finite(raw_model, optimizer, scaler, loss_sum,
+                                                       config.grad_clip, stop, launch)
+            progress.skipped = count_skipped(progress.skipped, loss, grad_norm, scaler, out_dir)
+            progress.val_loss = None
+            progress.step += 1
 
-        save_next = step == max_steps - 1 or (step + 1) % config.save_interval == 0
-        if step % config.log_interval == 0 or save_next:
-            loss = launch.sum(loss_sum).item() / launch.world_size
-            seconds, clock = seconds_on(device) - clock, seconds_on(device)
-            tokens_per_sec = (step + 1 - clock_step) * config.total_batch_size / seconds
-            clock_step = step + 1
-            mfu = tokens_per_sec * flops / (peak * launch.world_size) if peak else None
-            if not math.isfinite(loss):  # on all ranks alike, and before it is saved
-                raise UserError(f"the loss of update {step} is {loss}: the run has diverged; lower "
-                                "--max-lr and go on from the last checkpoint with --resume")
-            if launch.is_master:
-                log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm.item(),
-                          tokens_per_sec=tokens_per_sec, mfu=mfu)
-                bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s, MFU "
-                                    + (f"{mfu:.1%}" if mfu else "n/a"), refresh=False)
-        step += 1
-        bar.update()
+            if step % config.log_interval == 0 or progress.skipped:
+                seconds, clock = seconds_on(device) - clock, seconds_on(device)
+                tokens_per_sec = (step + 1 - clock_step) * config.total_batch_size / seconds
+                clock_step = step + 1
+                mfu = tokens_per_sec * flops / (peak * launch.world_size) if peak else None
+                if launch.is_master:
+                    log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm,
+                              tokens_per_sec=tokens_per_sec, mfu=mfu,
+                              **({"skipped": progress.skipped} if progress.skipped else {}))
+                    bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s, MFU "
+                                        + (f"{mfu:.1%}" if mfu else "n/a"), refresh=False)
+            if progress.skipped and launch.is_master:
+                bar.write(f"update {step} was skipped: loss {loss}, gradient norm {grad_norm}")
+            writer.poll()
+            bar.update()
 
     # 4. What is left behind
-    bar.close()
-    if launch.is_master:
-        log.close()
-        draw_loss_graph([("", out_dir / "metrics.jsonl")], image, "Pre-training loss")
+    if launch.is_master and stopping:
+        print(stop.report(progress.step, max_steps, out_dir))
+    elif launch.is_master:
+        draw_runs([("", out_dir / "metrics.jsonl")], image, "Pre-training loss")
         print(f"finished {max_steps:,} updates: {list_checkpoints(out_dir)[-1]}, graph {image}")
     return raw_model
 
 
 def main() -> None:
     config = parse_config(TrainerConfig, description=__doc__)
-    train(config, start(config.device))
-    stop()  # not after an error: it would wait for ranks that wait for this one
+    with launched(config.device, config.deterministic) as launch:
+        train(config, launch)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the loss of one or several run logs into one PNG.
+"""Draws the loss, learning rate and gradient norm of one or several run logs into one PNG.
 
     python image/plot_loss.py out/pretrain/metrics.jsonl --out image/pretrain_loss.png
     python image/plot_loss.py out/a/metrics.jsonl out/b/metrics.jsonl --out a_and_b.png
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from config import UserError, flag, parse_config, run_main
-from metrics import check_image, draw_loss_graph
+from metrics import check_image, draw_runs
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def main() -> None:
     paths = [pathlib.Path(log) for log in config.logs]
     # OUT_DIR/metrics.jsonl is known by its folder, any other log by its own name
     runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]
-    draw_loss_graph(runs, image, config.title)
+    draw_runs(runs, image, config.title)
     print(f"wrote {config.out}")
 
 

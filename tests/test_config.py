@@ -20,6 +20,8 @@ class Example:
     kind: Literal["a", "b"] = flag("a", "a kind")
     compile: bool | None = flag(None, "three states")
     resume: bool = flag(False, "two states")
+    size: int | Literal["auto"] = flag(32, "a number or a word", minimum=1, below=100)
+    mode: Literal["x", "y"] | None = flag(None, "a word or none")
 
 
 def parse(*argv: str) -> Example:
@@ -30,6 +32,8 @@ def test_values_and_defaults():
     assert parse() == Example()
     assert parse("x", "y", "--rate", "1e-3", "--max-steps", "5", "--kind", "b", "--no-compile",
                  "--resume") == Example(("x", "y"), 1e-3, "here", 5, "b", False, True)
+    assert parse("--size", "8", "--mode", "y") == Example(size=8, mode="y")
+    assert parse("--size", "auto").size == "auto"
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -43,6 +47,12 @@ def test_values_and_defaults():
     (["--rate", "1.0"], "less than 1"),
     (["--folder", ""], "--folder is empty"),
     (["--kind", "c"], "invalid choice"),
+    (["--mode", "z"], "invalid choice"),
+    (["--size", "Auto"], "--size: 'Auto' is neither a whole number nor auto"),
+    (["--size", "1.5"], "neither a whole number nor auto"),
+    (["--size", ""], "neither a whole number nor auto"),
+    (["--size", "0"], "at least 1 and less than 100"),
+    (["--size", "100"], "less than 100"),
 ])
 def test_bad_flags_are_one_line_and_exit_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -178,9 +178,9 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     val_rows = split_rows(make_examples(ROWS, 128)[0], 0.1, 1337)[1]
     loss = finetune.evaluate(load_model(out), val_rows, 2, CPU_LAUNCH, torch.float32)
     assert loss == pytest.approx(log["val"][7]["loss"], abs=1e-6)
-    assert "already holds a checkpoint" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
+    assert "already holds a run" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
     inside = tiny(base, rows_file, base)
-    assert "already holds a checkpoint" in user_error(train, inside, CPU_LAUNCH)
+    assert "is itself a checkpoint" in user_error(train, inside, CPU_LAUNCH)
     assert [r["lr"] for _, r in sorted(log["train"].items())] == pytest.approx(
         [cosine_lr(step, warmup_steps=0, max_steps=7, max_lr=inside.max_lr, min_lr=inside.min_lr)
          for step in range(7)])
@@ -189,7 +189,8 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
 def test_a_run_that_left_only_a_log_is_begun_again(base, rows_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 99, "kind": "train", "loss": 1}\n')
-    train(tiny(base, rows_file, tmp_path / "out"), CPU_LAUNCH)
+    assert "--resume" in user_error(train, tiny(base, rows_file, tmp_path / "out"), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "out", resume=True), CPU_LAUNCH)
     assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == list(range(7))
 
 

@@ -23,8 +23,16 @@ from torch._dynamo.testing import CompileCounter
 import trainer
 from checkpoint import list_checkpoints, load_model, load_training_state
 from dataloader import TokenLoader
-from distributed import Launch, micro_steps_per_update, pick_device, pick_dtype
+from distributed import (
+    Launch,
+    micro_steps_per_update,
+    pick_device,
+    pick_dtype,
+    should_compile,
+    start,
+)
 from metrics import read_log
+from shards import read_manifest
 from trainer import TrainerConfig, train
 
 SCRIPT = ROOT / "trainer.py"
@@ -162,7 +170,7 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4)
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == STEPS + 3  # one rank writes
+    assert len(lines) == 1 + STEPS + 3  # one rank writes
 
 
 def test_rank_is_not_local_rank(monkeypatch):
@@ -172,7 +180,7 @@ def test_rank_is_not_local_rank(monkeypatch):
     picked = []
     monkeypatch.setattr("distributed.pick_device", lambda device, local_rank: picked.append(
         local_rank) or torch.device("cpu"))
-    launch = trainer.start("cpu")
+    launch = start("cpu")
     assert (launch.rank, launch.world_size, picked) == (11, 16, [3])
     assert not launch.is_master
 
@@ -214,7 +222,7 @@ def test_what_a_run_writes(corpus, tmp_path):
     out = tmp_path / "out"
     model = train(tiny(corpus, out), CPU_LAUNCH)
     log = read_log(out / "metrics.jsonl")
-    assert sorted(log) == ["train", "val"]
+    assert sorted(log) == ["run", "train", "val"]
     assert sorted(log["train"]) == list(range(10)) and sorted(log["val"]) == [0, 5, 10]
     for record in log["train"].values():
         assert {"step", "kind", "loss", "lr", "grad_norm", "tokens_per_sec"} <= set(record)
@@ -226,8 +234,13 @@ def test_what_a_run_writes(corpus, tmp_path):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 5, 10]
     assert all(sample["text"].startswith("Hello, I'm a language model,") for sample in samples)
-    run = json.loads((out / "run.json").read_text())
-    assert run["config"]["seed"] == 1337 and run["versions"]["torch"] == torch.__version__
+    run = log["run"][0]
+    assert run["seed"] == 1337 and run["torch"] == torch.__version__ and run["world_size"] == 1
+    state = load_training_state(out / "step_000010")
+    assert state["facts"] == {key: run[key] for key in run if key not in ("step", "kind")}
+    assert state["data"] == read_manifest(corpus) and len(state["rng"]) == 1
+    best = min((5, 10), key=lambda step: log["val"][step]["loss"])
+    assert (out / "best").read_text() == f"step_{best:06d}\n"
     # the final weights are those after the last update, saved and evaluated
     final = load_model(out)
     for p, q in zip(final.parameters(), model.parameters(), strict=True):
@@ -304,7 +317,9 @@ def test_resume_starts_fresh_when_there_is_nothing(corpus, tmp_path, capsys):
     assert "starting from scratch" in capsys.readouterr().out
     before = read_log(tmp_path / "out" / "metrics.jsonl")
     train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)  # already finished
-    assert read_log(tmp_path / "out" / "metrics.jsonl") == before
+    after = read_log(tmp_path / "out" / "metrics.jsonl")
+    assert [after[kind] == before[kind] for kind in ("train", "val")] == [True, True]
+    assert sorted(after["run"]) == [0, 10]
     shutil.rmtree(tmp_path / "out" / "step_000005")
     shutil.rmtree(tmp_path / "out" / "step_000010")  # as if killed before the first checkpoint
     train(tiny(corpus, tmp_path / "out", resume=True, max_steps=4), CPU_LAUNCH)
@@ -369,9 +384,9 @@ def test_what_compiling_for_a_gpu_needs(monkeypatch, capsys, triton, capability,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("distributed.shutil.which", lambda name: compiler)
     launch = Launch(0, 1, torch.device("cuda", 0))
-    assert trainer.prepare_compile(TrainerConfig(), launch) is (missing is None)
+    assert should_compile(None, launch) is (missing is None)
     assert (missing or "") in capsys.readouterr().out
-    assert trainer.prepare_compile(TrainerConfig(compile=False), launch) is False
+    assert should_compile(False, launch) is False
 
 
 def test_only_the_training_step_is_compiled_and_only_once(corpus, tmp_path, monkeypatch):
@@ -429,8 +444,9 @@ def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatc
         return slow
 
     monkeypatch.setattr(trainer, "seconds_on", lambda device: now[0])
-    for name, seconds in (("cosine_lr", 1), ("evaluate", 1000), ("save_checkpoint", 1000)):
-        monkeypatch.setattr(trainer, name, taking(seconds, getattr(trainer, name)))
+    for place, name, seconds in ((trainer, "cosine_lr", 1), (trainer, "evaluate", 1000),
+                                 (trainer.CheckpointWriter, "save", 1000)):
+        monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
     assert trace(tmp_path / "out", "tokens_per_sec") == [(128.0,)] * STEPS
 
@@ -443,20 +459,20 @@ def test_a_run_that_diverges_stops_before_it_saves(corpus, tmp_path):
         assert all(p.isfinite().all() for p in load_model(path).parameters())
 
 
-def test_ranks_that_see_other_folders_are_told(monkeypatch):
-    def gather(texts, text):
-        texts[:] = [text, text, text.replace("7", "null")]
+def test_ranks_that_differ_are_told_in_what(monkeypatch):
+    def gather(values, value):
+        values[:] = [value, value, value | {"max_lr": 0.5}]
 
     monkeypatch.setattr("distributed.dist.all_gather_object", gather)
     launch = Launch(0, 3, torch.device("cpu"))
-    message = user_error(launch.check_same, "what --out-dir holds", {"step": 7})
-    assert "rank 2" in message and "--out-dir" in message
-    launch.check_same("x", {"step": 5})
+    message = user_error(launch.check_same, {"data": "abc", "max_lr": 0.1})
+    assert "max_lr differs: 0.1 on rank 0, 0.5 on rank 2" in message
+    launch.check_same({"data": "abc", "max_lr": 0.5})
 
 
 def test_a_gpu_by_number_is_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--device cuda:0" in user_error(trainer.start, "cuda:0")
+    assert "--device cuda:0" in user_error(start, "cuda:0")
 
 
 def test_a_sample_prompt_that_does_not_fit_is_said(corpus, tmp_path, capsys):

@@ -1,0 +1,201 @@
+"""What ends a run before its last update: a signal, a rank that is gone, no memory. Each gets one
+line, and none leaves processes that wait for ever."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from memory import is_out_of_memory
+
+from checkpoint import list_checkpoints
+from config import UserError, first_line
+from distributed import Launch, start, stop
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # torchrun's and SLURM's, Ctrl-C, SLURM's warning
+AGAIN_SECONDS = 3.0  # torchrun passes a Ctrl-C on that the terminal sent to us already
+BEAT_SECONDS = 1.0  # between two looks at the other ranks
+SILENT_SECONDS = 20.0  # a rank that has not been heard of for so long is gone
+MAX_SKIPPED = 3  # updates in a row
+GO_ON = "--resume goes on from the newest checkpoint"
+
+
+class StopRequest:
+    """Remembers, while it is entered, that a signal asked this process to stop. The loop looks at
+    `requested` once an update; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.name: str | None = None  # of the signal
+        self.since = 0.0
+        self.before: dict = {}  # the handlers that were there
+
+    @property
+    def requested(self) -> bool:
+        return self.name is not None
+
+    def flag(self, device: torch.device) -> torch.Tensor:
+        """() fp32, 1 if this process was asked to stop: to be summed over all ranks."""
+        return torch.full((), float(self.requested), device=device)
+
+    def report(self, step: int, max_steps: int, out_dir: Path) -> str:
+        return (f"{self.name or 'a signal to another rank'}: stopped after {step:,} of "
+                f"{max_steps:,} updates: {list_checkpoints(out_dir)[-1]}. {GO_ON}")
+
+    def handle(self, number: int, frame) -> None:
+        if self.name is None:
+            self.name, self.since = signal.Signals(number).name, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":  # print() may be interrupted in its own middle
+                os.write(2, f"\n{self.name}: stopping once this update is saved\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self.since > AGAIN_SECONDS:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # where Python allows it
+            for name in STOP_SIGNALS:
+                if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                    self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class RankWatch:
+    """A thread that ends this process when another rank failed or fell silent, or when the torchrun
+    that started it is gone: NCCL would wait for half an hour, and an orphan for ever.
+
+    Every rank counts up a number in torchrun's store once a second and looks at those of the
+    others. No clocks are compared, and a rank that is only slow goes on counting.
+    """
+
+    def __init__(self, launch: Launch):
+        self.launch, self.parent = launch, os.getppid()
+        self.leaving = threading.Event()
+        self.asker = ThreadPoolExecutor(1)  # a store on a dead node may never answer
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def connect(self) -> dist.Store:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              is_master=False, timeout=timedelta(seconds=SILENT_SECONDS))
+        # not what an attempt that torchrun restarted has left
+        return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def __enter__(self) -> "RankWatch":
+        self.store = self.connect()
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.leaving.set()
+        if error is not None:
+            name = "" if kind is UserError else f"{kind.__name__}: "
+            with contextlib.suppress(RuntimeError):  # the store may be what is gone
+                self.store.set("failed", f"rank {self.launch.rank}: {name}{first_line(error)}")
+        self.thread.join(BEAT_SECONDS)
+
+    def ask(self) -> tuple[list[int], str | None]:
+        """Counts this rank up; the counts of all ranks, and what one that failed has said."""
+        self.store.add(f"alive/{self.launch.rank}", 1)
+        counts = [self.store.add(f"alive/{rank}", 0) for rank in range(self.launch.world_size)]
+        return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
+
+    def run(self) -> None:
+        last, heard = [0] * self.launch.world_size, [time.monotonic()] * self.launch.world_size
+        while not self.leaving.wait(BEAT_SECONDS):
+            if os.getppid() != self.parent:
+                self.end(f"the torchrun that started rank {self.launch.rank} is gone. {GO_ON}")
+            try:
+                counts, failed = self.asker.submit(self.ask).result(SILENT_SECONDS)
+            except (RuntimeError, TimeoutError) as error:
+                self.end(f"the node of rank 0 does not answer ({first_line(error):.60}). {GO_ON}")
+                return
+            if failed is not None:
+                self.end(failed)
+            now = time.monotonic()
+            heard = [now if count != before else since
+                     for count, before, since in zip(counts, last, heard, strict=True)]
+            last = counts
+            if now - min(heard) > SILENT_SECONDS:
+                self.end(f"rank {heard.index(min(heard))} has not been heard of for "
+                         f"{SILENT_SECONDS:.0f} s: it was killed, or its node is gone. {GO_ON}")
+
+    def end(self, why: str) -> None:
+        """Ends this process, whatever its other threads wait for, unless it ends by itself."""
+        if self.leaving.is_set():
+            return
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node
+            print(f"{os.path.basename(sys.argv[0])}: error: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
+    """A process of the run, from joining the others to leaving them; see `distributed.start`.
+
+    Raises UserError in place of what PyTorch says when memory is out or another rank is gone."""
+    launch = start(device, deterministic)
+    try:
+        with RankWatch(launch) if launch.world_size > 1 else contextlib.nullcontext():
+            yield launch
+            launch.barrier()  # none leaves, and falls silent, while another still writes
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory ({first_line(error):.120}): lower --micro-batch-size, "
+                            "or let --micro-batch-size auto find the largest that fits") from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError("the connection to another rank broke: it was killed, or its node is "
+                            f"gone. {GO_ON}") from error
+        raise
+    stop()  # not after an error: it would wait for ranks that wait for this one
+
+
+def step_if_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                   scaler: torch.amp.GradScaler, loss_sum: torch.Tensor, grad_clip: float,
+                   stop: StopRequest, launch: Launch) -> tuple[float, float, bool]:
+    """Clips the gradients and makes the update, unless the loss or their norm is not finite; drops
+    them. Returns the loss, the mean of all ranks' `loss_sum` (), the norm before clipping, and
+    whether any rank was asked to stop.
+
+    The gradients are all-reduced already and the loss is here, so that all ranks decide alike. The
+    one host synchronisation of an update.
+    """
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    loss, stopping = launch.sum(torch.stack([loss_sum, stop.flag(launch.device)])).tolist()
+    loss, grad_norm = loss / launch.world_size, grad_norm.item()
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, stopping > 0
+
+
+def count_skipped(skipped: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler,
+                  out_dir: Path) -> int:
+    """How many updates in a row were skipped, after one of this loss and gradient norm, which are
+    the same on all ranks. Raises UserError, on all of them, when there were too many.
+
+    float16's scaler begins too high on purpose and halves with every overflow: while it still can,
+    an overflow of the gradients alone is no fault.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return 0
+    if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
+        return skipped
+    if skipped + 1 < MAX_SKIPPED:
+        return skipped + 1
+    checkpoints = list_checkpoints(out_dir)
+    good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "none was saved yet"
+    raise UserError(f"the run has diverged: {MAX_SKIPPED} updates in a row were skipped, since the "
+                    f"loss ({loss}) or the gradient norm ({grad_norm}) was not finite; lower "
+                    f"--max-lr ({good})")

@@ -1,0 +1,217 @@
+"""Going on with a run: what is saved beside the weights, how it is written while training goes on,
+and how the newest checkpoint that is whole is found again.
+
+The training state of a checkpoint holds the optimizer, the gradient scaler, the random generators
+of every rank, `Progress`, the settings, the data's fingerprint and the facts of the run. The data
+need no cursor of their own: which rows an update sees follows from its number alone.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import list_checkpoints, load_training_state, model_around, save_checkpoint, verify
+from config import UserError
+from distributed import Launch
+from model import GPT
+from optimizer import load_optimizer_state, optimizer_state
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its weights and its optimizer."""
+
+    step: int = 0  # updates made, skipped ones included
+    val_loss: float | None = None  # of the weights as they are, if they were evaluated
+    best_loss: float = math.inf  # the lowest validation loss of a checkpoint
+    best_step: int | None = None  # that checkpoint
+    skipped: int = 0  # updates in a row that were skipped because they were not finite
+
+
+# --------------------------------------------------------------------------------- saving
+
+
+def training_state(progress: Progress, optimizer: torch.optim.Optimizer,
+                   scaler: torch.amp.GradScaler, launch: Launch) -> dict:
+    """What a checkpoint holds beside the model, complete on rank 0. All ranks call this: the
+    generators of each, and its part of a sharded optimizer, come to rank 0."""
+    return {"progress": dataclasses.asdict(progress),
+            "optimizer": optimizer_state(optimizer, launch.is_master),
+            "scaler": scaler.state_dict(), "rng": launch.gather(rng_state(launch.device))}
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+class CheckpointWriter:
+    """Saves on a thread of its own, one checkpoint at a time, from a copy in host memory: training
+    waits for the copy, and for the disk only when a save is asked for before the last one is done.
+
+    `facts` (config, data, ...) are plain values that every checkpoint carries.
+    """
+
+    def __init__(self, out_dir: Path, launch: Launch, facts: dict, *, keep_last: int,
+                 keep_every: int, saved_step: int | None, prompt_template: str | None = None):
+        self.out_dir, self.launch, self.facts, self.saved_step = out_dir, launch, facts, saved_step
+        self.options = {"keep_last": keep_last, "keep_every": keep_every,
+                        "prompt_template": prompt_template}
+        self.buffers: dict[str, torch.Tensor] = {}  # reused: pinned memory is slow to get
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, progress: Progress, model: GPT, optimizer: torch.optim.Optimizer,
+             scaler: torch.amp.GradScaler) -> None:
+        """Copies the run as it is and begins to write it, unless this step is saved already. All
+        ranks call this. Raises UserError when the checkpoint before could not be written."""
+        if progress.step == self.saved_step:
+            return
+        self.saved_step = progress.step
+        if progress.val_loss is not None and progress.val_loss < progress.best_loss:
+            progress.best_loss, progress.best_step = progress.val_loss, progress.step
+        state = training_state(progress, optimizer, scaler, self.launch) | self.facts
+        if not self.launch.is_master:
+            return
+        self.wait()
+        parameters = self.copy(dict(model.named_parameters()), "model")
+        state = self.copy(state, "state")
+        if self.launch.device_type == "cuda":
+            torch.cuda.synchronize(self.launch.device)  # the copies are there
+        self.pending = self.thread.submit(
+            save_checkpoint, self.out_dir, progress.step, model_around(model.config, parameters),
+            training_state=state, best_step=progress.best_step, **self.options)
+
+    @torch.no_grad()
+    def copy(self, value, name: str):
+        """A value with every tensor in it copied to a buffer on the host that `name` has."""
+        if isinstance(value, dict):
+            return {key: self.copy(item, f"{name}/{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.copy(item, f"{name}/{i}") for i, item in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.buffers[name] = buffer
+        return buffer.copy_(value, non_blocking=value.is_cuda)
+
+    def poll(self) -> None:
+        """Raises UserError, as soon as it is known, when a checkpoint could not be written."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint in hand is on the disk. Raises UserError when it cannot be."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait()  # also after an error: what was copied is still good
+        except UserError as second:
+            if error is None:
+                raise
+            print(second, file=sys.stderr, flush=True)  # the first one has the last word
+        finally:
+            self.thread.shutdown()
+
+
+# -------------------------------------------------------------------------------- finding
+
+
+def find_resume(out_dir: Path, resume: bool, launch: Launch) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint of OUT_DIR with its training state; None for a new run. Damaged
+    ones are passed over with a line each.
+
+    Rank 0 looks, the others take what it found. Raises UserError when the folder holds a run but
+    --resume was not given, and when every checkpoint in it is damaged.
+    """
+    found = None
+    if launch.is_master:
+        holds_run = list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
+        if holds_run and not resume:
+            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to go on with "
+                            "it, or choose another --out-dir")
+        found = newest_whole(out_dir, launch)
+        if resume and found is None:
+            launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch, also "
+                          "with its log")
+    folder = launch.broadcast(found and str(found[0]))
+    if folder is None or found:
+        return found
+    if not Path(folder).is_dir():
+        raise UserError(f"rank {launch.rank} does not see {folder}, which rank 0 goes on from: "
+                        "--out-dir must be a folder that all nodes share")
+    return Path(folder), load_training_state(Path(folder))
+
+
+def newest_whole(out_dir: Path, launch: Launch) -> tuple[Path, dict] | None:
+    checkpoints = list_checkpoints(out_dir)
+    for folder in reversed(checkpoints):
+        try:
+            verify(folder)
+            return folder, load_training_state(folder)
+        except UserError as error:
+            launch.print0(f"--resume: {folder.name} is passed over: {error}")
+    if checkpoints:
+        raise UserError(f"none of the {len(checkpoints)} checkpoints in {out_dir} can be gone on "
+                        "from: restore one, or start in another --out-dir")
+    return None
+
+
+def check_settings(folder: Path, before: dict, now: dict, fixed: Iterable[str],
+                   launch: Launch) -> None:
+    """Lists the settings that are not those of the resumed checkpoint. Raises UserError for one
+    that may not change: the model, or what an update sees."""
+    for name in sorted(key for key in now if now[key] != before.get(key)):
+        if name in fixed:
+            detail = "" if isinstance(now[name], dict) else (
+                f" ({before.get(name)} before, {now[name]} now)")
+            raise UserError(f"--resume: {name} is not what {folder} was trained with{detail}: "
+                            "restore it, or start in another --out-dir")
+        if name != "resume":
+            launch.print0(f"--resume: {name} was {before.get(name)}, is now {now[name]}")
+
+
+def restore(folder: Path, state: dict, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler, launch: Launch, *, seed: int, max_steps: int,
+            flag: str) -> Progress:
+    """Puts a training state back. Raises UserError when it is of another model, or past the end of
+    the run, which `flag` sets."""
+    progress = Progress(**state["progress"])
+    if progress.step > max_steps:
+        raise UserError(f"--resume: {folder} was made after {progress.step} updates, more than the "
+                        f"{max_steps} of this run: raise {flag}")
+    try:
+        load_optimizer_state(optimizer, state["optimizer"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: the optimizer's state in {folder} is not that of this model "
+                        f"({error}): rm -r {folder} goes back to the one before") from None
+    if scaler.is_enabled() and state["scaler"]:  # empty after a run in another dtype
+        scaler.load_state_dict(state["scaler"])
+    seed_rank(seed, progress.step, launch)
+    if len(state["rng"]) == launch.world_size:  # else there are no generators to go on with
+        torch.set_rng_state(state["rng"][launch.rank]["cpu"])
+        if launch.device_type == "cuda" and "cuda" in state["rng"][launch.rank]:
+            torch.cuda.set_rng_state(state["rng"][launch.rank]["cuda"], launch.device)
+    return progress
+
+
+def seed_rank(seed: int, step: int, launch: Launch) -> None:
+    """Seeds this rank's own random stream. Nothing here draws from it; what one adds (dropout, say)
+    may."""
+    sequence = np.random.SeedSequence([seed, step, launch.rank])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

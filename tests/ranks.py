@@ -1,0 +1,110 @@
+"""Ranks of a real gloo run as processes that a test can kill: forked from a server that has imported
+torch once, so that a start costs a fraction of a second, not four. torchrun itself is the subject
+of other tests; here only its environment variables are given."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import finetune
+import trainer
+from config import run_main
+from dataloader import TokenLoader
+
+MAINS = {"trainer": trainer.main, "finetune": finetune.main}
+
+
+def run_rank(script: str, argv: list[str], environment: dict, output: Path,
+             windows: Path | None) -> None:
+    """In the forked process: becomes one rank of `script`."""
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if windows is not None:
+        note_windows(windows)
+    sys.argv = [f"{script}.py", *argv]
+    run_main(MAINS[script])
+
+
+def note_windows(path: Path) -> None:
+    """Appends which (shard, first token) every micro-step of this process reads."""
+    real = TokenLoader.batch
+
+    def batch(self, step, micro_step):
+        first = (step * self.windows_per_step
+                 + (micro_step * self.world_size + self.rank) * self.micro_batch_size)
+        places = [self.locate(first + i) for i in range(self.micro_batch_size)]
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([step, places]) + "\n")
+        return real(self, step, micro_step)
+
+    TokenLoader.batch = batch
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Ranks:
+    """The processes of one launch. Their output is appended to files named `rank_N.txt`."""
+
+    def __init__(self, world_size: int, script: str, argv: list[str], folder: Path,
+                 windows: bool = False):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks"])
+        port, self.folder = free_port(), folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.processes = []
+        for rank in range(world_size):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
+                           "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
+            arguments = (script, argv, {name: str(value) for name, value in environment.items()},
+                         folder / f"rank_{rank}.txt",
+                         folder / f"windows_{rank}.jsonl" if windows else None)
+            self.processes.append(context.Process(target=run_rank, args=arguments))
+        for process in self.processes:
+            process.start()
+
+    def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
+        for rank in ranks or range(len(self.processes)):
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes by rank; what has not ended by then is killed, and its code is None."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        for process in self.processes:
+            process.join()
+        return codes
+
+    def output(self, rank: int = 0) -> str:
+        return (self.folder / f"rank_{rank}.txt").read_text(encoding="utf-8")
+
+    def done(self) -> bool:
+        return all(process.exitcode is not None for process in self.processes)
+
+
+def wait_until(condition, ranks: "Ranks | None" = None, seconds: float = 60) -> None:
+    """Looks every few milliseconds until something is so, or the ranks have ended."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if ranks is not None and ranks.done():
+            return
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.002)
