@@ -2,11 +2,14 @@
 
     python bench.py data                                   # on the embedded corpus
     python bench.py data --files 'dir/*.parquet' --log image/logs/bench_data.jsonl
+    python bench.py memory --log image/logs/bench_memory.jsonl
 
-`data` measures tokenising (the whole way from files to shards, against a bare loop of tiktoken's
-`encode_ordinary` over the same documents in as many processes) and the loader (batches of 32 x
-1024, and what it adds to training steps that it overlaps with). Every figure is printed and, with
---log, appended to a file as one JSON object a line.
+`memory` computes what every model size needs a rank and which micro-batches fit on which card, and
+compares such sums with what this machine measures. `data` measures tokenising (the whole way from
+files to shards, against a bare loop of tiktoken's `encode_ordinary` over the same documents in as
+many processes) and the loader (batches of 32 x 1024, and what it adds to training steps that it
+overlaps with). Every figure is printed and, with --log, appended to a file as one JSON object a
+line.
 """
 
 import contextlib
@@ -33,20 +36,27 @@ import torch
 from config import UserError, flag, parse_config, run_main
 from corpus import write_corpus
 from dataloader import TokenLoader
+from distributed import autocast
 from documents import file_source, local_files
-from model import GPT, GPTConfig
+from memory import largest_micro_batch_for, memory_per_rank, saved_bytes
+from model import GPT, PRESETS, GPTConfig
+from optimizer import make_adamw
 from pydocs import read_documents
 from tokenizer import load_encoder, load_tokenizer
 
 DOWNLOADER = Path(__file__).resolve().parent / "pretrain_data" / "fineweb_downloader.py"
 SHARD_TOKENS = 5_000_000  # FineWeb's are 100M: a sample is to fill several
 LOADER_BATCH, LOADER_LENGTH, LOADER_BATCHES = 32, 1024, 200
+CARDS, SHARE = (24, 32, 80, 141), 512  # GB = 10**9 bytes; micro-batches are powers of two up to it
+SAVED_SIZES, SAVED_SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=256), (4, 256)
+STEP_SIZES, STEP_LENGTH = PRESETS["gpt2"], 1024
+BASELINE = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=32)
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = flag((), "what to measure: data, or of that only encoders, tokenise or "
-                                     "loader", positional=True)
+    what: tuple[str, ...] = flag((), "what to measure: data (or of that only encoders, tokenise "
+                                     "or loader), or memory", positional=True)
     files: str | None = flag(None, "documents: a quoted glob or a folder (default: the embedded "
                                    "corpus)")
     max_documents: int = flag(40_000, "of them, so many are used", minimum=1)
@@ -259,6 +269,87 @@ def bench_data(config: BenchConfig) -> None:
             bench_loader(config, Path(name) / "data")
 
 
+# ---------------------------------------------------------------------------------- memory
+
+
+def memory_of_preset(config: BenchConfig, name: str) -> None:
+    """Computed: bytes a rank of 8 in bfloat16, compiled, as the trainer's defaults are on a GPU."""
+    sizes, ways = PRESETS[name], {"plain": {}, "sharded": {"shard_optimizer": True},
+                                  "sharded_checkpointed": {"shard_optimizer": True,
+                                                           "activation_checkpointing": True}}
+    setting = {"sequence_length": 1024, "dtype": torch.bfloat16, "world_size": 8, "compiled": True}
+    plans = {way: memory_per_rank(sizes, micro_batch_size=1, **setting, **options)
+             for way, options in ways.items()}
+    state = {way: plan.weights + plan.gradients + plan.optimizer for way, plan in plans.items()}
+    largest = {f"{way}_{card}gb": largest_micro_batch_for(sizes, card * 10**9, share=SHARE,
+                                                          **setting, **options)
+               for way, options in ways.items() for card in CARDS}
+    record(config, "memory", model=name, state_bytes=state["plain"],
+           state_bytes_sharded=state["sharded"],
+           activation_bytes_per_sequence=plans["plain"].activations,
+           activation_bytes_per_sequence_checkpointed=plans["sharded_checkpointed"].activations,
+           **largest)
+
+
+def measure_saved(config: BenchConfig, dtype: torch.dtype) -> None:
+    """What autograd keeps below the head, with the weights cast for it, against the formula."""
+    model, (batch, length) = GPT(SAVED_SIZES), SAVED_SHAPE
+    tokens = torch.zeros(SAVED_SHAPE, dtype=torch.long)
+    with autocast(tokens.device, dtype):
+        measured = saved_bytes(model, lambda: model.hidden_states(tokens))
+    plan = memory_per_rank(SAVED_SIZES, micro_batch_size=batch, sequence_length=length, dtype=dtype,
+                           device_type="cpu")
+    computed = plan.activations - tokens.nbytes + plan.weights - plan.gradients  # no targets there
+    record(config, "kept for backward", dtype=str(dtype).removeprefix("torch."),
+           computed_bytes=computed, measured_bytes=measured, ratio=measured / computed)
+
+
+def peak_of_step(sizes: GPTConfig, batch: int, length: int, dtype: torch.dtype, answers) -> None:
+    """In a process of its own: the most bytes it held in two updates of two micro-steps."""
+    model = GPT(sizes)
+    optimizer = make_adamw(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    tokens = torch.zeros(2, batch, length, dtype=torch.long)
+    for _ in range(2):
+        for _ in range(2):
+            with autocast(tokens.device, dtype):
+                loss = model(*tokens, reduction="sum", return_logits=False)[1]
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    answers.put(1024 * int(status.split("VmHWM:")[1].split()[0]))
+
+
+def measure_step(config: BenchConfig) -> None:
+    """The peak of a process that trains, against that of one with hardly a model, and the sum."""
+    context = multiprocessing.get_context("spawn")
+    answers, peaks = context.Queue(), []
+    for sizes, batch, length in ((BASELINE, 1, 16), (STEP_SIZES, 1, STEP_LENGTH),
+                                 (STEP_SIZES, 2, STEP_LENGTH)):
+        process = context.Process(target=peak_of_step,
+                                  args=(sizes, batch, length, torch.bfloat16, answers))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise UserError(f"the process that measures its memory ended with {process.exitcode}: "
+                            "it needs /proc, and 4 GB for the 124M model")
+        peaks.append(answers.get())
+    for batch, peak in enumerate(peaks[1:], 1):
+        plan = memory_per_rank(STEP_SIZES, micro_batch_size=batch, sequence_length=STEP_LENGTH,
+                               dtype=torch.bfloat16, device_type="cpu")
+        record(config, "peak of a process", micro_batch_size=batch, baseline_bytes=peaks[0],
+               computed_bytes=plan.total, measured_bytes=peak,
+               ratio=(peak - peaks[0]) / plan.total)
+
+
+def bench_memory(config: BenchConfig) -> None:
+    for name in PRESETS:
+        memory_of_preset(config, name)
+    for dtype in (torch.float32, torch.bfloat16):
+        measure_saved(config, dtype)
+    measure_step(config)
+
+
 def processor() -> str:
     """The name that the processor gives itself."""
     with contextlib.suppress(OSError):
@@ -270,12 +361,16 @@ def processor() -> str:
 
 def main() -> None:
     config = parse_config(BenchConfig, description=__doc__)
-    if not config.what or set(config.what) - {"data", "encoders", "tokenise", "loader"}:
-        raise UserError(f"asked to measure {' '.join(config.what) or 'nothing'}, expected data, or "
-                        "of that only encoders, tokenise or loader")
+    data = {"data", "encoders", "tokenise", "loader"}
+    if not config.what or set(config.what) - data - {"memory"}:
+        raise UserError(f"asked to measure {' '.join(config.what) or 'nothing'}, expected data (or "
+                        "of that only encoders, tokenise or loader), or memory")
     record(config, "machine", cores=os.cpu_count(), processor=processor(),
            python=platform.python_version(), torch=torch.__version__)
-    bench_data(config)
+    if data & set(config.what):
+        bench_data(config)
+    if "memory" in config.what:
+        bench_memory(config)
 
 
 if __name__ == "__main__":

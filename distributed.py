@@ -101,10 +101,23 @@ def start(device: str, deterministic: bool = False) -> Launch:
         torch.cuda.set_device(torch_device)
     if world_size > 1:
         on_gpus = torch_device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpus else "gloo",
-                                timeout=timedelta(minutes=TIMEOUT_MINUTES),
+        timeout = timedelta(minutes=TIMEOUT_MINUTES)
+        dist.init_process_group("nccl" if on_gpus else "gloo", rank=rank, world_size=world_size,
+                                store=connect_store(timeout, may_host=rank == 0), timeout=timeout,
                                 device_id=torch_device if on_gpus else None)
     return Launch(rank, world_size, torch_device)
+
+
+def connect_store(timeout: timedelta, may_host: bool = False) -> dist.Store:
+    """The key-value store through which ranks find each other: torchrun's own, or rank 0 hosts it.
+
+    With a prefix for every attempt, which PyTorch 2.13 forgets: after a restart (--max-restarts)
+    gloo would look for the addresses of processes that are gone."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=may_host and not hosted, timeout=timeout,
+                          wait_for_workers=False)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def stop() -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from memory import is_out_of_memory
 
 from checkpoint import list_checkpoints
 from config import UserError, first_line
-from distributed import Launch, start, stop
+from distributed import Launch, connect_store, start, stop
+from memory import is_out_of_memory
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # torchrun's and SLURM's, Ctrl-C, SLURM's warning
 AGAIN_SECONDS = 3.0  # torchrun passes a Ctrl-C on that the terminal sent to us already
@@ -84,14 +84,9 @@ class RankWatch:
         self.asker = ThreadPoolExecutor(1)  # a store on a dead node may never answer
         self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def connect(self) -> dist.Store:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                              is_master=False, timeout=timedelta(seconds=SILENT_SECONDS))
-        # not what an attempt that torchrun restarted has left
-        return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
     def __enter__(self) -> "RankWatch":
-        self.store = self.connect()
+        # a connection of its own: the other one may be blocked
+        self.store = dist.PrefixStore("watch", connect_store(timedelta(seconds=SILENT_SECONDS)))
         self.thread.start()
         return self
 

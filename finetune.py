@@ -11,8 +11,8 @@ graph of the run. SIGTERM, SIGINT and SIGUSR1 make it save and stop; --resume go
 """
 
 import contextlib
-import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,6 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 import torch
-from memory import find_micro_batch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import CONFIG_FILE, list_checkpoints, load_model
@@ -29,7 +28,9 @@ from dataloader import permutation
 from distributed import Dtype, Launch, autocast, code_sha256, pick_dtype, seconds_on, to_device
 from faults import StopRequest, count_skipped, launched, step_if_finite
 from files import sha256_of
-from metrics import RunLog, check_image, draw_runs, open_mirrors, run_facts
+from graphs import check_image, draw_runs
+from memory import find_micro_batch, moment_bytes
+from metrics import RunLog, open_mirrors, run_facts
 from model import GPT, IGNORE_INDEX
 from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
@@ -78,7 +79,7 @@ class FinetuneConfig:
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/finetune_loss.png)")
 
 
-FIXED_ON_RESUME = ("batch_size", "val_fraction", "seed", "data")  # which rows an update sees
+FIXED_ON_RESUME = ("batch_size", "val_fraction", "seed", "data_sha256")  # what an update sees
 OF_ONE_NODE = ("checkpoint", "data", "device")  # all other facts are the same on all ranks
 
 
@@ -194,16 +195,14 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
         raise UserError(f"--out-dir {out_dir} is itself a checkpoint: choose another")
     check_image(image)
     rows = read_rows(Path(config.data))
-    data = {"sha256": sha256_of(Path(config.data))}
-    facts = run_facts(config, world_size=launch.world_size, device=device, data=data)
+    facts = run_facts(config, world_size=launch.world_size, device=device,
+                      data={"sha256": sha256_of(Path(config.data))})
     launch.check_same({name: value for name, value in facts.items() if name not in OF_ONE_NODE}
                       | {"code": code_sha256()})
     resumed = find_resume(out_dir, config.resume, launch)
     is_resumed = resumed is not None
-    settings = dataclasses.asdict(config) | {"data": data}
     if is_resumed:
-        check_settings(resumed[0], resumed[1]["config"] | {"data": resumed[1]["data"]}, settings,
-                       FIXED_ON_RESUME, launch)
+        check_settings(*resumed, facts, FIXED_ON_RESUME, launch)
     base = resumed[0] if is_resumed else config.checkpoint
     raw_model = load_model(base, device).train()
     check_vocabulary(raw_model, base)
@@ -233,11 +232,12 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     # not so many rows in a micro-batch that some ranks would have none
     share = -(-config.batch_size // launch.world_size)
     if config.micro_batch_size == "auto":
-        moments = 0 if is_resumed else 8 * raw_model.num_parameters()  # bytes, still to be made
+        ranks = launch.world_size if shard else 1
+        moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks)  # still to be made
         micro_batch_size = find_micro_batch(
             raw_model, [share >> n for n in range(share.bit_length())], launch=launch, dtype=dtype,
             sequence_length=max(len(prompt) + len(response) - 1 for prompt, response in examples),
-            optimizer_bytes=moments // (launch.world_size if shard else 1))
+            optimizer_bytes=moments)
     else:
         micro_batch_size = min(config.micro_batch_size, share)
         if micro_batch_size < config.micro_batch_size:
@@ -254,16 +254,15 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     # 3. The loop
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        kept = {"config": dataclasses.asdict(config), "data": data, "facts": facts}
         writer = stack.enter_context(CheckpointWriter(
-            out_dir, launch, kept, keep_last=config.keep_last, keep_every=config.keep_every,
+            out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None, prompt_template=PROMPT_TEMPLATE))
         if launch.is_master:
             mirrors = open_mirrors(tensorboard=config.tensorboard, wandb=config.wandb,
                                    out_dir=out_dir, start_step=progress.step, facts=facts)
             log = stack.enter_context(contextlib.closing(
                 RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed, mirrors=mirrors)))
-            log.write(progress.step, "run", **facts)
+            log.write(progress.step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts)
         bar = stack.enter_context(progress_bar(max_steps, progress.step, "fine-tuning",
                                                enabled=launch.is_master))
         stopping = False

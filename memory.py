@@ -11,6 +11,7 @@ import functools
 import gc
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from model import GPT, HEAD_MULTIPLE_GPU, LOSS_ROWS_CPU, LOSS_ROWS_GPU, GPTConfi
 # What a GPU holds besides: CUDA's context, NCCL's and cuBLAS's buffers; and what fragmentation
 # makes unusable, a share of the card
 RESERVE_BYTES, RESERVE_SHARE = 1_500_000_000, 0.05
-# find_micro_batch leaves this free on a GPU: evaluation and sampling allocate in other sizes
-HEADROOM_GPU = 512 * 2**20
+# find_micro_batch leaves this free, for later steps find memory in pieces: on a GPU beside what
+# evaluation and sampling had; elsewhere as a share of activations and loss (without it, a trial on
+# a CPU was seen to pass, and the third step after it to fail)
+HEADROOM_GPU, HEADROOM_SHARE = 512 * 2**20, 0.15
 # A trial on a GPU costs a compilation. Nothing needs less than half of what is computed here.
 OPTIMISM_GPU = 2.0
 OUT_OF_MEMORY_WORDS = (
@@ -58,7 +61,7 @@ def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in GPT(sizes).named_parameters()}
 
 
-def optimizer_bytes(sizes: GPTConfig, world_size: int = 1) -> int:
+def moment_bytes(sizes: GPTConfig, world_size: int = 1) -> int:
     """AdamW's moments, 2 x 4 bytes a parameter, on the rank that holds most of them.
 
     ZeroRedundancyOptimizer gives away whole tensors, group by group (matrices, then vectors) and
@@ -106,7 +109,7 @@ def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length:
     else:
         activations = sizes.n_layer * block + outside
     return Memory(weights=4 * total + cast, gradients=4 * total, activations=activations,
-                  optimizer=optimizer_bytes(sizes, world_size if shard_optimizer else 1),
+                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1),
                   loss=loss_bytes(sizes, N, dtype, compiled, device_type))
 
 
@@ -133,6 +136,24 @@ def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool,
     # gradient (which a CPU casts to float32 to add it up)
     share = (e + (4 if low and not on_gpu else 0)) * V * C
     return hidden + held + max(4 * rows * V if low else 0, share)
+
+
+def saved_bytes(model: torch.nn.Module, call: Callable[[], object]) -> int:
+    """Measures what autograd keeps of a call for backward, parameters aside; tensors that share
+    memory are counted once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = call()  # as long as it is, all of them are
+    del kept
+    return sum(sizes.values())
 
 
 def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, *, share: int, **setting) -> int:
@@ -173,25 +194,28 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
 
     `model` is on its device, compiled or not, and not yet in DDP: a rank that fails inside a trial
     may keep no other waiting. One forward and backward pass of random tokens is made of each, with
-    gradients there already and `optimizer_bytes` held for moments that are still to be made. Every
-    rank calls this; a size that fails on one is given up on all. The model has no gradients
-    afterwards, and the random state is as it was. Raises UserError when nothing fits.
+    gradients there already, and beside `optimizer_bytes` for moments that are still to be made and
+    some headroom. Every rank calls this; a size that fails on one is given up on all. The model has
+    no gradients afterwards, and the random state is as it was. Raises UserError when nothing fits.
     """
     device = launch.device
+    compiled = getattr(model, "_compiled_call_impl", None) is not None  # by model.compile()
     free = available_bytes(device)
     for size in candidates:
         computed = memory_per_rank(
             model.config, micro_batch_size=size, sequence_length=sequence_length, dtype=dtype,
-            activation_checkpointing=model.checkpoint_activations, device_type=device.type)
-        needed = computed.gradients + optimizer_bytes + computed.activations + computed.loss
-        # Linux hands out more memory than there is, and kills who uses it: better not to try. What
-        # is computed there is without the compiler, which needs little else.
+            activation_checkpointing=model.checkpoint_activations, compiled=compiled,
+            device_type=device.type)
+        passing = computed.activations + computed.loss
+        ballast = optimizer_bytes + (HEADROOM_GPU if device.type == "cuda" else
+                                     int(HEADROOM_SHARE * passing))
+        needed = computed.gradients + passing + ballast
+        # Linux hands out more memory than there is, and kills who uses it: better not to try
         hopeless = needed > free * (OPTIMISM_GPU if device.type == "cuda" else 1)
-        fits = not hopeless and fits_in_memory(model, size, sequence_length, device, dtype,
-                                               optimizer_bytes)
+        fits = not hopeless and fits_in_memory(model, size, sequence_length, device, dtype, ballast)
         release(model, device)
         failed = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()  # ranks
-        if failed or launch.world_size > 1:
+        if compiled and (failed or launch.world_size > 1):
             # The next size is to be compiled for itself, not for any size; and with DDP around the
             # model, the compiler cuts the graph where gradients can be sent early
             torch.compiler.reset()
@@ -203,13 +227,12 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
 
 
 def fits_in_memory(model: GPT, size: int, sequence_length: int, device: torch.device,
-                   dtype: torch.dtype, optimizer_bytes: int) -> bool:
-    """Tries one micro-step of `size` sequences. Leaves gradients behind."""
+                   dtype: torch.dtype, ballast_bytes: int) -> bool:
+    """Tries one micro-step of `size` sequences beside so much ballast. Leaves gradients behind."""
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):  # a compiler may try its kernels on random numbers
-            headroom = HEADROOM_GPU if device.type == "cuda" else 0
-            ballast = torch.empty(optimizer_bytes + headroom, dtype=torch.uint8, device=device)
+            ballast = torch.empty(ballast_bytes, dtype=torch.uint8, device=device)
             for parameter in model.parameters():  # as in all micro-steps but the first
                 parameter.grad = torch.zeros_like(parameter)
             generator = torch.Generator().manual_seed(0)

@@ -2,8 +2,9 @@
 and how the newest checkpoint that is whole is found again.
 
 The training state of a checkpoint holds the optimizer, the gradient scaler, the random generators
-of every rank, `Progress`, the settings, the data's fingerprint and the facts of the run. The data
-need no cursor of their own: which rows an update sees follows from its number alone.
+of every rank, `Progress`, and the facts of the run (`metrics.run_facts`): settings, versions, the
+data's SHA-256. The data need no cursor of their own: which rows an update sees follows from its
+number alone.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ class CheckpointWriter:
     """Saves on a thread of its own, one checkpoint at a time, from a copy in host memory: training
     waits for the copy, and for the disk only when a save is asked for before the last one is done.
 
-    `facts` (config, data, ...) are plain values that every checkpoint carries.
+    `facts` are what every checkpoint says of the run.
     """
 
     def __init__(self, out_dir: Path, launch: Launch, facts: dict, *, keep_last: int,
@@ -77,7 +78,7 @@ class CheckpointWriter:
         self.saved_step = progress.step
         if progress.val_loss is not None and progress.val_loss < progress.best_loss:
             progress.best_loss, progress.best_step = progress.val_loss, progress.step
-        state = training_state(progress, optimizer, scaler, self.launch) | self.facts
+        state = training_state(progress, optimizer, scaler, self.launch) | {"facts": self.facts}
         if not self.launch.is_master:
             return
         self.wait()
@@ -172,18 +173,21 @@ def newest_whole(out_dir: Path, launch: Launch) -> tuple[Path, dict] | None:
     return None
 
 
-def check_settings(folder: Path, before: dict, now: dict, fixed: Iterable[str],
+def check_settings(folder: Path, state: dict, facts: dict, fixed: Iterable[str],
                    launch: Launch) -> None:
-    """Lists the settings that are not those of the resumed checkpoint. Raises UserError for one
-    that may not change: the model, or what an update sees."""
-    for name in sorted(key for key in now if now[key] != before.get(key)):
+    """Lists what is not as it was when the checkpoint was written. Raises UserError for one of the
+    facts that may not change: the model, or what an update sees."""
+    if "facts" not in state:
+        raise UserError(f"{folder} was written by another version of this script: start in another "
+                        "--out-dir")
+    before = state["facts"]
+    for name in sorted(key for key in facts if facts[key] != before.get(key)):
+        was, now = before.get(name), facts[name]
         if name in fixed:
-            detail = "" if isinstance(now[name], dict) else (
-                f" ({before.get(name)} before, {now[name]} now)")
-            raise UserError(f"--resume: {name} is not what {folder} was trained with{detail}: "
+            raise UserError(f"--resume: {name} was {was} when {folder} was made, and is {now} now: "
                             "restore it, or start in another --out-dir")
         if name != "resume":
-            launch.print0(f"--resume: {name} was {before.get(name)}, is now {now[name]}")
+            launch.print0(f"--resume: {name} was {was}, is now {now}")
 
 
 def restore(folder: Path, state: dict, optimizer: torch.optim.Optimizer,

@@ -15,12 +15,12 @@ and SIGUSR1 make it save and stop; --resume goes on from the newest checkpoint t
 
 import contextlib
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from memory import find_micro_batch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import list_checkpoints, load_model
@@ -39,15 +39,9 @@ from distributed import (
     to_device,
 )
 from faults import StopRequest, count_skipped, launched, step_if_finite
-from metrics import (
-    RunLog,
-    check_image,
-    draw_runs,
-    flops_per_token,
-    open_mirrors,
-    peak_flops,
-    run_facts,
-)
+from graphs import check_image, draw_runs
+from memory import find_micro_batch, moment_bytes
+from metrics import RunLog, flops_per_token, open_mirrors, peak_flops, run_facts
 from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig
 from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
@@ -109,7 +103,7 @@ class TrainerConfig:
 
 # What a resumed run may not change: the model, or which windows an update sees.
 FIXED_ON_RESUME = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
-                   "sequence_length", "seed", "data")
+                   "sequence_length", "seed", "data_sha256")
 OF_ONE_NODE = ("data_dir", "device")  # all other facts are the same on all ranks
 
 
@@ -162,21 +156,6 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
     return steps
 
 
-def settings(config: TrainerConfig, manifest: dict) -> dict:
-    """The settings as they take effect, to compare with those of a resumed checkpoint."""
-    sizes = dataclasses.asdict(model_config(config))
-    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name != "preset"}
-    return chosen | sizes | {"data": manifest}
-
-
-def saved_settings(folder: Path, state: dict) -> dict:
-    try:
-        return settings(TrainerConfig(**state["config"]), state["data"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} was written by another version of trainer.py ({error}): start "
-                        "in another --out-dir") from None
-
-
 @torch.no_grad()
 def evaluate(model: GPT, loader: TokenLoader, launch: Launch, dtype: torch.dtype,
              max_tokens: int) -> float:
@@ -225,7 +204,8 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     sizes = model_config(config)
     candidates = micro_batch_sizes(config, launch)
     manifest = read_manifest(Path(config.data_dir))
-    facts = run_facts(config, world_size=launch.world_size, device=device, data=manifest)
+    facts = run_facts(config, world_size=launch.world_size, device=device, data=manifest
+                      ) | dataclasses.asdict(sizes)
     launch.check_same({name: value for name, value in facts.items() if name not in OF_ONE_NODE}
                       | {"code": code_sha256()})
     train_loader = make_loader(config, launch, "train", candidates[0], sizes.vocab_size)
@@ -233,8 +213,7 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     max_steps = config.max_steps or one_epoch(config, train_loader, launch)
     resumed = find_resume(out_dir, config.resume, launch)
     if resumed:
-        check_settings(resumed[0], saved_settings(*resumed), settings(config, manifest),
-                       FIXED_ON_RESUME, launch)
+        check_settings(*resumed, facts, FIXED_ON_RESUME, launch)
     samples = can_sample(config, sizes, launch)
     check_image(image)
     if config.warmup_steps > max_steps:
@@ -267,10 +246,11 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         raw_model.compile()  # in place: names of parameters stay as they are
     micro_batch_size = candidates[0]
     if config.micro_batch_size == "auto":
-        moments = 0 if is_resumed else 8 * raw_model.num_parameters()  # bytes, still to be made
+        ranks = launch.world_size if shard else 1
+        moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks)  # still to be made
         micro_batch_size = find_micro_batch(
-            raw_model, candidates, launch=launch, dtype=dtype, optimizer_bytes=moments // (
-                launch.world_size if shard else 1), sequence_length=config.sequence_length)
+            raw_model, candidates, launch=launch, dtype=dtype, optimizer_bytes=moments,
+            sequence_length=config.sequence_length)
         train_loader.micro_batch_size = val_loader.micro_batch_size = micro_batch_size
     grad_accum_steps = train_loader.windows_per_step // (micro_batch_size * launch.world_size)
     model = raw_model
@@ -286,9 +266,8 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     # 3. The loop
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        kept = {"config": dataclasses.asdict(config), "data": manifest, "facts": facts}
         writer = stack.enter_context(CheckpointWriter(
-            out_dir, launch, kept, keep_last=config.keep_last, keep_every=config.keep_every,
+            out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None))
         if launch.is_master:
             mirrors = open_mirrors(tensorboard=config.tensorboard, wandb=config.wandb,
@@ -297,7 +276,7 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
                 (out_dir / SAMPLES).unlink(missing_ok=True)
             log = stack.enter_context(contextlib.closing(
                 RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed, mirrors=mirrors)))
-            log.write(progress.step, "run", **facts)
+            log.write(progress.step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts)
         bar = stack.enter_context(progress_bar(max_steps, progress.step, "pre-training",
                                                enabled=launch.is_master))
         peak, flops = peak_flops(device), flops_per_token(raw_model, config.sequence_length)

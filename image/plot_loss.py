@@ -11,7 +11,7 @@ from dataclasses import dataclass
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from config import UserError, flag, parse_config, run_main
-from metrics import check_image, draw_runs
+from graphs import check_image, draw_runs
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ranks of a real gloo run as processes that a test can kill: forked from a server that has imported
+"""Ranks of a real gloo run as processes that a test can kill: forked from a server that has loaded
 torch once, so that a start costs a fraction of a second, not four. torchrun itself is the subject
 of other tests; here only its environment variables are given."""
 
@@ -13,29 +13,32 @@ from pathlib import Path
 
 import torch
 
+import faults
 import finetune
 import trainer
 from config import run_main
 from dataloader import TokenLoader
+from model import GPT
 
 MAINS = {"trainer": trainer.main, "finetune": finetune.main}
 
 
 def run_rank(script: str, argv: list[str], environment: dict, output: Path,
-             windows: Path | None) -> None:
-    """In the forked process: becomes one rank of `script`."""
+             hooks: dict[str, object]) -> None:
+    """In the forked process: becomes one rank of `script`, after every hook, a function below, was
+    called with its argument."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    if windows is not None:
-        note_windows(windows)
+    for name, argument in hooks.items():
+        globals()[name](argument)
     sys.argv = [f"{script}.py", *argv]
     run_main(MAINS[script])
 
 
-def note_windows(path: Path) -> None:
+def note_windows(folder: Path) -> None:
     """Appends which (shard, first token) every micro-step of this process reads."""
     real = TokenLoader.batch
 
@@ -43,11 +46,44 @@ def note_windows(path: Path) -> None:
         first = (step * self.windows_per_step
                  + (micro_step * self.world_size + self.rank) * self.micro_batch_size)
         places = [self.locate(first + i) for i in range(self.micro_batch_size)]
-        with open(path, "a", encoding="utf-8") as file:
+        with open(folder / f"windows_{self.rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([step, places]) + "\n")
         return real(self, step, micro_step)
 
     TokenLoader.batch = batch
+
+
+def silent_seconds(seconds: float) -> None:
+    faults.SILENT_SECONDS = seconds
+
+
+def poison(of_rank: dict[int, list[int]]) -> None:
+    """Makes the loss of the given micro-steps of this rank not a number."""
+    real, steps = GPT.summed_loss, of_rank.get(int(os.environ["RANK"]), [])
+    count = iter(range(10**9))
+
+    def summed_loss(self, x, targets):
+        loss = real(self, x, targets)
+        return loss * float("nan") if torch.is_grad_enabled() and next(count) in steps else loss
+
+    GPT.summed_loss = summed_loss
+
+
+def note_moments(folder: Path) -> None:
+    """Writes how many bytes of optimizer state this process holds at the end."""
+    real, made = trainer.make_adamw, []
+
+    def make_adamw(*arguments, **options):
+        made.append(real(*arguments, **options))
+        return made[-1]
+
+    def note(self):
+        state = getattr(made[0], "optim", made[0]).state.values()
+        held = sum(v.nbytes for values in state for k, v in values.items() if k != "step")
+        (folder / f"moments_{os.environ['RANK']}.txt").write_text(str(held), encoding="utf-8")
+
+    trainer.make_adamw = make_adamw
+    faults.Launch.barrier = note  # what every rank calls at its end
 
 
 def free_port() -> int:
@@ -57,10 +93,11 @@ def free_port() -> int:
 
 
 class Ranks:
-    """The processes of one launch. Their output is appended to files named `rank_N.txt`."""
+    """The processes of one launch. Their output is appended to files named `rank_N.txt`; `also`
+    holds further flags for one rank only."""
 
     def __init__(self, world_size: int, script: str, argv: list[str], folder: Path,
-                 windows: bool = False):
+                 also: dict[int, list[str]] | None = None, **hooks):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["ranks"])
         port, self.folder = free_port(), folder
@@ -70,9 +107,9 @@ class Ranks:
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
                            "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
-            arguments = (script, argv, {name: str(value) for name, value in environment.items()},
-                         folder / f"rank_{rank}.txt",
-                         folder / f"windows_{rank}.jsonl" if windows else None)
+            arguments = (script, argv + (also or {}).get(rank, []),
+                         {name: str(value) for name, value in environment.items()},
+                         folder / f"rank_{rank}.txt", hooks)
             self.processes.append(context.Process(target=run_rank, args=arguments))
         for process in self.processes:
             process.start()

@@ -5,6 +5,7 @@ import pyarrow.parquet
 from conftest import ROOT, assert_user_error, run_script
 
 import bench
+from model import GPTConfig
 
 
 def test_every_data_measurement_runs_and_is_logged(tmp_path, monkeypatch):
@@ -20,6 +21,24 @@ def test_every_data_measurement_runs_and_is_logged(tmp_path, monkeypatch):
             "loader beside training"} == set(figures)
     assert figures["encoder equality"]["different"] == 0
     assert figures["tokenise"]["documents"] == 400 and figures["tokenise"]["peak_mib"] > 10
+
+
+def test_computed_memory_stands_beside_measured_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SAVED_SHAPE", (2, 64))
+    monkeypatch.setattr(bench, "STEP_SIZES", GPTConfig(128, 50257, 2, 2, 256))
+    monkeypatch.setattr(bench, "STEP_LENGTH", 128)
+    bench.bench_memory(bench.BenchConfig(what=("memory",), log=str(tmp_path / "log.jsonl")))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    figures = {name: [record for record in records if record["bench"] == name]
+               for name in ("memory", "kept for backward", "peak of a process")}
+    assert [len(found) for found in figures.values()] == [4, 2, 2]
+    first = figures["memory"][0]
+    assert first["model"] == "gpt2" and first["state_bytes"] > 16 * 124_439_808
+    assert first["plain_24gb"] <= first["sharded_24gb"] <= first["sharded_checkpointed_24gb"]
+    for found in figures["kept for backward"]:
+        assert 0.95 < found["ratio"] < 1.05
+    for found in figures["peak of a process"]:
+        assert found["measured_bytes"] > found["baseline_bytes"] > 50e6
 
 
 def test_measures_are_taken_in_turn_and_the_median_counts():

@@ -13,8 +13,8 @@ SOURCES = sorted(path.relative_to(ROOT) for path in [
     *ROOT.glob("*.py"), *ROOT.glob("*_data/*.py"), *ROOT.glob("image/*.py")])
 # A room may import those before it and no other; a script is imported by nothing.
 ROOMS = ["config", "files", "progress", "tokenizer", "documents", "hub", "pydocs", "shards",
-         "corpus", "model", "metrics", "dataloader",
-         "checkpoint", "optimizer", "distributed", "sampling"]
+         "corpus", "model", "metrics", "graphs", "dataloader",
+         "checkpoint", "optimizer", "distributed", "memory", "faults", "resume", "sampling"]
 SHARED_NAMES = {"main", "train", "evaluate"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "Set", "flag", "str"}
 

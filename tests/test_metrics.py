@@ -17,17 +17,9 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import metrics
+from graphs import check_image, draw_runs
 from image.plot_loss import main
-from metrics import (
-    RunLog,
-    check_image,
-    draw_runs,
-    flops_per_token,
-    open_mirrors,
-    peak_flops,
-    read_log,
-    run_facts,
-)
+from metrics import RunLog, flops_per_token, open_mirrors, peak_flops, read_log, run_facts
 from model import GPT, GPTConfig
 
 # In a process of its own: RunLog with both mirrors, as a run that starts at step sys.argv[2].

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 
+from memory import saved_bytes
 from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, LinearCrossEntropy
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
@@ -221,6 +222,49 @@ def test_compiled_training_step_is_the_eager_one_and_evaluation_does_not_recompi
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
             model(inputs[:, :5], targets[:, :5])
         assert len(compilations) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_checkpointed_activations_change_memory_and_no_number(backend, dtype):
+    inputs, targets = random_batch(4)
+    losses, found, saved = [], [], []
+    for on in (False, True):
+        model = small_model()
+        assert not model.checkpoint_activations
+        model.checkpoint_activations = on
+        if backend:
+            torch.compiler.reset()
+            model.compile(backend=backend)
+
+        def step(model=model):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                return model(inputs, targets, return_logits=False)[1]
+
+        saved.append(saved_bytes(model, step))
+        loss = step()
+        loss.backward()
+        losses.append(loss.item())
+        found.append(gradients(model))
+    assert losses[0] == losses[1]
+    assert_same_gradients(found[1], found[0], 1e-6)
+    assert saved[1] < saved[0] / 2
+
+
+def test_checkpointing_leaves_cached_decoding_and_evaluation_alone(monkeypatch):
+    def refused(*arguments, **options):
+        raise AssertionError("checkpoint without gradients, or with a cache")
+
+    model = small_model()
+    model.checkpoint_activations = True
+    inputs, _ = random_batch(2)
+    monkeypatch.setattr("model.checkpoint", refused)
+    with torch.no_grad():
+        model(inputs)
+    positions = torch.arange(12).expand(2, 12)
+    model.hidden_states(inputs, positions, KVCache(SMALL, 2, 12, "cpu", torch.float32))
+    with pytest.raises(AssertionError):
+        model(inputs)
 
 
 def test_tiny_config_matches_hugging_face():

@@ -90,7 +90,8 @@ def test_windows_and_losses_are_those_of_one_process_at_2_1_4_and_2_ranks(corpus
     changes = {"max_steps": 30, "save_interval": 6, "micro_batch_size": 2, "keep_last": 0,
                "eval_interval": 6}
     one = tiny(corpus, tmp_path / "one", **changes)
-    whole = Ranks(1, "trainer", flags(one), tmp_path / "one_output", windows=True)
+    whole = Ranks(1, "trainer", flags(one), tmp_path / "one_output",
+                  note_windows=tmp_path / "one_output")
     assert whole.wait() == [0], whole.output()
 
     def windows(folder, first, last):
@@ -110,7 +111,8 @@ def test_windows_and_losses_are_those_of_one_process_at_2_1_4_and_2_ranks(corpus
             interrupted(out, cut, first)
             shutil.rmtree(out)
             cut.rename(out)
-        ranks = Ranks(world_size, "trainer", flags(config), tmp_path / f"output_{first}", True)
+        ranks = Ranks(world_size, "trainer", flags(config), tmp_path / f"output_{first}",
+                      note_windows=tmp_path / f"output_{first}")
         assert ranks.wait() == [0] * world_size, ranks.output()
         assert windows(tmp_path / f"output_{first}", first, last) == windows(
             tmp_path / "one_output", first, last)

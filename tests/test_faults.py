@@ -1,0 +1,476 @@
+"""Signals, ranks that die, losses that are no numbers, full disks and memories: one line each, no
+run that hangs, and nothing lost."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import CPU_LAUNCH, ROOT, assert_user_error, run_script, script_env, user_error
+from ranks import Ranks, free_port, wait_until
+from test_resume import assert_same_run, curves
+from test_trainer import SCRIPT, flags, interrupted, losses, tiny, trace
+
+import faults
+from checkpoint import list_checkpoints, load_model, load_training_state
+from faults import StopRequest, count_skipped
+from metrics import read_log
+from model import GPT
+from trainer import train
+
+
+def long(corpus, out_dir, **changes):
+    """Sixty updates, of which only the last is a checkpoint by itself."""
+    return tiny(corpus, out_dir, **{"max_steps": 60, "save_interval": 1000, "eval_interval": 1000,
+                                    "micro_batch_size": 2, "sample_steps": 0, "resume": True}
+                | changes)
+
+
+def records(out_dir) -> int:
+    """How many whole lines the run log has."""
+    path = out_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def assert_one_line(text: str, *words: str) -> None:
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    assert all(word in errors[0] for word in words), errors[0]
+
+
+# --------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_one_of_two_ranks_saves_and_ends_both_with_0(corpus, tmp_path, name):
+    ranks = Ranks(2, "trainer", flags(long(corpus, tmp_path / "out")), tmp_path / "output")
+    wait_until(lambda: records(tmp_path / "out") > 5, ranks)
+    ranks.kill(1, number=getattr(signal, name))
+    assert ranks.wait() == [0, 0], ranks.output()
+    folder, = list_checkpoints(tmp_path / "out")
+    assert 4 <= load_training_state(folder)["progress"]["step"] < 60
+    assert str(folder) in ranks.output() and "--resume" in ranks.output()
+    again = Ranks(2, "trainer", flags(long(corpus, tmp_path / "out")), tmp_path / "again")
+    assert again.wait() == [0, 0], again.output()
+    whole = Ranks(2, "trainer", flags(long(corpus, tmp_path / "whole")), tmp_path / "undisturbed")
+    assert whole.wait() == [0, 0]
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_signal_where_an_evaluation_was_due_leaves_it_to_the_resumed_run(corpus, tmp_path,
+                                                                           monkeypatch):
+    changes = {"eval_interval": 1, "max_steps": 6}
+    train(long(corpus, tmp_path / "whole", **changes), CPU_LAUNCH)
+    for _ in range(9):  # an update at a time: each but the last is stopped by a signal
+        with monkeypatch.context() as patch:
+            patch.setattr("trainer.set_lr", lambda optimizer, lr: (
+                faults_set_lr(optimizer, lr), os.kill(os.getpid(), signal.SIGTERM)))
+            train(long(corpus, tmp_path / "out", keep_last=0, **changes), CPU_LAUNCH)
+    assert len(list_checkpoints(tmp_path / "out")) == 6
+    assert (tmp_path / "out" / "pretrain_loss.png").exists()
+    assert curves(tmp_path / "out") == curves(tmp_path / "whole")
+    final = [load_model(tmp_path / name).lm_head.weight for name in ("out", "whole")]
+    assert torch.equal(*final)
+
+
+def faults_set_lr(optimizer, lr):
+    from optimizer import set_lr
+    set_lr(optimizer, lr)
+
+
+def test_handlers_are_put_back_and_a_second_ctrl_c_ends_at_once(monkeypatch):
+    before = {name: signal.getsignal(getattr(signal, name)) for name in faults.STOP_SIGNALS}
+    now = [100.0]
+    monkeypatch.setattr("faults.time.monotonic", lambda: now[0])
+    with StopRequest() as stop:
+        assert not stop.requested and stop.flag(torch.device("cpu")) == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 1  # torchrun hands on what the terminal has sent already
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and stop.flag(torch.device("cpu")) == 1 and stop.name == "SIGINT"
+        now[0] += 9
+        os.kill(os.getpid(), signal.SIGTERM)  # patient: it may come more than once
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == {name: signal.getsignal(getattr(signal, name)) for name in before}
+
+
+# -------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(*arguments, namespace: str | None = None, **environment) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    if namespace:
+        command = ["ip", "netns", "exec", namespace, *command]
+    return subprocess.Popen(command, cwd=ROOT, env=script_env() | environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def workers(agent: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks that a torchrun has started, by rank."""
+    found = {}
+    for path in (f"/proc/{pid}" for pid in os.listdir("/proc") if pid.isdigit()):
+        try:
+            with open(f"{path}/stat", encoding="utf-8") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"{path}/environ", "rb") as file:
+                variables = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
+        except (OSError, ValueError):  # it ended meanwhile
+            continue
+        if parent == agent.pid and b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(path.removeprefix("/proc/"))
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_sigterm_to_a_worker_of_torchrun_is_a_success(corpus, tmp_path):
+    agent = torchrun("--standalone", "--nproc-per-node=2", SCRIPT,
+                     *flags(long(corpus, tmp_path / "out", max_steps=5000)))
+    wait_until(lambda: records(tmp_path / "out") > 3)
+    os.kill(workers(agent)[1], signal.SIGTERM)
+    output, _ = agent.communicate(timeout=60)
+    assert agent.returncode == 0, output
+    assert len(list_checkpoints(tmp_path / "out")) == 1 and "--resume" in output
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks(corpus, tmp_path):
+    """torchrun hands the signal on, waits, and ends with an error of its own."""
+    agent = torchrun("--standalone", "--nproc-per-node=2", SCRIPT,
+                     *flags(long(corpus, tmp_path / "out", max_steps=5000)))
+    wait_until(lambda: records(tmp_path / "out") > 3)
+    agent.terminate()
+    output, _ = agent.communicate(timeout=60)
+    assert "SIGTERM: stopped after" in output
+    folder, = list_checkpoints(tmp_path / "out")
+    assert load_training_state(folder)["progress"]["step"] < 5000
+
+
+def test_max_restarts_goes_on_after_a_rank_was_killed(corpus, tmp_path):
+    config = long(corpus, tmp_path / "out", save_interval=5)
+    agent = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=2", SCRIPT,
+                     *flags(config))
+    wait_until(lambda: len(list_checkpoints(tmp_path / "out")) > 1)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    output, _ = agent.communicate(timeout=120)
+    assert agent.returncode == 0, output
+    starts = read_log(tmp_path / "out" / "metrics.jsonl")["run"]
+    assert len(starts) == 2 and max(starts) > 0
+    whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
+    assert Ranks(2, "trainer", flags(whole), tmp_path / "output").wait() == [0, 0]
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def two_nodes(config, endpoint: str, namespaces=(None, None), **environment):
+    """Two torchruns that know each other only by a rendezvous address, one rank each."""
+    return [torchrun("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7",
+                     f"--rdzv-endpoint={endpoint}", f"--rdzv-conf=is_host={int(node == 0)}",
+                     *([f"--local-addr=10.77.0.{node + 1}"] if namespaces[node] else []),
+                     SCRIPT, *flags(config), namespace=namespaces[node], **environment)
+            for node in (0, 1)]
+
+
+def assert_two_nodes_train_like_one(corpus, tmp_path, *arguments, **options) -> None:
+    config = tiny(corpus, tmp_path / "two", micro_batch_size=2)
+    agents = two_nodes(config, *arguments, **options)
+    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    train(tiny(corpus, tmp_path / "one", micro_batch_size=2), CPU_LAUNCH)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    logs = [read_log(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert logs[0]["val"][10]["loss"] == pytest.approx(logs[1]["val"][10]["loss"], abs=1e-5)
+
+
+def test_two_nodes_train_to_the_losses_of_one_process(corpus, tmp_path):
+    assert_two_nodes_train_like_one(corpus, tmp_path, f"127.0.0.1:{free_port()}")
+
+
+@pytest.fixture
+def namespaces():
+    """Two hosts on one machine, a cable between them: 10.77.0.1 and 10.77.0.2."""
+    names, commands = ("minigpt2a", "minigpt2b"), []
+    for name in names:
+        commands += [f"ip netns add {name}", f"ip -n {name} link set lo up"]
+    commands += [f"ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}"]
+    for i, name in enumerate(names):
+        commands += [f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev veth0",
+                     f"ip -n {name} link set veth0 up"]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: {command}: {error}")
+        yield names
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_hosts_with_a_network_between_them(corpus, tmp_path, namespaces):
+    assert_two_nodes_train_like_one(corpus, tmp_path, f"10.77.0.1:{free_port()}",
+                                    namespaces=namespaces, GLOO_SOCKET_IFNAME="veth0")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_killing_the_torchrun_of_one_node_ends_the_other(corpus, tmp_path, node):
+    """Node 0 hosts the rendezvous: of its loss torchrun itself speaks first. The killed torchrun
+    leaves its rank behind, which must not train on as an orphan."""
+    config = long(corpus, tmp_path / "out", max_steps=100_000)
+    agents = two_nodes(config, f"127.0.0.1:{free_port()}")
+    wait_until(lambda: records(tmp_path / "out") > 3)
+    orphan, = workers(agents[node])
+    begun = time.monotonic()
+    agents[node].kill()
+    output, _ = agents[1 - node].communicate(timeout=60)
+    assert agents[1 - node].returncode != 0 and time.monotonic() - begun < 60
+    assert ("trainer.py: error: " in output and "--resume" in output) or (
+        node == 0 and "The connection to the C10d store has failed" in output), output
+    wait_until(lambda: not os.path.exists(f"/proc/{orphan}"))
+    agents[node].stdout.close()
+
+
+# -------------------------------------------------------------------------- ranks that are gone
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_takes_the_others_with_it(corpus, tmp_path, killed):
+    config = long(corpus, tmp_path / "out", max_steps=100_000)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output")
+    wait_until(lambda: records(tmp_path / "out") > 3, ranks)
+    ranks.kill(killed)
+    codes = ranks.wait(60)
+    assert codes[killed] == -9 and codes[1 - killed] in (1, 2)
+    assert_one_line(ranks.output(1 - killed), "--resume")
+
+
+def test_a_rank_that_hangs_is_noticed(corpus, tmp_path):
+    """Stopped, not killed: its connections stay open, and a collective would wait half an hour."""
+    config = long(corpus, tmp_path / "out", max_steps=100_000)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", silent_seconds=3.0)
+    wait_until(lambda: records(tmp_path / "out") > 3, ranks)
+    ranks.kill(1, number=signal.SIGSTOP)
+    ranks.processes[0].join(60)
+    assert ranks.processes[0].exitcode == 1
+    assert_one_line(ranks.output(), "rank 1 has not been heard of", "--resume")
+    ranks.kill()
+    ranks.wait()
+
+
+def test_the_error_of_one_rank_is_said_by_rank_0(corpus, tmp_path):
+    config = long(corpus, tmp_path / "out")
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output",
+                  also={1: ["--data-dir", str(tmp_path / "nowhere")]})
+    codes = ranks.wait(60)
+    assert codes[0] in (1, 2) and codes[1] == 2
+    assert_one_line(ranks.output(0), "nowhere")
+
+
+@pytest.mark.parametrize("flag, words", [
+    (["--max-lr", "0.5"], ["max_lr differs: 0.01 on rank 0, 0.5 on rank 1"]),
+    (["--data-dir", "other"], ["data_sha256 differs"])])
+def test_ranks_that_were_started_differently_are_told_so(corpus, tmp_path, flag, words):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("{", '{"name": "other",', 1))
+    ranks = Ranks(2, "trainer", flags(long(corpus, tmp_path / "out")), tmp_path / "output",
+                  also={1: [str(other) if word == "other" else word for word in flag]})
+    assert ranks.wait(60) == [2, 2], ranks.output()
+    assert_one_line(ranks.output(0), *words)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------- not a number
+
+
+def test_a_loss_that_is_no_number_on_one_rank_skips_the_update_on_both(corpus, tmp_path):
+    """Updates 4 and 8 (of two micro-steps each) of rank 1 are poisoned; nothing of them is left."""
+    config = tiny(corpus, tmp_path / "out", micro_batch_size=2, keep_last=0, save_interval=1)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", poison={1: [9, 16]})
+    assert ranks.wait() == [0, 0], ranks.output()
+    log = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
+    assert [step for step, record in log.items() if record.get("skipped")] == [4, 8]
+    assert log[4]["loss"] is None and log[4]["grad_norm"] is None and log[5]["loss"] > 0
+    models = {step: load_model(tmp_path / "out" / f"step_{step:06d}") for step in range(1, 11)}
+    for step in range(1, 10):
+        same = torch.equal(models[step].lm_head.weight, models[step + 1].lm_head.weight)
+        assert same == (step in (4, 8))
+    assert "update 4 was skipped" in ranks.output()
+    assert load_training_state(tmp_path / "out" / "step_000005")["progress"]["skipped"] == 1
+
+
+def test_three_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "out", micro_batch_size=2, save_interval=3)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", poison={0: [10, 12, 14]})
+    assert ranks.wait() == [2, 2]
+    assert_one_line(ranks.output(), "diverged", "--max-lr", "step_000006")
+    log = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
+    assert [step for step, record in log.items() if record.get("skipped")] == [5, 6]
+    assert all(p.isfinite().all() for p in load_model(tmp_path / "out").parameters())
+
+
+def test_a_streak_is_counted_across_a_restart(corpus, tmp_path, monkeypatch):
+    real, poisoned = GPT.summed_loss, []
+    monkeypatch.setattr(GPT, "summed_loss", lambda self, x, targets: real(self, x, targets) * (
+        float("nan") if poisoned and torch.is_grad_enabled() else 1.0))
+    config = tiny(corpus, tmp_path / "out", save_interval=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.cosine_lr", lambda step, **options: (
+            poisoned.append(1) if step == 4 else None, 1e-3)[1])
+        patch.setattr("trainer.set_lr", lambda optimizer, lr: (
+            faults_set_lr(optimizer, lr),
+            len(poisoned) and os.kill(os.getpid(), signal.SIGTERM)))
+        train(config, CPU_LAUNCH)
+    assert load_training_state(tmp_path / "out" / "step_000005")["progress"]["skipped"] == 1
+    message = user_error(train, dataclasses.replace(config, resume=True), CPU_LAUNCH)
+    assert "3 updates in a row" in message
+    assert max(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == 5
+
+
+def test_the_scalers_search_for_its_scale_is_no_fault(corpus, tmp_path, monkeypatch):
+    """Begun 2**30 too high, float16 overflows again and again, each time at half the scale."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(
+        device, init_scale=2.0**36, enabled=enabled))
+    train(tiny(corpus, tmp_path / "out", dtype="float16", max_steps=40, save_interval=40),
+          CPU_LAUNCH)
+    norms = [norm for norm, in trace(tmp_path / "out", "grad_norm")]
+    assert norms[:5] == [None] * 5 and None not in norms[-5:]
+
+    class Scaler:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def is_enabled(self):
+            return True
+
+        def get_scale(self):
+            return self.scale
+
+    infinity = float("inf")
+    assert count_skipped(2, 4.0, infinity, Scaler(1.0), tmp_path) == 2
+    assert "diverged" in user_error(count_skipped, 2, 4.0, infinity, Scaler(0.5), tmp_path)
+    assert "diverged" in user_error(count_skipped, 2, infinity, 1.0, Scaler(1.0), tmp_path)
+
+
+# ------------------------------------------------------------------- full disks and memories
+
+
+def resumable(corpus, out_dir):
+    """A run of 10 updates that was stopped after 5, and its configuration."""
+    whole = out_dir.parent / "whole"
+    train(tiny(corpus, whole), CPU_LAUNCH)
+    interrupted(whole, out_dir, 5)
+    return tiny(corpus, out_dir, resume=True)
+
+
+def assert_only_the_first_checkpoint(out_dir, whole) -> None:
+    assert [folder.name for folder in list_checkpoints(out_dir)] == ["step_000005"]
+    assert load_training_state(list_checkpoints(out_dir)[0])["progress"]["step"] == 5
+    load_model(out_dir)
+    assert (out_dir / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    assert curves(out_dir)["train"].keys() <= curves(whole)["train"].keys()
+
+
+@pytest.mark.parametrize("kilobytes", [12, 4000])  # the log's next line; the optimizer's state
+def test_a_file_size_limit_leaves_checkpoint_and_log_whole(corpus, tmp_path, kilobytes):
+    config = resumable(corpus, tmp_path / "out")
+    log = tmp_path / "out" / "metrics.jsonl"
+    whole = log.read_text().rpartition("\n")[0]
+    log.write_text("\n".join([whole, *['{"step": 1, "kind": "note"}'] * 280]) + "\n")  # 11 KB
+    assert 10_000 < log.stat().st_size < 12_000
+    command = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-", sys.executable, str(SCRIPT),
+               *flags(config)]
+    result = subprocess.run(command, env=script_env(), text=True, capture_output=True, cwd=ROOT)
+    assert_user_error(result, "step_000010" if kilobytes > 12 else "metrics.jsonl")
+    assert_only_the_first_checkpoint(tmp_path / "out", tmp_path / "whole")
+    train(config, CPU_LAUNCH)  # there is room again
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 16 MB: room for one checkpoint of 10 MB and a little."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", mount], check=True,
+                       capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no tmpfs can be mounted here: {error}")
+    yield mount
+    subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_a_full_disk_leaves_checkpoint_and_log_whole(corpus, tmp_path, small_disk):
+    config = resumable(corpus, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", small_disk / "out")
+    on_disk = dataclasses.replace(config, out_dir=str(small_disk / "out"))
+    result = run_script(SCRIPT, *flags(on_disk), check=False)
+    assert_user_error(result, "step_000010", "disk full")
+    assert_only_the_first_checkpoint(small_disk / "out", tmp_path / "whole")
+
+
+def test_no_memory_names_the_flag(corpus, tmp_path):
+    """A limit of the address space stands in for a full memory: one batch too large for it."""
+    config = tiny(corpus, tmp_path / "out", micro_batch_size=2**13, total_batch_size=2**17,
+                  max_steps=1)
+    command = ["bash", "-c", 'ulimit -v 3000000; exec "$@"', "-", sys.executable, str(SCRIPT),
+               *flags(config)]
+    result = subprocess.run(command, env=script_env(), text=True, capture_output=True, cwd=ROOT)
+    assert_user_error(result, "out of memory", "--micro-batch-size auto")
+
+
+def test_auto_finds_a_micro_batch_and_keeps_the_losses(corpus, tmp_path, monkeypatch, capsys):
+    train(tiny(corpus, tmp_path / "whole"), CPU_LAUNCH)
+    real = GPT.summed_loss
+
+    def limited(self, x, targets):
+        if len(targets) > 4 * 16:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, x, targets)
+
+    monkeypatch.setattr(GPT, "summed_loss", limited)
+    capsys.readouterr()
+    train(tiny(corpus, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
+    assert "2 micro-steps x 4 x 16" in capsys.readouterr().out
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+
+
+# ---------------------------------------------------------------------- the sharded optimizer
+
+
+def test_a_sharded_optimizer_gives_the_same_run_from_half_the_memory(corpus, tmp_path):
+    """Also resumed, at one rank and at two, from checkpoints of the one format that there is."""
+    plain = tiny(corpus, tmp_path / "plain", micro_batch_size=2, keep_last=0)
+    sharded = dataclasses.replace(plain, out_dir=str(tmp_path / "sharded"), shard_optimizer=True)
+    held = []
+    for config in (plain, sharded):
+        output = tmp_path / f"output_{config.shard_optimizer}"
+        ranks = Ranks(2, "trainer", flags(config), output, note_moments=output)
+        assert ranks.wait() == [0, 0], ranks.output()
+        held.append([int((output / f"moments_{rank}.txt").read_text()) for rank in (0, 1)])
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    assert_same_run(tmp_path / "sharded", tmp_path / "plain")
+    total = 8 * sum(p.numel() for p in load_model(tmp_path / "plain").parameters())
+    assert held[0] == [total, total] and sum(held[1]) == total and min(held[1]) > 0
+
+    for name, world_size, shard in (("one", 1, False), ("two", 2, True)):
+        interrupted(tmp_path / "sharded", tmp_path / name, 5)
+        config = dataclasses.replace(plain, out_dir=str(tmp_path / name), resume=True,
+                                     shard_optimizer=shard)
+        ranks = Ranks(world_size, "trainer", flags(config), tmp_path / f"{name}_output")
+        assert ranks.wait() == [0] * world_size, ranks.output()
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    assert_same_run(tmp_path / "two", tmp_path / "plain")
+
+
+def test_deterministic_refuses_nothing_on_a_cpu_and_changes_nothing(corpus, tmp_path):
+    train(tiny(corpus, tmp_path / "plain"), CPU_LAUNCH)
+    config = tiny(corpus, tmp_path / "strict", deterministic=True)
+    run_script(SCRIPT, *flags(config))
+    assert curves(tmp_path / "strict") == curves(tmp_path / "plain")
