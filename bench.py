@@ -3,13 +3,15 @@
     python bench.py data                                   # on the embedded corpus
     python bench.py data --files 'dir/*.parquet' --log image/logs/bench_data.jsonl
     python bench.py memory --log image/logs/bench_memory.jsonl
+    python bench.py checkpoint --log image/logs/bench_checkpoint.jsonl
 
 `memory` computes what every model size needs a rank and which micro-batches fit on which card, and
-compares such sums with what this machine measures. `data` measures tokenising (the whole way from
-files to shards, against a bare loop of tiktoken's `encode_ordinary` over the same documents in as
-many processes) and the loader (batches of 32 x 1024, and what it adds to training steps that it
-overlaps with). Every figure is printed and, with --log, appended to a file as one JSON object a
-line.
+compares such sums with what this machine measures. `checkpoint` measures how long training waits
+for a checkpoint of the 124M model, written here and now or in the background. `data` measures
+tokenising (the whole way from files to shards, against a bare loop of tiktoken's `encode_ordinary`
+over the same documents in as many processes) and the loader (batches of 32 x 1024, and what it adds
+to training steps that it overlaps with). Every figure is printed and, with --log, appended to a
+file as one JSON object a line.
 """
 
 import contextlib
@@ -33,15 +35,17 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from checkpoint import save_checkpoint
 from config import UserError, flag, parse_config, run_main
 from corpus import write_corpus
 from dataloader import TokenLoader
-from distributed import autocast
+from distributed import Launch, autocast
 from documents import file_source, local_files
 from memory import largest_micro_batch_for, memory_per_rank, saved_bytes
 from model import GPT, PRESETS, GPTConfig
 from optimizer import make_adamw
 from pydocs import read_documents
+from resume import CheckpointWriter, Progress, training_state
 from tokenizer import load_encoder, load_tokenizer
 
 DOWNLOADER = Path(__file__).resolve().parent / "pretrain_data" / "fineweb_downloader.py"
@@ -56,7 +60,7 @@ BASELINE = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=
 @dataclass(frozen=True)
 class BenchConfig:
     what: tuple[str, ...] = flag((), "what to measure: data (or of that only encoders, tokenise "
-                                     "or loader), or memory", positional=True)
+                                     "or loader), memory or checkpoint", positional=True)
     files: str | None = flag(None, "documents: a quoted glob or a folder (default: the embedded "
                                    "corpus)")
     max_documents: int = flag(40_000, "of them, so many are used", minimum=1)
@@ -350,6 +354,38 @@ def bench_memory(config: BenchConfig) -> None:
     measure_step(config)
 
 
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def bench_checkpoint(config: BenchConfig) -> None:
+    """Until training may go on: written here and now, and copied for the thread that writes it."""
+    model = GPT(PRESETS["gpt2"])
+    optimizer = make_adamw(model, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # the moments
+    optimizer.zero_grad(set_to_none=True)
+    launch, scaler = Launch(0, 1, torch.device("cpu")), torch.amp.GradScaler("cpu", enabled=False)
+    with tempfile.TemporaryDirectory() as name:
+        out_dir, steps = Path(name), itertools.count()
+        with CheckpointWriter(out_dir, launch, {}, keep_last=1, keep_every=0,
+                              saved_step=None) as writer:
+            def here() -> None:
+                progress = Progress(step=next(steps))
+                state = training_state(progress, optimizer, scaler, launch)
+                save_checkpoint(out_dir, progress.step, model, training_state=state, keep_last=1)
+
+            def copied() -> float:
+                waited = seconds(lambda: writer.save(Progress(step=next(steps)), model, optimizer,
+                                                     scaler))
+                writer.wait()
+                return waited
+
+            taken = in_turn(config.repeats, here=lambda: seconds(here), copied=copied)
+    record(config, "checkpoint", model="gpt2", written_here_s=taken["here"],
+           copied_s=taken["copied"], ratio=taken["here"] / taken["copied"])
+
+
 def processor() -> str:
     """The name that the processor gives itself."""
     with contextlib.suppress(OSError):
@@ -362,15 +398,17 @@ def processor() -> str:
 def main() -> None:
     config = parse_config(BenchConfig, description=__doc__)
     data = {"data", "encoders", "tokenise", "loader"}
-    if not config.what or set(config.what) - data - {"memory"}:
+    if not config.what or set(config.what) - data - {"memory", "checkpoint"}:
         raise UserError(f"asked to measure {' '.join(config.what) or 'nothing'}, expected data (or "
-                        "of that only encoders, tokenise or loader), or memory")
+                        "of that only encoders, tokenise or loader), memory or checkpoint")
     record(config, "machine", cores=os.cpu_count(), processor=processor(),
            python=platform.python_version(), torch=torch.__version__)
     if data & set(config.what):
         bench_data(config)
     if "memory" in config.what:
         bench_memory(config)
+    if "checkpoint" in config.what:
+        bench_checkpoint(config)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from memory import is_out_of_memory
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # torchrun's and SLURM's, Ctrl-C, SLURM's warning
 AGAIN_SECONDS = 3.0  # torchrun passes a Ctrl-C on that the terminal sent to us already
 BEAT_SECONDS = 1.0  # between two looks at the other ranks
-SILENT_SECONDS = 20.0  # a rank that has not been heard of for so long is gone
+SILENT_SECONDS = 30.0  # a rank that has not been heard of for so long is gone
 MAX_SKIPPED = 3  # updates in a row
 GO_ON = "--resume goes on from the newest checkpoint"
 
@@ -138,8 +138,8 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
     """A process of the run, from joining the others to leaving them; see `distributed.start`.
 
     Raises UserError in place of what PyTorch says when memory is out or another rank is gone."""
-    launch = start(device, deterministic)
     try:
+        launch = start(device, deterministic)
         with RankWatch(launch) if launch.world_size > 1 else contextlib.nullcontext():
             yield launch
             launch.barrier()  # none leaves, and falls silent, while another still writes
@@ -147,7 +147,7 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         if is_out_of_memory(error):
             raise UserError(f"out of memory ({first_line(error):.120}): lower --micro-batch-size, "
                             "or let --micro-batch-size auto find the largest that fits") from error
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise UserError("the connection to another rank broke: it was killed, or its node is "
                             f"gone. {GO_ON}") from error
         raise

@@ -223,7 +223,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
             return size
     advice = "" if model.checkpoint_activations else "--activation-checkpointing or "
     raise UserError(f"not even {candidates[-1]} x {sequence_length} tokens a micro-step fit into "
-                    f"the memory of {device}: try {advice}shorter sequences (--sequence-length)")
+                    f"the memory of {device}: try {advice}shorter sequences")
 
 
 def fits_in_memory(model: GPT, size: int, sequence_length: int, device: torch.device,

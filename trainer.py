@@ -290,7 +290,7 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
             eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
                         and progress.val_loss is None)
             save_due = is_last or stopping or (step % config.save_interval == 0 and step > 0)
-            pause = seconds_on(device)
+            pause = seconds_on(device) if eval_due or save_due else 0.0
             if eval_due:
                 # the raw module, uncompiled: other shapes would only make it compile again
                 with torch.compiler.set_stance("force_eager"):

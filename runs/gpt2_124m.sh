@@ -2,8 +2,7 @@
 # GPT-2 124M from nothing: FineWeb, pre-training on 8 GPUs, Alpaca, two answers.
 #   bash runs/gpt2_124m.sh [number of GPUs]
 # Needs a network and 40 GB of disk; where memory is short, a smaller --micro-batch-size.
-# Can be stopped and given again: what is whole is kept, the corpus and the pre-training go on where
-# they stopped, and fine-tuning, which takes minutes, begins again unless it was finished.
+# Can be stopped and given again: every stage goes on where it stopped.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 gpus=${1:-8}
@@ -14,13 +13,9 @@ torchrun --standalone --nproc-per-node="$gpus" trainer.py --data-dir pretrain_da
   --out-dir "$out/pretrain" --loss-graph image/pretrain_loss.png --resume
 
 python finetune_data/alpaca_downloader.py
-if [ ! -e "$out/finetune_done" ]; then
-  rm -rf "$out/finetune"
-  torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \
-    --data finetune_data/alpaca.json --out-dir "$out/finetune" \
-    --loss-graph image/finetune_loss.png
-  touch "$out/finetune_done"
-fi
+torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \
+  --data finetune_data/alpaca.json --out-dir "$out/finetune" \
+  --loss-graph image/finetune_loss.png --resume
 
 python inference.py --checkpoint "$out/finetune" \
   "What are the places I can visit in New York?" "Who was the first president of the United States?"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,17 +115,26 @@ def torchrun(*arguments, namespace: str | None = None, **environment) -> subproc
 def workers(agent: subprocess.Popen) -> list[int]:
     """Process ids of the ranks that a torchrun has started, by rank."""
     found = {}
-    for path in (f"/proc/{pid}" for pid in os.listdir("/proc") if pid.isdigit()):
-        try:
-            with open(f"{path}/stat", encoding="utf-8") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-            with open(f"{path}/environ", "rb") as file:
-                variables = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
-        except (OSError, ValueError):  # it ended meanwhile
-            continue
-        if parent == agent.pid and b"RANK" in variables:
-            found[int(variables[b"RANK"])] = int(path.removeprefix("/proc/"))
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        rank = environ_of(pid).get(b"RANK")
+        if rank is not None and parent_of(pid) == agent.pid:
+            found[int(rank)] = int(pid)
     return [found[rank] for rank in sorted(found)]
+
+
+def environ_of(pid: str) -> dict[bytes, bytes]:
+    try:
+        content = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it ended meanwhile
+        return {}
+    return dict(item.split(b"=", 1) for item in content.split(b"\0") if b"=" in item)
+
+
+def parent_of(pid: str | int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def test_sigterm_to_a_worker_of_torchrun_is_a_success(corpus, tmp_path):
@@ -234,6 +244,30 @@ def test_killing_the_torchrun_of_one_node_ends_the_other(corpus, tmp_path, node)
     agents[node].stdout.close()
 
 
+def test_the_slurm_script_saves_and_succeeds_when_its_time_is_up(corpus, tmp_path):
+    """With stand-ins for SLURM's two commands, and SIGUSR1 to every process of the step."""
+    commands = {"scontrol": "echo localhost", "srun": 'exec setsid "$@"',
+                "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    config = dataclasses.replace(long(corpus, tmp_path / "out", max_steps=5000), resume=False)
+    job = subprocess.Popen(
+        ["bash", "runs/slurm.sh", *flags(config)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=script_env() | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_ID": "42", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"})
+    wait_until(lambda: records(tmp_path / "out") > 3)
+    ranks = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and environ_of(pid).get(
+        b"TORCHELASTIC_RUN_ID") == b"42"]
+    assert len(ranks) == 2
+    for pid in (parent_of(ranks[0]), *ranks):  # torchrun and what it started
+        os.kill(pid, signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, output
+    assert "SIGUSR1: stopped after" in output and len(list_checkpoints(tmp_path / "out")) == 1
+
+
 # -------------------------------------------------------------------------- ranks that are gone
 
 
@@ -336,10 +370,10 @@ def test_the_scalers_search_for_its_scale_is_no_fault(corpus, tmp_path, monkeypa
     real = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(
         device, init_scale=2.0**36, enabled=enabled))
-    train(tiny(corpus, tmp_path / "out", dtype="float16", max_steps=40, save_interval=40),
-          CPU_LAUNCH)
+    train(tiny(corpus, tmp_path / "out", dtype="float16", max_steps=24, save_interval=24,
+               eval_interval=24), CPU_LAUNCH)
     norms = [norm for norm, in trace(tmp_path / "out", "grad_norm")]
-    assert norms[:5] == [None] * 5 and None not in norms[-5:]
+    assert norms[:5] == [None] * 5 and None not in norms[-3:]
 
     class Scaler:
         def __init__(self, scale):
@@ -418,7 +452,7 @@ def test_a_full_disk_leaves_checkpoint_and_log_whole(corpus, tmp_path, small_dis
 def test_no_memory_names_the_flag(corpus, tmp_path):
     """A limit of the address space stands in for a full memory: one batch too large for it."""
     config = tiny(corpus, tmp_path / "out", micro_batch_size=2**13, total_batch_size=2**17,
-                  max_steps=1)
+                  max_steps=1, n_embd=256)
     command = ["bash", "-c", 'ulimit -v 3000000; exec "$@"', "-", sys.executable, str(SCRIPT),
                *flags(config)]
     result = subprocess.run(command, env=script_env(), text=True, capture_output=True, cwd=ROOT)

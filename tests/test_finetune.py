@@ -1,14 +1,22 @@
 import json
 import math
+import signal
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from conftest import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
+from ranks import Ranks, wait_until
 
 import finetune
-from checkpoint import load_model, read_prompt_template, save_checkpoint
+from checkpoint import (
+    list_checkpoints,
+    load_model,
+    load_training_state,
+    read_prompt_template,
+    save_checkpoint,
+)
 from finetune import (
     FILLER,
     FinetuneConfig,
@@ -300,3 +308,99 @@ def test_missing_files(base, tmp_path, rows_file, monkeypatch, capsys):
     message = main_error(finetune.main, ["--checkpoint", tmp_path / "no", "--data", rows_file,
                                          *arguments], monkeypatch, capsys)
     assert str(tmp_path / "no") in message
+
+
+# ---------------------------------------------------------------------------------- resume
+
+
+def rows_of(out) -> list[tuple]:
+    return [(r["step"], r["loss"], r["grad_norm"], r["lr"])
+            for r in read_log(out / "metrics.jsonl")["train"].values()]
+
+
+def assert_same_tuning(a, b) -> None:
+    for p, q in zip(load_model(a).parameters(), load_model(b).parameters(), strict=True):
+        assert torch.equal(p, q)
+    states = [load_training_state(list_checkpoints(out)[-1]) for out in (a, b)]
+    assert states[0]["progress"] == states[1]["progress"]
+    for ours, theirs in zip(states[0]["optimizer"]["state"].values(),
+                            states[1]["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rows_of(a) == rows_of(b)
+    assert read_log(a / "metrics.jsonl")["val"] == read_log(b / "metrics.jsonl")["val"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_again_and_again_it_ends_as_if_undisturbed(base, rows_file, tmp_path, world_size):
+    """After every checkpoint but one of every update; the order of rows, too, is gone on with."""
+    argv = ["--checkpoint", str(base), "--data", str(rows_file), "--batch-size", "4",
+            "--micro-batch-size", "2", "--max-lr", "0.01", "--val-fraction", "0.1", "--device",
+            "cpu", "--epochs", "3", "--save-interval", "1", "--eval-interval", "3", "--resume"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(whole)], tmp_path / "a")
+    assert ranks.wait() == [0] * world_size, ranks.output()
+    steps = max(read_log(whole / "metrics.jsonl")["val"])
+    for kill in range(1, 5):
+        ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(out)], tmp_path / f"b{kill}")
+        wait_until(lambda: (out / "latest").exists()
+                   and int((out / "latest").read_text()[5:]) >= kill * steps // 6, ranks)  # noqa: B023
+        ranks.kill()
+        assert ranks.wait() == [-9] * world_size
+    ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(out)], tmp_path / "c")
+    assert ranks.wait() == [0] * world_size, ranks.output()
+    assert_same_tuning(out, whole)
+    assert read_prompt_template(out) == "alpaca"
+
+
+def test_a_signal_saves_and_another_number_of_ranks_goes_on(base, rows_file, tmp_path):
+    changes = {"batch_size": 4, "epochs": 6, "save_interval": 1000, "eval_interval": 1000}
+    train(tiny(base, rows_file, tmp_path / "whole", **changes), CPU_LAUNCH)
+    out = tmp_path / "out"
+    argv = ["--checkpoint", str(base), "--data", str(rows_file), "--batch-size", "4",
+            "--micro-batch-size", "1", "--max-lr", "0.01", "--val-fraction", "0.1", "--device",
+            "cpu", "--epochs", "6", "--save-interval", "1000", "--eval-interval", "1000",
+            "--out-dir", str(out), "--resume"]
+    ranks = Ranks(2, "finetune", argv, tmp_path / "two")
+    log = out / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 3, ranks)
+    ranks.kill(1, number=signal.SIGTERM)
+    assert ranks.wait() == [0, 0] and "--resume" in ranks.output()
+    assert len(rows_of(out)) < len(rows_of(tmp_path / "whole"))
+    train(tiny(base, rows_file, out, resume=True, **changes), CPU_LAUNCH)
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_resume_refuses_what_would_change_the_rows_and_lists_the_rest(base, rows_file, tmp_path,
+                                                                      capsys):
+    out = tmp_path / "out"
+    train(tiny(base, rows_file, out), CPU_LAUNCH)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(ROWS[:-1]), encoding="utf-8")
+    for changes, word in (({"batch_size": 4}, "batch_size was 8"), ({"seed": 1}, "seed"),
+                          ({"val_fraction": 0.2}, "val_fraction"),
+                          ({"data": str(other)}, "data_sha256")):
+        again = tiny(base, rows_file, out, resume=True, **changes)
+        assert word in user_error(train, again, CPU_LAUNCH)
+    assert "--epochs" in user_error(train, tiny(base, rows_file, out, resume=True, epochs=1),
+                                    CPU_LAUNCH)
+    capsys.readouterr()
+    train(tiny(tmp_path / "gone", rows_file, out, resume=True, epochs=3), CPU_LAUNCH)
+    assert "epochs was 2, is now 3" in capsys.readouterr().out
+    assert len(losses(out)) == 11  # 27 rows x 3 epochs / 8
+
+
+def test_auto_finds_a_micro_batch_for_the_longest_rows(base, rows_file, tmp_path, monkeypatch):
+    train(tiny(base, rows_file, tmp_path / "whole"), CPU_LAUNCH)
+    real, seen = GPT.forward, []
+
+    def limited(self, idx, targets=None, **options):
+        if idx.size(0) > 2 and self.training:
+            raise torch.OutOfMemoryError("out of memory")
+        seen.append(tuple(idx.shape))
+        return real(self, idx, targets, **options)
+
+    monkeypatch.setattr(GPT, "forward", limited)
+    train(tiny(base, rows_file, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
+    longest = max(len(p) + len(r) - 1 for p, r in make_examples(ROWS, 128)[0])
+    assert seen[0] == (2, longest)
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)

@@ -176,6 +176,7 @@ def test_rank_is_not_local_rank(monkeypatch):
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("distributed.dist.init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr("distributed.connect_store", lambda timeout, may_host: None)
     picked = []
     monkeypatch.setattr("distributed.pick_device", lambda device, local_rank: picked.append(
         local_rank) or torch.device("cpu"))
