@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # The longest that a rank waits for another which is alive: rank 0 checks and reads checkpoints, 19
 # GB for gpt2-xl, from disks that may be slow. Ranks that are gone are noticed sooner: faults.py
 TIMEOUT_MINUTES = 30
+ASK_SECONDS = 0.05  # between two looks at the store while ranks find each other
 
 
 @dataclass(frozen=True)
@@ -102,22 +104,45 @@ def start(device: str, deterministic: bool = False) -> Launch:
     if world_size > 1:
         on_gpus = torch_device.type == "cuda"
         timeout = timedelta(minutes=TIMEOUT_MINUTES)
+        store = connect_store(timeout, may_host=rank == 0)
+        store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
         dist.init_process_group("nccl" if on_gpus else "gloo", rank=rank, world_size=world_size,
-                                store=connect_store(timeout, may_host=rank == 0), timeout=timeout,
+                                store=store, timeout=timeout,
                                 device_id=torch_device if on_gpus else None)
     return Launch(rank, world_size, torch_device)
 
 
-def connect_store(timeout: timedelta, may_host: bool = False) -> dist.Store:
-    """The key-value store through which ranks find each other: torchrun's own, or rank 0 hosts it.
-
-    With a prefix for every attempt, which PyTorch 2.13 forgets: after a restart (--max-restarts)
-    gloo would look for the addresses of processes that are gone."""
+def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
+    """The key-value store through which ranks find each other: torchrun's, or rank 0 hosts one."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                          is_master=may_host and not hosted, timeout=timeout,
-                          wait_for_workers=False)
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                         is_master=may_host and not hosted, timeout=timeout,
+                         wait_for_workers=False)
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that exactly the processes of this attempt share, as a prefix for their keys.
+
+    torchrun's store outlives its ranks: without one, gloo, started again by --max-restarts, looks
+    for the addresses of processes that are gone (PyTorch 2.13), and torchrun's own count of
+    restarts is not the same on all nodes. So every process says hello with a number of its own, and
+    rank 0 offers its number until all others have seen theirs in the offer.
+    """
+    mine = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        while (offer := json.loads(store.get("offer")))["hellos"].get(str(rank)) != mine:
+            time.sleep(ASK_SECONDS)
+        store.set(f"seen/{rank}", offer["attempt"])
+        return offer["attempt"]
+    others = range(1, world_size)
+    for other in others:  # not of an earlier attempt
+        store.set(f"seen/{other}", "")
+    while not all(store.get(f"seen/{other}").decode() == mine for other in others):
+        hellos = {other: store.get(f"hello/{other}").decode() for other in others}
+        store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
+        time.sleep(ASK_SECONDS)
+    return mine
 
 
 def stop() -> None:

@@ -4,6 +4,7 @@ line, and none leaves processes that wait for ever."""
 import contextlib
 import math
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -85,8 +86,10 @@ class RankWatch:
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def __enter__(self) -> "RankWatch":
-        # a connection of its own: the other one may be blocked
-        self.store = dist.PrefixStore("watch", connect_store(timedelta(seconds=SILENT_SECONDS)))
+        # a connection of its own, since the other one may be blocked; and no key of an attempt that
+        # torchrun restarted
+        store = connect_store(timedelta(seconds=SILENT_SECONDS))
+        self.store = dist.PrefixStore(self.launch.broadcast(secrets.token_hex(8)), store)
         self.thread.start()
         return self
 

@@ -63,9 +63,11 @@ def test_readme_names_every_script_and_only_flags_that_exist():
             assert f"`{name}`" in readme, f"README.md does not say what {name} is"
     sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in tracked_files()
                       if name.endswith(".py"))
-    launchers = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}
-    for shown in ["README.md", "runs/demo.sh", "runs/gpt2_124m.sh"]:
-        for flag in re.findall(r"(?<=\s)--([a-z][a-z-]+)", (ROOT / shown).read_text("utf-8")):
+    launchers = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
+                 "rdzv-id", "max-restarts", "nodes"}  # torchrun's and sbatch's
+    for shown in ["README.md", "runs/demo.sh", "runs/gpt2_124m.sh", "runs/slurm.sh"]:
+        text = re.sub("(?m)^#SBATCH .*", "", (ROOT / shown).read_text("utf-8"))
+        for flag in re.findall(r"(?<=\s)--([a-z][a-z-]+)", text):
             field = flag.replace("-", "_").removeprefix("no_")
             known = flag in launchers or re.search(rf"^    {field}: ", sources, re.MULTILINE)
             assert known or flag in ("quiet", "help", "raw", "edu"), f"{shown} shows --{flag}"

@@ -174,9 +174,10 @@ def test_max_restarts_goes_on_after_a_rank_was_killed(corpus, tmp_path):
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
-def two_nodes(config, endpoint: str, namespaces=(None, None), **environment):
+def two_nodes(config, endpoint: str, namespaces=(None, None), restarts: int = 0, **environment):
     """Two torchruns that know each other only by a rendezvous address, one rank each."""
     return [torchrun("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7",
+                     f"--max-restarts={restarts}",
                      f"--rdzv-endpoint={endpoint}", f"--rdzv-conf=is_host={int(node == 0)}",
                      *([f"--local-addr=10.77.0.{node + 1}"] if namespaces[node] else []),
                      SCRIPT, *flags(config), namespace=namespaces[node], **environment)
@@ -196,6 +197,18 @@ def assert_two_nodes_train_like_one(corpus, tmp_path, *arguments, **options) -> 
 
 def test_two_nodes_train_to_the_losses_of_one_process(corpus, tmp_path):
     assert_two_nodes_train_like_one(corpus, tmp_path, f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_two_nodes_start_again_when_the_rank_of_one_was_killed(corpus, tmp_path, node):
+    """The two torchruns count restarts differently: the other one did not fail."""
+    config = long(corpus, tmp_path / "out", save_interval=5, max_steps=100)
+    agents = two_nodes(config, f"127.0.0.1:{free_port()}", restarts=2)
+    wait_until(lambda: len(list_checkpoints(tmp_path / "out")) > 1)
+    os.kill(*workers(agents[node]), signal.SIGKILL)
+    outputs = [agent.communicate(timeout=100)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == list(range(100))
 
 
 @pytest.fixture

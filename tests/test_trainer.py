@@ -19,6 +19,7 @@ from conftest import (
     user_error,
 )
 from torch._dynamo.testing import CompileCounter
+from torch.distributed import HashStore
 
 import trainer
 from checkpoint import list_checkpoints, load_model, load_training_state
@@ -176,7 +177,8 @@ def test_rank_is_not_local_rank(monkeypatch):
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("distributed.dist.init_process_group", lambda *arguments, **options: None)
-    monkeypatch.setattr("distributed.connect_store", lambda timeout, may_host: None)
+    monkeypatch.setattr("distributed.connect_store", lambda timeout, may_host: HashStore())
+    monkeypatch.setattr("distributed.agree_on_attempt", lambda store, rank, world_size: "first")
     picked = []
     monkeypatch.setattr("distributed.pick_device", lambda device, local_rank: picked.append(
         local_rank) or torch.device("cpu"))
