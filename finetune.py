@@ -12,7 +12,6 @@ graph of the run. SIGTERM, SIGINT and SIGUSR1 make it save and stop; --resume go
 
 import contextlib
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +29,7 @@ from faults import StopRequest, count_skipped, launched, step_if_finite
 from files import sha256_of
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
-from metrics import RunLog, open_mirrors, run_facts
+from metrics import run_facts, start_log
 from model import GPT, IGNORE_INDEX
 from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
@@ -258,11 +257,9 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
             out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None, prompt_template=PROMPT_TEMPLATE))
         if launch.is_master:
-            mirrors = open_mirrors(tensorboard=config.tensorboard, wandb=config.wandb,
-                                   out_dir=out_dir, start_step=progress.step, facts=facts)
-            log = stack.enter_context(contextlib.closing(
-                RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed, mirrors=mirrors)))
-            log.write(progress.step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts)
+            log = stack.enter_context(contextlib.closing(start_log(
+                out_dir, fresh=not is_resumed, start_step=progress.step, facts=facts,
+                tensorboard=config.tensorboard, wandb=config.wandb)))
         bar = stack.enter_context(progress_bar(max_steps, progress.step, "fine-tuning",
                                                enabled=launch.is_master))
         stopping = False

@@ -11,6 +11,7 @@ import platform
 import re
 import secrets
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def flops_per_token(model: GPT, sequence_length: int) -> int:
 def run_facts(config, *, world_size: int, device: torch.device, data: dict) -> dict:
     """What it takes to repeat a run, flat and JSON-able: every setting, versions, the commit of
     this code, the SHA-256 of `data` (a manifest) as canonical JSON, the number and name of devices.
-    A run logs it at every start, `log.write(start_step, "run", time=..., **facts)`."""
+    A run logs it at every start."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{device.type} {platform.machine()}"
@@ -137,6 +138,17 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.to_mirrors("close")
+
+
+def start_log(out_dir: Path, *, fresh: bool, start_step: int, facts: dict, tensorboard: bool,
+              wandb: str | None) -> RunLog:
+    """OUT_DIR/metrics.jsonl of a run that begins (`fresh`) or goes on at start_step, with the
+    mirrors that the user chose and the record of this start."""
+    mirrors = open_mirrors(tensorboard=tensorboard, wandb=wandb, out_dir=out_dir,
+                           start_step=start_step, facts=facts)
+    log = RunLog(out_dir / "metrics.jsonl", fresh=fresh, mirrors=mirrors)
+    log.write(start_step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts)
+    return log
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:

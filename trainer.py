@@ -15,7 +15,6 @@ and SIGUSR1 make it save and stop; --resume goes on from the newest checkpoint t
 
 import contextlib
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,7 +40,7 @@ from distributed import (
 from faults import StopRequest, count_skipped, launched, step_if_finite
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
-from metrics import RunLog, flops_per_token, open_mirrors, peak_flops, run_facts
+from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
 from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig
 from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
@@ -270,13 +269,11 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
             out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None))
         if launch.is_master:
-            mirrors = open_mirrors(tensorboard=config.tensorboard, wandb=config.wandb,
-                                   out_dir=out_dir, start_step=progress.step, facts=facts)
             if not is_resumed:
                 (out_dir / SAMPLES).unlink(missing_ok=True)
-            log = stack.enter_context(contextlib.closing(
-                RunLog(out_dir / "metrics.jsonl", fresh=not is_resumed, mirrors=mirrors)))
-            log.write(progress.step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts)
+            log = stack.enter_context(contextlib.closing(start_log(
+                out_dir, fresh=not is_resumed, start_step=progress.step, facts=facts,
+                tensorboard=config.tensorboard, wandb=config.wandb)))
         bar = stack.enter_context(progress_bar(max_steps, progress.step, "pre-training",
                                                enabled=launch.is_master))
         peak, flops = peak_flops(device), flops_per_token(raw_model, config.sequence_length)
