@@ -316,11 +316,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 def load_training_state(folder: Path) -> dict:
     """What `save_checkpoint` was given as `training_state`, on the CPU. Raises UserError; a file
-    that holds more than tensors and plain values is refused unread."""
+    that holds more than tensors and plain values is refused unread. `verify` finds other damage."""
     path = folder / TRAINING_STATE_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {TRAINING_STATE_FILE}: training cannot go on from it")
-    verify(folder, [TRAINING_STATE_FILE])
     try:
         if not zipfile.is_zipfile(path):  # torch.load would take it for its format before 1.6
             raise pickle.UnpicklingError("no zip archive")

@@ -1,7 +1,6 @@
 """One process or many: what torchrun's environment says, and the few collectives we use."""
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -9,16 +8,17 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from model import GPT, IGNORE_INDEX
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # The longest that a rank waits for another which is alive: rank 0 checks and reads checkpoints, 19
@@ -69,9 +69,9 @@ class Launch:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def check_same(self, facts: dict) -> None:
+    def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
         """Raises UserError, on every rank, when one of the facts is not the same on all of them."""
-        everyones = self.gather(json.loads(json.dumps(facts)))
+        everyones = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
         for rank, theirs in enumerate(everyones):
             for name in sorted(everyones[0].keys() | theirs.keys()):
                 first, other = everyones[0].get(name), theirs.get(name)
@@ -93,11 +93,11 @@ def start(device: str, deterministic: bool = False) -> Launch:
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.fullmatch(r"cuda:\d+", device):
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this node: which GPU
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -229,10 +229,33 @@ def any_algorithm() -> Iterator[None]:
         torch.use_deterministic_algorithms(strict)
 
 
-def code_sha256() -> str:
-    """Of all the Python files at the top level of this repository, to compare across nodes."""
-    files = sorted(Path(__file__).resolve().parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
+    """The model in DistributedDataParallel, which averages gradients; itself on a single rank."""
+    if launch.world_size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
+                                   if launch.device.type == "cuda" else None)
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
+              dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
+    """Mean loss over all targets of all ranks' `batches` of inputs and targets (B, T): summed in
+    float64, so that it is one number for any world size and micro-batch. None, on all ranks, when
+    one of them is to stop meanwhile: a long validation is not waited for."""
+    summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
+    for inputs, targets in batches:
+        inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
+        with autocast(launch.device, dtype):
+            _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+        summed += loss.item()
+        count += (targets != IGNORE_INDEX).sum().item()
+        stopped = should_stop()
+        if stopped:
+            break
+    sums = torch.tensor([summed, count, stopped], dtype=torch.float64)
+    summed, count, stopped = launch.sum(sums).tolist()
+    return None if stopped else summed / count
 
 
 def seconds_on(device: torch.device) -> float:

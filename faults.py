@@ -1,5 +1,5 @@
-"""What ends a run before its last update: a signal, a rank that is gone, no memory. Each gets one
-line, and none leaves processes that wait for ever."""
+"""What ends a run before its last update: a signal, a rank that is gone, no memory, a loss that is
+no number. Each gets one line, all ranks decide alike, and none waits for ever."""
 
 import contextlib
 import math
@@ -32,20 +32,19 @@ GO_ON = "--resume goes on from the newest checkpoint"
 
 class StopRequest:
     """Remembers, while it is entered, that a signal asked this process to stop. The loop looks at
-    `requested` once an update; a second Ctrl-C ends the process at once."""
+    `requested()` once an update; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         self.name: str | None = None  # of the signal
         self.since = 0.0
         self.before: dict = {}  # the handlers that were there
 
-    @property
     def requested(self) -> bool:
         return self.name is not None
 
     def flag(self, device: torch.device) -> torch.Tensor:
         """() fp32, 1 if this process was asked to stop: to be summed over all ranks."""
-        return torch.full((), float(self.requested), device=device)
+        return torch.full((), float(self.requested()), device=device)
 
     def report(self, step: int, max_steps: int, out_dir: Path) -> str:
         return (f"{self.name or 'a signal to another rank'}: stopped after {step:,} of "
@@ -55,7 +54,8 @@ class StopRequest:
         if self.name is None:
             self.name, self.since = signal.Signals(number).name, time.monotonic()
             if os.environ.get("RANK", "0") == "0":  # print() may be interrupted in its own middle
-                os.write(2, f"\n{self.name}: stopping once this update is saved\n".encode())
+                os.write(2, f"\n{self.name}: saving, then stopping; Ctrl-C again after "
+                            f"{AGAIN_SECONDS:.0f} s stops at once\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self.since > AGAIN_SECONDS:
             raise KeyboardInterrupt
 
@@ -157,25 +157,17 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
     stop()  # not after an error: it would wait for ranks that wait for this one
 
 
-def step_if_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                   scaler: torch.amp.GradScaler, loss_sum: torch.Tensor, grad_clip: float,
-                   stop: StopRequest, launch: Launch) -> tuple[float, float, bool]:
-    """Clips the gradients and makes the update, unless the loss or their norm is not finite; drops
-    them. Returns the loss, the mean of all ranks' `loss_sum` (), the norm before clipping, and
-    whether any rank was asked to stop.
+def agree(loss_sum: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
+          launch: Launch) -> tuple[float, float, bool]:
+    """What all ranks know of an update before they make it: its loss, the mean of their `loss_sum`
+    (), the gradient norm () as it is, and whether any of them was asked to stop.
 
-    The gradients are all-reduced already and the loss is here, so that all ranks decide alike. The
-    one host synchronisation of an update.
+    One small reduction, and the one host synchronisation of an update. The gradients are
+    all-reduced already, so that no rank decides otherwise than another.
     """
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    loss, stopping = launch.sum(torch.stack([loss_sum, stop.flag(launch.device)])).tolist()
-    loss, grad_norm = loss / launch.world_size, grad_norm.item()
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, stopping > 0
+    sums = torch.stack([loss_sum, request.flag(launch.device)])  # (2,)
+    loss, stopping = launch.sum(sums).tolist()
+    return loss / launch.world_size, grad_norm.item(), stopping > 0
 
 
 def count_skipped(skipped: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler,
@@ -184,7 +176,7 @@ def count_skipped(skipped: int, loss: float, grad_norm: float, scaler: torch.amp
     the same on all ranks. Raises UserError, on all of them, when there were too many.
 
     float16's scaler begins too high on purpose and halves with every overflow: while it still can,
-    an overflow of the gradients alone is no fault.
+    an overflow of the gradients alone is no fault, and neither counted nor said.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0

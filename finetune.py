@@ -12,6 +12,8 @@ graph of the run. SIGTERM, SIGINT and SIGUSR1 make it save and stop; --resume go
 
 import contextlib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,13 +21,21 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import CONFIG_FILE, list_checkpoints, load_model
 from config import UserError, first_line, flag, parse_config, run_main
 from dataloader import permutation
-from distributed import Dtype, Launch, autocast, code_sha256, pick_dtype, seconds_on, to_device
-from faults import StopRequest, count_skipped, launched, step_if_finite
+from distributed import (
+    Dtype,
+    Launch,
+    autocast,
+    data_parallel,
+    mean_loss,
+    pick_dtype,
+    seconds_on,
+    to_device,
+)
+from faults import StopRequest, agree, count_skipped, launched
 from files import sha256_of
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
@@ -166,22 +176,13 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, targets
 
 
-@torch.no_grad()
-def evaluate(model: GPT, examples: list[Example], micro_batch_size: int, launch: Launch,
-             dtype: torch.dtype) -> float:
-    """Mean loss per response token over all held-out rows and ranks."""
-    summed, count = 0.0, 0  # loss, targets
+def eval_batches(examples: list[Example], micro_batch_size: int, launch: Launch,
+                 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's share of the held-out rows, neighbours in length together."""
     mine = sorted(examples, key=lambda row: len(row[0]) + len(row[1]))
     mine = mine[launch.rank :: launch.world_size]
     for first in range(0, len(mine), micro_batch_size):
-        inputs, targets = collate(mine[first : first + micro_batch_size])
-        inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
-        with autocast(launch.device, dtype):
-            _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-        summed += loss.item()
-        count += (targets != IGNORE_INDEX).sum().item()
-    summed, count = launch.sum(torch.tensor([summed, count], dtype=torch.float64)).tolist()
-    return summed / count
+        yield collate(mine[first : first + micro_batch_size])
 
 
 def train(config: FinetuneConfig, launch: Launch) -> GPT:
@@ -196,13 +197,12 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     rows = read_rows(Path(config.data))
     facts = run_facts(config, world_size=launch.world_size, device=device,
                       data={"sha256": sha256_of(Path(config.data))})
-    launch.check_same({name: value for name, value in facts.items() if name not in OF_ONE_NODE}
-                      | {"code": code_sha256()})
-    resumed = find_resume(out_dir, config.resume, launch)
-    is_resumed = resumed is not None
+    launch.check_same(facts, except_for=OF_ONE_NODE)
+    folder, state = find_resume(out_dir, config.resume, launch)
+    is_resumed = folder is not None
     if is_resumed:
-        check_settings(*resumed, facts, FIXED_ON_RESUME, launch)
-    base = resumed[0] if is_resumed else config.checkpoint
+        check_settings(folder, state, facts, FIXED_ON_RESUME, launch)
+    base = folder if is_resumed else config.checkpoint
     raw_model = load_model(base, device).train()
     check_vocabulary(raw_model, base)
     examples, summary = make_examples(rows, raw_model.config.block_size)
@@ -215,9 +215,11 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     max_steps = max(epoch_ends)
     launch.print0(f"{summary}; {len(train_rows):,} to train on, {len(val_rows):,} held out")
 
-    # 2. Model and optimizer
+    # 2. The optimizer and what else goes on from update to update
     dtype = pick_dtype(config.dtype, device)
     shard = config.shard_optimizer and launch.world_size > 1
+    if config.shard_optimizer and not shard:
+        launch.print0("--shard-optimizer: one rank keeps all of it")
     optimizer = make_adamw(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
                            weight_decay=config.weight_decay, shard=shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -225,9 +227,9 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
     seed_rank(config.seed, 0, launch)
     progress = Progress()
     if is_resumed:
-        progress = restore(*resumed, optimizer, scaler, launch, seed=config.seed,
+        progress = restore(folder, state, optimizer, scaler, launch, seed=config.seed,
                            max_steps=max_steps, flag="--epochs")
-        del resumed  # the moments are twice the size of the weights
+        del state  # the moments are twice the size of the weights
     # not so many rows in a micro-batch that some ranks would have none
     share = -(-config.batch_size // launch.world_size)
     if config.micro_batch_size == "auto":
@@ -235,20 +237,19 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
         moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks)  # still to be made
         micro_batch_size = find_micro_batch(
             raw_model, [share >> n for n in range(share.bit_length())], launch=launch, dtype=dtype,
-            sequence_length=max(len(prompt) + len(response) - 1 for prompt, response in examples),
-            optimizer_bytes=moments)
+            compiled=False, optimizer_bytes=moments,
+            sequence_length=max(len(prompt) + len(response) - 1 for prompt, response in examples))
+        facts["micro_batch_size"] = micro_batch_size
     else:
         micro_batch_size = min(config.micro_batch_size, share)
         if micro_batch_size < config.micro_batch_size:
             launch.print0(f"--micro-batch-size {config.micro_batch_size} is more than a rank's "
                           f"share of --batch-size {config.batch_size}: {micro_batch_size} is used")
     grad_accum_steps = -(-config.batch_size // (micro_batch_size * launch.world_size))
-    model = raw_model
-    if launch.world_size > 1:
-        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
-                                        device_ids=[device] if device.type == "cuda" else None)
-    launch.print0(f"{raw_model.num_parameters():,} parameters; {dtype} on {launch.world_size} x "
-                  f"{device}; {max_steps:,} updates of {config.batch_size} rows")
+    model = data_parallel(raw_model, launch)
+    launch.print0(
+        f"{raw_model.num_parameters():,} parameters; {str(dtype).removeprefix('torch.')} on "
+        f"{launch.world_size} x {device}; {max_steps:,} updates of {config.batch_size} rows")
 
     # 3. The loop
     with contextlib.ExitStack() as stack:
@@ -266,15 +267,17 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
         while True:
             step = progress.step
             is_last = step >= max_steps
-            eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
+            eval_due = ((step in epoch_ends or step % config.eval_interval == 0) and not stopping
                         and progress.val_loss is None)
-            save_due = (step in epoch_ends or stopping
-                        or (step % config.save_interval == 0 and step > 0))
             if eval_due:
-                progress.val_loss = evaluate(raw_model, val_rows, micro_batch_size, launch, dtype)
-                if launch.is_master:
+                held_out = eval_batches(val_rows, micro_batch_size, launch)
+                progress.val_loss = mean_loss(raw_model, held_out, launch, dtype, stop.requested)
+                stopping = progress.val_loss is None
+                if launch.is_master and not stopping:
                     log.write(step, "val", loss=progress.val_loss)
                     bar.write(f"step {step}: validation loss {progress.val_loss:.4f}")
+            save_due = (step in epoch_ends or stopping
+                        or (step % config.save_interval == 0 and step > 0))
             if save_due:
                 writer.save(progress, raw_model, optimizer, scaler)
             if is_last or stopping:
@@ -299,8 +302,14 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
                     loss = loss * (launch.world_size / num_valid_tokens)
                     scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            loss, grad_norm, stopping = step_if_finite(raw_model, optimizer, scaler, loss_sum,
-                                                       config.grad_clip, stop, launch)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(),
+                                                       config.grad_clip or math.inf)
+            loss, grad_norm, stopping = agree(loss_sum, grad_norm, stop, launch)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
             progress.skipped = count_skipped(progress.skipped, loss, grad_norm, scaler, out_dir)
             progress.val_loss = None
             progress.step += 1
@@ -312,6 +321,8 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
                           tokens_per_sec=tokens_per_sec,
                           **({"skipped": progress.skipped} if progress.skipped else {}))
                 bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
+            if progress.skipped and launch.is_master:
+                bar.write(f"update {step} was skipped: loss {loss}, gradient norm {grad_norm}")
             writer.poll()
             bar.update()
 
@@ -320,7 +331,8 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
         print(stop.report(progress.step, max_steps, out_dir))
     elif launch.is_master:
         draw_runs([("", out_dir / "metrics.jsonl")], image, "Fine-tuning loss")
-        print(f"finished {max_steps:,} updates: {list_checkpoints(out_dir)[-1]}, graph {image}")
+        print(f"finished {max_steps:,} updates, validation loss {progress.val_loss:.4f}: "
+              f"{list_checkpoints(out_dir)[-1]}, graph {image}")
     return raw_model.eval()
 
 

@@ -189,7 +189,7 @@ def available_bytes(device: torch.device) -> float:
 
 
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
-                     sequence_length: int, optimizer_bytes: int) -> int:
+                     compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (largest first) with which a training step fits on every rank.
 
     `model` is on its device, compiled or not, and not yet in DDP: a rank that fails inside a trial
@@ -199,7 +199,6 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
     no gradients afterwards, and the random state is as it was. Raises UserError when nothing fits.
     """
     device = launch.device
-    compiled = getattr(model, "_compiled_call_impl", None) is not None  # by model.compile()
     free = available_bytes(device)
     for size in candidates:
         computed = memory_per_rank(

@@ -60,11 +60,17 @@ def run_facts(config, *, world_size: int, device: torch.device, data: dict) -> d
     facts = {"python": platform.python_version(), "torch": str(torch.__version__),
              "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": git_commit(),
              "data_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
-             "world_size": world_size, "device_name": name}
+             "code_sha256": code_sha256(), "world_size": world_size, "device_name": name}
     settings = dataclasses.asdict(config)
     clash = settings.keys() & {*facts, "step", "kind", "time"}
     assert not clash, f"settings and facts of a run are both called {clash}"
     return settings | facts
+
+
+def code_sha256() -> str:
+    """Of all the Python files at the top level of this repository."""
+    files = sorted(Path(__file__).resolve().parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def git_commit() -> str | None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from checkpoint import list_checkpoints, load_training_state, model_around, save_checkpoint, verify
-from config import UserError
+from config import UserError, flag_name
 from distributed import Launch
 from model import GPT
 from optimizer import load_optimizer_state, optimizer_state
@@ -92,7 +92,8 @@ class CheckpointWriter:
 
     @torch.no_grad()
     def copy(self, value, name: str):
-        """A value with every tensor in it copied to a buffer on the host that `name` has."""
+        """A value with every tensor in it copied to the host, into the buffer of that name: tensors
+        of the next save have the same names, though not the same identities."""
         if isinstance(value, dict):
             return {key: self.copy(item, f"{name}/{key}") for key, item in value.items()}
         if isinstance(value, list):
@@ -133,33 +134,34 @@ class CheckpointWriter:
 # -------------------------------------------------------------------------------- finding
 
 
-def find_resume(out_dir: Path, resume: bool, launch: Launch) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint of OUT_DIR with its training state; None for a new run. Damaged
-    ones are passed over with a line each.
+def find_resume(out_dir: Path, resume: bool, launch: Launch,
+                ) -> tuple[Path, dict] | tuple[None, None]:
+    """The newest whole checkpoint of OUT_DIR and its training state; (None, None) for a new run.
+    Damaged ones are passed over with a line each.
 
     Rank 0 looks, the others take what it found. Raises UserError when the folder holds a run but
     --resume was not given, and when every checkpoint in it is damaged.
     """
-    found = None
+    folder = state = None
     if launch.is_master:
         holds_run = list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to go on with "
                             "it, or choose another --out-dir")
-        found = newest_whole(out_dir, launch)
-        if resume and found is None:
+        folder, state = newest_whole(out_dir, launch)
+        if resume and folder is None:
             launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch, also "
                           "with its log")
-    folder = launch.broadcast(found and str(found[0]))
-    if folder is None or found:
-        return found
-    if not Path(folder).is_dir():
-        raise UserError(f"rank {launch.rank} does not see {folder}, which rank 0 goes on from: "
-                        "--out-dir must be a folder that all nodes share")
-    return Path(folder), load_training_state(Path(folder))
+    folder = launch.broadcast(folder)
+    if folder is not None and state is None:  # not on rank 0
+        if not folder.is_dir():
+            raise UserError(f"rank {launch.rank} does not see {folder}, which rank 0 goes on from: "
+                            "--out-dir must be a folder that all nodes share")
+        state = load_training_state(folder)
+    return folder, state
 
 
-def newest_whole(out_dir: Path, launch: Launch) -> tuple[Path, dict] | None:
+def newest_whole(out_dir: Path, launch: Launch) -> tuple[Path, dict] | tuple[None, None]:
     checkpoints = list_checkpoints(out_dir)
     for folder in reversed(checkpoints):
         try:
@@ -170,7 +172,7 @@ def newest_whole(out_dir: Path, launch: Launch) -> tuple[Path, dict] | None:
     if checkpoints:
         raise UserError(f"none of the {len(checkpoints)} checkpoints in {out_dir} can be gone on "
                         "from: restore one, or start in another --out-dir")
-    return None
+    return None, None
 
 
 def check_settings(folder: Path, state: dict, facts: dict, fixed: Iterable[str],
@@ -181,13 +183,18 @@ def check_settings(folder: Path, state: dict, facts: dict, fixed: Iterable[str],
         raise UserError(f"{folder} was written by another version of this script: start in another "
                         "--out-dir")
     before = state["facts"]
-    for name in sorted(key for key in facts if facts[key] != before.get(key)):
-        was, now = before.get(name), facts[name]
+    changed = sorted(name for name in facts if facts[name] != before.get(name))
+    for name in changed:
+        if name == "data_sha256" and name in fixed:
+            raise UserError(f"--resume: the data are not those that {folder} was trained on: "
+                            "restore them, or start in another --out-dir")
         if name in fixed:
-            raise UserError(f"--resume: {name} was {was} when {folder} was made, and is {now} now: "
-                            "restore it, or start in another --out-dir")
+            raise UserError(f"--resume: {folder} was trained with {flag_name(name)} "
+                            f"{before.get(name)}, not {facts[name]}: give that again, or start in "
+                            "another --out-dir")
+    for name in changed:
         if name != "resume":
-            launch.print0(f"--resume: {name} was {was}, is now {now}")
+            launch.print0(f"--resume: {name} was {before.get(name)}, is now {facts[name]}")
 
 
 def restore(folder: Path, state: dict, optimizer: torch.optim.Optimizer,
@@ -206,6 +213,7 @@ def restore(folder: Path, state: dict, optimizer: torch.optim.Optimizer,
                         f"({error}): rm -r {folder} goes back to the one before") from None
     if scaler.is_enabled() and state["scaler"]:  # empty after a run in another dtype
         scaler.load_state_dict(state["scaler"])
+    launch.print0(f"--resume: going on from {folder}, {progress.step:,} of {max_steps:,} updates")
     seed_rank(seed, progress.step, launch)
     if len(state["rng"]) == launch.world_size:  # else there are no generators to go on with
         torch.set_rng_state(state["rng"][launch.rank]["cpu"])

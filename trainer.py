@@ -5,8 +5,8 @@
         --total-batch-size 4096 --max-lr 3e-3 --warmup-steps 20                    # a laptop's CPU
     python trainer.py                                                              # one GPU
     torchrun --standalone --nproc-per-node=8 trainer.py                            # eight GPUs
-    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d \\
-        --rdzv-endpoint=HOST:29500 trainer.py                                      # on each of two
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=1 \\
+        --rdzv-endpoint=HOST:29500 --max-restarts=3 trainer.py --resume            # on each of two
 
 Writes OUT_DIR/step_NNNNNN/, OUT_DIR/latest and OUT_DIR/best (see checkpoint.py),
 OUT_DIR/metrics.jsonl, OUT_DIR/samples.jsonl and, at the end, the graph of the run. SIGTERM, SIGINT
@@ -15,12 +15,12 @@ and SIGUSR1 make it save and stop; --resume goes on from the newest checkpoint t
 
 import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import list_checkpoints, load_model
 from config import UserError, flag, parse_config, run_main
@@ -30,18 +30,19 @@ from distributed import (
     Launch,
     any_algorithm,
     autocast,
-    code_sha256,
+    data_parallel,
+    mean_loss,
     micro_steps_per_update,
     pick_dtype,
     seconds_on,
     should_compile,
     to_device,
 )
-from faults import StopRequest, count_skipped, launched, step_if_finite
+from faults import StopRequest, agree, count_skipped, launched
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
-from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 from optimizer import cosine_lr, make_adamw, set_lr
 from progress import progress_bar
 from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
@@ -79,7 +80,8 @@ class TrainerConfig:
     eval_interval: int = flag(250, "updates between validations and samples", minimum=1)
     eval_tokens: int = flag(10_485_760, "validate on the first so many tokens", minimum=1)
     save_interval: int = flag(1000, "updates between checkpoints", minimum=1)
-    keep_last: int = flag(5, "checkpoints to keep, beside the best; 0 keeps all", minimum=0)
+    keep_last: int = flag(5, "checkpoints to keep, beside the best of those that were validated; 0 "
+                             "keeps all", minimum=0)
     keep_every: int = flag(0, "keep those of every so many updates as well; 0: none", minimum=0)
     log_interval: int = flag(1, "updates between records of the run log", minimum=1)
     sample_prompt: str = flag("Hello, I'm a language model,", "continued at every validation",
@@ -100,9 +102,9 @@ class TrainerConfig:
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/pretrain_loss.png)")
 
 
-# What a resumed run may not change: the model, or which windows an update sees.
+# What a resumed run may not change: the model, which windows an update sees, what is validated.
 FIXED_ON_RESUME = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
-                   "sequence_length", "seed", "data_sha256")
+                   "sequence_length", "seed", "data_sha256", "eval_tokens")
 OF_ONE_NODE = ("data_dir", "device")  # all other facts are the same on all ranks
 
 
@@ -155,22 +157,6 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
     return steps
 
 
-@torch.no_grad()
-def evaluate(model: GPT, loader: TokenLoader, launch: Launch, dtype: torch.dtype,
-             max_tokens: int) -> float:
-    """Mean loss over the first max_tokens targets of a split: summed over all ranks in float64, so
-    that it is one number for any world size and micro-batch."""
-    summed, count = 0.0, 0  # loss, targets
-    for inputs, targets in loader.eval_batches(max_tokens):
-        inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
-        with autocast(launch.device, dtype):
-            _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-        summed += loss.item()
-        count += (targets != IGNORE_INDEX).sum().item()
-    summed, count = launch.sum(torch.tensor([summed, count], dtype=torch.float64)).tolist()
-    return summed / count
-
-
 def can_sample(config: TrainerConfig, sizes: GPTConfig, launch: Launch) -> bool:
     if not config.sample_prompt or config.sample_steps == 0:
         return False
@@ -204,25 +190,24 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     candidates = micro_batch_sizes(config, launch)
     manifest = read_manifest(Path(config.data_dir))
     facts = run_facts(config, world_size=launch.world_size, device=device, data=manifest
-                      ) | dataclasses.asdict(sizes)
-    launch.check_same({name: value for name, value in facts.items() if name not in OF_ONE_NODE}
-                      | {"code": code_sha256()})
+                      ) | dataclasses.asdict(sizes)  # the preset's, where none was given
+    launch.check_same(facts, except_for=OF_ONE_NODE)
     train_loader = make_loader(config, launch, "train", candidates[0], sizes.vocab_size)
     val_loader = make_loader(config, launch, "val", candidates[0], sizes.vocab_size)
     max_steps = config.max_steps or one_epoch(config, train_loader, launch)
-    resumed = find_resume(out_dir, config.resume, launch)
-    if resumed:
-        check_settings(*resumed, facts, FIXED_ON_RESUME, launch)
-    samples = can_sample(config, sizes, launch)
+    folder, state = find_resume(out_dir, config.resume, launch)
+    is_resumed = folder is not None
+    if is_resumed:
+        check_settings(folder, state, facts, FIXED_ON_RESUME, launch)
+    wants_samples = can_sample(config, sizes, launch)
     check_image(image)
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} updates is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")
 
     # 2. Model and optimizer. Initialised on the CPU: the same weights on every device and rank
-    is_resumed = resumed is not None
     if is_resumed:
-        raw_model = load_model(resumed[0], device).train()
+        raw_model = load_model(folder, device).train()
     else:
         torch.manual_seed(config.seed)
         raw_model = GPT(sizes).to(device)
@@ -237,9 +222,9 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = Progress()
     if is_resumed:
-        progress = restore(*resumed, optimizer, scaler, launch, seed=config.seed,
+        progress = restore(folder, state, optimizer, scaler, launch, seed=config.seed,
                            max_steps=max_steps, flag="--max-steps")
-        del resumed  # the moments are twice the size of the weights
+        del state  # the moments are twice the size of the weights
     compiled = should_compile(config.compile, launch)
     if compiled:
         raw_model.compile()  # in place: names of parameters stay as they are
@@ -248,18 +233,16 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         ranks = launch.world_size if shard else 1
         moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks)  # still to be made
         micro_batch_size = find_micro_batch(
-            raw_model, candidates, launch=launch, dtype=dtype, optimizer_bytes=moments,
-            sequence_length=config.sequence_length)
+            raw_model, candidates, launch=launch, dtype=dtype, compiled=compiled,
+            sequence_length=config.sequence_length, optimizer_bytes=moments)
         train_loader.micro_batch_size = val_loader.micro_batch_size = micro_batch_size
+        facts["micro_batch_size"] = micro_batch_size
     grad_accum_steps = train_loader.windows_per_step // (micro_batch_size * launch.world_size)
-    model = raw_model
-    if launch.world_size > 1:
-        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
-                                        device_ids=[device] if device.type == "cuda" else None)
+    model = data_parallel(raw_model, launch)
     launch.print0(
-        f"{raw_model.num_parameters():,} parameters; {dtype} on {launch.world_size} x {device}"
-        f"{', compiled' if compiled else ''}; {max_steps:,} updates of "
-        f"{config.total_batch_size:,} tokens = {grad_accum_steps} micro-steps x "
+        f"{raw_model.num_parameters():,} parameters; {str(dtype).removeprefix('torch.')} on "
+        f"{launch.world_size} x {device}{', compiled' if compiled else ''}; {max_steps:,} updates "
+        f"of {config.total_batch_size:,} tokens = {grad_accum_steps} micro-steps x "
         f"{micro_batch_size} x {config.sequence_length} x {launch.world_size} ranks")
 
     # 3. The loop
@@ -286,22 +269,24 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
             is_last = step >= max_steps
             eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
                         and progress.val_loss is None)
-            save_due = is_last or stopping or (step % config.save_interval == 0 and step > 0)
-            pause = seconds_on(device) if eval_due or save_due else 0.0
             if eval_due:
                 # the raw module, uncompiled: other shapes would only make it compile again
                 with torch.compiler.set_stance("force_eager"):
-                    progress.val_loss = evaluate(raw_model, val_loader, launch, dtype,
-                                                 config.eval_tokens)
-                    if launch.is_master:
+                    held_out = val_loader.eval_batches(config.eval_tokens)
+                    progress.val_loss = mean_loss(raw_model, held_out, launch, dtype,
+                                                  stop.requested)
+                    stopping = progress.val_loss is None
+                    if launch.is_master and not stopping:
                         log.write(step, "val", loss=progress.val_loss)
                         bar.write(f"step {step}: validation loss {progress.val_loss:.4f}")
-                    if launch.is_master and samples:
-                        bar.write("  " + write_sample(raw_model, config, step))
+                        if wants_samples:
+                            text = write_sample(raw_model, config, step)
+                            bar.write("  " + text.replace("\n", "\n  "))
+            save_due = is_last or stopping or (step % config.save_interval == 0 and step > 0)
             if save_due:
                 writer.save(progress, raw_model, optimizer, scaler)
             if eval_due or save_due:
-                clock += seconds_on(device) - pause  # neither counts as training time
+                clock, clock_step = seconds_on(device), step  # neither counts as training time
             if is_last or stopping:
                 break
 
@@ -319,23 +304,30 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
                     loss = loss * (launch.world_size / config.total_batch_size)
                     scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            loss, grad_norm, stopping = step_if_finite(raw_model, optimizer, scaler, loss_sum,
-                                                       config.grad_clip, stop, launch)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(),
+                                                       config.grad_clip or math.inf)
+            loss, grad_norm, stopping = agree(loss_sum, grad_norm, stop, launch)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
             progress.skipped = count_skipped(progress.skipped, loss, grad_norm, scaler, out_dir)
             progress.val_loss = None
             progress.step += 1
 
             if step % config.log_interval == 0 or progress.skipped:
-                seconds, clock = seconds_on(device) - clock, seconds_on(device)
-                tokens_per_sec = (step + 1 - clock_step) * config.total_batch_size / seconds
-                clock_step = step + 1
+                now = seconds_on(device)
+                tokens = (progress.step - clock_step) * config.total_batch_size
+                tokens_per_sec = tokens / (now - clock)
+                clock, clock_step = now, progress.step
                 mfu = tokens_per_sec * flops / (peak * launch.world_size) if peak else None
                 if launch.is_master:
                     log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm,
                               tokens_per_sec=tokens_per_sec, mfu=mfu,
                               **({"skipped": progress.skipped} if progress.skipped else {}))
-                    bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s, MFU "
-                                        + (f"{mfu:.1%}" if mfu else "n/a"), refresh=False)
+                    bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s"
+                                        + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
             if progress.skipped and launch.is_master:
                 bar.write(f"update {step} was skipped: loss {loss}, gradient norm {grad_norm}")
             writer.poll()
@@ -346,8 +338,9 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
         print(stop.report(progress.step, max_steps, out_dir))
     elif launch.is_master:
         draw_runs([("", out_dir / "metrics.jsonl")], image, "Pre-training loss")
-        print(f"finished {max_steps:,} updates: {list_checkpoints(out_dir)[-1]}, graph {image}")
-    return raw_model
+        print(f"finished {max_steps:,} updates, validation loss {progress.val_loss:.4f}: "
+              f"{list_checkpoints(out_dir)[-1]}, graph {image}")
+    return raw_model.eval()
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from graphs import check_image, draw_runs
 
 @dataclass(frozen=True)
 class PlotConfig:
-    logs: tuple[str, ...] = flag((), "metrics.jsonl files", positional=True)
+    logs: tuple[str, ...] = flag((), "metrics.jsonl files, or the folders that hold them",
+                                 positional=True)
     out: str = flag("loss.png", "the PNG to write")
     title: str = flag("Loss", "over the graph")
 
@@ -27,9 +28,12 @@ def main() -> None:
         raise UserError("no run log given: name one or more metrics.jsonl files")
     image = pathlib.Path(config.out)
     check_image(image)
-    paths = [pathlib.Path(log) for log in config.logs]
+    paths = [path / "metrics.jsonl" if path.is_dir() else path
+             for path in map(pathlib.Path, config.logs)]
     # OUT_DIR/metrics.jsonl is known by its folder, any other log by its own name
     runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]
+    if len({label for label, _ in runs}) < len(runs):
+        runs = [(str(path.parent if path.stem == "metrics" else path), path) for path in paths]
     draw_runs(runs, image, config.title)
     print(f"wrote {config.out}")
 

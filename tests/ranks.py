@@ -69,6 +69,19 @@ def poison(of_rank: dict[int, list[int]]) -> None:
     GPT.summed_loss = summed_loss
 
 
+def mark_evaluations(folder: Path) -> None:
+    """Makes a file when the first validation of a rank has begun."""
+    real = TokenLoader.eval_batches
+
+    def eval_batches(self, max_tokens):
+        for number, batch in enumerate(real(self, max_tokens)):
+            if number == 5:
+                (folder / f"evaluation_{self.rank}").touch()
+            yield batch
+
+    TokenLoader.eval_batches = eval_batches
+
+
 def note_moments(folder: Path) -> None:
     """Writes how many bytes of optimizer state this process holds at the end."""
     real, made = trainer.make_adamw, []

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU_LAUNCH, ROOT, assert_user_error, run_script, script_env, user_error
+from conftest import (
+    CPU_LAUNCH,
+    ROOT,
+    assert_user_error,
+    make_corpus,
+    run_script,
+    script_env,
+    user_error,
+)
 from ranks import Ranks, free_port, wait_until
 from test_resume import assert_same_run, curves
 from test_trainer import SCRIPT, flags, interrupted, losses, tiny, trace
@@ -79,6 +87,19 @@ def test_a_signal_where_an_evaluation_was_due_leaves_it_to_the_resumed_run(corpu
     assert torch.equal(*final)
 
 
+def test_a_signal_during_a_validation_does_not_wait_for_its_end(corpus, tmp_path):
+    """Two ranks with shares of 25,000 windows each, of which one gets the signal."""
+    big = make_corpus(tmp_path / "big", [400_000, 3000], high=50)
+    config = long(big, tmp_path / "out", eval_interval=20, micro_batch_size=1)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", mark_evaluations=tmp_path)
+    wait_until(lambda: (tmp_path / "evaluation_0").exists(), ranks)
+    ranks.kill(1, number=signal.SIGTERM)
+    assert ranks.wait(60) == [0, 0], ranks.output()
+    assert "val" not in read_log(tmp_path / "out" / "metrics.jsonl")
+    progress = load_training_state(list_checkpoints(tmp_path / "out")[-1])["progress"]
+    assert progress["step"] == 0 and progress["val_loss"] is None
+
+
 def faults_set_lr(optimizer, lr):
     from optimizer import set_lr
     set_lr(optimizer, lr)
@@ -89,11 +110,11 @@ def test_handlers_are_put_back_and_a_second_ctrl_c_ends_at_once(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("faults.time.monotonic", lambda: now[0])
     with StopRequest() as stop:
-        assert not stop.requested and stop.flag(torch.device("cpu")) == 0
+        assert not stop.requested() and stop.flag(torch.device("cpu")) == 0
         os.kill(os.getpid(), signal.SIGINT)
         now[0] += 1  # torchrun hands on what the terminal has sent already
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested and stop.flag(torch.device("cpu")) == 1 and stop.name == "SIGINT"
+        assert stop.requested() and stop.flag(torch.device("cpu")) == 1 and stop.name == "SIGINT"
         now[0] += 9
         os.kill(os.getpid(), signal.SIGTERM)  # patient: it may come more than once
         with pytest.raises(KeyboardInterrupt):

@@ -17,10 +17,12 @@ from checkpoint import (
     read_prompt_template,
     save_checkpoint,
 )
+from distributed import mean_loss
 from finetune import (
     FILLER,
     FinetuneConfig,
     collate,
+    eval_batches,
     global_batch,
     make_examples,
     read_rows,
@@ -184,7 +186,8 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     assert read_prompt_template(out) == "alpaca" and read_prompt_template(base) is None
     assert (out / "finetune_loss.png").read_bytes().startswith(b"\x89PNG")
     val_rows = split_rows(make_examples(ROWS, 128)[0], 0.1, 1337)[1]
-    loss = finetune.evaluate(load_model(out), val_rows, 2, CPU_LAUNCH, torch.float32)
+    loss = mean_loss(load_model(out), eval_batches(val_rows, 2, CPU_LAUNCH), CPU_LAUNCH,
+                     torch.float32)
     assert loss == pytest.approx(log["val"][7]["loss"], abs=1e-6)
     assert "already holds a run" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
     inside = tiny(base, rows_file, base)
@@ -376,9 +379,9 @@ def test_resume_refuses_what_would_change_the_rows_and_lists_the_rest(base, rows
     train(tiny(base, rows_file, out), CPU_LAUNCH)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(ROWS[:-1]), encoding="utf-8")
-    for changes, word in (({"batch_size": 4}, "batch_size was 8"), ({"seed": 1}, "seed"),
-                          ({"val_fraction": 0.2}, "val_fraction"),
-                          ({"data": str(other)}, "data_sha256")):
+    for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
+                          ({"val_fraction": 0.2}, "--val-fraction"),
+                          ({"data": str(other)}, "the data are not")):
         again = tiny(base, rows_file, out, resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)
     assert "--epochs" in user_error(train, tiny(base, rows_file, out, resume=True, epochs=1),

@@ -15,7 +15,7 @@ SOURCES = sorted(path.relative_to(ROOT) for path in [
 ROOMS = ["config", "files", "progress", "tokenizer", "documents", "hub", "pydocs", "shards",
          "corpus", "model", "metrics", "graphs", "dataloader",
          "checkpoint", "optimizer", "distributed", "memory", "faults", "resume", "sampling"]
-SHARED_NAMES = {"main", "train", "evaluate"}  # each script's own story
+SHARED_NAMES = {"main", "train"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "Set", "flag", "str"}
 
 

@@ -202,8 +202,9 @@ def limited(limit: int) -> Limited:
     return model
 
 
-def find(model, candidates=(16, 8, 4, 2, 1), launch=CPU_LAUNCH, dtype=torch.float32) -> int:
-    return find_micro_batch(model, list(candidates), launch=launch, dtype=dtype,
+def find(model, candidates=(16, 8, 4, 2, 1), launch=CPU_LAUNCH, dtype=torch.float32,
+         compiled=False) -> int:
+    return find_micro_batch(model, list(candidates), launch=launch, dtype=dtype, compiled=compiled,
                             sequence_length=32, optimizer_bytes=1000)
 
 
@@ -276,7 +277,7 @@ def test_every_size_is_compiled_for_itself():
     torch.compiler.reset()
     model = GPT(SMALL)
     model.compile(backend=backend)
-    assert find(model) == 4 and dynamic[:3] == [False] * 3 and not any(dynamic)
+    assert find(model, compiled=True) == 4 and dynamic[:3] == [False] * 3 and not any(dynamic)
     compiled = len(dynamic)
     tokens = torch.zeros(2, 4, 32, dtype=torch.long)
     model(*tokens, reduction="sum", return_logits=False)[1].backward()
@@ -296,7 +297,7 @@ launch, errors, known = Launch(0, 1, torch.device("cpu")), [], memory.is_out_of_
 memory.is_out_of_memory = lambda error: errors.append(str(error)) or known(error)
 def find(candidates):
     return memory.find_micro_batch(model, candidates, launch=launch, dtype=torch.float32,
-                                   sequence_length=256, optimizer_bytes=2**20)
+                                   compiled=False, sequence_length=256, optimizer_bytes=2**20)
 find([1])  # what a first step loads and keeps
 pages = int(open("/proc/self/statm", encoding="utf-8").read().split()[0])
 limit = pages * resource.getpagesize() + 100 * 2**20

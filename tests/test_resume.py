@@ -216,7 +216,7 @@ def test_newest_every_kth_and_best_are_kept(corpus, tmp_path):
 
 def test_the_best_is_kept_while_the_loss_rises(corpus, tmp_path, monkeypatch):
     values = iter([5.0, 3.0, 4.0, 4.5, 4.75, 4.8])
-    monkeypatch.setattr("trainer.evaluate", lambda *arguments: next(values))
+    monkeypatch.setattr("trainer.mean_loss", lambda *arguments: next(values))
     changes = {"save_interval": 2, "eval_interval": 2, "keep_last": 1}
     train(tiny(corpus, tmp_path / "out", max_steps=6, **changes), CPU_LAUNCH)
     train(tiny(corpus, tmp_path / "out", max_steps=10, resume=True, **changes), CPU_LAUNCH)

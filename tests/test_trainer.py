@@ -26,6 +26,7 @@ from checkpoint import list_checkpoints, load_model, load_training_state
 from dataloader import TokenLoader
 from distributed import (
     Launch,
+    mean_loss,
     micro_steps_per_update,
     pick_device,
     pick_dtype,
@@ -201,14 +202,14 @@ def test_validation_is_one_number_for_any_split(corpus, tiny_model):
 
         class Adds:
             """Stands in for the all-reduce: every rank's sums, one after the other."""
-            device, total = torch.device("cpu"), torch.zeros(2, dtype=torch.float64)
+            device, total = torch.device("cpu"), torch.zeros(3, dtype=torch.float64)
 
             def sum(self, tensor):
                 self.total = self.total + tensor
                 return self.total
 
         launch = Adds()
-        return [trainer.evaluate(tiny_model, data, launch, torch.float32, 10**9)
+        return [mean_loss(tiny_model, data.eval_batches(10**9), launch, torch.float32)
                 for data in loaders][-1]
 
     expected = value(1, 4)
@@ -249,7 +250,7 @@ def test_what_a_run_writes(corpus, tmp_path):
         assert torch.equal(p, q)
     val = TokenLoader(corpus, "val", sequence_length=16, micro_batch_size=3, total_batch_size=0,
                       vocab_size=50257)
-    loss = trainer.evaluate(final, val, CPU_LAUNCH, torch.float32, 10**9)
+    loss = mean_loss(final, val.eval_batches(10**9), CPU_LAUNCH, torch.float32)
     assert loss == pytest.approx(log["val"][10]["loss"], abs=1e-6)
 
 
@@ -331,12 +332,14 @@ def test_resume_starts_fresh_when_there_is_nothing(corpus, tmp_path, capsys):
 def test_resume_says_what_changed_and_refuses_what_would_corrupt(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     train(tiny(corpus, out), CPU_LAUNCH)
-    for change, word in [({"seed": 1}, "seed"), ({"total_batch_size": 256}, "total_batch_size"),
-                         ({"sequence_length": 8}, "sequence_length"), ({"n_layer": 3}, "n_layer")]:
+    for change, word in [({"seed": 1}, "--seed 1337, not 1"), ({"n_layer": 3}, "--n-layer 2"),
+                         ({"total_batch_size": 256}, "--total-batch-size 128, not 256"),
+                         ({"sequence_length": 8}, "--sequence-length 16"),
+                         ({"eval_tokens": 8}, "--eval-tokens")]:
         message = user_error(train, tiny(corpus, out, resume=True, **change), CPU_LAUNCH)
         assert word in message and "step_000010" in message
     other = make_corpus(tmp_path / "other", [700, 2000], high=50)
-    assert "data" in user_error(train, tiny(other, out, resume=True), CPU_LAUNCH)
+    assert "the data are not" in user_error(train, tiny(other, out, resume=True), CPU_LAUNCH)
     capsys.readouterr()
     train(tiny(corpus, out, resume=True, max_steps=12, grad_clip=0.5), CPU_LAUNCH)
     printed = capsys.readouterr().out
@@ -446,7 +449,7 @@ def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatc
         return slow
 
     monkeypatch.setattr(trainer, "seconds_on", lambda device: now[0])
-    for place, name, seconds in ((trainer, "cosine_lr", 1), (trainer, "evaluate", 1000),
+    for place, name, seconds in ((trainer, "cosine_lr", 1), (trainer, "mean_loss", 1000),
                                  (trainer.CheckpointWriter, "save", 1000)):
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
