@@ -58,7 +58,7 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
     `best_step`, which OUT_DIR/best names. Raises UserError when the disk is full; earlier
     checkpoints are untouched then.
     """
-    final = out_dir / f"step_{step:06d}"
+    final = step_folder(out_dir, step)
     temporary = out_dir / f".{final.name}.tmp"
     tensors = to_gpt2_layout(model)
     for left_over in out_dir.glob(".step_*.tmp"):  # by a run that was killed while it saved
@@ -81,7 +81,7 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         for name, named in ((LATEST, step), (BEST, best_step)):
             if named is not None:
                 with atomic_write(out_dir / name, text=True) as file:
-                    file.write(f"step_{named:06d}\n")
+                    file.write(step_folder(out_dir, named).name + "\n")
     except (SafetensorError, RuntimeError, OSError) as error:
         # safetensors and torch.save report a failed write as errors of their own
         full = getattr(error, "errno", None) in {None, *NO_SPACE}
@@ -90,12 +90,20 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
                         "mend it and go on from them") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if keep_last > 0:
-        for path in list_checkpoints(out_dir)[:-keep_last]:
+    if keep_last > 0:  # of this run: one of a later step is not the newest of anything
+        earlier = [path for path in list_checkpoints(out_dir) if step_of(path) <= step]
+        for path in earlier[:-keep_last]:
             old = step_of(path)
             if old != best_step and (keep_every == 0 or old % keep_every):
-                remove_checkpoint(path)
+                try:
+                    remove_checkpoint(path)
+                except OSError as error:  # no reason to end the run
+                    print(f"{path} could not be removed ({error.strerror})", flush=True)
     return final
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    return out_dir / f"step_{step:06d}"
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -103,7 +111,10 @@ def remove_checkpoint(folder: Path) -> None:
     if folder.exists():
         doomed = folder.with_name(f".{folder.name}.old.tmp")
         os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
 
 
 def write_model(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor],
@@ -144,9 +155,13 @@ def write_json(path: Path, value: dict) -> None:
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in out_dir.glob("step_*")
-             if STEP_FOLDER.fullmatch(path.name) and (path / CONFIG_FILE).is_file()]
-    return sorted(found, key=step_of)
+    return [path for path in list_step_folders(out_dir) if (path / CONFIG_FILE).is_file()]
+
+
+def list_step_folders(out_dir: Path) -> list[Path]:
+    """What is called like a checkpoint of a run, whole or not, oldest first."""
+    return sorted((path for path in out_dir.glob("step_*") if STEP_FOLDER.fullmatch(path.name)),
+                  key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -192,8 +207,9 @@ def download_checkpoint(name: str) -> Path:
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Compares files of a checkpoint (default: all) with their checksums. Raises UserError for one
-    that is damaged or missing; a folder without checksums, made by others, is taken as it is."""
+    """Compares files of a checkpoint (default: all that a run can go on from) with their checksums.
+    Raises UserError for one that is damaged or missing; a folder without checksums, made by others
+    or changed on purpose, is taken as it is."""
     if not (folder / SUMS_FILE).exists():
         return
     try:
@@ -201,11 +217,15 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / SUMS_FILE} is damaged ({first_line(error)})") from None
-    for name in sums if names is None else sums.keys() & set(names):
+    whole = sums.keys() | {CONFIG_FILE, WEIGHTS_FILE, TRAINING_STATE_FILE}
+    for name in sorted(whole if names is None else sums.keys() & set(names)):
         path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: use another checkpoint")
-        if sha256_of(path) != sums.get(name):
+        try:
+            damaged = sha256_of(path) != sums.get(name)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): use another checkpoint"
+                            ) from None
+        if damaged:
             raise UserError(f"{path} is damaged or truncated, it is not what {SUMS_FILE} says: use "
                             f"an earlier checkpoint (if you changed it, delete {SUMS_FILE})")
 
@@ -314,17 +334,17 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                             "checkpoint") from None
 
 
-def load_training_state(folder: Path) -> dict:
-    """What `save_checkpoint` was given as `training_state`, on the CPU. Raises UserError; a file
-    that holds more than tensors and plain values is refused unread. `verify` finds other damage."""
+def load_training_state(folder: Path, mapped: bool = False) -> dict:
+    """What `save_checkpoint` was given as `training_state`, on the CPU; `mapped` reads tensors from
+    the file as they are used. Raises UserError; a file that holds more than tensors and plain
+    values is refused unread. `verify` finds other damage."""
     path = folder / TRAINING_STATE_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {TRAINING_STATE_FILE}: training cannot go on from it")
     try:
         if not zipfile.is_zipfile(path):  # torch.load would take it for its format before 1.6
             raise pickle.UnpicklingError("no zip archive")
-        # mapped: what is copied into the optimizer is not held a second time
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         # what torch says, to load it without the check, is not to be repeated
         raise UserError(f"{path} is damaged, or holds code, which is never run "

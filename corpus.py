@@ -26,12 +26,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 from config import UserError
 from documents import Part, Source
-from files import sha256_of, sync_folder
+from files import only_writer, sha256_of, sync_folder
 from progress import progress_bar
 from shards import (
     MANIFEST,
@@ -48,7 +47,6 @@ from shards import (
 )
 from tokenizer import EOT_TOKEN, VOCABULARY, cut_whitespace, encode_to_array, repair
 
-LOCK = ".lock"
 COMMIT_SECONDS = 1.0  # the most work, beside a part, that a killed run does again
 BYTES_PER_TOKEN = 4.0  # of text, for the estimates; English web text has 4.5, source code 3
 CHECK_EVERY = 100  # one document of so many goes through tiktoken too, if another encoder is used
@@ -86,21 +84,6 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
             remake_missing_shards(open_source, out_dir, manifest, workers, encoder)
             reopen(out_dir, manifest)
         return write_shards(open_source(), out_dir, name, settings, max_tokens, workers, encoder)
-
-
-@contextlib.contextmanager
-def only_writer(out_dir: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system takes back from a process that dies."""
-    lock = filelock.FileLock(out_dir / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
-                        "--out-dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_same(out_dir: Path, found: dict, settings: dict, max_tokens: int | None) -> dict:

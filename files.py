@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import filelock
+
+from config import UserError
+
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
@@ -44,3 +50,18 @@ def sync_folder(folder: Path) -> None:
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def only_writer(out_dir: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system takes back from a process that dies."""
+    lock = filelock.FileLock(out_dir / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
+                        "--out-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()

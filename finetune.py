@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from checkpoint import CONFIG_FILE, list_checkpoints, load_model
+from checkpoint import CONFIG_FILE, load_model
 from config import UserError, first_line, flag, parse_config, run_main
 from dataloader import permutation
 from distributed import (
@@ -36,7 +36,7 @@ from distributed import (
     to_device,
 )
 from faults import StopRequest, agree, count_skipped, launched
-from files import sha256_of
+from files import only_writer, sha256_of
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import run_facts, start_log
@@ -88,7 +88,8 @@ class FinetuneConfig:
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/finetune_loss.png)")
 
 
-FIXED_ON_RESUME = ("batch_size", "val_fraction", "seed", "data_sha256")  # what an update sees
+# What a resumed run may not change: which rows an update sees
+FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "seed", "data_sha256")
 OF_ONE_NODE = ("checkpoint", "data", "device")  # all other facts are the same on all ranks
 
 
@@ -185,9 +186,10 @@ def eval_batches(examples: list[Example], micro_batch_size: int, launch: Launch,
         yield collate(mine[first : first + micro_batch_size])
 
 
-def train(config: FinetuneConfig, launch: Launch) -> GPT:
+def train(config: FinetuneConfig, launch: Launch,
+          stop: StopRequest | None = None) -> GPT:
     """Fine-tunes for the given epochs, or until a signal; returns the final model."""
-    out_dir, device = Path(config.out_dir), launch.device
+    out_dir, device, stop = Path(config.out_dir), launch.device, stop or StopRequest()
     image = Path(config.loss_graph or out_dir / "finetune_loss.png")
 
     # 1. The rows, how many updates they make, and whether some were made already
@@ -253,7 +255,9 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
 
     # 3. The loop
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        if launch.is_master:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(out_dir))
         writer = stack.enter_context(CheckpointWriter(
             out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None, prompt_template=PROMPT_TEMPLATE))
@@ -310,7 +314,8 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.skipped = count_skipped(progress.skipped, loss, grad_norm, scaler, out_dir)
+            progress.skipped = count_skipped(progress.skipped, step, loss, grad_norm, scaler,
+                                             out_dir)
             progress.val_loss = None
             progress.step += 1
 
@@ -328,18 +333,18 @@ def train(config: FinetuneConfig, launch: Launch) -> GPT:
 
     # 4. What is left behind
     if launch.is_master and stopping:
-        print(stop.report(progress.step, max_steps, out_dir))
+        print(stop.report(progress.step, max_steps, writer.folder))
     elif launch.is_master:
         draw_runs([("", out_dir / "metrics.jsonl")], image, "Fine-tuning loss")
         print(f"finished {max_steps:,} updates, validation loss {progress.val_loss:.4f}: "
-              f"{list_checkpoints(out_dir)[-1]}, graph {image}")
+              f"{writer.folder}, graph {image}")
     return raw_model.eval()
 
 
 def main() -> None:
     config = parse_config(FinetuneConfig, description=__doc__)
-    with launched(config.device, config.deterministic) as launch:
-        train(config, launch)
+    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
+        train(config, launch, stop)
 
 
 if __name__ == "__main__":

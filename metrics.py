@@ -149,7 +149,10 @@ class RunLog:
 def start_log(out_dir: Path, *, fresh: bool, start_step: int, facts: dict, tensorboard: bool,
               wandb: str | None) -> RunLog:
     """OUT_DIR/metrics.jsonl of a run that begins (`fresh`) or goes on at start_step, with the
-    mirrors that the user chose and the record of this start."""
+    mirrors that the user chose and the record of this start. Raises UserError for a log with a line
+    that is none: better now than at the graph."""
+    if not fresh and (out_dir / "metrics.jsonl").exists():
+        read_log(out_dir / "metrics.jsonl")
     mirrors = open_mirrors(tensorboard=tensorboard, wandb=wandb, out_dir=out_dir,
                            start_step=start_step, facts=facts)
     log = RunLog(out_dir / "metrics.jsonl", fresh=fresh, mirrors=mirrors)

@@ -7,8 +7,11 @@ data's SHA-256. The data need no cursor of their own: which rows an update sees 
 number alone.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
+import shutil
 import sys
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +21,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import list_checkpoints, load_training_state, model_around, save_checkpoint, verify
-from config import UserError, flag_name
+from checkpoint import (
+    list_step_folders,
+    load_training_state,
+    model_around,
+    read_config,
+    read_tensors,
+    save_checkpoint,
+    step_folder,
+    verify,
+)
+from config import UserError, first_line, flag_name
 from distributed import Launch
 from model import GPT
 from optimizer import load_optimizer_state, optimizer_state
+
+STATE_PARTS = {"progress", "optimizer", "scaler", "rng", "facts"}
 
 
 @dataclass
@@ -71,13 +85,15 @@ class CheckpointWriter:
 
     def save(self, progress: Progress, model: GPT, optimizer: torch.optim.Optimizer,
              scaler: torch.amp.GradScaler) -> None:
-        """Copies the run as it is and begins to write it, unless this step is saved already. All
-        ranks call this. Raises UserError when the checkpoint before could not be written."""
-        if progress.step == self.saved_step:
-            return
-        self.saved_step = progress.step
+        """Copies the run as it is and begins to write it, unless this step is saved already and was
+        not found to be the best since. All ranks call this. Raises UserError when the checkpoint
+        before could not be written."""
+        best_before = progress.best_step
         if progress.val_loss is not None and progress.val_loss < progress.best_loss:
             progress.best_loss, progress.best_step = progress.val_loss, progress.step
+        if progress.step == self.saved_step and progress.best_step == best_before:
+            return
+        self.saved_step = progress.step
         state = training_state(progress, optimizer, scaler, self.launch) | {"facts": self.facts}
         if not self.launch.is_master:
             return
@@ -105,6 +121,11 @@ class CheckpointWriter:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self.buffers[name] = buffer
         return buffer.copy_(value, non_blocking=value.is_cuda)
+
+    @property
+    def folder(self) -> Path:
+        """The newest checkpoint, once it is written."""
+        return step_folder(self.out_dir, self.saved_step)
 
     def poll(self) -> None:
         """Raises UserError, as soon as it is known, when a checkpoint could not be written."""
@@ -143,12 +164,13 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
     --resume was not given, and when every checkpoint in it is damaged.
     """
     folder = state = None
+    mapped = launch.device.type != "cpu"  # on a CPU the optimizer keeps these very tensors
     if launch.is_master:
-        holds_run = list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
+        holds_run = list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to go on with "
                             "it, or choose another --out-dir")
-        folder, state = newest_whole(out_dir, launch)
+        folder, state = newest_whole(out_dir, mapped)
         if resume and folder is None:
             launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch, also "
                           "with its log")
@@ -157,20 +179,35 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
         if not folder.is_dir():
             raise UserError(f"rank {launch.rank} does not see {folder}, which rank 0 goes on from: "
                             "--out-dir must be a folder that all nodes share")
-        state = load_training_state(folder)
+        state = load_training_state(folder, mapped)
     return folder, state
 
 
-def newest_whole(out_dir: Path, launch: Launch) -> tuple[Path, dict] | tuple[None, None]:
-    checkpoints = list_checkpoints(out_dir)
-    for folder in reversed(checkpoints):
+def newest_whole(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None, None]:
+    """The newest checkpoint that is whole, with its training state. Newer ones are set aside: they
+    are of another future than the one that begins now."""
+    damaged = []
+    for folder in reversed(list_step_folders(out_dir)):
         try:
             verify(folder)
-            return folder, load_training_state(folder)
-        except UserError as error:
-            launch.print0(f"--resume: {folder.name} is passed over: {error}")
-    if checkpoints:
-        raise UserError(f"none of the {len(checkpoints)} checkpoints in {out_dir} can be gone on "
+            read_config(folder)
+            state = load_training_state(folder, mapped)
+            if not isinstance(state, dict) or not STATE_PARTS <= state.keys():
+                raise UserError(f"{folder} was written by another version of this project")
+            for _ in read_tensors(folder):  # also without checksums: it is not cut
+                break
+        except (UserError, OSError) as error:
+            print(f"--resume: {folder.name} is passed over: {first_line(error)}", flush=True)
+            damaged.append(folder)
+            continue
+        for other in damaged:
+            aside = other.with_name(f"{other.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(other, aside)
+        return folder, state
+    if damaged:
+        raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} can be gone on "
                         "from: restore one, or start in another --out-dir")
     return None, None
 
@@ -179,9 +216,6 @@ def check_settings(folder: Path, state: dict, facts: dict, fixed: Iterable[str],
                    launch: Launch) -> None:
     """Lists what is not as it was when the checkpoint was written. Raises UserError for one of the
     facts that may not change: the model, or what an update sees."""
-    if "facts" not in state:
-        raise UserError(f"{folder} was written by another version of this script: start in another "
-                        "--out-dir")
     before = state["facts"]
     changed = sorted(name for name in facts if facts[name] != before.get(name))
     for name in changed:
@@ -202,7 +236,11 @@ def restore(folder: Path, state: dict, optimizer: torch.optim.Optimizer,
             flag: str) -> Progress:
     """Puts a training state back. Raises UserError when it is of another model, or past the end of
     the run, which `flag` sets."""
-    progress = Progress(**state["progress"])
+    try:
+        progress = Progress(**state["progress"])
+    except TypeError as error:
+        raise UserError(f"--resume: {folder} was written by another version of this project "
+                        f"({error}): start in another --out-dir") from None
     if progress.step > max_steps:
         raise UserError(f"--resume: {folder} was made after {progress.step} updates, more than the "
                         f"{max_steps} of this run: raise {flag}")

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from checkpoint import list_checkpoints, load_model
+from checkpoint import load_model
 from config import UserError, flag, parse_config, run_main
 from dataloader import TokenLoader
 from distributed import (
@@ -39,6 +39,7 @@ from distributed import (
     to_device,
 )
 from faults import StopRequest, agree, count_skipped, launched
+from files import only_writer
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
@@ -179,10 +180,11 @@ def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
     return text
 
 
-def train(config: TrainerConfig, launch: Launch) -> GPT:
+def train(config: TrainerConfig, launch: Launch,
+          stop: StopRequest | None = None) -> GPT:
     """Pre-trains from the first or the resumed update to the last, or until a signal; returns the
     final model."""
-    out_dir, device = Path(config.out_dir), launch.device
+    out_dir, device, stop = Path(config.out_dir), launch.device, stop or StopRequest()
     image = Path(config.loss_graph or out_dir / "pretrain_loss.png")
 
     # 1. What an update is, how many there are, and whether some were made already
@@ -247,7 +249,9 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
 
     # 3. The loop
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        if launch.is_master:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(out_dir))
         writer = stack.enter_context(CheckpointWriter(
             out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None))
@@ -312,7 +316,8 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.skipped = count_skipped(progress.skipped, loss, grad_norm, scaler, out_dir)
+            progress.skipped = count_skipped(progress.skipped, step, loss, grad_norm, scaler,
+                                             out_dir)
             progress.val_loss = None
             progress.step += 1
 
@@ -335,18 +340,18 @@ def train(config: TrainerConfig, launch: Launch) -> GPT:
 
     # 4. What is left behind
     if launch.is_master and stopping:
-        print(stop.report(progress.step, max_steps, out_dir))
+        print(stop.report(progress.step, max_steps, writer.folder))
     elif launch.is_master:
         draw_runs([("", out_dir / "metrics.jsonl")], image, "Pre-training loss")
         print(f"finished {max_steps:,} updates, validation loss {progress.val_loss:.4f}: "
-              f"{list_checkpoints(out_dir)[-1]}, graph {image}")
+              f"{writer.folder}, graph {image}")
     return raw_model.eval()
 
 
 def main() -> None:
     config = parse_config(TrainerConfig, description=__doc__)
-    with launched(config.device, config.deterministic) as launch:
-        train(config, launch)
+    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
+        train(config, launch, stop)
 
 
 if __name__ == "__main__":

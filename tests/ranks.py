@@ -69,6 +69,19 @@ def poison(of_rank: dict[int, list[int]]) -> None:
     GPT.summed_loss = summed_loss
 
 
+def out_of_memory(of_rank: int) -> None:
+    """Makes the third micro-step of a rank fail for want of memory."""
+    real, count = GPT.summed_loss, iter(range(10**9))
+
+    def summed_loss(self, x, targets):
+        mine = int(os.environ["RANK"]) == of_rank and torch.is_grad_enabled()
+        if mine and next(count) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(self, x, targets)
+
+    GPT.summed_loss = summed_loss
+
+
 def mark_evaluations(folder: Path) -> None:
     """Makes a file when the first validation of a rank has begun."""
     real = TokenLoader.eval_batches

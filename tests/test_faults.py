@@ -79,7 +79,8 @@ def test_a_signal_where_an_evaluation_was_due_leaves_it_to_the_resumed_run(corpu
         with monkeypatch.context() as patch:
             patch.setattr("trainer.set_lr", lambda optimizer, lr: (
                 faults_set_lr(optimizer, lr), os.kill(os.getpid(), signal.SIGTERM)))
-            train(long(corpus, tmp_path / "out", keep_last=0, **changes), CPU_LAUNCH)
+            with StopRequest() as stop:
+                train(long(corpus, tmp_path / "out", keep_last=0, **changes), CPU_LAUNCH, stop)
     assert len(list_checkpoints(tmp_path / "out")) == 6
     assert (tmp_path / "out" / "pretrain_loss.png").exists()
     assert curves(tmp_path / "out") == curves(tmp_path / "whole")
@@ -88,7 +89,7 @@ def test_a_signal_where_an_evaluation_was_due_leaves_it_to_the_resumed_run(corpu
 
 
 def test_a_signal_during_a_validation_does_not_wait_for_its_end(corpus, tmp_path):
-    """Two ranks with shares of 25,000 windows each, of which one gets the signal."""
+    """Two ranks with shares of 12,500 windows each, of which one gets the signal."""
     big = make_corpus(tmp_path / "big", [400_000, 3000], high=50)
     config = long(big, tmp_path / "out", eval_interval=20, micro_batch_size=1)
     ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", mark_evaluations=tmp_path)
@@ -329,6 +330,21 @@ def test_a_rank_that_hangs_is_noticed(corpus, tmp_path):
     ranks.wait()
 
 
+def test_a_job_that_was_suspended_goes_on(corpus, tmp_path):
+    """All ranks slept together: that none has heard of another is no wonder."""
+    config = long(corpus, tmp_path / "out", max_steps=100_000)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", silent_seconds=3.0)
+    wait_until(lambda: records(tmp_path / "out") > 3, ranks)
+    time.sleep(2)  # the watches have looked
+    ranks.kill(number=signal.SIGSTOP)
+    time.sleep(7)
+    ranks.kill(number=signal.SIGCONT)
+    size = records(tmp_path / "out")
+    wait_until(lambda: records(tmp_path / "out") > size + 50, ranks)
+    ranks.kill(number=signal.SIGTERM)
+    assert ranks.wait() == [0, 0], ranks.output()
+
+
 def test_the_error_of_one_rank_is_said_by_rank_0(corpus, tmp_path):
     config = long(corpus, tmp_path / "out")
     ranks = Ranks(2, "trainer", flags(config), tmp_path / "output",
@@ -336,6 +352,46 @@ def test_the_error_of_one_rank_is_said_by_rank_0(corpus, tmp_path):
     codes = ranks.wait(60)
     assert codes[0] in (1, 2) and codes[1] == 2
     assert_one_line(ranks.output(0), "nowhere")
+
+
+def test_memory_that_is_out_on_one_rank_is_said_by_rank_0_with_the_flag(corpus, tmp_path):
+    ranks = Ranks(2, "trainer", flags(long(corpus, tmp_path / "out")), tmp_path / "output",
+                  out_of_memory=1)
+    codes = ranks.wait(60)
+    assert codes[0] in (1, 2) and codes[1] == 2
+    text = ranks.output(0) + ranks.output(1)
+    assert "--micro-batch-size auto" in text and "Traceback" not in text
+
+
+def test_an_orphan_of_a_single_rank_ends_too(corpus, tmp_path):
+    """No other rank would notice: torchrun with one process, killed."""
+    agent = torchrun("--standalone", "--nproc-per-node=1", SCRIPT,
+                     *flags(long(corpus, tmp_path / "out", max_steps=100_000)))
+    wait_until(lambda: records(tmp_path / "out") > 3)
+    orphan, = workers(agent)
+    agent.kill()
+    wait_until(lambda: not os.path.exists(f"/proc/{orphan}"), seconds=20)
+    assert "is gone" in agent.communicate(timeout=20)[0]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
+    config = long(corpus, tmp_path / "out", max_steps=100_000)
+    ranks = Ranks(1, "trainer", flags(config), tmp_path / "output")
+    wait_until(lambda: records(tmp_path / "out") > 3, ranks)
+    assert "another process is writing" in user_error(train, config, CPU_LAUNCH)
+    ranks.kill(number=signal.SIGTERM)
+    assert ranks.wait() == [0], ranks.output()
+
+
+def test_ctrl_c_in_a_pipe_saves_though_the_reader_is_gone(corpus, tmp_path):
+    config = long(corpus, tmp_path / "out", max_steps=100_000)
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags(config)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=script_env())
+    wait_until(lambda: records(tmp_path / "out") > 3)
+    process.stdout.close()  # `| tee log` has got its Ctrl-C, too
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert len(list_checkpoints(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize("flag, words", [
@@ -375,7 +431,7 @@ def test_three_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(corpus, t
     config = tiny(corpus, tmp_path / "out", micro_batch_size=2, save_interval=3)
     ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", poison={0: [10, 12, 14]})
     assert ranks.wait() == [2, 2]
-    assert_one_line(ranks.output(), "diverged", "--max-lr", "step_000006")
+    assert_one_line(ranks.output(), "diverged", "--max-lr", "before them is", "step_000003")
     log = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
     assert [step for step, record in log.items() if record.get("skipped")] == [5, 6]
     assert all(p.isfinite().all() for p in load_model(tmp_path / "out").parameters())
@@ -392,7 +448,8 @@ def test_a_streak_is_counted_across_a_restart(corpus, tmp_path, monkeypatch):
         patch.setattr("trainer.set_lr", lambda optimizer, lr: (
             faults_set_lr(optimizer, lr),
             len(poisoned) and os.kill(os.getpid(), signal.SIGTERM)))
-        train(config, CPU_LAUNCH)
+        with StopRequest() as stop:
+            train(config, CPU_LAUNCH, stop)
     assert load_training_state(tmp_path / "out" / "step_000005")["progress"]["skipped"] == 1
     message = user_error(train, dataclasses.replace(config, resume=True), CPU_LAUNCH)
     assert "3 updates in a row" in message
@@ -420,9 +477,9 @@ def test_the_scalers_search_for_its_scale_is_no_fault(corpus, tmp_path, monkeypa
             return self.scale
 
     infinity = float("inf")
-    assert count_skipped(2, 4.0, infinity, Scaler(1.0), tmp_path) == 2
-    assert "diverged" in user_error(count_skipped, 2, 4.0, infinity, Scaler(0.5), tmp_path)
-    assert "diverged" in user_error(count_skipped, 2, infinity, 1.0, Scaler(1.0), tmp_path)
+    assert count_skipped(2, 9, 4.0, infinity, Scaler(1.0), tmp_path) == 2
+    assert "diverged" in user_error(count_skipped, 2, 9, 4.0, infinity, Scaler(0.5), tmp_path)
+    assert "diverged" in user_error(count_skipped, 2, 9, infinity, 1.0, Scaler(1.0), tmp_path)
 
 
 # ------------------------------------------------------------------- full disks and memories

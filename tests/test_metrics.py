@@ -212,7 +212,7 @@ def test_facts_of_a_run(monkeypatch, tmp_path):
                 "python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "cuda": torch.version.cuda}
     assert {name: found[name] for name in expected} == expected
-    assert set(found) == {*expected, "git_commit", "data_sha256", "device_name"}
+    assert set(found) == {*expected, "git_commit", "code_sha256", "data_sha256", "device_name"}
     # the order in which a manifest was written does not count, what it says does
     assert facts({"shards": [{"file": "a"}], "tokens": 5})["data_sha256"] == found["data_sha256"]
     assert facts({"shards": [{"file": "b"}], "tokens": 5})["data_sha256"] != found["data_sha256"]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from ranks import Ranks, wait_until
 from test_trainer import flags, interrupted, losses, tiny
 
 from checkpoint import list_checkpoints, load_model, load_training_state
+from faults import StopRequest
 from metrics import read_log
 from trainer import train
 
@@ -157,6 +159,14 @@ def plant_bomb(folder, with_sums: bool) -> None:
 
 
 DAMAGES = {
+    "a bit of the configuration": lambda folder: flip_bit(folder / "config.json"),
+    "no configuration": lambda folder: (folder / "config.json").unlink(),
+    "weights cut, no sums": lambda folder: (os.truncate(folder / "model.safetensors", 9999),
+                                            (folder / "SHA256SUMS").unlink()),
+    "empty sums": lambda folder: os.truncate(folder / "SHA256SUMS", 0),
+    "a state of another form": lambda folder: (torch.save(3, folder / "training_state.pt"),
+                                               (folder / "SHA256SUMS").unlink()),
+    "an empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
     "a bit of the weights": lambda folder: flip_bit(folder / "model.safetensors", 0.9),
     "a bit of the state": lambda folder: flip_bit(folder / "training_state.pt"),
     "weights cut": lambda folder: os.truncate(folder / "model.safetensors", 999),
@@ -179,6 +189,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(corpus, tmp_path
     said = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
     assert len(said) == 1 and "step_000010" in said[0]
     assert not (tmp_path / "bomb_went_off").exists()
+    assert (tmp_path / "out" / "step_000010.damaged").is_dir()
     assert_same_run(tmp_path / "out", tmp_path / "whole")  # made again from step 5
 
 
@@ -196,6 +207,34 @@ def test_when_all_are_damaged_nothing_is_overwritten(corpus, tmp_path):
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     assert "none of the 2 checkpoints" in user_error(train, config, CPU_LAUNCH)
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    assert len(list_checkpoints(tmp_path / "out")) == 2
+
+
+def test_a_run_whose_checkpoints_all_lack_their_configuration_is_not_begun_anew(corpus, tmp_path):
+    config = finished(corpus, tmp_path / "out")
+    for folder in list_checkpoints(tmp_path / "out"):
+        (folder / "config.json").unlink()
+    assert "none of the 2 checkpoints" in user_error(train, config, CPU_LAUNCH)
+    assert len(losses(tmp_path / "out")) == 10
+
+
+def test_what_is_newer_than_the_run_does_not_push_its_checkpoints_out(corpus, tmp_path):
+    """A newer, damaged checkpoint is no reason to delete the one that was just written."""
+    config = finished(corpus, tmp_path / "out", max_steps=20, save_interval=5, keep_last=0)
+    flip_bit(tmp_path / "out" / "step_000020" / "model.safetensors")
+    with StopRequest() as stop:
+        stop.name = "SIGTERM"
+        train(dataclasses.replace(config, keep_last=1, eval_interval=1000), CPU_LAUNCH, stop)
+    kept = [folder.name for folder in list_checkpoints(tmp_path / "out")]
+    assert "step_000016" in kept and (tmp_path / "out" / "latest").read_text() == "step_000016\n"
+
+
+def test_a_log_that_is_no_log_is_said_at_once(corpus, tmp_path):
+    config = finished(corpus, tmp_path / "out")
+    with open(tmp_path / "out" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("garbage\n")
+    assert "is no record" in user_error(train, dataclasses.replace(config, max_steps=12),
+                                        CPU_LAUNCH)
     assert len(list_checkpoints(tmp_path / "out")) == 2
 
 
@@ -229,13 +268,14 @@ def test_the_best_is_kept_while_the_loss_rises(corpus, tmp_path, monkeypatch):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(corpus, tmp_path, monkeypatch):
-    """Writing is held up until three more updates are made; what lands is the state of its step."""
+    """Writing is held up until five more updates are made; what lands is the state of its step."""
     import resume
     real, held = resume.save_checkpoint, []
 
     def slow(out_dir, step, model, **options):
         if step == 5:
-            wait_until(lambda: 7 in read_log(out_dir / "metrics.jsonl")["train"])
+            wait_until(lambda: 9 in read_log(out_dir / "metrics.jsonl")["train"])
+            time.sleep(0.5)  # update 10 is to be saved; its copy has to wait for this one
             held.append(step)
         return real(out_dir, step, model, **options)
 
@@ -264,6 +304,32 @@ def test_a_failed_save_stops_the_run_before_the_next_one(corpus, tmp_path, monke
     config = tiny(corpus, tmp_path / "out", max_steps=10_000, save_interval=5)
     assert "disk full" in user_error(train, config, CPU_LAUNCH)
     assert max(losses_by_step(tmp_path / "out")) < 1000
+
+
+def test_a_checkpoint_in_hand_is_written_though_the_run_fails(corpus, tmp_path, monkeypatch):
+    import resume
+    real = resume.save_checkpoint
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(resume, "save_checkpoint", slow)
+    monkeypatch.setattr("trainer.agree", lambda *arguments: (float("nan"), 1.0, False))
+    config = tiny(corpus, tmp_path / "out", save_interval=1)
+    assert "diverged" in user_error(train, config, CPU_LAUNCH)
+    assert [f.name for f in list_checkpoints(tmp_path / "out")] == ["step_000001", "step_000002"]
+
+
+def test_a_run_stopped_before_its_last_validation_gets_its_best(corpus, tmp_path, monkeypatch):
+    with StopRequest() as stop, monkeypatch.context() as patch:
+        patch.setattr("trainer.set_lr", lambda optimizer, lr: os.kill(os.getpid(), signal.SIGTERM))
+        train(tiny(corpus, tmp_path / "out", max_steps=1, eval_interval=1000), CPU_LAUNCH, stop)
+    assert final_state(tmp_path / "out")["progress"]["step"] == 1
+    assert not (tmp_path / "out" / "best").exists()
+    train(tiny(corpus, tmp_path / "out", max_steps=1, eval_interval=1000, resume=True), CPU_LAUNCH)
+    assert (tmp_path / "out" / "best").read_text() == "step_000001\n"
+    assert final_state(tmp_path / "out")["progress"]["best_step"] == 1
 
 
 def losses_by_step(out_dir) -> dict[int, float]:
