@@ -242,7 +242,8 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
     """Mean loss over all targets of all ranks' `batches` of inputs and targets (B, T): summed in
     float64, so that it is one number for any world size and micro-batch. None, on all ranks, when
-    one of them is to stop meanwhile: a long validation is not waited for."""
+    one of them is to stop meanwhile; each looks after every batch of its own, since a long
+    validation is not to be waited for."""
     summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
     for inputs, targets in batches:
         inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)

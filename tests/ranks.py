@@ -4,6 +4,7 @@ of other tests; here only its environment variables are given."""
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -11,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401, as the next: what a run loads on its way
 import torch
+import torch._dynamo
 
 import faults
 import finetune
@@ -118,14 +121,28 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def fork_server() -> multiprocessing.context.BaseContext:
+    """A context whose server has this file loaded; it needs to be told where that is."""
+    context, here = multiprocessing.get_context("forkserver"), Path(__file__).parent
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{here}:{here.parent}"
+    try:
+        context.set_forkserver_preload(["ranks"])
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
 class Ranks:
     """The processes of one launch. Their output is appended to files named `rank_N.txt`; `also`
     holds further flags for one rank only."""
 
     def __init__(self, world_size: int, script: str, argv: list[str], folder: Path,
                  also: dict[int, list[str]] | None = None, **hooks):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks"])
+        context = fork_server()
         port, self.folder = free_port(), folder
         folder.mkdir(parents=True, exist_ok=True)
         self.processes = []

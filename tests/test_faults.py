@@ -89,12 +89,12 @@ def test_a_signal_where_an_evaluation_was_due_leaves_it_to_the_resumed_run(corpu
 
 
 def test_a_signal_during_a_validation_does_not_wait_for_its_end(corpus, tmp_path):
-    """Two ranks with shares of 12,500 windows each, of which one gets the signal."""
+    """Two ranks with shares of 12,500 windows each; torchrun and SLURM send to all."""
     big = make_corpus(tmp_path / "big", [400_000, 3000], high=50)
     config = long(big, tmp_path / "out", eval_interval=20, micro_batch_size=1)
     ranks = Ranks(2, "trainer", flags(config), tmp_path / "output", mark_evaluations=tmp_path)
-    wait_until(lambda: (tmp_path / "evaluation_0").exists(), ranks)
-    ranks.kill(1, number=signal.SIGTERM)
+    wait_until(lambda: all((tmp_path / f"evaluation_{rank}").exists() for rank in (0, 1)), ranks)
+    ranks.kill(number=signal.SIGTERM)
     assert ranks.wait(60) == [0, 0], ranks.output()
     assert "val" not in read_log(tmp_path / "out" / "metrics.jsonl")
     progress = load_training_state(list_checkpoints(tmp_path / "out")[-1])["progress"]
