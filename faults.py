@@ -86,7 +86,7 @@ class StopRequest:
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 self.before[number] = signal.signal(number, self.handle)  # SIGHUP: not under nohup
         self.streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = map(Unbroken, self.streams)
+        sys.stdout, sys.stderr = (stream and Unbroken(stream) for stream in self.streams)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

@@ -72,6 +72,12 @@ def poison(of_rank: dict[int, list[int]]) -> None:
     GPT.summed_loss = summed_loss
 
 
+def slow_graph(seconds: float) -> None:
+    """Makes rank 0 take its time at the end."""
+    real = trainer.draw_runs
+    trainer.draw_runs = lambda *arguments: (time.sleep(seconds), real(*arguments))
+
+
 def out_of_memory(of_rank: int) -> None:
     """Makes the third micro-step of a rank fail for want of memory."""
     real, count = GPT.summed_loss, iter(range(10**9))

@@ -330,6 +330,16 @@ def test_a_rank_that_hangs_is_noticed(corpus, tmp_path):
     ranks.wait()
 
 
+def test_a_rank_that_is_done_waits_for_one_that_is_not(corpus, tmp_path):
+    """Rank 0 draws for longer than a rank may be silent; a signal meanwhile changes nothing."""
+    ranks = Ranks(2, "trainer", flags(tiny(corpus, tmp_path / "out", micro_batch_size=2)),
+                  tmp_path / "output", silent_seconds=2.0, slow_graph=5.0)
+    wait_until(lambda: (tmp_path / "out" / "step_000010").exists(), ranks)
+    ranks.kill(number=signal.SIGTERM)
+    assert ranks.wait(60) == [0, 0], ranks.output()
+    assert "finished 10 updates" in ranks.output()
+
+
 def test_a_job_that_was_suspended_goes_on(corpus, tmp_path):
     """All ranks slept together: that none has heard of another is no wonder."""
     config = long(corpus, tmp_path / "out", max_steps=100_000)
