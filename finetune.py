@@ -36,7 +36,7 @@ from distributed import (
     to_device,
 )
 from faults import StopRequest, agree, count_skipped, launched
-from files import only_writer, sha256_of
+from files import sha256_of
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import run_facts, start_log
@@ -186,8 +186,7 @@ def eval_batches(examples: list[Example], micro_batch_size: int, launch: Launch,
         yield collate(mine[first : first + micro_batch_size])
 
 
-def train(config: FinetuneConfig, launch: Launch,
-          stop: StopRequest | None = None) -> GPT:
+def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Fine-tunes for the given epochs, or until a signal; returns the final model."""
     out_dir, device, stop = Path(config.out_dir), launch.device, stop or StopRequest()
     image = Path(config.loss_graph or out_dir / "finetune_loss.png")
@@ -255,9 +254,6 @@ def train(config: FinetuneConfig, launch: Launch,
 
     # 3. The loop
     with contextlib.ExitStack() as stack:
-        if launch.is_master:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(only_writer(out_dir))
         writer = stack.enter_context(CheckpointWriter(
             out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None, prompt_template=PROMPT_TEMPLATE))

@@ -33,6 +33,7 @@ from checkpoint import (
 )
 from config import UserError, first_line, flag_name
 from distributed import Launch
+from files import only_writer
 from model import GPT
 from optimizer import load_optimizer_state, optimizer_state
 
@@ -82,6 +83,7 @@ class CheckpointWriter:
         self.buffers: dict[str, torch.Tensor] = {}  # reused: pinned memory is slow to get
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
+        self.lock = contextlib.ExitStack()  # on the folder: two runs would delete each other's
 
     def save(self, progress: Progress, model: GPT, optimizer: torch.optim.Optimizer,
              scaler: torch.amp.GradScaler) -> None:
@@ -139,6 +141,9 @@ class CheckpointWriter:
             pending.result()
 
     def __enter__(self) -> "CheckpointWriter":
+        if self.launch.is_master:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(only_writer(self.out_dir))
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -150,6 +155,7 @@ class CheckpointWriter:
             print(second, file=sys.stderr, flush=True)  # the first one has the last word
         finally:
             self.thread.shutdown()
+            self.lock.close()
 
 
 # -------------------------------------------------------------------------------- finding

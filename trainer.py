@@ -39,7 +39,6 @@ from distributed import (
     to_device,
 )
 from faults import StopRequest, agree, count_skipped, launched
-from files import only_writer
 from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
@@ -180,8 +179,7 @@ def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
     return text
 
 
-def train(config: TrainerConfig, launch: Launch,
-          stop: StopRequest | None = None) -> GPT:
+def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Pre-trains from the first or the resumed update to the last, or until a signal; returns the
     final model."""
     out_dir, device, stop = Path(config.out_dir), launch.device, stop or StopRequest()
@@ -249,9 +247,6 @@ def train(config: TrainerConfig, launch: Launch,
 
     # 3. The loop
     with contextlib.ExitStack() as stack:
-        if launch.is_master:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(only_writer(out_dir))
         writer = stack.enter_context(CheckpointWriter(
             out_dir, launch, facts, keep_last=config.keep_last, keep_every=config.keep_every,
             saved_step=progress.step if is_resumed else None))
