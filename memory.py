@@ -19,7 +19,15 @@ import torch
 
 from config import UserError
 from distributed import Launch, autocast
-from model import GPT, HEAD_MULTIPLE_GPU, LOSS_ROWS_CPU, LOSS_ROWS_GPU, GPTConfig
+from model import (
+    GPT,
+    HEAD_MULTIPLE,
+    LOSS_ROWS_CPU,
+    LOSS_ROWS_GPU,
+    SOFTMAX_ROWS_CPU,
+    SOFTMAX_ROWS_GPU,
+    GPTConfig,
+)
 
 # What a GPU holds besides: CUDA's context, NCCL's and cuBLAS's buffers; and what fragmentation
 # makes unusable, a share of the card
@@ -118,24 +126,23 @@ def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool,
     """What `GPT.summed_loss` holds at its fullest, for N rows that all have a target."""
     C, V, e, low = sizes.n_embd, sizes.vocab_size, dtype.itemsize, dtype != torch.float32
     on_gpu = device_type == "cuda"
-    if on_gpu:
-        V += -V % HEAD_MULTIPLE_GPU
     hidden = N * C * (4 + e)  # ln_f's output in float32, and in the compute dtype
     if compiled:
         # All logits and their gradient in the compute dtype (the float32 softmax is fused away);
         # the head in it and the head's gradient
+        V += -V % HEAD_MULTIPLE if on_gpu else 0
         return hidden + 2 * e * N * V + 2 * e * V * C
     if dtype == torch.float16:
         # Logits are gone when backward begins: their log-softmax, its gradient and theirs, float32
         return hidden + 12 * N * V + e * V * C
+    V += -V % HEAD_MULTIPLE
     rows = min(LOSS_ROWS_GPU if on_gpu else LOSS_ROWS_CPU, N)
-    # LinearCrossEntropy: gradient of the rows; of the head, float32; the head cast; a GPU's padded
-    # head; logits and probabilities of some rows
-    held = e * N * C + (4 + (e if low else 0) + (4 if on_gpu else 0)) * V * C + (e + 4) * rows * V
-    # Then the larger of two: float32 logits for log_softmax, or these rows' share of the head's
-    # gradient (which a CPU casts to float32 to add it up)
-    share = (e + (4 if low and not on_gpu else 0)) * V * C
-    return hidden + held + max(4 * rows * V if low else 0, share)
+    softmax_rows = min(SOFTMAX_ROWS_GPU if on_gpu else SOFTMAX_ROWS_CPU, N)
+    # LinearCrossEntropy: gradient of the rows; the head padded and cast; its gradient, float32;
+    # logits of some rows; scores and probabilities, float32, of some of these
+    held = e * N * C + (e + 4) * V * C + e * rows * V + 8 * softmax_rows * V
+    # and these rows' share of the head's gradient (which a CPU casts to float32 to add it up)
+    return hidden + held + (e + (4 if low and not on_gpu else 0)) * V * C
 
 
 def saved_bytes(model: torch.nn.Module, call: Callable[[], object]) -> int:
