@@ -43,7 +43,7 @@ from distributed import Launch, autocast
 from documents import file_source, local_files
 from memory import largest_micro_batch_for, memory_per_rank, saved_bytes
 from model import GPT, PRESETS, GPTConfig
-from optimizer import make_adamw
+from optimizer import make_optimizer
 from pydocs import read_documents
 from resume import CheckpointWriter, Progress, training_state
 from tokenizer import load_encoder, load_tokenizer
@@ -311,7 +311,7 @@ def measure_saved(config: BenchConfig, dtype: torch.dtype) -> None:
 def peak_of_step(sizes: GPTConfig, batch: int, length: int, dtype: torch.dtype, answers) -> None:
     """In a process of its own: the most bytes it held in two updates of two micro-steps."""
     model = GPT(sizes)
-    optimizer = make_adamw(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     tokens = torch.zeros(2, batch, length, dtype=torch.long)
     for _ in range(2):
         for _ in range(2):
@@ -360,7 +360,7 @@ def bench_memory(config: BenchConfig) -> None:
 def bench_checkpoint(config: BenchConfig) -> None:
     """Until training may go on: written here and now, and copied for the thread that writes it."""
     model = GPT(PRESETS["gpt2"])
-    optimizer = make_adamw(model, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(model, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # the moments

@@ -41,7 +41,7 @@ from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import run_facts, start_log
 from model import GPT, IGNORE_INDEX
-from optimizer import cosine_lr, make_adamw, set_lr
+from optimizer import cosine_lr, make_optimizer, set_lr
 from progress import progress_bar
 from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
 from sampling import PAD_TOKEN, check_vocabulary
@@ -221,7 +221,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     shard = config.shard_optimizer and launch.world_size > 1
     if config.shard_optimizer and not shard:
         launch.print0("--shard-optimizer: one rank keeps all of it")
-    optimizer = make_adamw(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
+    optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
                            weight_decay=config.weight_decay, shard=shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     raw_model.checkpoint_activations = config.activation_checkpointing

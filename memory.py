@@ -53,7 +53,7 @@ class Memory:
 
     weights: int  # float32, and their copies in autocast's dtype
     gradients: int
-    optimizer: int  # AdamW's two moments; of the fullest rank, where they are sharded
+    optimizer: int  # the moments; of the fullest rank, where they are sharded
     activations: int  # kept for backward; in proportion to the micro-batch
     loss: int  # head, logits, and the gradients that the loss makes at once
 
@@ -69,23 +69,32 @@ def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in GPT(sizes).named_parameters()}
 
 
-def moment_bytes(sizes: GPTConfig, world_size: int = 1) -> int:
-    """AdamW's moments, 2 x 4 bytes a parameter, on the rank that holds most of them.
+def moment_bytes(sizes: GPTConfig, world_size: int = 1, muon: bool = False) -> int:
+    """The optimizer's moments, 2 x 4 bytes a parameter (of Muon's matrices 1 x 4), on the rank that
+    holds most of them.
 
-    ZeroRedundancyOptimizer gives away whole tensors, group by group (matrices, then vectors) and
-    largest first, each to the rank with least so far: one has the whole token embedding.
+    ZeroRedundancyOptimizer gives away whole tensors, group by group (Muon's, other matrices,
+    vectors) and largest first, each to the rank with least so far: one has the whole token
+    embedding.
     """
-    shapes, held = parameter_shapes(sizes).values(), [0] * world_size  # parameters
-    for group in ([s for s in shapes if len(s) >= 2], [s for s in shapes if len(s) < 2]):
-        for shape in sorted(group, key=torch.Size.numel, reverse=True):
-            held[held.index(min(held))] += shape.numel()
-    return 8 * max(held)
+    groups: list[list[tuple[int, int]]] = [[], [], []]  # of (parameters, bytes of each)
+    for name, shape in parameter_shapes(sizes).items():
+        of_muon = muon and name.startswith("transformer.h.") and len(shape) == 2
+        place = 0 if of_muon else 1 if len(shape) >= 2 else 2
+        groups[place].append((shape.numel(), 4 if of_muon else 8))
+    held, moments = [0] * world_size, [0] * world_size  # parameters, bytes
+    for group in groups:
+        for count, each in sorted(group, reverse=True):
+            rank = held.index(min(held))
+            held[rank] += count
+            moments[rank] += count * each
+    return max(moments)
 
 
 def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length: int,
                     dtype: torch.dtype, world_size: int = 1, shard_optimizer: bool = False,
                     activation_checkpointing: bool = False, compiled: bool = False,
-                    device_type: str = "cuda") -> Memory:
+                    muon: bool = False, device_type: str = "cuda") -> Memory:
     """What a rank holds while it trains on micro-batches of micro_batch_size x sequence_length.
 
     With DDP the gradients are views of its buckets, so that they are not held twice. What backward
@@ -117,7 +126,7 @@ def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length:
     else:
         activations = sizes.n_layer * block + outside
     return Memory(weights=4 * total + cast, gradients=4 * total, activations=activations,
-                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1),
+                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1, muon),
                   loss=loss_bytes(sizes, N, dtype, compiled, device_type))
 
 

@@ -43,7 +43,7 @@ from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
 from model import GPT, PRESETS, GPTConfig
-from optimizer import cosine_lr, make_adamw, set_lr
+from optimizer import RECIPES, make_optimizer, set_lr
 from progress import progress_bar
 from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
 from sampling import decode_generation, generate, tokenize_batch_input
@@ -51,6 +51,15 @@ from shards import read_manifest
 
 ROOT = Path(__file__).resolve().parent
 SAMPLES = "samples.jsonl"
+
+
+def defaults(name: str) -> str:
+    """What a setting is in every recipe, for --help."""
+    values = {recipe: getattr(settings, name) for recipe, settings in RECIPES.items()}
+    if len({*values.values()}) == 1:
+        return f"default: {values['gpt2']}"
+    return "default: " + ", ".join(f"{value} in {recipe}" for recipe, value in values.items()
+                                   if value is not None)
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,21 @@ class TrainerConfig:
         32, "sequences per rank and micro-step; auto: as many as fit into memory", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
     max_steps: int | None = flag(None, "updates (default: one epoch of the shards)", minimum=1)
-    warmup_steps: int = flag(715, "updates of linear warm-up", minimum=0)
-    max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
-    min_lr: float = flag(6e-5, "learning rate at the end of the cosine", minimum=0)
-    weight_decay: float = flag(0.1, "on matrices and embeddings only", minimum=0)
-    beta1: float = flag(0.9, "AdamW's decay of the mean gradient", minimum=0, below=1)
-    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0, below=1)
+    recipe: Literal["gpt2", "fast"] = flag("gpt2", "gpt2: AdamW and a cosine; fast: Muon for the "
+                                                   "blocks' matrices, a line to 0")
+    warmup_steps: int | None = flag(None, f"updates of linear warm-up ({defaults('warmup_steps')})",
+                                    minimum=0)
+    max_lr: float | None = flag(None, "learning rate after the warm-up "
+                                      f"({defaults('max_lr')})", minimum=0)
+    min_lr: float | None = flag(None, f"learning rate at the end ({defaults('min_lr')})", minimum=0)
+    muon_lr: float | None = flag(None, "Muon's learning rate after the warm-up; it falls as "
+                                       f"--max-lr's does ({defaults('muon_lr')})", minimum=0)
+    weight_decay: float | None = flag(None, "on matrices and embeddings only "
+                                            f"({defaults('weight_decay')})", minimum=0)
+    beta1: float | None = flag(None, "AdamW's decay of the mean gradient "
+                                     f"({defaults('beta1')})", minimum=0, below=1)
+    beta2: float | None = flag(None, "AdamW's decay of the mean squared gradient "
+                                     f"({defaults('beta2')})", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's floor under the root", minimum=0)
     grad_clip: float = flag(1.0, "largest global gradient norm", minimum=0)
     eval_interval: int = flag(250, "updates between validations and samples", minimum=1)
@@ -102,10 +120,26 @@ class TrainerConfig:
     loss_graph: str | None = flag(None, "the PNG to draw (default: OUT_DIR/pretrain_loss.png)")
 
 
-# What a resumed run may not change: the model, which windows an update sees, what is validated.
-FIXED_ON_RESUME = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
+# What a resumed run may not change: the model, the optimizer, which windows an update sees, what is
+# validated.
+FIXED_ON_RESUME = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
                    "sequence_length", "seed", "data_sha256", "eval_tokens")
 OF_ONE_NODE = ("data_dir", "device")  # all other facts are the same on all ranks
+
+
+def with_recipe(config: TrainerConfig) -> TrainerConfig:
+    """The settings with the recipe's in place of those that were not given. Raises UserError for
+    one that the recipe has no use for."""
+    settings = {name: value for name, value in vars(RECIPES[config.recipe]).items()
+                if name in TrainerConfig.__dataclass_fields__ and getattr(config, name) is None}
+    config = dataclasses.replace(config, **settings)
+    if config.muon_lr is not None and RECIPES[config.recipe].muon_lr is None:
+        raise UserError(f"--muon-lr is of no use in --recipe {config.recipe}: leave it out, or "
+                        "give --recipe fast")
+    if config.muon_lr is not None and config.max_lr == 0:
+        raise UserError("--max-lr 0: Muon's learning rate falls in proportion to it; give a small "
+                        "number")
+    return config
 
 
 def model_config(config: TrainerConfig) -> GPTConfig:
@@ -182,6 +216,7 @@ def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
 def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Pre-trains from the first or the resumed update to the last, or until a signal; returns the
     final model."""
+    config, recipe = with_recipe(config), RECIPES[config.recipe]
     out_dir, device, stop = Path(config.out_dir), launch.device, stop or StopRequest()
     image = Path(config.loss_graph or out_dir / "pretrain_loss.png")
 
@@ -210,15 +245,19 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
         raw_model = load_model(folder, device).train()
     else:
         torch.manual_seed(config.seed)
-        raw_model = GPT(sizes).to(device)
+        raw_model = GPT(sizes)
+        if recipe.zero_projections:
+            raw_model.zero_projections()
+        raw_model.to(device)
         seed_rank(config.seed, 0, launch)
     raw_model.checkpoint_activations = config.activation_checkpointing
     dtype = pick_dtype(config.dtype, device)
     shard = config.shard_optimizer and launch.world_size > 1
     if config.shard_optimizer and not shard:
         launch.print0("--shard-optimizer: one rank keeps all of it")
-    optimizer = make_adamw(raw_model, lr=config.max_lr, betas=(config.beta1, config.beta2),
-                           eps=config.eps, weight_decay=config.weight_decay, shard=shard)
+    optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(config.beta1, config.beta2),
+                               eps=config.eps, weight_decay=config.weight_decay,
+                               muon_lr=config.muon_lr, shard=shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = Progress()
     if is_resumed:
@@ -231,7 +270,8 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     micro_batch_size = candidates[0]
     if config.micro_batch_size == "auto":
         ranks = launch.world_size if shard else 1
-        moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks)  # still to be made
+        moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks,
+                                                      muon=config.muon_lr is not None)
         micro_batch_size = find_micro_batch(
             raw_model, candidates, launch=launch, dtype=dtype, compiled=compiled,
             sequence_length=config.sequence_length, optimizer_bytes=moments)
@@ -289,8 +329,8 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if is_last or stopping:
                 break
 
-            lr = cosine_lr(step, warmup_steps=config.warmup_steps, max_steps=max_steps,
-                           max_lr=config.max_lr, min_lr=config.min_lr)
+            lr = recipe.schedule(step, warmup_steps=config.warmup_steps, max_steps=max_steps,
+                                 max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):

@@ -106,9 +106,9 @@ def mark_evaluations(folder: Path) -> None:
 
 def note_moments(folder: Path) -> None:
     """Writes how many bytes of optimizer state this process holds at the end."""
-    real, made = trainer.make_adamw, []
+    real, made = trainer.make_optimizer, []
 
-    def make_adamw(*arguments, **options):
+    def make_optimizer(*arguments, **options):
         made.append(real(*arguments, **options))
         return made[-1]
 
@@ -117,7 +117,7 @@ def note_moments(folder: Path) -> None:
         held = sum(v.nbytes for values in state for k, v in values.items() if k != "step")
         (folder / f"moments_{os.environ['RANK']}.txt").write_text(str(held), encoding="utf-8")
 
-    trainer.make_adamw = make_adamw
+    trainer.make_optimizer = make_optimizer
     faults.Launch.barrier = note  # what every rank calls at its end
 
 

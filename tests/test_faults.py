@@ -30,6 +30,7 @@ from checkpoint import list_checkpoints, load_model, load_training_state
 from faults import StopRequest, count_skipped
 from metrics import read_log
 from model import GPT
+from optimizer import RECIPES
 from trainer import train
 
 
@@ -453,8 +454,9 @@ def test_a_streak_is_counted_across_a_restart(corpus, tmp_path, monkeypatch):
         float("nan") if poisoned and torch.is_grad_enabled() else 1.0))
     config = tiny(corpus, tmp_path / "out", save_interval=1)
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.cosine_lr", lambda step, **options: (
-            poisoned.append(1) if step == 4 else None, 1e-3)[1])
+        schedule = lambda step, **options: (  # noqa: E731
+            poisoned.append(1) if step == 4 else None, 1e-3)[1]
+        patch.setitem(RECIPES, "gpt2", dataclasses.replace(RECIPES["gpt2"], schedule=schedule))
         patch.setattr("trainer.set_lr", lambda optimizer, lr: (
             faults_set_lr(optimizer, lr),
             len(poisoned) and os.kill(os.getpid(), signal.SIGTERM)))

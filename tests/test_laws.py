@@ -16,7 +16,8 @@ ROOMS = ["config", "files", "progress", "tokenizer", "documents", "hub", "pydocs
          "corpus", "model", "metrics", "graphs", "dataloader",
          "checkpoint", "optimizer", "distributed", "memory", "faults", "resume", "sampling"]
 SHARED_NAMES = {"main", "train"}  # each script's own story
-CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "Set", "flag", "str"}
+CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "Recipe", "Set", "flag",
+                  "str"}
 
 
 def parse(path: Path) -> ast.Module:

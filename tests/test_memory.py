@@ -18,7 +18,7 @@ from memory import (
     saved_bytes,
 )
 from model import GPT, PRESETS, GPTConfig
-from optimizer import make_adamw
+from optimizer import make_optimizer
 
 SMALL = GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -107,7 +107,7 @@ def test_a_whole_step_allocates_what_is_computed(dtype, checkpointing, tmp_path)
 
 def test_gradients_and_moments_are_the_real_ones():
     model = GPT(SMALL)
-    optimizer = make_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     tokens = torch.zeros(2, 2, 8, dtype=torch.long)
     model(*tokens)[1].backward()
     optimizer.step()
@@ -124,7 +124,7 @@ def test_sharded_moments_are_those_of_the_fullest_rank(world_size):
     """As ZeroRedundancyOptimizer divides them, asked without a process group."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    groups = make_adamw(GPT(SMALL), lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
+    groups = make_optimizer(GPT(SMALL), lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
                         weight_decay=0.1).param_groups
     zero = object.__new__(ZeroRedundancyOptimizer)
     zero.world_size, zero.param_groups, zero._partition_parameters_cache = world_size, groups, []

@@ -5,7 +5,16 @@ import torch
 from conftest import TINY
 
 from model import GPT
-from optimizer import cosine_lr, make_adamw, set_lr
+from optimizer import (
+    cosine_lr,
+    is_block_matrix,
+    linear_lr,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    orthogonal,
+    set_lr,
+)
 
 GPT2 = {"warmup_steps": 715, "max_steps": 19073, "max_lr": 6e-4, "min_lr": 6e-5}
 
@@ -32,7 +41,7 @@ def test_schedule_without_warm_up_and_of_one_step():
 
 def test_only_matrices_and_embeddings_decay():
     model = GPT(TINY)
-    optimizer = make_adamw(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
@@ -51,8 +60,99 @@ def test_first_update_by_hand():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, -2.0]]))
         model.bias.fill_(3.0)
-    optimizer = make_adamw(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
+    optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
     (model.weight * torch.tensor([[4.0, -4.0]])).sum().add(model.bias.sum()).backward()
     optimizer.step()
     assert torch.allclose(model.weight, torch.tensor([[1 * 0.95 - 0.1, -2 * 0.95 + 0.1]]))
     assert torch.allclose(model.bias, torch.tensor([2.9]))
+
+
+@pytest.mark.parametrize("step, lr", [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.6), (100, 0.2),
+                                      (1000, 0.2)])
+def test_a_line_down_by_hand(step, lr):
+    assert linear_lr(step, warmup_steps=10, max_steps=100, max_lr=1.0,
+                     min_lr=0.2) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 32)])
+def test_the_iteration_makes_matrices_nearly_orthogonal(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e4])[: shape[0], None, None]
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonal(matrices)
+    values = torch.linalg.svdvals(found)
+    near = s / s[:, :1] > 0.02  # five steps lift what is not far below the largest
+    assert values[near].min() > 0.6 and values.max() < 1.3
+    cosine = torch.nn.functional.cosine_similarity(found.flatten(1), (u @ v).flatten(1))
+    assert cosine.min() > 0.95
+
+
+def muon_by_hand(weight, grads, lr, weight_decay):
+    """Two updates of one matrix, by the paper's text: q, k, v apart, singular values exact."""
+    momentum = torch.zeros_like(weight)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        direction = 0.95 * momentum + 0.05 * grad
+        weight = weight * (1 - lr * weight_decay)
+        parts = 3 if weight.size(0) == 3 * weight.size(1) else 1
+        updates = []
+        for part in direction.chunk(parts):
+            u, _, v = torch.linalg.svd(part, full_matrices=False)
+            updates.append(u @ v * 0.2 * max(part.shape) ** 0.5)
+        weight = weight - lr * torch.cat(updates)
+    return weight
+
+
+def test_muon_updates_by_hand(monkeypatch):
+    def exactly(matrices):
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        return u @ v
+
+    monkeypatch.setattr("optimizer.orthogonal", exactly)
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5,
+                               muon_lr=0.02)
+    names = [name for name, p in model.named_parameters() if is_block_matrix(name, p)]
+    assert len(names) == 4 * TINY.n_layer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = {name: torch.randn(2, *p.shape) for name, p in model.named_parameters()}
+    for step in range(2):
+        for name, p in model.named_parameters():
+            p.grad = grads[name][step].clone()
+        optimizer.step()
+    plain = make_optimizer(copy := GPT(TINY), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
+    copy.load_state_dict(before, strict=False)
+    for step in range(2):
+        for name, p in copy.named_parameters():
+            p.grad = grads[name][step].clone()
+        plain.step()
+    for (name, p), other in zip(model.named_parameters(), copy.parameters(), strict=True):
+        expected = muon_by_hand(before[name], grads[name], 0.02, 0.5) if name in names else other
+        assert torch.allclose(p, expected, atol=1e-5), name
+
+
+def test_muons_rate_follows_the_other():
+    optimizer = make_optimizer(GPT(TINY), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                               muon_lr=0.4)
+    set_lr(optimizer, 0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.05, 0.05]
+
+
+def test_a_muon_state_comes_back():
+    torch.manual_seed(0)
+    options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    model = GPT(TINY)
+    optimizer = make_optimizer(model, muon_lr=0.4, **options)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    again = make_optimizer(model, muon_lr=0.8, **options)
+    load_optimizer_state(again, optimizer_state(optimizer, is_master=True))
+    assert again.param_groups[0]["lr_scale"] == 8  # settings are the new ones'
+    for p in model.parameters():
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(again.state[p][name], value)
+    with pytest.raises((KeyError, ValueError)):  # of the other recipe
+        load_optimizer_state(make_optimizer(model, **options),
+                             optimizer_state(optimizer, is_master=True))

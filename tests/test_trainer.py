@@ -132,7 +132,7 @@ def test_golden_trace(corpus, tmp_path):
 
 
 def test_defaults_are_the_missions():
-    config = TrainerConfig()
+    config = trainer.with_recipe(TrainerConfig())
     assert (config.total_batch_size, config.micro_batch_size, config.sequence_length) == (
         2**19, 32, 1024)
     assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (
@@ -449,7 +449,7 @@ def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatc
         return slow
 
     monkeypatch.setattr(trainer, "seconds_on", lambda device: now[0])
-    for place, name, seconds in ((trainer, "cosine_lr", 1), (trainer, "mean_loss", 1000),
+    for place, name, seconds in ((trainer, "set_lr", 1), (trainer, "mean_loss", 1000),
                                  (trainer.CheckpointWriter, "save", 1000)):
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
