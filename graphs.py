@@ -20,12 +20,14 @@ def check_image(image: Path) -> None:
 
 
 def draw_runs(runs: Sequence[tuple[str, Path]], image: Path, title: str) -> None:
-    """Draws one or several (label, run log) into one PNG, a colour each: the loss with the skipped
-    updates, and, where they were logged, the learning rate and the gradient norm below it."""
+    """Draws one or several (label, run log) into one PNG, a colour each label: the loss with the
+    skipped updates, and, where they were logged, the learning rate and the gradient norm below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import: only when needed
     from matplotlib.figure import Figure
 
     logs = [(f"{label} " if len(runs) > 1 else "", read_log(path)) for label, path in runs]
+    labels = list(dict.fromkeys(label for label, _ in logs))
+    colors = [f"C{labels.index(label)}" for label, _ in logs]
     if not any(points(records, kind, "loss") for _, records in logs for kind in ("train", "val")):
         raise UserError(f"no loss in {', '.join(str(path) for _, path in runs)}: nothing to draw")
     names = [name for name in ("lr", "grad_norm")
@@ -35,14 +37,15 @@ def draw_runs(runs: Sequence[tuple[str, Path]], image: Path, title: str) -> None
                                    height_ratios=[3.5, *[1] * len(names)])[:, 0]
     for axes in (loss, *below):
         axes.grid(alpha=0.3)
-    for i, (label, records) in enumerate(logs):
-        draw_loss(loss, label, records, f"C{i}")
+    for (label, records), color in zip(logs, colors, strict=True):
+        draw_loss(loss, label, records, color)
     loss.set(title=plain(title), ylabel="cross-entropy, nats per token")
-    loss.legend()
+    entries = dict(zip(*reversed(loss.get_legend_handles_labels()), strict=True))
+    loss.legend(entries.values(), entries.keys())
     for axes, name in zip(below, names, strict=True):
         lines = [points(records, "train", name) or ((), ()) for _, records in logs]
-        for i, line in enumerate(lines):
-            axes.plot(*line, color=f"C{i}", linewidth=0.8)
+        for line, color in zip(lines, colors, strict=True):
+            axes.plot(*line, color=color, linewidth=0.8)
         axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[name])
         values = [y for _, ys in lines for y in ys]
         if name == "grad_norm" and max(values) > 10 * min(values) > 0:

@@ -301,10 +301,10 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
         peak, flops = peak_flops(device), flops_per_token(raw_model, config.sequence_length)
         batches = train_loader.stream(progress.step, grad_accum_steps,
                                       lambda x: to_device(x, device))
-        stopping = False
-        clock, clock_step = seconds_on(device), progress.step  # of the last record in the log
+        stopping, begun, beside_updates = False, seconds_on(device), 0.0  # seconds
+        clock, clock_step = begun, progress.step  # of the last record in the log
         while True:
-            step = progress.step
+            step, now = progress.step, seconds_on(device)
             is_last = step >= max_steps
             eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
                         and progress.val_loss is None)
@@ -324,8 +324,9 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             save_due = is_last or stopping or (step % config.save_interval == 0 and step > 0)
             if save_due:
                 writer.save(progress, raw_model, optimizer, scaler)
-            if eval_due or save_due:
-                clock, clock_step = seconds_on(device), step  # neither counts as training time
+            if eval_due or save_due:  # neither counts as training time
+                clock, clock_step = seconds_on(device), step
+                beside_updates += clock - now
             if is_last or stopping:
                 break
 
@@ -372,6 +373,9 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 bar.write(f"update {step} was skipped: loss {loss}, gradient norm {grad_norm}")
             writer.poll()
             bar.update()
+        taken = seconds_on(device) - begun
+        if launch.is_master:
+            log.write(step, "end", seconds=taken, beside_updates_s=beside_updates)
 
     # 4. What is left behind
     if launch.is_master and stopping:
@@ -379,7 +383,8 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     elif launch.is_master:
         draw_runs([("", out_dir / "metrics.jsonl")], image, "Pre-training loss")
         print(f"finished {max_steps:,} updates, validation loss {progress.val_loss:.4f}: "
-              f"{writer.folder}, graph {image}")
+              f"{writer.folder}, graph {image}; of {taken:,.0f} s, {beside_updates / taken:.1%} "
+              "went into validation and checkpoints")
     return raw_model.eval()
 
 
