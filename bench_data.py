@@ -81,7 +81,7 @@ def bench_tokenising(config: BenchConfig, texts: list[str], path: Path, folder: 
     shard_tokens = min(SHARD_TOKENS, tokens // 3)
     for workers in sorted({1, config.workers}):
         loops = BareLoops(texts, workers)
-        taken = in_turn(config.repeats, bare=lambda loops=loops: seconds(loops.run),
+        taken = in_turn(config.rounds, bare=lambda loops=loops: seconds(loops.run),
                         shards=lambda workers=workers: write_once(path, workers, shard_tokens))
         loops.stop()
         record(config, "tokenise", workers=workers, documents=len(texts), tokens=tokens,
@@ -104,7 +104,7 @@ def bench_encoders(config: BenchConfig, texts: list[str]) -> None:
         different = sum(not np.array_equal(encode(text), reference(text)) for text in texts)
         record(config, "encoder equality", encoder=name, documents=len(texts), different=different)
     measures = {"tiktoken_list": reference, **encoders}
-    taken = in_turn(config.repeats, **{
+    taken = in_turn(config.rounds, **{
         name: lambda encode=encode: seconds(lambda: [encode(text) for text in texts])
         for name, encode in measures.items()})
     for name in encoders:
@@ -122,7 +122,7 @@ def bench_loader(config: BenchConfig, data_dir: Path) -> None:
             loader.batch(step, 0)
         return LOADER_BATCHES * LOADER_BATCH * LOADER_LENGTH / (clock() - begun)
 
-    rates = in_turn(config.repeats, wall=lambda: batches(time.perf_counter),
+    rates = in_turn(config.rounds, wall=lambda: batches(time.perf_counter),
                     cpu=lambda: batches(time.process_time))
     record(config, "loader", tokens_per_sec=rates["wall"], tokens_per_cpu_sec=rates["cpu"])
 
@@ -146,7 +146,7 @@ def bench_loader(config: BenchConfig, data_dir: Path) -> None:
             model.zero_grad(set_to_none=True)
         return seconds(train)
 
-    taken = in_turn(4 * config.repeats, fixed=lambda: step(lambda: fixed),
+    taken = in_turn(4 * config.rounds, fixed=lambda: step(lambda: fixed),
                     stream=lambda: step(next_batch))
     record(config, "loader beside training", step_ms=1000 * taken["stream"],
            wait_ms=1000 * statistics.median(waits),
@@ -155,11 +155,12 @@ def bench_loader(config: BenchConfig, data_dir: Path) -> None:
 
 
 def load_texts(config: BenchConfig) -> list[str]:
+    limit = QUICK_DOCUMENTS if config.quick else config.max_documents
     if config.files is None:
-        return [document.text for document in read_documents()][: config.max_documents]
+        return [document.text for document in read_documents()][:limit]
     parts = file_source(local_files(config.files)).open_unit(0)
     texts = (text for part in parts for text in part.read() if text)
-    return list(itertools.islice(texts, config.max_documents))
+    return list(itertools.islice(texts, limit))
 
 
 def bench_data(config: BenchConfig) -> None:

@@ -13,19 +13,19 @@ from model import GPT, GPTConfig
 from sampling import generate
 
 NEW_TOKENS, BATCHES, PROMPTS = 128, (1, 8, 32), (32, 512)
-EVAL_SHAPE = (8, 1024)
+EVAL_SHAPE, QUICK_EVAL_SHAPE = (8, 1024), (2, 128)
 
 
-def make_decoding(way: str, sizes: GPTConfig, batch: int, prompt: int, new: int,
-                  dtype: torch.dtype, device: str) -> Callable[[], float]:
-    """Continues `batch` prompts of `prompt` tokens greedily by `new` tokens; returns what the last
-    tokens add up to, which tells whether two ways agree."""
+def make_decoding(way: str, sizes: GPTConfig, prompts: torch.Tensor, new: int, dtype: torch.dtype,
+                  device: str) -> Callable[[], float]:
+    """Continues prompts (B, T) greedily by `new` tokens; returns what the last tokens add up to,
+    which tells whether two ways agree."""
     if way == "ours":
         start(device)
     torch.manual_seed(0)
     model = GPT(sizes).eval()
     model = (as_hugging_face(model).eval() if way == "hugging_face" else model).to(device, dtype)
-    ids = real_tokens(batch * prompt).view(batch, prompt).to(device)
+    ids = prompts.to(device)
     masks = torch.ones_like(ids)
 
     def continued() -> float:
@@ -40,8 +40,9 @@ def make_decoding(way: str, sizes: GPTConfig, batch: int, prompt: int, new: int,
 
 def measure_decoding(config: BenchConfig, name: str, batch: int, prompt: int, new: int,
                      dtype: torch.dtype, device: str = "cpu") -> None:
-    taken = contest(config.repeats + 1, {
-        way: Contestant(make_decoding, way, SIZES[name], batch, prompt, new, dtype, device)
+    prompts = real_tokens(batch * prompt).view(batch, prompt)
+    taken = contest(config.rounds + 1, {
+        way: Contestant(make_decoding, way, SIZES[name], prompts, new, dtype, device)
         for way in ("ours", "hugging_face")})
     rates = {way: result.rate(batch * new) for way, result in taken.items()}
     same = taken["ours"].results[0] == taken["hugging_face"].results[0]
@@ -60,14 +61,12 @@ def bench_decode(config: BenchConfig) -> None:
             measure_decoding(config, "124M", batch, prompt, NEW_TOKENS, torch.float32)
 
 
-def make_validation(way: str, sizes: GPTConfig, shape: tuple[int, int],
+def make_validation(way: str, sizes: GPTConfig, inputs: torch.Tensor, targets: torch.Tensor,
                     dtype: torch.dtype) -> Callable[[], float]:
-    """The mean loss of one batch."""
+    """The mean loss of one batch of inputs and targets (B, T)."""
     launch = start("cpu") if way == "ours" else Launch(0, 1, torch.device("cpu"))
     torch.manual_seed(0)
     model = GPT(sizes)
-    tokens = real_tokens(shape[0] * shape[1] + 1)
-    inputs, targets = tokens[:-1].view(shape), tokens[1:].view(shape)
 
     @torch.no_grad()
     def textbook() -> float:
@@ -81,10 +80,12 @@ def make_validation(way: str, sizes: GPTConfig, shape: tuple[int, int],
 
 
 def bench_eval(config: BenchConfig) -> None:
-    name, shape = ("tiny", (4, 256)) if config.quick else ("124M", EVAL_SHAPE)
+    name, shape = ("tiny", QUICK_EVAL_SHAPE) if config.quick else ("124M", EVAL_SHAPE)
+    tokens = real_tokens(shape[0] * shape[1] + 1)
+    inputs, targets = tokens[:-1].view(shape), tokens[1:].view(shape)
     for dtype in (torch.float32, torch.bfloat16):
-        taken = contest(config.repeats + 1, {
-            way: Contestant(make_validation, way, SIZES[name], shape, dtype)
+        taken = contest(config.rounds + 1, {
+            way: Contestant(make_validation, way, SIZES[name], inputs, targets, dtype)
             for way in ("ours", "textbook")})
         rates = {way: result.rate(shape[0] * shape[1]) for way, result in taken.items()}
         ours, textbook = (taken[way].results[0] for way in ("ours", "textbook"))

@@ -118,6 +118,6 @@ def bench_checkpoint(config: BenchConfig) -> None:
                 writer.wait()
                 return waited
 
-            taken = in_turn(config.repeats, here=lambda: seconds(here), copied=copied)
+            taken = in_turn(config.rounds, here=lambda: seconds(here), copied=copied)
     record(config, "checkpoint", model="gpt2", written_here_s=taken["here"],
            copied_s=taken["copied"], ratio=taken["here"] / taken["copied"])

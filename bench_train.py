@@ -5,6 +5,8 @@ The textbook's step is the one of nanoGPT and build-nanogpt: eager, all logits a
 defaults. It runs on our `GPT`, whose blocks are the textbook's; `return_logits=True` is its loss.
 """
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,19 +29,28 @@ from tokenizer import EOT_TOKEN, load_encoder
 SIZES = {"tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128),
          "30M": GPTConfig(n_layer=6, n_head=6, n_embd=384), "124M": GPTConfig()}
 WAYS = ("ours", "textbook", "hugging_face")
+SHAPE, QUICK_SHAPE = (4, 1024), (2, 128)  # (B, T) of the updates that are timed
 LOSS_STEPS, LOSS_SHAPE = 20, (4, 256)
-WIDE_SHAPE = (32, 256)  # micro-batch 32
+WIDE_SHAPE, QUICK_WIDE_SHAPE = (32, 256), (32, 64)  # micro-batch 32
+RUN_UPDATES, RUN_TOKENS = 40, 8192
+CORPUS_TOKENS = 200_000
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def real_tokens(count: int) -> torch.Tensor:
-    """So many ids of the embedded corpus, (count,) int64."""
+    """So many ids of the embedded corpus, (count,) int64, from its start again if need be."""
+    ids = torch.tensor(corpus_ids())
+    return ids.repeat(-(-count // len(ids)))[:count]
+
+
+@functools.cache
+def corpus_ids() -> list[int]:
     encode, ids = load_encoder("tiktoken"), []
     for document in read_documents():
         ids += [EOT_TOKEN, *encode(document.text).tolist()]
-        if len(ids) >= count:
-            return torch.tensor(ids[:count])
-    return torch.tensor(ids).repeat(-(-count // len(ids)))[:count]
+        if len(ids) >= CORPUS_TOKENS:
+            break
+    return ids
 
 
 def make_training(way: str, sizes: GPTConfig, shape: tuple[int, int], dtype: torch.dtype,
@@ -52,8 +63,10 @@ def make_training(way: str, sizes: GPTConfig, shape: tuple[int, int], dtype: tor
     model = GPT(sizes).to(device)
     if way == "hugging_face":
         model = as_hugging_face(model).to(device)
-    optimizer = (make_optimizer(model, **ADAMW) if way == "ours" else
-                 torch.optim.AdamW(model.parameters(), **ADAMW))
+    optimizer = make_optimizer(model, **ADAMW)
+    if way != "ours":  # the same groups, PyTorch's default kernels
+        options = {"foreach": None, "fused": None}
+        optimizer = torch.optim.AdamW([group | options for group in optimizer.param_groups])
     if compiled:
         model.compile()
     (B, T), where = shape, torch.device(device)
@@ -106,7 +119,7 @@ def furthest(losses: list[float], others: list[float]) -> float:
 def measure_speed(config: BenchConfig, name: str, shape: tuple[int, int], dtype: torch.dtype,
                   ways: tuple[str, ...]) -> None:
     """Tokens a second of a whole update, one unmeasured first."""
-    results = train_in_turn(ways, config.repeats + 1, SIZES[name], shape, dtype)
+    results = train_in_turn(ways, config.rounds + 1, SIZES[name], shape, dtype)
     rates = {way: result.rate(shape[0] * shape[1]) for way, result in results.items()}
     flops = flops_per_token(GPT(SIZES[name]), shape[1])
     record(config, "training", model=name, dtype=str(dtype).removeprefix("torch."),
@@ -121,9 +134,10 @@ def measure_speed(config: BenchConfig, name: str, shape: tuple[int, int], dtype:
 def measure_losses(config: BenchConfig, name: str, ways: tuple[str, ...]) -> None:
     """The largest relative difference of a loss in 20 updates; in bfloat16 beside that between two
     seeds of the weights."""
+    shape = QUICK_SHAPE if config.quick else LOSS_SHAPE
     for dtype in (torch.float32, torch.bfloat16):
-        results = train_in_turn(ways, LOSS_STEPS, SIZES[name], LOSS_SHAPE, dtype)
-        other = train_in_turn(("textbook",), LOSS_STEPS, SIZES[name], LOSS_SHAPE, dtype, seed=1)
+        results = train_in_turn(ways, LOSS_STEPS, SIZES[name], shape, dtype)
+        other = train_in_turn(("textbook",), LOSS_STEPS, SIZES[name], shape, dtype, seed=1)
         record(config, "losses", model=name, dtype=str(dtype).removeprefix("torch."),
                updates=LOSS_STEPS, first=results["ours"].results[0],
                last=results["ours"].results[-1],
@@ -135,44 +149,51 @@ def measure_losses(config: BenchConfig, name: str, ways: tuple[str, ...]) -> Non
 
 def measure_peak(config: BenchConfig, name: str, dtype: torch.dtype) -> None:
     """The most memory of a whole process in three updates of micro-batch 32."""
-    results = train_in_turn(("ours", "textbook"), 3, SIZES[name], WIDE_SHAPE, dtype)
+    shape = QUICK_WIDE_SHAPE if config.quick else WIDE_SHAPE
+    results = train_in_turn(("ours", "textbook"), 3, SIZES[name], shape, dtype)
     record(config, "training memory", model=name, dtype=str(dtype).removeprefix("torch."),
-           micro_batch_size=WIDE_SHAPE[0], sequence_length=WIDE_SHAPE[1],
+           micro_batch_size=shape[0], sequence_length=shape[1],
            ours_bytes=results["ours"].peak, textbook_bytes=results["textbook"].peak,
            ratio=results["ours"].peak / results["textbook"].peak)
 
 
-def measure_run(config: BenchConfig, name: str, folder: Path) -> None:
-    """A run of the trainer with the proportions of the 124M recipe (validation on 4 % of the tokens
-    that were trained on, a checkpoint with every second): what share of it was no update."""
+def trainer_command(config: BenchConfig, name: str, folder: Path, out_dir: Path,
+                    **flags: object) -> list[str]:
+    """The trainer on the embedded corpus, which is written first if it is not there."""
     data = folder / "data"
-    subprocess.run(python_script("pretrain_data/pydocs_corpus.py", "--out-dir", data),
-                   check=True, capture_output=True)
-    sizes, updates, tokens = SIZES[name], 40, 8192
-    subprocess.run(python_script(
-        "trainer.py", "--data-dir", data, "--out-dir", folder / "run", "--device", "cpu", "--dtype",
-        "bfloat16", "--n-layer", sizes.n_layer, "--n-head", sizes.n_head, "--n-embd", sizes.n_embd,
-        "--sequence-length", 256, "--micro-batch-size", 32, "--total-batch-size", tokens,
-        "--max-steps", updates, "--eval-interval", updates // 2, "--eval-tokens",
-        updates // 2 * tokens // 25, "--save-interval", updates), check=True, capture_output=True)
+    if not data.exists():
+        subprocess.run(python_script("pretrain_data/pydocs_corpus.py", "--out-dir", data),
+                       check=True, capture_output=True)
+    sizes = SIZES[name]
+    flags |= {"data_dir": data, "out_dir": out_dir, "device": "cpu", "dtype": "bfloat16",
+              "n_layer": sizes.n_layer, "n_head": sizes.n_head, "n_embd": sizes.n_embd}
+    return python_script("trainer.py", *(part for flag, value in flags.items() for part in
+                                         (f"--{flag.replace('_', '-')}", value)))
+
+
+def measure_run(config: BenchConfig, name: str, folder: Path) -> None:
+    """A run with the proportions of the 124M recipe: validation on 4 % of the tokens that were
+    trained on, a checkpoint with every second one. What share of it was no update?"""
+    updates, tokens = (4, 1024) if config.quick else (RUN_UPDATES, RUN_TOKENS)
+    subprocess.run(trainer_command(
+        config, name, folder, folder / "run", sequence_length=128, micro_batch_size=tokens // 128,
+        total_batch_size=tokens, max_steps=updates, eval_interval=updates // 2,
+        eval_tokens=updates // 2 * tokens // 25, save_interval=updates), check=True,
+        capture_output=True)
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     end = json.loads(lines[-1])
-    record(config, "run", model=name, updates=updates, seconds=end["seconds"],
-           beside_updates_s=end["beside_updates_s"],
+    record(config, "run", model=name, updates=updates, tokens_per_update=tokens,
+           seconds=end["seconds"], beside_updates_s=end["beside_updates_s"],
            share=end["beside_updates_s"] / end["seconds"])
 
 
 def measure_start(config: BenchConfig, name: str, folder: Path) -> None:
     """Seconds of a whole run of one update: with no compiler, its cache cold, its cache warm."""
-    sizes = SIZES[name]
-    for cache in ("no compiler", "cold", "warm"):
-        compiled = [] if cache == "no compiler" else ["--compile"]
-        command = python_script(
-            "trainer.py", "--data-dir", folder / "data", "--out-dir", folder / cache, "--device",
-            "cpu", "--dtype", "bfloat16", "--n-layer", sizes.n_layer, "--n-head", sizes.n_head,
-            "--n-embd", sizes.n_embd, "--sequence-length", 256, "--micro-batch-size", 4,
-            "--total-batch-size", 1024, "--max-steps", 1, "--eval-tokens", 1024, "--sample-steps",
-            0, *compiled)
+    for cache in ("no compiler",) if config.quick else ("no compiler", "cold", "warm"):
+        command = trainer_command(config, name, folder, folder / cache, sequence_length=128,
+                                  micro_batch_size=4, total_batch_size=512, max_steps=1,
+                                  eval_tokens=512, sample_steps=0)
+        command += [] if cache == "no compiler" else ["--compile"]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
         taken = seconds(lambda command=command, environment=environment: subprocess.run(
             command, check=True, capture_output=True, env=environment))
@@ -180,13 +201,11 @@ def measure_start(config: BenchConfig, name: str, folder: Path) -> None:
 
 
 def bench_train(config: BenchConfig) -> None:
-    try:
-        import transformers  # noqa: F401, a dependency of the tests only
-        ways = WAYS
-    except ImportError:
+    ways = WAYS
+    if importlib.util.find_spec("transformers") is None:  # a dependency of the tests only
         print("Hugging Face is not measured: pip install transformers")
         ways = WAYS[:2]
-    names, shape = (("tiny",), (4, 256)) if config.quick else (("30M", "124M"), (4, 1024))
+    names, shape = (("tiny",), QUICK_SHAPE) if config.quick else (("30M", "124M"), SHAPE)
     for dtype in (torch.float32, torch.bfloat16):
         for name in names:
             measure_speed(config, name, shape, dtype, ways)

@@ -32,6 +32,11 @@ class BenchConfig:
     out_dir: str = flag("out/recipes", "recipes: where the runs go")
     log: str | None = flag(None, "append the figures to this file, one JSON object a line")
 
+    @property
+    def rounds(self) -> int:
+        """Measurements of each kind that count."""
+        return 2 if self.quick else self.repeats
+
 
 def seconds(call: Callable[[], object]) -> float:
     begun = time.perf_counter()

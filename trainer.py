@@ -95,7 +95,7 @@ class TrainerConfig:
                                      f"({defaults('beta2')})", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's floor under the root", minimum=0)
     grad_clip: float = flag(1.0, "largest global gradient norm", minimum=0)
-    eval_interval: int = flag(250, "updates between validations and samples", minimum=1)
+    eval_interval: int = flag(500, "updates between validations and samples", minimum=1)
     eval_tokens: int = flag(10_485_760, "validate on the first so many tokens", minimum=1)
     save_interval: int = flag(1000, "updates between checkpoints", minimum=1)
     keep_last: int = flag(5, "checkpoints to keep, beside the best of those that were validated; 0 "

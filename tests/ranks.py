@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.backends.backend_agg  # noqa: F401, as the next: what a run loads on its way
 import torch
 import torch._dynamo
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import faults
 import finetune
@@ -119,6 +120,39 @@ def note_moments(folder: Path) -> None:
 
     trainer.make_optimizer = make_optimizer
     faults.Launch.barrier = note  # what every rank calls at its end
+
+
+def note_collectives(folder: Path) -> None:
+    """Appends what this process reduces: every bucket of gradients, with its bytes and how many
+    parameters had their gradients by then, and the elements of every other reduction."""
+    name, ready = folder / f"collectives_{os.environ['RANK']}.jsonl", []
+    real_parallel, real_reduce = trainer.data_parallel, torch.distributed.all_reduce
+
+    def note(**event) -> None:
+        with open(name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def hook(group, bucket):
+        note(bucket=bucket.index(), bytes=bucket.buffer().nbytes, ready=len(ready))
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def data_parallel(model, launch):
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(ready.append)
+        wrapped = real_parallel(model, launch)
+        wrapped.register_comm_hook(None, hook)
+        return wrapped
+
+    def all_reduce(tensor, *arguments, **options):
+        note(elements=tensor.numel())
+        return real_reduce(tensor, *arguments, **options)
+
+    def summed_loss(self, x, targets, real=GPT.summed_loss):
+        ready.clear()  # a new micro-step
+        return real(self, x, targets)
+
+    trainer.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
+    GPT.summed_loss = summed_loss
 
 
 def free_port() -> int:

@@ -119,18 +119,32 @@ def test_gradients_and_moments_are_the_real_ones():
     assert plan.total == sum(vars(plan).values())
 
 
+@pytest.mark.parametrize("muon_lr", [None, 1e-3])
+def test_moments_are_those_that_an_update_makes(muon_lr):
+    model = GPT(SMALL)
+    optimizer = make_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                               muon_lr=muon_lr)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values()
+               for name, value in state.items() if name != "step")
+    assert moment_bytes(SMALL, muon=muon_lr is not None) == held
+
+
+@pytest.mark.parametrize("muon_lr", [None, 1e-3])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_sharded_moments_are_those_of_the_fullest_rank(world_size):
+def test_sharded_moments_are_those_of_the_fullest_rank(world_size, muon_lr):
     """As ZeroRedundancyOptimizer divides them, asked without a process group."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    groups = make_optimizer(GPT(SMALL), lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
-                        weight_decay=0.1).param_groups
+    groups = make_optimizer(GPT(SMALL), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                            muon_lr=muon_lr).param_groups
     zero = object.__new__(ZeroRedundancyOptimizer)
     zero.world_size, zero.param_groups, zero._partition_parameters_cache = world_size, groups, []
-    held = [sum(p.numel() for group in rank for p in group["params"])
-            for rank in zero._partition_parameters()]
-    assert moment_bytes(SMALL, world_size) == 8 * max(held)
+    held = [sum((4 if group.get("muon") else 8) * p.numel() for group in rank
+                for p in group["params"]) for rank in zero._partition_parameters()]
+    assert moment_bytes(SMALL, world_size, muon=muon_lr is not None) == max(held)
 
 
 def test_what_every_option_saves():

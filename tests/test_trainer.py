@@ -18,10 +18,12 @@ from conftest import (
     run_torchrun,
     user_error,
 )
+from ranks import Ranks
 from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
 import trainer
+from bench_train import make_training
 from checkpoint import list_checkpoints, load_model, load_training_state
 from dataloader import TokenLoader
 from distributed import (
@@ -32,8 +34,11 @@ from distributed import (
     pick_dtype,
     should_compile,
     start,
+    use_fastest_exact_matmul,
 )
 from metrics import read_log
+from optimizer import RECIPES
+from optimizer import set_lr as real_set_lr
 from trainer import TrainerConfig, train
 
 SCRIPT = ROOT / "trainer.py"
@@ -129,6 +134,123 @@ def test_golden_trace(corpus, tmp_path):
     got = trace(tmp_path / "out", "loss", "grad_norm", "lr")
     for step, expected in zip(got, golden, strict=True):
         assert step == pytest.approx(tuple(expected), abs=1e-4)
+
+
+def test_one_reduction_of_the_gradients_an_update_begun_before_backward_ends(corpus, tmp_path):
+    """Two micro-steps an update: gradients are sent once, each byte of them, and the first buckets
+    while later ones are still being computed. Beside them go two floats."""
+    config = tiny(corpus, tmp_path / "out", micro_batch_size=2, max_steps=3, n_embd=128)  # > 1 MB
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "ranks",
+                  note_collectives=tmp_path / "ranks")
+    assert ranks.wait() == [0, 0], ranks.output()
+    parameters = list(load_model(tmp_path / "out").parameters())
+    for rank in (0, 1):
+        lines = (tmp_path / "ranks" / f"collectives_{rank}.jsonl").read_text().splitlines()
+        updates, sizes = [[]], []
+        for event in map(json.loads, lines):
+            if "bucket" in event:
+                updates[-1].append(event)
+            elif event["elements"] == 2:  # loss and whether to stop: an update is agreed on
+                updates.append([])
+            elif event["elements"] not in {b["bytes"] // 4 for b in updates[-1]}:  # a bucket's
+                sizes.append(event["elements"])
+        assert updates.pop() == [] and len(updates) == 3
+        for buckets in updates:
+            assert [bucket["bucket"] for bucket in buckets] == list(range(len(buckets)))
+            assert sum(b["bytes"] for b in buckets) == 4 * sum(p.numel() for p in parameters)
+        for buckets in updates[1:]:  # the first shows DDP in which order gradients come
+            assert len(buckets) > 1 and buckets[0]["ready"] < len(parameters)
+        assert sizes == [3, 3]  # of two validations: loss, targets, whether to stop
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_twenty_updates_of_the_fast_path_are_those_of_the_plain_one(dtype, monkeypatch):
+    """The trainer's settings, loss and fused AdamW against eager PyTorch with all logits and its
+    default AdamW: what bench.py compares, at a size for tests."""
+    monkeypatch.setattr("distributed.keep_freed_memory", lambda: None)
+    before = torch.get_float32_matmul_precision()
+    tokens = torch.randint(50, (20 * 129,), generator=torch.Generator().manual_seed(0))
+    sizes = trainer.GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)
+
+    def losses_of(way: str, seed: int = 0) -> torch.Tensor:
+        update = make_training(way, sizes, (4, 32), dtype, tokens, seed)
+        return torch.tensor([update() for _ in range(20)])
+
+    try:
+        ours = losses_of("ours")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    plain, other = losses_of("textbook"), losses_of("textbook", seed=1)
+    assert plain[-1] < plain[0]
+    apart = ((ours - plain) / plain).abs().max()
+    assert apart < (1e-5 if dtype == torch.float32 else ((other - plain) / plain).abs().max())
+
+
+def test_a_processor_that_rounds_float32_products_is_found_out(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_fastest_exact_matmul()
+        assert torch.get_float32_matmul_precision() in ("medium", "highest")
+        a, b = torch.randn(2, 128, 128)
+        exact = a.double() @ b.double()
+        assert (a @ b - exact).norm() < 2e-6 * exact.norm()
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b, real=torch.Tensor.__matmul__:
+                            real(a.bfloat16(), b.bfloat16()).to(a.dtype)
+                            if a.dtype == torch.float32 else real(a, b))
+        use_fastest_exact_matmul()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ----------------------------------------------------------------------------- the recipes
+
+
+def test_the_fast_recipe_trains_and_goes_on_exactly(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "whole", recipe="fast", keep_last=0)
+    model = train(config, CPU_LAUNCH)
+    values = losses(tmp_path / "whole")
+    assert values[-1] < values[0] - 1  # it learns
+    rates = [lr for lr, in trace(tmp_path / "whole", "lr")]
+    assert rates[2] == rates[3] == 1e-2 and rates[-1] < rates[-2]
+    interrupted(tmp_path / "whole", tmp_path / "again", 5)
+    again = train(dataclasses.replace(config, out_dir=str(tmp_path / "again"), resume=True),
+                  CPU_LAUNCH)
+    assert losses(tmp_path / "again") == values
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_the_fast_recipe_on_two_ranks_is_that_of_one(corpus, tmp_path):
+    one = tiny(corpus, tmp_path / "one", recipe="fast")
+    train(one, CPU_LAUNCH)
+    two = dataclasses.replace(one, out_dir=str(tmp_path / "two"))
+    ranks = Ranks(2, "trainer", flags(two), tmp_path / "ranks")
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+
+
+def test_recipes_give_what_was_not_given_and_say_what_they_cannot_use(corpus, tmp_path):
+    fast = trainer.with_recipe(TrainerConfig(recipe="fast", max_lr=0.25))
+    assert fast.max_lr == 0.25 and fast.min_lr == 0 and fast.muon_lr == RECIPES["fast"].muon_lr
+    assert trainer.with_recipe(TrainerConfig()).muon_lr is None
+    message = user_error(trainer.with_recipe, TrainerConfig(muon_lr=1e-3))
+    assert "--muon-lr" in message and "--recipe fast" in message
+    assert "--max-lr 0" in user_error(trainer.with_recipe, TrainerConfig(recipe="fast", max_lr=0.0))
+    config = tiny(corpus, tmp_path / "out", max_steps=5)
+    train(config, CPU_LAUNCH)
+    facts = load_training_state(tmp_path / "out" / "step_000005")["facts"]
+    assert facts["recipe"] == "gpt2" and facts["weight_decay"] == 0.1  # of the recipe
+    other = dataclasses.replace(config, recipe="fast", resume=True, max_steps=9)
+    message = user_error(train, other, CPU_LAUNCH)
+    assert "--recipe gpt2" in message
+
+
+def test_the_fast_recipe_begins_with_blocks_that_add_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "set_lr", lambda optimizer, lr: real_set_lr(optimizer, 0.0))
+    model = train(tiny(corpus, tmp_path / "out", recipe="fast", max_steps=1), CPU_LAUNCH)
+    idx = torch.randint(50257, (2, 8))
+    expected = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(8))
+    assert torch.equal(model.hidden_states(idx), model.transformer.ln_f(expected))
 
 
 def test_defaults_are_the_missions():
