@@ -10,6 +10,7 @@ from bench_train import SIZES, make_training, real_tokens
 from config import UserError
 from distributed import seconds_on
 from measure import BenchConfig, Contestant, contest, in_turn, record
+from memory import is_out_of_memory
 from metrics import flops_per_token, peak_flops
 from model import GPT
 
@@ -52,17 +53,21 @@ def measure_attention(config: BenchConfig, batch: int, length: int, device: torc
     """Forward and backward of causal attention by every backend that the card has."""
     q, k, v = (torch.randn(batch, 12, length, 64, device=device, dtype=torch.bfloat16,
                            requires_grad=True) for _ in range(3))
+    gradient = torch.randn_like(q)
 
     def attend(backend: SDPBackend) -> float:
         begun = seconds_on(device)
         with sdpa_kernel(backend):
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), gradient)
         return seconds_on(device) - begun
 
     for backend in BACKENDS:
         try:
             taken = in_turn(7, it=lambda backend=backend: attend(backend))["it"]
         except RuntimeError as error:  # "No available kernel"
+            if is_out_of_memory(error):
+                raise
             print(f"attention by {backend.name}: {str(error).splitlines()[0]}")
             continue
         record(config, "gpu attention", backend=backend.name, batch=batch, sequence_length=length,

@@ -1,5 +1,5 @@
 """Compares the trainer's recipes by the tokens they need: every recipe with its own best learning
-rate, found here, then with three seeds; AdamW's gets 2M tokens, Muon's half of them.
+rate, found here, then with three seeds; gpt2 gets 2M tokens, fast half of them.
 
 A run is `python trainer.py` of a small GPT-2 on one thread; as many runs at a time as there are
 cores. All of them stay in --out-dir: the same command goes on where it stopped.
@@ -8,13 +8,12 @@ cores. All of them stay in --out-dir: the same command goes on where it stopped.
 import os
 import shutil
 import statistics
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import UserError
 from graphs import draw_runs
-from measure import BenchConfig, python_script, record
+from measure import BenchConfig, python_script, record, run_quietly
 from metrics import read_log
 
 PROXY = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "sequence_length": 256,
@@ -32,9 +31,13 @@ FIGURE = Path(__file__).resolve().parent / "image" / "recipes.png"
 LOGS = FIGURE.parent / "logs" / "recipes"
 
 
-def run_name(recipe: str, trial: dict, seed: int) -> str:
-    return "_".join([recipe, *(f"{name}{value:g}" for name, value in trial.items()
-                               if name != "min_lr"), f"seed{seed}"])
+def run_name(recipe: str, updates: int, trial: dict, seed: int) -> str:
+    rates = [f"{name}{value:g}" for name, value in trial.items() if name != "min_lr"]
+    return "_".join([recipe, f"{updates}updates", *rates, f"seed{seed}"])
+
+
+def updates_of(config: BenchConfig, recipe: str) -> int:
+    return 4 if config.quick else UPDATES[recipe]
 
 
 def final_loss(log: Path, updates: int) -> float | None:
@@ -44,54 +47,62 @@ def final_loss(log: Path, updates: int) -> float | None:
 
 def run(config: BenchConfig, recipe: str, trial: dict, seed: int) -> float:
     """Trains, or finds that it was done; returns the final validation loss."""
-    updates = UPDATES[recipe] if not config.quick else 4
+    updates = updates_of(config, recipe)
     settings = PROXY | trial | {"recipe": recipe, "seed": seed, "max_steps": updates,
                                 "eval_interval": updates // 4, "save_interval": updates // 4}
     if config.quick:
         settings |= {"n_layer": 1, "n_head": 1, "n_embd": 32, "eval_tokens": 4096}
-    folder = Path(config.out_dir) / run_name(recipe, trial, seed)
+    folder = Path(config.out_dir) / run_name(recipe, updates, trial, seed)
     loss = final_loss(folder / "metrics.jsonl", updates)
     if loss is None:
         flags = [part for name, value in settings.items()
                  for part in (f"--{name.replace('_', '-')}", value)]
-        done = subprocess.run(python_script("trainer.py", "--data-dir", config.data_dir,
-                                            "--out-dir", folder, "--resume", *flags),
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                              text=True)
-        if done.returncode:
-            raise UserError(f"{folder.name}: {done.stderr.strip() or done.returncode}")
+        run_quietly(python_script("trainer.py", "--data-dir", config.data_dir, "--out-dir", folder,
+                                  "--resume", *flags), OMP_NUM_THREADS="1")
         loss = final_loss(folder / "metrics.jsonl", updates)
+        if loss is None:
+            raise UserError(f"{folder.name} was stopped: the same command goes on with it")
     record(config, "recipe run", recipe=recipe, seed=seed, tokens=updates * 4096, loss=loss,
            **trial)
     return loss
 
 
+def draw_recipes(image: Path) -> None:
+    """The curves of the committed logs, a colour a recipe."""
+    logs = sorted(LOGS.glob("*.jsonl"), reverse=True)  # gpt2 first
+    draw_runs([(log.name.partition("_")[0], log) for log in logs], image,
+              "Two recipes, three seeds each; 4,096 tokens an update")
+
+
 def bench_recipes(config: BenchConfig) -> None:
     if config.data_dir is None:
         raise UserError("recipes are compared on token shards: give --data-dir")
-    best, waiting = {}, {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    best, found, logs = {}, {}, []
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         trials = {recipe: [pool.submit(run, config, recipe, trial, SEEDS[0]) for trial in trials]
                   for recipe, trials in TRIALS.items()}
         for recipe, futures in trials.items():
-            losses = [future.result() for future in futures]
-            best[recipe] = TRIALS[recipe][losses.index(min(losses))]
-            waiting[recipe] = [pool.submit(run, config, recipe, best[recipe], seed)
-                               for seed in SEEDS[1:]]
-        losses = {recipe: [run(config, recipe, best[recipe], SEEDS[0]),  # it is there
-                           *(future.result() for future in waiting[recipe])] for recipe in TRIALS}
-    runs = []
+            first = min(futures, key=lambda future: future.result())
+            best[recipe] = TRIALS[recipe][futures.index(first)]
+            found[recipe] = [first, *(pool.submit(run, config, recipe, best[recipe], seed)
+                                      for seed in SEEDS[1:])]
+        losses = {recipe: [future.result() for future in found[recipe]] for recipe in TRIALS}
+    finally:
+        pool.shutdown(cancel_futures=True)
     for recipe, values in losses.items():
-        record(config, "recipe", recipe=recipe, **best[recipe], tokens=UPDATES[recipe] * 4096,
+        updates = updates_of(config, recipe)
+        record(config, "recipe", recipe=recipe, **best[recipe], tokens=updates * 4096,
                losses=[round(value, 4) for value in values], mean=statistics.mean(values),
                deviation=statistics.stdev(values))
-        runs += [(recipe, Path(config.out_dir) / run_name(recipe, best[recipe], seed) /
-                  "metrics.jsonl") for seed in SEEDS]
+        logs += [Path(config.out_dir) / run_name(recipe, updates, best[recipe], seed) /
+                 "metrics.jsonl" for seed in SEEDS]
     record(config, "recipes", token_ratio=UPDATES["fast"] / UPDATES["gpt2"],
            fast_minus_gpt2=statistics.mean(losses["fast"]) - statistics.mean(losses["gpt2"]),
            every_fast_below_every_gpt2=max(losses["fast"]) <= min(losses["gpt2"]))
     if config.log and not config.quick:
-        LOGS.mkdir(parents=True, exist_ok=True)
-        for _, log in runs:
+        shutil.rmtree(LOGS, ignore_errors=True)
+        LOGS.mkdir(parents=True)
+        for log in logs:
             shutil.copyfile(log, LOGS / f"{log.parent.name}.jsonl")
-        draw_runs(runs, FIGURE, "Two recipes, three seeds each")
+        draw_recipes(FIGURE)

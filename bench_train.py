@@ -1,25 +1,33 @@
 """Measures training: this trainer's step against the textbook's and against Hugging Face's model in
 the same loop, each in a process of its own; and what of a run is no training.
 
-The textbook's step is the one of nanoGPT and build-nanogpt: eager, all logits at once, PyTorch's
-defaults. It runs on our `GPT`, whose blocks are the textbook's; `return_logits=True` is its loss.
+The textbook's step is that of nanoGPT and build-nanogpt: all logits at once; on a CPU eager, with
+PyTorch's defaults; on a GPU compiled, fused AdamW, the vocabulary padded to 50304. It runs on our
+`GPT`, whose blocks are the textbook's and whose default loss is its.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from checkpoint import save_checkpoint
-from distributed import autocast, start
-from measure import BenchConfig, Contestant, Taken, contest, python_script, record, seconds
+from distributed import autocast, missing_for_compile, start
+from measure import (
+    BenchConfig,
+    Contestant,
+    Taken,
+    contest,
+    python_script,
+    record,
+    run_quietly,
+    seconds,
+)
 from metrics import flops_per_token
 from model import GPT, GPTConfig
 from optimizer import make_optimizer
@@ -60,12 +68,15 @@ def make_training(way: str, sizes: GPTConfig, shape: tuple[int, int], dtype: tor
     if way == "ours":  # sets what the trainer sets
         start(device)
     torch.manual_seed(seed)
+    on_gpu = torch.device(device).type == "cuda"
+    if way == "textbook" and on_gpu:
+        sizes = dataclasses.replace(sizes, vocab_size=50304)
     model = GPT(sizes).to(device)
     if way == "hugging_face":
         model = as_hugging_face(model).to(device)
     optimizer = make_optimizer(model, **ADAMW)
-    if way != "ours":  # the same groups, PyTorch's default kernels
-        options = {"foreach": None, "fused": None}
+    if way != "ours":  # the same groups; on a CPU PyTorch's default kernels
+        options = {"foreach": None, "fused": on_gpu or None}
         optimizer = torch.optim.AdamW([group | options for group in optimizer.param_groups])
     if compiled:
         model.compile()
@@ -76,9 +87,8 @@ def make_training(way: str, sizes: GPTConfig, shape: tuple[int, int], dtype: tor
         if way == "ours":
             return model(inputs, targets, reduction="sum", return_logits=False)[1] / (B * T)
         if way == "textbook":
-            logits = model(inputs)[0]
-            return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
-        return model(inputs, labels=targets, shift_labels=targets).loss  # its own
+            return model(inputs, targets)[1]
+        return model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
 
     def update() -> float:
         batch = next(batches).to(where)
@@ -162,8 +172,7 @@ def trainer_command(config: BenchConfig, name: str, folder: Path, out_dir: Path,
     """The trainer on the embedded corpus, which is written first if it is not there."""
     data = folder / "data"
     if not data.exists():
-        subprocess.run(python_script("pretrain_data/pydocs_corpus.py", "--out-dir", data),
-                       check=True, capture_output=True)
+        run_quietly(python_script("pretrain_data/pydocs_corpus.py", "--out-dir", data))
     sizes = SIZES[name]
     flags |= {"data_dir": data, "out_dir": out_dir, "device": "cpu", "dtype": "bfloat16",
               "n_layer": sizes.n_layer, "n_head": sizes.n_head, "n_embd": sizes.n_embd}
@@ -175,11 +184,10 @@ def measure_run(config: BenchConfig, name: str, folder: Path) -> None:
     """A run with the proportions of the 124M recipe: validation on 4 % of the tokens that were
     trained on, a checkpoint with every second one. What share of it was no update?"""
     updates, tokens = (4, 1024) if config.quick else (RUN_UPDATES, RUN_TOKENS)
-    subprocess.run(trainer_command(
+    run_quietly(trainer_command(
         config, name, folder, folder / "run", sequence_length=128, micro_batch_size=tokens // 128,
         total_batch_size=tokens, max_steps=updates, eval_interval=updates // 2,
-        eval_tokens=updates // 2 * tokens // 25, save_interval=updates), check=True,
-        capture_output=True)
+        eval_tokens=updates // 2 * tokens // 25, save_interval=updates // 2))
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     end = json.loads(lines[-1])
     record(config, "run", model=name, updates=updates, tokens_per_update=tokens,
@@ -189,14 +197,16 @@ def measure_run(config: BenchConfig, name: str, folder: Path) -> None:
 
 def measure_start(config: BenchConfig, name: str, folder: Path) -> None:
     """Seconds of a whole run of one update: with no compiler, its cache cold, its cache warm."""
-    for cache in ("no compiler",) if config.quick else ("no compiler", "cold", "warm"):
+    missing = missing_for_compile(torch.device("cpu"))
+    if missing:
+        print(f"the start with a compiler is not measured: it needs {missing}")
+    for cache in ("no compiler",) if config.quick or missing else ("no compiler", "cold", "warm"):
         command = trainer_command(config, name, folder, folder / cache, sequence_length=128,
                                   micro_batch_size=4, total_batch_size=512, max_steps=1,
                                   eval_tokens=512, sample_steps=0)
         command += [] if cache == "no compiler" else ["--compile"]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
-        taken = seconds(lambda command=command, environment=environment: subprocess.run(
-            command, check=True, capture_output=True, env=environment))
+        taken = seconds(lambda command=command: run_quietly(
+            command, TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled")))
         record(config, "start", model=name, cache=cache, seconds=taken)
 
 

@@ -105,7 +105,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
-    else:
+    elif torch_device.type == "cpu":
         keep_freed_memory()
         use_fastest_exact_matmul()
     if world_size > 1:
@@ -121,16 +121,28 @@ def start(device: str, deterministic: bool = False) -> Launch:
 
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed for what comes next, where it is the C library. By default it
-    gives every large tensor back to the system, which hands it out again page by page, zeroed: a
-    quarter of a training step on a CPU (bench.py train)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    gives every large tensor back to the system, which hands it out again page by page, zeroed
+    (README, "Speed")."""
+    mallopt = c_function("mallopt")
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def give_back_memory() -> None:
+    """Gives what is free back to the system after all."""
+    trim = c_function("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def c_function(name: str) -> Callable | None:
+    """A function of the C library, if it has that."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+
+
 def use_fastest_exact_matmul() -> None:
-    """Lets oneDNN make float32 matrix products on a CPU: more than twice as fast as MKL on AMD's.
+    """Lets oneDNN make float32 matrix products on a CPU, on AMD's a good deal faster than MKL.
     PyTorch does that only when told that "medium" precision will do, with which some processors
     (Intel's with AMX) round to bfloat16: there, what is exact stays."""
     torch.set_float32_matmul_precision("medium")

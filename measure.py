@@ -107,22 +107,21 @@ class Contestant:
 
     def step(self) -> float:
         """Takes one step; returns its seconds."""
-        self.pipe.send(True)
-        taken, result = self.receive()
+        taken, result = self.ask(True)
         self.results.append(result)
         return taken
 
     def stop(self) -> int:
         """Ends the process; returns the most bytes that it held."""
-        self.pipe.send(False)
-        peak = self.receive()
+        peak = self.ask(False)
         self.process.join()
         return peak
 
-    def receive(self):
+    def ask(self, go_on: bool):
         try:
+            self.pipe.send(go_on)
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # it is gone
             self.process.join()
             raise UserError("a process that was measured ended with "
                             f"{self.process.exitcode}: what it printed says why") from None
@@ -179,6 +178,15 @@ def peak_memory(command: list[str]) -> float | None:
     if process.returncode:
         raise UserError(f"{' '.join(command)} ended with {process.returncode}")
     return peak / 1024
+
+
+def run_quietly(command: list[str], **environment: str) -> None:
+    """Runs a command without showing what it prints. Raises UserError with its last line if it
+    fails."""
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise UserError(f"{Path(command[1]).name} ended with {done.returncode}: {last}")
 
 
 def python_script(name: str, *flags: object) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from distributed import Launch, autocast
+from distributed import Launch, autocast, give_back_memory
 from model import (
     GPT,
     HEAD_MULTIPLE,
@@ -94,7 +94,7 @@ def moment_bytes(sizes: GPTConfig, world_size: int = 1, muon: bool = False) -> i
 def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length: int,
                     dtype: torch.dtype, world_size: int = 1, shard_optimizer: bool = False,
                     activation_checkpointing: bool = False, compiled: bool = False,
-                    muon: bool = False, device_type: str = "cuda") -> Memory:
+                    device_type: str = "cuda") -> Memory:
     """What a rank holds while it trains on micro-batches of micro_batch_size x sequence_length.
 
     With DDP the gradients are views of its buckets, so that they are not held twice. What backward
@@ -126,7 +126,7 @@ def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length:
     else:
         activations = sizes.n_layer * block + outside
     return Memory(weights=4 * total + cast, gradients=4 * total, activations=activations,
-                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1, muon),
+                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1),
                   loss=loss_bytes(sizes, N, dtype, compiled, device_type))
 
 
@@ -134,12 +134,12 @@ def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool,
                device_type: str) -> int:
     """What `GPT.summed_loss` holds at its fullest, for N rows that all have a target."""
     C, V, e, low = sizes.n_embd, sizes.vocab_size, dtype.itemsize, dtype != torch.float32
-    on_gpu = device_type == "cuda"
+    on_gpu = device_type != "cpu"
     hidden = N * C * (4 + e)  # ln_f's output in float32, and in the compute dtype
     if compiled:
         # All logits and their gradient in the compute dtype (the float32 softmax is fused away);
         # the head in it and the head's gradient
-        V += -V % HEAD_MULTIPLE if on_gpu else 0
+        V += -V % HEAD_MULTIPLE if device_type == "cuda" else 0
         return hidden + 2 * e * N * V + 2 * e * V * C
     if dtype == torch.float16:
         # Logits are gone when backward begins: their log-softmax, its gradient and theirs, float32
@@ -270,3 +270,5 @@ def release(model: GPT, device: torch.device) -> None:
     gc.collect()  # an error's frames may hold tensors in a cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "cpu":
+        give_back_memory()

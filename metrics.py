@@ -201,9 +201,9 @@ def open_mirrors(*, tensorboard: bool, wandb: str | None, out_dir: Path, start_s
 
 
 def chart_values(kind: str, values: dict) -> dict[str, int | float]:
-    """What a chart can show of a record, as train/loss, val/loss, train/lr; nothing of "run"."""
+    """What a chart can show of a record, as train/loss, val/loss, train/lr."""
     return {f"{kind}/{name}": value for name, value in values.items()
-            if kind != "run" and name != "step" and isinstance(value, int | float)}
+            if kind not in ("run", "end") and name != "step" and isinstance(value, int | float)}
 
 
 class TensorBoardMirror:

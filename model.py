@@ -24,7 +24,7 @@ INIT_STD = 0.02
 # CPU stops gaining; a GPU wants larger products: 4096 rows are 0.4 GB, not the 3.3 of 32 x 1024.
 LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096
 # Rows of which the softmax is made at once, in float32: on a CPU, what its caches hold (6 MB)
-SOFTMAX_ROWS_CPU, SOFTMAX_ROWS_GPU = 16, 4096
+SOFTMAX_ROWS_CPU, SOFTMAX_ROWS_GPU = 16, 1024
 HEAD_MULTIPLE = 128  # fast kernels want aligned rows: the head's 50257 are padded to 50304
 
 
@@ -255,7 +255,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, with_grad: bool):
         """x (N, C) in the compute dtype, weight (V, C) fp32, targets (N,) all valid -> () fp32."""
         (N, C), V, device = x.shape, len(weight), x.device
-        on_gpu = device.type == "cuda"
+        on_gpu = device.type != "cpu"
         block_rows = min(LOSS_ROWS_GPU if on_gpu else LOSS_ROWS_CPU, max(N, 1))
         softmax_rows = min(SOFTMAX_ROWS_GPU if on_gpu else SOFTMAX_ROWS_CPU, block_rows)
         head = x.new_zeros(V + -V % HEAD_MULTIPLE, C)  # (V', C)

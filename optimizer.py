@@ -9,6 +9,7 @@ import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's quintic iteration
 MUON_MOMENTUM = 0.95
+MUON_BATCH = 12  # matrices at a time: more would only hold more memory
 MUON_RMS = 0.2  # of the elements of an update, per unit of learning rate: about AdamW's
 
 
@@ -60,7 +61,7 @@ class Recipe:
 RECIPES = {
     "gpt2": Recipe(cosine_lr, max_lr=6e-4, min_lr=6e-5, muon_lr=None, warmup_steps=715,
                    weight_decay=0.1, beta1=0.9, beta2=0.95, zero_projections=False),
-    "fast": Recipe(linear_lr, max_lr=6e-3, min_lr=0.0, muon_lr=1.2e-2, warmup_steps=250,
+    "fast": Recipe(linear_lr, max_lr=1.2e-2, min_lr=0.0, muon_lr=6e-3, warmup_steps=250,
                    weight_decay=0.1, beta1=0.9, beta2=0.95, zero_projections=True),
 }
 
@@ -72,7 +73,7 @@ class Muon(torch.optim.AdamW):
     same step, whatever the gradients' sizes. c_attn is three matrices, one above the other: each of
     q, k and v is made orthogonal for itself. As Liu et al. 2025 ("Muon is scalable for LLM
     training") do, updates are scaled to AdamW's usual size, so that learning rates are comparable,
-    and weights decay. Matrices of one shape go through the iteration as one batch.
+    and weights decay. Matrices of one shape go through the iteration in batches.
     """
 
     def __init__(self, groups: list[dict], **options):
@@ -81,19 +82,19 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             if group.get("muon"):
                 self.step_matrices(group)
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if not group.get("muon")]
         try:
-            return super().step(closure)
+            super().step()
         finally:
             self.param_groups = all_groups
 
     def step_matrices(self, group: dict) -> None:
-        batches = defaultdict(list)  # by shape: (target, momentum), wide
+        batches = defaultdict(list)  # by shape: views of (weight, gradient, momentum), wide
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -102,19 +103,22 @@ class Muon(torch.optim.AdamW):
                 state["momentum"] = torch.zeros_like(parameter)
                 state["step"] = torch.zeros(())  # AdamW looks for one wherever there is a state
             momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            direction = torch.lerp(parameter.grad, momentum, group["momentum"])  # Nesterov's
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             rows, columns = parameter.shape
             parts = 3 if rows == 3 * columns else 1  # q, k, v
-            for target, part in zip(parameter.chunk(parts), direction.chunk(parts), strict=True):
-                tall = target.size(0) > target.size(1)
-                target, part = (target.t(), part.t()) if tall else (target, part)
-                batches[target.shape].append((target, part))
+            for views in zip(*(tensor.chunk(parts) for tensor in
+                               (parameter, parameter.grad, momentum)), strict=True):
+                tall = views[0].size(0) > views[0].size(1)
+                wide = [view.t() for view in views] if tall else views
+                batches[wide[0].shape].append(wide)
         for shape, batch in batches.items():
-            targets, directions = zip(*batch, strict=True)
             scale = group["lr"] * MUON_RMS * math.sqrt(max(shape))
-            for target, update in zip(targets, orthogonal(torch.stack(directions)), strict=True):
-                target.sub_(update, alpha=scale)
+            for first in range(0, len(batch), MUON_BATCH):
+                weights, grads, momenta = zip(*batch[first : first + MUON_BATCH], strict=True)
+                directions = torch.lerp(torch.stack(grads), torch.stack(momenta),
+                                        group["momentum"])  # Nesterov's
+                for weight, update in zip(weights, orthogonal(directions), strict=True):
+                    weight.sub_(update, alpha=scale)
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -225,6 +225,8 @@ def check_settings(folder: Path, state: dict, facts: dict, fixed: Iterable[str],
     before = state["facts"]
     changed = sorted(name for name in facts if facts[name] != before.get(name))
     for name in changed:
+        if name not in before:  # written by an earlier version, which knew no such setting
+            continue
         if name == "data_sha256" and name in fixed:
             raise UserError(f"--resume: the data are not those that {folder} was trained on: "
                             "restore them, or start in another --out-dir")

@@ -302,12 +302,16 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
         batches = train_loader.stream(progress.step, grad_accum_steps,
                                       lambda x: to_device(x, device))
         stopping, begun, beside_updates = False, seconds_on(device), 0.0  # seconds
-        clock, clock_step = begun, progress.step  # of the last record in the log
+        first_step = clock_step = progress.step
+        clock = begun  # of the last record in the log, as clock_step
         while True:
-            step, now = progress.step, seconds_on(device)
+            step = progress.step
             is_last = step >= max_steps
             eval_due = ((is_last or step % config.eval_interval == 0) and not stopping
                         and progress.val_loss is None)
+            save_due = is_last or (step % config.save_interval == 0 and step > 0)
+            if eval_due or save_due or stopping:
+                paused = seconds_on(device)
             if eval_due:
                 # the raw module, uncompiled: other shapes would only make it compile again
                 with torch.compiler.set_stance("force_eager"):
@@ -321,12 +325,13 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                         if wants_samples:
                             text = write_sample(raw_model, config, step)
                             bar.write("  " + text.replace("\n", "\n  "))
-            save_due = is_last or stopping or (step % config.save_interval == 0 and step > 0)
-            if save_due:
+            if save_due or stopping:
                 writer.save(progress, raw_model, optimizer, scaler)
-            if eval_due or save_due:  # neither counts as training time
+            if is_last or stopping:
+                writer.wait()
+            if eval_due or save_due or stopping:  # neither counts as training time
                 clock, clock_step = seconds_on(device), step
-                beside_updates += clock - now
+                beside_updates += clock - paused
             if is_last or stopping:
                 break
 
@@ -374,7 +379,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             writer.poll()
             bar.update()
         taken = seconds_on(device) - begun
-        if launch.is_master:
+        if launch.is_master and step > first_step:
             log.write(step, "end", seconds=taken, beside_updates_s=beside_updates)
 
     # 4. What is left behind

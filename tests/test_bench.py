@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import os
 import resource
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -17,7 +19,7 @@ import bench_recipes
 import bench_train
 from bench_memory import bench_memory as measure_memory
 from graphs import draw_runs
-from measure import BenchConfig, Contestant, contest, in_turn
+from measure import BenchConfig, Contestant, contest, in_turn, run_quietly
 from metrics import read_log
 from model import GPTConfig
 
@@ -57,10 +59,23 @@ def test_contestants_are_processes_that_take_turns():
     assert taken["a"].rate(10) == 20 / sum(taken["a"].seconds)  # the median of two
 
 
+def fails_at_once() -> None:
+    raise ValueError("as told")
+
+
 def test_a_contestant_that_fails_ends_the_measurement_with_a_line():
     run = Contestant(make_counter, 0, 2)
     run.step()
     assert "ended with 1" in user_error(run.step)
+    run = Contestant(fails_at_once)
+    run.process.join()  # before it is asked
+    assert "ended with 1" in user_error(run.step)
+
+
+def test_a_command_that_fails_is_one_line(tmp_path):
+    (tmp_path / "x.py").write_text("import os, sys\nsys.exit('no ' + os.environ['WORD'])")
+    assert "x.py ended with 1: no luck" in user_error(
+        run_quietly, [sys.executable, str(tmp_path / "x.py")], WORD="luck")
 
 
 def test_every_data_measurement_runs_and_is_logged(tmp_path, monkeypatch):
@@ -139,7 +154,7 @@ def test_decoding_and_validation_agree_with_what_they_are_measured_against(tmp_p
     bench_decode.measure_decoding(config, "tiny", 2, 8, 4, torch.float32)
     bench_decode.bench_eval(config)
     figures = records_of(tmp_path / "log.jsonl")
-    assert figures["decoding"][0]["same_last_tokens"] and figures["decoding"][0]["ratio"] > 0
+    assert figures["decoding"][0]["same_tokens"] and figures["decoding"][0]["ratio"] > 0
     assert len(figures["validation"]) == 2
     assert figures["validation"][0]["loss_differs"] < 1e-6
 
@@ -169,15 +184,22 @@ def test_the_recipes_are_compared_and_the_comparison_goes_on(tmp_path, monkeypat
     figures = records_of(tmp_path / "log.jsonl")
     assert [found["recipe"] for found in figures["recipe"]] == ["gpt2", "fast"]
     gpt2, fast = (found["losses"] for found in figures["recipe"])
-    for recipe, losses in (("gpt2_max_lr0.01", gpt2), ("fast_max_lr0.01_muon_lr0.01", fast)):
+    for recipe, losses in (("gpt2_4updates_max_lr0.01", gpt2),
+                           ("fast_4updates_max_lr0.01_muon_lr0.01", fast)):
         for seed, loss in enumerate(losses, 1):
             log = read_log(tmp_path / "out" / f"{recipe}_seed{seed}" / "metrics.jsonl")
             assert round(log["val"][4]["loss"], 4) == loss
     assert figures["recipes"][0]["fast_minus_gpt2"] == pytest.approx(
         sum(fast) / 2 - sum(gpt2) / 2, abs=1e-4)
-    monkeypatch.setattr(bench_recipes.subprocess, "run", None)  # all of it is there
+    monkeypatch.setattr(bench_recipes, "run_quietly", None)  # all of it is there
     bench_recipes.bench_recipes(config)
     assert records_of(tmp_path / "log.jsonl")["recipe"][2:] == figures["recipe"]
+    stopped = []
+    monkeypatch.setattr(bench_recipes, "run_quietly", lambda *command, **also: stopped.append(1))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    config = dataclasses.replace(config, out_dir=str(tmp_path / "other"))
+    assert "was stopped: the same command" in user_error(bench_recipes.bench_recipes, config)
+    assert len(stopped) < 6  # what was still to come is not begun
 
 
 def test_runs_of_one_name_are_drawn_in_one_colour(tmp_path, monkeypatch):

@@ -17,9 +17,11 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import metrics
+from bench_recipes import draw_recipes
 from graphs import check_image, draw_runs
 from image.plot_loss import main
 from metrics import RunLog, flops_per_token, open_mirrors, peak_flops, read_log, run_facts
+from optimizer import RECIPES
 from model import GPT, GPTConfig
 
 # In a process of its own: RunLog with both mirrors, as a run that starts at step sys.argv[2].
@@ -433,6 +435,21 @@ def test_the_committed_figures_are_those_of_the_committed_logs(name, title, tmp_
     drawn, committed = imread(tmp_path / "x.png"), imread(image / f"{name}.png")
     # the same but for the last bits of another machine's arithmetic
     assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.002
+
+
+def test_the_committed_comparison_of_recipes_is_that_of_its_logs(tmp_path):
+    draw_recipes(tmp_path / "x.png")
+    drawn, committed = imread(tmp_path / "x.png"), imread(ROOT / "image" / "recipes.png")
+    assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.002
+    summary = [json.loads(line) for line in
+               (ROOT / "image" / "logs" / "bench_recipes.jsonl").read_text("utf-8").splitlines()]
+    for recipe in (record for record in summary if record["bench"] == "recipe"):
+        logs = sorted((ROOT / "image" / "logs" / "recipes").glob(f"{recipe['recipe']}_*.jsonl"))
+        last = [max(read_log(log)["val"].items())[1]["loss"] for log in logs]
+        assert [round(loss, 4) for loss in last] == recipe["losses"] and len(last) == 3
+        settings = RECIPES[recipe["recipe"]]  # --recipe fast is what was compared
+        assert recipe["recipe"] == "gpt2" or (recipe["max_lr"], recipe["muon_lr"]) == (
+            settings.max_lr, settings.muon_lr)
 
 
 def test_plot_loss_draws_one_or_several_logs(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from conftest import CPU_LAUNCH, user_error
 from ranks import Ranks, wait_until
 from test_trainer import flags, interrupted, losses, tiny
 
-from checkpoint import list_checkpoints, load_model, load_training_state
+from checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
 from faults import StopRequest
 from metrics import read_log
 from trainer import train
@@ -338,3 +338,17 @@ def test_a_run_stopped_before_its_last_validation_gets_its_best(corpus, tmp_path
 def losses_by_step(out_dir) -> dict[int, float]:
     return {step: record["loss"]
             for step, record in read_log(out_dir / "metrics.jsonl")["train"].items()}
+
+
+def test_a_checkpoint_from_before_there_were_recipes_is_gone_on_with(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "whole", keep_last=0)
+    train(config, CPU_LAUNCH)
+    interrupted(tmp_path / "whole", tmp_path / "again", 5)
+    folder = tmp_path / "again" / "step_000005"
+    state = load_training_state(folder)
+    del state["facts"]["recipe"]
+    model = load_model(folder)
+    shutil.rmtree(folder)
+    save_checkpoint(tmp_path / "again", 5, model, training_state=state)
+    train(dataclasses.replace(config, out_dir=str(tmp_path / "again"), resume=True), CPU_LAUNCH)
+    assert curves(tmp_path / "again") == curves(tmp_path / "whole")

@@ -183,7 +183,8 @@ def test_twenty_updates_of_the_fast_path_are_those_of_the_plain_one(dtype, monke
     plain, other = losses_of("textbook"), losses_of("textbook", seed=1)
     assert plain[-1] < plain[0]
     apart = ((ours - plain) / plain).abs().max()
-    assert apart < (1e-5 if dtype == torch.float32 else ((other - plain) / plain).abs().max())
+    assert apart < (1e-5 if dtype == torch.float32 else
+                    min(5e-3, ((other - plain) / plain).abs().max()))
 
 
 def test_a_processor_that_rounds_float32_products_is_found_out(monkeypatch):
@@ -576,6 +577,12 @@ def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatc
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
     assert trace(tmp_path / "out", "tokens_per_sec") == [(128.0,)] * STEPS
+    end = read_log(tmp_path / "out" / "metrics.jsonl")["end"]
+    # three validations, two checkpoints, ten updates
+    assert end == {STEPS: {"step": STEPS, "kind": "end", "seconds": 5010.0,
+                           "beside_updates_s": 5000.0}}
+    train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)  # nothing is left to do
+    assert read_log(tmp_path / "out" / "metrics.jsonl")["end"] == end
 
 
 def test_a_run_that_diverges_stops_before_it_saves(corpus, tmp_path):
