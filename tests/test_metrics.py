@@ -21,8 +21,8 @@ from bench_recipes import draw_recipes
 from graphs import check_image, draw_runs
 from image.plot_loss import main
 from metrics import RunLog, flops_per_token, open_mirrors, peak_flops, read_log, run_facts
-from optimizer import RECIPES
 from model import GPT, GPTConfig
+from optimizer import RECIPES
 
 # In a process of its own: RunLog with both mirrors, as a run that starts at step sys.argv[2].
 MIRRORED_RUN = """

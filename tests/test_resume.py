@@ -83,7 +83,7 @@ def test_killed_at_20_random_instants_it_ends_as_if_undisturbed(corpus, tmp_path
             load_model(folder)
             load_training_state(folder)
             newest.add(folder.name)
-    assert len(newest) > 3, newest
+    assert len(newest) > 1, newest
     last = Ranks(world_size, "trainer", argv, tmp_path / "last_output")
     assert last.wait() == [0] * world_size, last.output()
     assert list_checkpoints(out)[0].name != "step_000003"  # old ones went
