@@ -348,7 +348,7 @@ def test_what_a_run_writes(corpus, tmp_path):
     out = tmp_path / "out"
     model = train(tiny(corpus, out), CPU_LAUNCH)
     log = read_log(out / "metrics.jsonl")
-    assert sorted(log) == ["run", "train", "val"]
+    assert sorted(log) == ["end", "run", "train", "val"]
     assert sorted(log["train"]) == list(range(10)) and sorted(log["val"]) == [0, 5, 10]
     for record in log["train"].values():
         assert {"step", "kind", "loss", "lr", "grad_norm", "tokens_per_sec"} <= set(record)
