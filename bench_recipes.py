@@ -5,6 +5,7 @@ A run is `python trainer.py` of a small GPT-2 on one thread; as many runs at a t
 cores. All of them stay in --out-dir: the same command goes on where it stopped.
 """
 
+import json
 import os
 import shutil
 import statistics
@@ -67,6 +68,15 @@ def run(config: BenchConfig, recipe: str, trial: dict, seed: int) -> float:
     return loss
 
 
+def copy_log(log: Path, copy: Path) -> None:
+    """A run log without the paths that mean something on this machine only."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for entry in records:
+        for name in ("data_dir", "out_dir"):
+            entry.pop(name, None)
+    copy.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
+
+
 def draw_recipes(image: Path) -> None:
     """The curves of the committed logs, a colour a recipe."""
     logs = sorted(LOGS.glob("*.jsonl"), reverse=True)  # gpt2 first
@@ -104,5 +114,5 @@ def bench_recipes(config: BenchConfig) -> None:
         shutil.rmtree(LOGS, ignore_errors=True)
         LOGS.mkdir(parents=True)
         for log in logs:
-            shutil.copyfile(log, LOGS / f"{log.parent.name}.jsonl")
+            copy_log(log, LOGS / f"{log.parent.name}.jsonl")
         draw_recipes(FIGURE)
