@@ -181,13 +181,13 @@ def trainer_command(config: BenchConfig, name: str, folder: Path, out_dir: Path,
 
 
 def measure_run(config: BenchConfig, name: str, folder: Path) -> None:
-    """A run with the proportions of the 124M recipe: validation on 4 % of the tokens that were
-    trained on, a checkpoint with every second one. What share of it was no update?"""
+    """A run with the 124M recipe's share of validation, 4 % of the tokens that are trained on (at
+    its begin and its end), and a checkpoint at the end. What share of it was no update?"""
     updates, tokens = (4, 1024) if config.quick else (RUN_UPDATES, RUN_TOKENS)
     run_quietly(trainer_command(
         config, name, folder, folder / "run", sequence_length=128, micro_batch_size=tokens // 128,
-        total_batch_size=tokens, max_steps=updates, eval_interval=updates // 2,
-        eval_tokens=updates // 2 * tokens // 25, save_interval=updates // 2))
+        total_batch_size=tokens, max_steps=updates, eval_interval=updates,
+        eval_tokens=updates * tokens // 50, sample_steps=0))
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     end = json.loads(lines[-1])
     record(config, "run", model=name, updates=updates, tokens_per_update=tokens,
