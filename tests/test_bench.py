@@ -240,7 +240,7 @@ def test_freed_memory_is_kept(tmp_path):
                       "import torch\n"
                       "from distributed import keep_freed_memory\n"
                       "if sys.argv[1] == 'kept':\n    keep_freed_memory()\n"
-                      "torch.ones(2**24)\n"
+                      "for _ in range(5):\n    torch.ones(2**24)\n"
                       "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
                       "for _ in range(10):\n    torch.ones(2**24)\n"
                       "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n")
@@ -248,4 +248,4 @@ def test_freed_memory_is_kept(tmp_path):
     given, kept = (int(run_script(script, how).stdout) for how in ("given", "kept"))
     if given < 5 * pages:
         pytest.skip("the C library here keeps what is freed by itself")
-    assert kept <= 2 * pages
+    assert kept < given / 2
