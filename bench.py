@@ -1,6 +1,6 @@
 """Measurements, each of A against B in turn inside one run: medians, ratios, and what was equal.
 
-    python bench.py train data decode eval --quick         # whether they run: two minutes
+    python bench.py train data decode eval --quick         # whether they run: 2.5 minutes
     python bench.py train --log image/logs/bench_train.jsonl
     python bench.py data --files 'dir/*.parquet' --log image/logs/bench_data.jsonl
     python bench.py recipes --data-dir DIR --log image/logs/bench_recipes.jsonl    # two hours

@@ -172,7 +172,8 @@ def trainer_command(config: BenchConfig, name: str, folder: Path, out_dir: Path,
     """The trainer on the embedded corpus, which is written first if it is not there."""
     data = folder / "data"
     if not data.exists():
-        run_quietly(python_script("pretrain_data/pydocs_corpus.py", "--out-dir", data))
+        run_quietly(python_script("pretrain_data/pydocs_corpus.py", "--out-dir", data,
+                                  "--shard-tokens", 100_000, "--max-tokens", 600_000))
     sizes = SIZES[name]
     flags |= {"data_dir": data, "out_dir": out_dir, "device": "cpu", "dtype": "bfloat16",
               "n_layer": sizes.n_layer, "n_head": sizes.n_head, "n_embd": sizes.n_embd}
