@@ -1,11 +1,14 @@
 """Parameter groups, AdamW and Muon, the recipes, learning-rate schedules as pure functions."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from config import Config, UserError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's quintic iteration
 MUON_MOMENTUM = 0.95
@@ -64,6 +67,30 @@ RECIPES = {
     "fast": Recipe(linear_lr, max_lr=1.2e-2, min_lr=0.0, muon_lr=6e-3, warmup_steps=250,
                    weight_decay=0.1, beta1=0.9, beta2=0.95, zero_projections=True),
 }
+
+
+def in_recipes(name: str) -> str:
+    """What a setting is in every recipe, for --help."""
+    values = {recipe: getattr(settings, name) for recipe, settings in RECIPES.items()}
+    if len({*values.values()}) == 1:
+        return f"default: {values['gpt2']}"
+    return "default: " + ", ".join(f"{value} in {recipe}" for recipe, value in values.items()
+                                   if value is not None)
+
+
+def with_recipe(config: Config) -> Config:
+    """A dataclass of settings with those of its `recipe` in place of what was not given (None).
+    Raises UserError for one that the recipe has no use for."""
+    settings = {name: value for name, value in vars(RECIPES[config.recipe]).items()
+                if hasattr(config, name) and getattr(config, name) is None}
+    config = dataclasses.replace(config, **settings)
+    if config.muon_lr is not None and RECIPES[config.recipe].muon_lr is None:
+        raise UserError(f"--muon-lr is of no use in --recipe {config.recipe}: leave it out, or "
+                        "give --recipe fast")
+    if config.muon_lr is not None and config.max_lr == 0:
+        raise UserError("--max-lr 0: Muon's learning rate falls in proportion to it; give a small "
+                        "number")
+    return config
 
 
 class Muon(torch.optim.AdamW):

@@ -43,7 +43,7 @@ from graphs import check_image, draw_runs
 from memory import find_micro_batch, moment_bytes
 from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
 from model import GPT, PRESETS, GPTConfig
-from optimizer import RECIPES, make_optimizer, set_lr
+from optimizer import RECIPES, in_recipes, make_optimizer, set_lr, with_recipe
 from progress import progress_bar
 from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
 from sampling import decode_generation, generate, tokenize_batch_input
@@ -51,15 +51,6 @@ from shards import read_manifest
 
 ROOT = Path(__file__).resolve().parent
 SAMPLES = "samples.jsonl"
-
-
-def defaults(name: str) -> str:
-    """What a setting is in every recipe, for --help."""
-    values = {recipe: getattr(settings, name) for recipe, settings in RECIPES.items()}
-    if len({*values.values()}) == 1:
-        return f"default: {values['gpt2']}"
-    return "default: " + ", ".join(f"{value} in {recipe}" for recipe, value in values.items()
-                                   if value is not None)
 
 
 @dataclass(frozen=True)
@@ -80,19 +71,19 @@ class TrainerConfig:
     max_steps: int | None = flag(None, "updates (default: one epoch of the shards)", minimum=1)
     recipe: Literal["gpt2", "fast"] = flag("gpt2", "gpt2: AdamW and a cosine; fast: Muon for the "
                                                    "blocks' matrices, a line to 0")
-    warmup_steps: int | None = flag(None, f"updates of linear warm-up ({defaults('warmup_steps')})",
+    warmup_steps: int | None = flag(None, f"updates of linear warm-up ({in_recipes('warmup_steps')})",
                                     minimum=0)
     max_lr: float | None = flag(None, "learning rate after the warm-up "
-                                      f"({defaults('max_lr')})", minimum=0)
-    min_lr: float | None = flag(None, f"learning rate at the end ({defaults('min_lr')})", minimum=0)
+                                      f"({in_recipes('max_lr')})", minimum=0)
+    min_lr: float | None = flag(None, f"learning rate at the end ({in_recipes('min_lr')})", minimum=0)
     muon_lr: float | None = flag(None, "Muon's learning rate after the warm-up; it falls as "
-                                       f"--max-lr's does ({defaults('muon_lr')})", minimum=0)
+                                       f"--max-lr's does ({in_recipes('muon_lr')})", minimum=0)
     weight_decay: float | None = flag(None, "on matrices and embeddings only "
-                                            f"({defaults('weight_decay')})", minimum=0)
+                                            f"({in_recipes('weight_decay')})", minimum=0)
     beta1: float | None = flag(None, "AdamW's decay of the mean gradient "
-                                     f"({defaults('beta1')})", minimum=0, below=1)
+                                     f"({in_recipes('beta1')})", minimum=0, below=1)
     beta2: float | None = flag(None, "AdamW's decay of the mean squared gradient "
-                                     f"({defaults('beta2')})", minimum=0, below=1)
+                                     f"({in_recipes('beta2')})", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's floor under the root", minimum=0)
     grad_clip: float = flag(1.0, "largest global gradient norm", minimum=0)
     eval_interval: int = flag(500, "updates between validations and samples", minimum=1)
@@ -125,21 +116,6 @@ class TrainerConfig:
 FIXED_ON_RESUME = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
                    "sequence_length", "seed", "data_sha256", "eval_tokens")
 OF_ONE_NODE = ("data_dir", "device")  # all other facts are the same on all ranks
-
-
-def with_recipe(config: TrainerConfig) -> TrainerConfig:
-    """The settings with the recipe's in place of those that were not given. Raises UserError for
-    one that the recipe has no use for."""
-    settings = {name: value for name, value in vars(RECIPES[config.recipe]).items()
-                if name in TrainerConfig.__dataclass_fields__ and getattr(config, name) is None}
-    config = dataclasses.replace(config, **settings)
-    if config.muon_lr is not None and RECIPES[config.recipe].muon_lr is None:
-        raise UserError(f"--muon-lr is of no use in --recipe {config.recipe}: leave it out, or "
-                        "give --recipe fast")
-    if config.muon_lr is not None and config.max_lr == 0:
-        raise UserError("--max-lr 0: Muon's learning rate falls in proportion to it; give a small "
-                        "number")
-    return config
 
 
 def model_config(config: TrainerConfig) -> GPTConfig:
