@@ -71,11 +71,12 @@ class TrainerConfig:
     max_steps: int | None = flag(None, "updates (default: one epoch of the shards)", minimum=1)
     recipe: Literal["gpt2", "fast"] = flag("gpt2", "gpt2: AdamW and a cosine; fast: Muon for the "
                                                    "blocks' matrices, a line to 0")
-    warmup_steps: int | None = flag(None, f"updates of linear warm-up ({in_recipes('warmup_steps')})",
-                                    minimum=0)
+    warmup_steps: int | None = flag(None, "updates of linear warm-up "
+                                          f"({in_recipes('warmup_steps')})", minimum=0)
     max_lr: float | None = flag(None, "learning rate after the warm-up "
                                       f"({in_recipes('max_lr')})", minimum=0)
-    min_lr: float | None = flag(None, f"learning rate at the end ({in_recipes('min_lr')})", minimum=0)
+    min_lr: float | None = flag(None, "learning rate at the end "
+                                      f"({in_recipes('min_lr')})", minimum=0)
     muon_lr: float | None = flag(None, "Muon's learning rate after the warm-up; it falls as "
                                        f"--max-lr's does ({in_recipes('muon_lr')})", minimum=0)
     weight_decay: float | None = flag(None, "on matrices and embeddings only "
