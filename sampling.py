@@ -1,41 +1,83 @@
 """Batched sampling from a GPT: prefill the prompts, decode one token at a time, generate.
 
-A batch is right-padded: `input_ids` (B, T) int64 with 0 after the end of a prompt, and
-`attention_masks` (B, T) int64 with 1 on real tokens. Causal attention makes that exact without a
-padding mask: no real token has a pad to its left. Each row then goes on at its own length, over
-the slots that its pads held.
+A batch is right-padded: `input_ids` (B, T) int64, and `attention_masks` (B, T) int64 with 1 on real
+tokens and then 0. Causal attention makes that exact without a padding mask: no real token has a pad
+to its left. Each row then goes on at its own length, over the slots that its pads held.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError
-from model import GPT, KVCache
+from draws import Choice, choose
+from model import GPT, LOSS_ROWS_CPU, LOSS_ROWS_GPU, KVCache
 from tokenizer import EOT_TOKEN, N_VOCAB, decode, encode
 
 PAD_TOKEN = 0  # what a padded place holds; only its mask says that it is padding
+# On a GPU, how many tokens are decoded between two looks at what has finished, for which the host
+# must wait, and how many slots the cache's span grows by, each with a graph of its own
+STEPS_PER_LOOK_GPU, SPAN_GPU = 16, 128
+
+
+# ---------------------------------------------------------------- texts to batches and back
 
 
 def tokenize_batch_input(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts -> input_ids and attention_masks, each (B, T) int64, T the longest prompt's tokens.
 
-    Raises UserError for no prompt at all and for an empty one: there is nothing to continue.
+    All of a prompt is text: "<|endoftext|>" in it is seven tokens and not the one that separates
+    documents. Raises UserError for no prompt at all and for an empty one: there is nothing to
+    continue.
     """
     rows = [encode(prompt) for prompt in prompts]
     if not rows:
         raise UserError("no prompt given")
     if [] in rows:
         raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty")
+    return pad_rows(rows)
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of unequal length -> input_ids and attention_masks, each (B, T) int64."""
     input_ids = torch.full((len(rows), max(map(len, rows))), PAD_TOKEN)  # (B, T)
     attention_masks = torch.zeros_like(input_ids)  # (B, T)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row)
         attention_masks[i, : len(row)] = 1
     return input_ids, attention_masks
+
+
+def generated_rows(output_ids: torch.Tensor, output_masks: torch.Tensor,
+                   prompt_masks: torch.Tensor) -> list[list[int]]:
+    """What `generate` added to every row: its tokens, with <|endoftext|> if it came."""
+    lengths, skips = output_masks.sum(1).tolist(), prompt_masks.sum(1).tolist()
+    return [ids[skip:length] for ids, skip, length in
+            zip(output_ids.tolist(), skips, lengths, strict=True)]
+
+
+def decode_generation(output_ids: torch.Tensor, output_masks: torch.Tensor,
+                      prompt_masks: torch.Tensor | None = None) -> list[str]:
+    """The text of every row of `generate`'s result, without padding and without <|endoftext|>;
+    given the prompts' attention_masks, only what was generated."""
+    if prompt_masks is None:
+        prompt_masks = torch.zeros_like(output_masks)
+    return [decode(row[:-1] if row and row[-1] == EOT_TOKEN else row)
+            for row in generated_rows(output_ids, output_masks, prompt_masks)]
+
+
+def finish_reasons(output_ids: torch.Tensor, output_masks: torch.Tensor,
+                   prompt_masks: torch.Tensor, block_size: int) -> list[str]:
+    """Why every row of `generate`'s result ended: "stop" (<|endoftext|>), "context" (cut, for the
+    context is full) or "length" (max_steps)."""
+    lengths = output_masks.sum(1).tolist()
+    return ["stop" if row and row[-1] == EOT_TOKEN else
+            "context" if length >= block_size else "length" for row, length in
+            zip(generated_rows(output_ids, output_masks, prompt_masks), lengths, strict=True)]
 
 
 def check_vocabulary(model: GPT, checkpoint: str) -> None:
@@ -46,57 +88,174 @@ def check_vocabulary(model: GPT, checkpoint: str) -> None:
                         f"encoding has {N_VOCAB}: it was trained with another tokenizer")
 
 
+# ---------------------------------------------------------------- the ladder
+
+
+def prefill(model: GPT, input_ids: torch.Tensor, lengths: torch.Tensor,
+            cache: KVCache | None) -> torch.Tensor:
+    """Runs the prompts (B, T) through the model, filling cache slots 0 .. T - 1; returns the
+    logits (B, V) of the token after each row's last."""
+    x = model.hidden_states(input_ids, cache)  # (B, T, C)
+    rows = torch.arange(len(x), device=x.device)
+    return model.lm_head(x[rows, lengths - 1])
+
+
+def decode_one_token(model: GPT, token: torch.Tensor, position: torch.Tensor,
+                     cache: KVCache) -> torch.Tensor:
+    """Feeds one token (B,) a row at its position (B,); returns the logits (B, V) of the next."""
+    x = model.hidden_states(token[:, None], cache, position[:, None])  # (B, 1, C)
+    return model.lm_head(x[:, 0])
+
+
 @torch.no_grad()
 def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
-             temperature: float, max_steps: int, *, seed: int = 0,
+             temperature: float, max_steps: int, *, top_k: int = 0, top_p: float = 1.0,
+             repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
+             use_cache: bool = True, on_tokens: Callable[[int, list[int]], None] | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Continues every row until it has emitted <|endoftext|>, or max_steps tokens, or the context
-    is full. Returns (output_ids, output_masks), (B, T') int64 on the model's device, in the same
-    right-padded layout: prompt, new tokens with <|endoftext|> if it came, then pads with mask 0.
+    is full (`finish_reasons` tells which). Returns (output_ids, output_masks), (B, T') int64 on the
+    model's device, in the same right-padded layout: prompt, new tokens with <|endoftext|> if it
+    came, then pads with mask 0.
 
-    Temperature 0 takes the likeliest token. Otherwise a row draws from a random stream of its own,
-    seeded by `seed` and its prompt, so that its text is the same whatever else is in the batch (a
-    prompt given twice gets two streams). Raises UserError for a prompt without room to grow.
+    For temperature, top_k, top_p and repetition_penalty see `draws.Choice`. A row draws from a
+    random stream of its own, named by its prompt and `seed`, or its own seed where there is one for
+    every row, so that its tokens are the same whatever else is in the batch. With one seed, a
+    prompt that is given again has the next one: of two equal rows, the second is what the next seed
+    gives. `use_cache=False` computes everything anew for every token, as a check.
+
+    on_tokens(row, tokens) is called with the new tokens of a row as they come: one at a time, on a
+    GPU some together. An exception that it raises, or a KeyboardInterrupt, ends everything.
+
+    Raises UserError for a prompt without room to grow, naming its length and the limit.
     """
-    check_batch(model, input_ids, attention_masks, temperature, max_steps, seed)
-    device, block_size = model.lm_head.weight.device, model.config.block_size
+    choice = Choice(temperature, top_k, top_p, repetition_penalty)
+    check_batch(model, input_ids, attention_masks, max_steps)
+    seeds = row_seeds(unpadded(input_ids, attention_masks), seed)
+    device = model.transformer.wte.weight.device
+    prompts = (input_ids * attention_masks).to(device)  # (B, T)
     lengths = attention_masks.sum(1).to(device)  # (B,)
-    B, T = len(input_ids), int(lengths.max())
-    total = min(T + max_steps, block_size)
-    output_ids = torch.full((B, total), PAD_TOKEN, device=device)  # (B, total)
-    output_ids[:, :T] = (input_ids * attention_masks)[:, :T]
-    if max_steps == 0:
-        return output_ids, attention_masks[:, :T].to(device)
-
-    max_steps = min(max_steps, total - int(lengths.min()))  # no row has room for more
-    uniforms = row_uniforms(input_ids, attention_masks, max_steps, seed).to(device)
-    cache = KVCache(model.config, B, total, device, model.lm_head.weight.dtype)
-    rows = torch.arange(B, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    logits = prefill(model, output_ids[:, :T], lengths, cache)  # (B, V)
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its training has diverged; use an "
-                        "earlier checkpoint")
-    for step in range(max_steps):
-        token = sample(logits, temperature, uniforms[:, step])  # (B,)
-        place = lengths.clamp(max=total - 1)  # where a full row points does not matter
-        output_ids[rows, place] = torch.where(finished, output_ids[rows, place], token)
-        lengths = lengths + ~finished
-        finished = finished | (token == EOT_TOKEN) | (lengths >= block_size)
-        if step == max_steps - 1 or finished.all():
-            break
-        logits = decode_one_token(model, token, lengths - 1, cache)  # (B, V)
+    T = int(lengths.max())
+    total = min(T + max_steps, model.config.block_size)
+    output_ids = F.pad(prompts[:, :T], (0, total - T), value=PAD_TOKEN)  # (B, total)
+    if max_steps > 0:
+        keys = stream_keys(unpadded(input_ids, attention_masks), seeds).to(device)
+        rows = Continuation(model, choice, output_ids, lengths, max_steps, keys, use_cache)
+        while rows.look(on_tokens):
+            rows.advance()
+        lengths = rows.final_lengths
     T = int(lengths.max())
     masks = torch.arange(T, device=device) < lengths[:, None]  # (B, T')
     return output_ids[:, :T], masks.long()
 
 
-def check_batch(model: GPT, input_ids, attention_masks, temperature: float, max_steps: int,
-                seed: int) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}, expected 0 (the likeliest token) or above")
-    if max_steps < 0 or seed < 0:
-        raise UserError(f"max_steps {max_steps} and seed {seed} must be 0 or above")
+class Continuation:
+    """The rows that are being continued. All that `step` changes it changes in place, so that a
+    CUDA graph of one step is a graph of every one."""
+
+    def __init__(self, model: GPT, choice: Choice, output_ids: torch.Tensor,
+                 lengths: torch.Tensor, max_steps: int, keys: torch.Tensor, use_cache: bool):
+        device, config = output_ids.device, model.config
+        self.model, self.choice, self.output_ids = model, choice, output_ids
+        self.on_gpu, self.graph = device.type == "cuda", None
+        self.final_lengths = lengths.clone()  # (B,), of all rows, also those let go
+        # of the rows kept:
+        self.row = torch.arange(len(lengths), device=device)  # which of the batch it is
+        self.lengths, self.prompt_lengths, self.keys = lengths.clone(), lengths, keys
+        self.ends = (lengths + max_steps).clamp(max=config.block_size)  # the longest it may become
+        self.finished = torch.zeros_like(lengths, dtype=torch.bool)
+        self.told = lengths.tolist()  # how much of it on_tokens knows
+        self.longest = max(self.told)  # no row is longer
+        self.seen = self.cache = None
+        if choice.repetition_penalty != 1:
+            vocab_size = min(config.vocab_size, N_VOCAB)
+            self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=device)
+            for seen, ids, length in zip(self.seen, output_ids, self.told, strict=True):
+                seen[ids[:length]] = True
+        if use_cache:
+            # a CPU computes attention in float32 faster than in bfloat16, and more exactly
+            dtype = torch.float32 if device.type == "cpu" else model.transformer.wte.weight.dtype
+            self.cache = KVCache(config, len(lengths), output_ids.size(1), device, dtype)
+        prompts = output_ids[:, : self.longest]
+        self.logits = prefill(model, prompts, lengths, self.cache)  # (B, V)
+        self.choose()
+
+    def choose(self) -> None:
+        """The next token of every row that has not finished, from `logits`."""
+        draw = self.lengths - self.prompt_lengths
+        token = choose(self.logits, self.choice, self.keys, draw, self.seen)  # (B,)
+        if self.seen is not None:
+            self.seen.scatter_(1, token[:, None], True)
+        place = self.lengths.clamp(max=self.output_ids.size(1) - 1)  # a full row writes nothing
+        written = self.output_ids[self.row, place]
+        self.output_ids[self.row, place] = torch.where(self.finished, written, token)
+        self.lengths += ~self.finished
+        self.finished |= (token == EOT_TOKEN) | (self.lengths >= self.ends)
+
+    def step(self) -> None:
+        """Feeds every row its last token and chooses the next."""
+        if self.cache is None:
+            written = self.output_ids[self.row, : self.longest]
+            self.logits = prefill(self.model, written, self.lengths, None)
+        else:
+            last = self.lengths - 1
+            token = self.output_ids[self.row, last]
+            self.logits.copy_(decode_one_token(self.model, token, last, self.cache))
+        self.choose()
+
+    def advance(self) -> None:
+        """As many steps as come between two looks."""
+        for _ in range(STEPS_PER_LOOK_GPU if self.on_gpu else 1):
+            span = self.longest  # the slots that are filled after this step
+            if self.on_gpu:
+                span = -(-span // SPAN_GPU) * SPAN_GPU
+            span = min(span, self.output_ids.size(1))
+            if self.cache is None:
+                self.step()
+            elif not self.on_gpu or span != self.cache.span:
+                self.cache.span, self.graph = span, None
+                self.step()  # on a GPU, this warms up what is captured next
+            else:
+                if self.graph is None:
+                    self.graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self.graph):
+                        self.step()
+                self.graph.replay()
+            self.longest = min(self.longest + 1, self.output_ids.size(1))
+
+    def look(self, on_tokens: Callable[[int, list[int]], None] | None) -> bool:
+        """Tells on_tokens what is new, drops finished rows once they are half of all; whether any
+        is left. The only place where the host waits for a GPU."""
+        if not self.logits.isfinite().all():
+            raise UserError("the model's logits are not finite: its training has diverged; use an "
+                            "earlier checkpoint")
+        lengths = self.lengths.tolist()
+        if on_tokens is not None:
+            for row, told, length in zip(self.row.tolist(), self.told, lengths, strict=True):
+                if told < length:
+                    on_tokens(row, self.output_ids[row, told:length].tolist())
+        self.told, self.longest = lengths, max(lengths)
+        self.final_lengths[self.row] = self.lengths
+        live = (~self.finished).nonzero()[:, 0]  # (B',)
+        if 0 < 2 * len(live) <= len(self.row):
+            self.keep(live)
+        return len(live) > 0
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with these of the rows (B',) alone."""
+        for name in ("row", "lengths", "prompt_lengths", "keys", "ends", "finished", "logits"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.told = [self.told[i] for i in rows.tolist()]
+        self.longest, self.graph = max(self.told), None
+        if self.seen is not None:
+            self.seen = self.seen[rows]
+        if self.cache is not None:
+            self.cache.keep(rows)
+
+
+def check_batch(model: GPT, input_ids, attention_masks, max_steps: int) -> None:
+    if max_steps < 0:
+        raise UserError(f"max_steps is {max_steps}, expected 0 or above")
     if input_ids.dim() != 2 or input_ids.shape != attention_masks.shape or not len(input_ids):
         raise UserError(f"input_ids {tuple(input_ids.shape)} and attention_masks "
                         f"{tuple(attention_masks.shape)} must both be (B, T) with B at least 1")
@@ -104,68 +263,72 @@ def check_batch(model: GPT, input_ids, attention_masks, temperature: float, max_
     right_padded = torch.arange(input_ids.size(1), device=lengths.device) < lengths[:, None]
     if not torch.equal(attention_masks.bool(), right_padded) or lengths.min() < 1:
         raise UserError("every row of attention_masks must be ones, at least one, and then zeros")
+    real = input_ids[attention_masks.bool()]
+    if real.min() < 0 or real.max() >= model.config.vocab_size:
+        raise UserError(f"input_ids holds ids from {real.min()} to {real.max()}, but the model has "
+                        f"{model.config.vocab_size}")
     longest, block_size = int(lengths.max()), model.config.block_size
-    if longest >= block_size:
+    if longest + min(max_steps, 1) > block_size:
         raise UserError(f"prompt {int(lengths.argmax()) + 1} of {len(lengths)} has {longest} "
                         f"tokens; the context is {block_size} and must hold the answer too: "
                         "shorten it")
 
 
-def prefill(model: GPT, input_ids: torch.Tensor, lengths: torch.Tensor,
-            cache: KVCache) -> torch.Tensor:
-    """Runs the prompts (B, T) through the model, filling cache slots 0 .. T - 1; returns the
-    logits (B, V) of the token after each row's last."""
-    B, T = input_ids.shape
-    positions = torch.arange(T, device=input_ids.device).expand(B, T)  # (B, T)
-    x = model.hidden_states(input_ids, positions, cache)  # (B, T, C)
-    last = x[torch.arange(B, device=x.device), lengths - 1]  # (B, C)
-    return model.lm_head(last)
+# ---------------------------------------------------------------- random streams
 
 
-def decode_one_token(model: GPT, token: torch.Tensor, position: torch.Tensor,
-                     cache: KVCache) -> torch.Tensor:
-    """Feeds one token (B,) a row at its position (B,); returns the logits (B, V) of the next."""
-    x = model.hidden_states(token[:, None], position[:, None], cache)  # (B, 1, C)
-    return model.lm_head(x[:, 0])
+def unpadded(input_ids: torch.Tensor, attention_masks: torch.Tensor) -> list[tuple[int, ...]]:
+    """The real tokens of every row."""
+    lengths = attention_masks.sum(1).tolist()
+    return [tuple(ids[:length]) for ids, length in zip(input_ids.tolist(), lengths, strict=True)]
 
 
-def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
-    """One token a row (B,) from logits (B, V), by inverting the distribution function at `uniform`
-    (B,). Ids that the tokenizer does not have (a padded vocabulary) are never drawn."""
-    logits = logits[:, :N_VOCAB].float()
-    if temperature == 0:
-        return logits.argmax(-1)
-    # the likeliest logit becomes 0, so that no temperature, however small, overflows
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # (B, V)
-    cumulative = probs.cumsum(-1)  # (B, V)
-    # strictly below the total, so that the token found has a probability above zero
-    threshold = uniform[:, None].clamp(max=1 - 2**-20) * cumulative[:, -1:]  # (B, 1)
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
+    """The seed of every row: its own where there is one for each; else `seed`, plus the number of
+    times that the row's prompt came before. Raises UserError for one below 0."""
+    if isinstance(seed, int):
+        before: Counter[Hashable] = Counter()
+        seeds = []
+        for prompt in prompts:
+            seeds.append(seed + before[prompt])
+            before[prompt] += 1
+    else:
+        seeds = list(seed)
+    if len(seeds) != len(prompts) or min(seeds) < 0:
+        raise UserError(f"seed is {seed}, expected a whole number of at least 0, or one a row")
+    return seeds
 
 
-def row_uniforms(input_ids: torch.Tensor, attention_masks: torch.Tensor, max_steps: int,
-                 seed: int) -> torch.Tensor:
-    """The draws of every row in [0, 1), (B, max_steps) fp32: a function of the seed, the row's
-    prompt, and how often that prompt came before in the batch."""
-    seen: Counter[bytes] = Counter()
-    draws = []
-    for ids, mask in zip(input_ids.cpu(), attention_masks.cpu(), strict=True):
-        prompt = ids[mask.bool()].numpy().astype(np.int64).tobytes()
-        digest = hashlib.sha256(prompt).digest()
-        key = [seed, seen[prompt], *np.frombuffer(digest, dtype="<u4").tolist()]
-        seen[prompt] += 1
-        bits = np.random.MT19937(np.random.SeedSequence(key))
-        draws.append(np.random.RandomState(bits).random_sample(max_steps))
-    return torch.from_numpy(np.stack(draws)).float()
+def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> torch.Tensor:
+    """Names of the rows' random streams (B,) int64: 64 bits of a hash of prompt and seed."""
+    digests = [hashlib.sha256(repr((seed, prompt)).encode()).digest()
+               for prompt, seed in zip(prompts, seeds, strict=True)]
+    return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
 
 
-def decode_generation(output_ids: torch.Tensor, output_masks: torch.Tensor,
-                      prompt_masks: torch.Tensor | None = None) -> list[str]:
-    """The text of every row of `generate`'s result, without padding and without <|endoftext|>;
-    given the prompts' attention_masks, only what was generated."""
-    texts = []
-    skips = [0] * len(output_ids) if prompt_masks is None else prompt_masks.sum(1).tolist()
-    for ids, mask, skip in zip(output_ids, output_masks, skips, strict=True):
-        new = ids[mask.bool()][skip:].tolist()
-        texts.append(decode(new[:-1] if new and new[-1] == EOT_TOKEN else new))
-    return texts
+# ---------------------------------------------------------------- scoring
+
+
+def logprobs(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor) -> torch.Tensor:
+    """The log-probability, in nats, of every token but the first given those before it: (B, T - 1)
+    float32 for input_ids (B, T), 0 where the token is padding. One forward pass; gradients flow if
+    they are enabled. At temperature 1, this is what `generate` draws from: ids beyond the
+    tokenizer's have probability zero.
+
+    Logits exist for a few rows at a time only; a backward pass computes them once more.
+    """
+    x = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
+    keep = attention_masks[:, 1:].bool()  # (B, T - 1)
+    rows = LOSS_ROWS_CPU if x.device.type == "cpu" else LOSS_ROWS_GPU
+    picked = [checkpoint(picked_logprobs, model, *part, use_reentrant=False,
+                         preserve_rng_state=False) if torch.is_grad_enabled() else
+              picked_logprobs(model, *part)
+              for part in zip(x[keep].split(rows), input_ids[:, 1:][keep].split(rows), strict=True)]
+    scores = torch.zeros(keep.shape, device=x.device)
+    return scores.masked_scatter(keep, torch.cat(picked))
+
+
+def picked_logprobs(model: GPT, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(head(x))[target] of rows x (N, C) and targets (N,): (N,) float32."""
+    logits = model.lm_head(x)[:, :N_VOCAB].float()  # (N, V)
+    return -F.cross_entropy(logits, targets, reduction="none")
