@@ -24,6 +24,7 @@ NEW_TOKENS, BATCHES, PROMPTS = 128, (1, 8, 32), (32, 512)
 # rounding as small as a trained model does
 SHARPER_PROJECTIONS, SHARPER_OTHERS = 10.0, 2.0
 EARLY, LATE, AROUND = 16, 900, 8  # cost per token is compared at these lengths, +- so many tokens
+GROWTH_ROUNDS = 3  # at most: each is a text of 916 tokens
 EVAL_SHAPE, QUICK_EVAL_SHAPE = (8, 1024), (2, 128)
 
 
@@ -122,8 +123,8 @@ def bench_decode(config: BenchConfig) -> None:
         ("tiny", (4,), (32,), 16, 9, 64, (torch.float32,)) if config.quick else
         ("124M", BATCHES, PROMPTS, NEW_TOKENS, EARLY, LATE, (torch.float32, torch.bfloat16)))
     for batch in batches:
-        taken = contest(config.rounds, {"it": Contestant(make_growth, SIZES[name], batch, early,
-                                                         late)})["it"]
+        taken = contest(min(config.rounds, GROWTH_ROUNDS), {"it": Contestant(
+            make_growth, SIZES[name], batch, early, late)})["it"]
         record(config, "growth", model=name, batch=batch, early=early, late=late,
                ratio=statistics.median(taken.results))
     for batch, length in itertools.product(batches, lengths):

@@ -102,10 +102,7 @@ def sort_rows(x: torch.Tensor) -> torch.Tensor:
 def exponential_noise(keys: torch.Tensor, draw: torch.Tensor, size: int) -> torch.Tensor:
     """Noise (B, size) float32, exponentially distributed with mean 1: a function of keys (B,) and
     draw (B,), both int64, and of the column."""
-    z = keys + (draw + 1) * GOLDEN  # (B,); products wrap
-    z = shift_xor(z, 30) * SPLITMIX_1
-    z = shift_xor(z, 27) * SPLITMIX_2
-    words = shift_xor(z, 31).view(torch.int32).view(-1, 2)  # (B, 2)
+    words = splitmix64(keys, draw).view(torch.int32).view(-1, 2)  # (B, 2)
     x = torch.arange(size, device=keys.device, dtype=torch.int32) * GOLDEN_32  # (size,)
     x = x ^ words[:, :1]  # (B, size)
     x ^= x >> 16
@@ -117,6 +114,14 @@ def exponential_noise(keys: torch.Tensor, draw: torch.Tensor, size: int) -> torc
     uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], fine towards 0
     # neither 0, with which any token would win, nor 1, with which none could
     return uniform.clamp_(2**-32, 1 - 2**-24).neg_().log1p_().neg_()
+
+
+def splitmix64(seed: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """The output number `draw`, from 0 on, of SplitMix64 started with `seed`; all (B,) int64."""
+    z = seed + (draw + 1) * GOLDEN  # sums and products wrap
+    z = shift_xor(z, 30) * SPLITMIX_1
+    z = shift_xor(z, 27) * SPLITMIX_2
+    return shift_xor(z, 31)
 
 
 def shift_xor(z: torch.Tensor, bits: int) -> torch.Tensor:

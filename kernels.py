@@ -1,9 +1,10 @@
-"""What makes a trained model sample fast. On a CPU, its weights are packed once into the layout that
-oneDNN's kernels read, instead of being rearranged, or read at a stride, for every token."""
+"""What makes a trained model sample fast. On a CPU, its weights are packed once into the layout
+that oneDNN's kernels read, instead of being rearranged, or read at a stride, for every token."""
 
 import torch
 import torch.nn as nn
 
+from distributed import keep_freed_memory
 from model import GPT
 
 ROWS_HINT = 8  # for how many rows the layout is chosen; any number works
@@ -36,10 +37,12 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
 
     On a CPU its linear layers are packed, those of the blocks in `dtype`; the head stays float32,
     since logits in bfloat16 are the same for many tokens, and so does all that lies between.
-    Without oneDNN (macOS, say) they stay as they are, in float32."""
+    Without oneDNN (macOS, say) they stay as they are, in float32. The process keeps the memory that
+    it frees."""
     model.eval()
     if model.transformer.wte.weight.device.type != "cpu":
         return model.to(dtype)
+    keep_freed_memory()
     if not can_pack():
         return model
     for block in model.transformer.h:

@@ -136,6 +136,7 @@ def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
     prompts = (input_ids * attention_masks).to(device)  # (B, T)
     lengths = attention_masks.sum(1).to(device)  # (B,)
     T = int(lengths.max())
+    max_steps = min(max_steps, model.config.block_size)
     total = min(T + max_steps, model.config.block_size)
     output_ids = F.pad(prompts[:, :T], (0, total - T), value=PAD_TOKEN)  # (B, total)
     if max_steps > 0:

@@ -191,14 +191,13 @@ def test_cached_decoding_of_unequal_rows_is_one_full_forward():
     prompt[torch.arange(9) >= lengths[:, None]] = 77  # whatever a pad is, no real token sees it
     with torch.no_grad():
         expected = model(full)[0]
-        positions = torch.arange(9).expand(3, 9)
-        hidden = model.hidden_states(prompt, positions, cache)
+        hidden = model.hidden_states(prompt, cache)
         rows = torch.arange(3)
         got = model.lm_head(hidden[rows, lengths - 1])
         assert torch.allclose(got, expected[rows, lengths - 1], atol=1e-5)
         for step in range(3):  # each row goes on over its own pads
             at = lengths + step
-            hidden = model.hidden_states(full[rows, at][:, None], at[:, None], cache)
+            hidden = model.hidden_states(full[rows, at][:, None], cache, at[:, None])
             assert torch.allclose(model.lm_head(hidden[:, 0]), expected[rows, at], atol=1e-5)
 
 
@@ -263,8 +262,7 @@ def test_checkpointing_leaves_cached_decoding_and_evaluation_alone(monkeypatch):
     monkeypatch.setattr("model.checkpoint", refused)
     with torch.no_grad():
         model(inputs)
-    positions = torch.arange(12).expand(2, 12)
-    model.hidden_states(inputs, positions, KVCache(SMALL, 2, 12, "cpu", torch.float32))
+    model.hidden_states(inputs, KVCache(SMALL, 2, 12, "cpu", torch.float32))
     with pytest.raises(AssertionError):
         model(inputs)
 

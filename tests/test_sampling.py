@@ -1,14 +1,27 @@
-from collections import Counter
+import random
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, user_error
 
+import sampling
 from model import GPT, GPTConfig
-from sampling import decode_generation, generate, sample, tokenize_batch_input
-from tokenizer import EOT_TOKEN, encode
+from sampling import (
+    Continuation,
+    decode_generation,
+    finish_reasons,
+    generate,
+    logprobs,
+    tokenize_batch_input,
+)
+from tokenizer import EOT_TEXT, EOT_TOKEN, N_VOCAB, encode
 
 PROMPTS = ["The quick brown fox", "Hello", "It was the best of times, it was the worst of times"]
+LONG = GPTConfig(block_size=1024, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
+WAYS = [{"temperature": 0.0}, {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}]
 
 
 def sharp_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
@@ -22,14 +35,25 @@ def sharp_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
     return model
 
 
-def alone(model, prompt: str, temperature: float, max_steps: int, seed: int = 0) -> list[int]:
-    output, masks = generate(model, *tokenize_batch_input([prompt]), temperature, max_steps,
-                             seed=seed)
-    return output[0][masks[0].bool()].tolist()
+def sample(model, ids, masks, max_steps: int, *, temperature: float = 0.0, **options):
+    return generate(model, ids, masks, temperature, max_steps, **options)
+
+
+def alone(model, prompt: str, max_steps: int, **options) -> list[int]:
+    return rows_of(*sample(model, *tokenize_batch_input([prompt]), max_steps, **options))[0]
 
 
 def rows_of(output, masks) -> list[list[int]]:
     return [ids[mask.bool()].tolist() for ids, mask in zip(output, masks, strict=True)]
+
+
+def ragged(lengths: list[int], seed: int, pads: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of random tokens with random tokens in the padded places, and columns of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths) + (3 if pads else 0))
+    ids = torch.randint(0, N_VOCAB - 1, shape, generator=generator)
+    masks = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return ids, masks
 
 
 def test_prompts_are_right_padded_with_0():
@@ -39,6 +63,11 @@ def test_prompts_are_right_padded_with_0():
     for ids, mask, length, prompt in zip(input_ids, masks, lengths, PROMPTS, strict=True):
         assert ids.tolist() == encode(prompt) + [0] * (max(lengths) - length)
         assert mask.tolist() == [1] * length + [0] * (max(lengths) - length)
+
+
+def test_end_of_text_written_in_a_prompt_is_text():
+    ids, masks = tokenize_batch_input([f"a{EOT_TEXT}"])
+    assert EOT_TOKEN not in ids and masks.sum() == ids.size(1) == 8
 
 
 def test_output_has_the_layout_of_the_input():
@@ -54,20 +83,61 @@ def test_output_has_the_layout_of_the_input():
     assert output_masks[:, -1].any()  # no column of nothing but padding
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_is_the_same_alone_and_in_any_batch(temperature):
+# ------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_row_is_the_same_alone_and_in_any_batch(way):
     model = sharp_model()
-    expected = [alone(model, prompt, temperature, 12) for prompt in PROMPTS]
+    expected = [alone(model, prompt, 12, **way) for prompt in PROMPTS]
     for order in ([0, 1, 2], [2, 0, 1], [1, 2]):
         batch = tokenize_batch_input([PROMPTS[i] for i in order])
-        assert rows_of(*generate(model, *batch, temperature, 12)) == [expected[i] for i in order]
+        assert rows_of(*sample(model, *batch, 12, **way)) == [expected[i] for i in order]
+
+
+def random_cases() -> list[tuple[list[int], int]]:
+    """(lengths of the prompts, max_steps): 1 to 16 rows of 1 to 1,023 tokens, the shortest and the
+    longest among them."""
+    chance = random.Random(6)
+    cases = [([1], 40), ([1023], 5), ([1, 1023, 500, 1000], 30)]
+    for rows in (2, 5, 11, 16):
+        cases.append(([chance.randint(1, 1023) for _ in range(rows)], chance.randint(1, 12)))
+    cases.append(([chance.randint(1, 40) for _ in range(16)], 60))
+    return cases
+
+
+@pytest.mark.parametrize("lengths, max_steps", random_cases(), ids=lambda x: str(x)[:24])
+def test_random_batches_are_hugging_faces_and_our_own_without_batch_or_cache(lengths, max_steps):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from checkpoint import to_gpt2_layout
+    model = sharp_model(LONG, seed=len(lengths))
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=1024, n_embd=16, n_layer=2, n_head=2)).eval()
+    theirs.load_state_dict(to_gpt2_layout(model), strict=False)
+    ids, masks = ragged(lengths, seed=max_steps)
+    output, output_masks = generate(model, ids, masks, 0.0, max_steps)
+    sampled = rows_of(*generate(model, ids, masks, 1.0, max_steps, top_p=0.95, seed=3))
+    for i, length in enumerate(lengths):
+        prompt = ids[i : i + 1, :length]
+        ones = torch.ones_like(prompt)
+        expected = theirs.generate(prompt, attention_mask=ones, do_sample=False, pad_token_id=0,
+                                   max_new_tokens=min(max_steps, 1024 - length))[0].tolist()
+        row = output[i][output_masks[i].bool()]
+        assert row.tolist() == expected
+        with torch.no_grad():  # the comparison means something: no ties within rounding
+            top = model(row[None])[0][0, length - 1 : -1].topk(2).values
+        assert (top[:, 0] - top[:, 1]).min() > 1e-4
+        bare = generate(model, prompt, ones, 0.0, max_steps, use_cache=False)
+        assert bare[0][0].tolist() == expected
+        bare = generate(model, prompt, ones, 1.0, max_steps, top_p=0.95, seed=3, use_cache=False)
+        assert bare[0][0].tolist() == sampled[i]
 
 
 def test_the_ids_in_padded_places_do_not_matter():
     model = sharp_model()
     input_ids, masks = tokenize_batch_input(PROMPTS)
     expected = rows_of(*generate(model, input_ids, masks, 0.0, 12))
-    for pad in (EOT_TOKEN, 11):
+    for pad in (EOT_TOKEN, 11, -100, 2**40):
         padded = torch.where(masks.bool(), input_ids, pad)
         assert rows_of(*generate(model, padded, masks, 0.0, 12)) == expected
     wider = torch.cat([masks, torch.zeros(3, 4, dtype=torch.long)], 1)  # columns of padding only
@@ -75,123 +145,26 @@ def test_the_ids_in_padded_places_do_not_matter():
     assert rows_of(*generate(model, ids, wider, 0.0, 12)) == expected
 
 
-def test_greedy_is_the_argmax_of_full_forwards():
-    """Against a run without cache, batch or padding: one whole forward per token."""
-    model = sharp_model()
-    for prompt in PROMPTS:
-        ids = encode(prompt)
-        for _ in range(12):
-            with torch.no_grad():
-                top = model(torch.tensor([ids]))[0][0, -1].topk(2)
-            assert top.values[0] - top.values[1] > 1e-3
-            ids.append(int(top.indices[0]))
-        assert alone(model, prompt, 0.0, 12) == ids
-
-
-def test_greedy_is_hugging_faces(tmp_path):
+@pytest.mark.parametrize("penalty", [0.8, 1.3, 3.0])
+def test_a_repetition_penalty_is_hugging_faces(penalty, tmp_path):
     from transformers import GPT2LMHeadModel
 
     from checkpoint import save_checkpoint
     model = sharp_model()
     theirs = GPT2LMHeadModel.from_pretrained(save_checkpoint(tmp_path, 0, model)).eval()
-    for prompt in PROMPTS:
+    got = rows_of(*generate(model, *tokenize_batch_input(PROMPTS), 0.0, 12,
+                            repetition_penalty=penalty))
+    for prompt, row in zip(PROMPTS, got, strict=True):
         ids = torch.tensor([encode(prompt)])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                   max_new_tokens=12, pad_token_id=EOT_TOKEN)
-        assert alone(model, prompt, 0.0, 12) == expected[0].tolist()
-
-
-def test_seeds():
-    model = sharp_model()
-    first = alone(model, PROMPTS[0], 1.0, 12, seed=1)
-    assert alone(model, PROMPTS[0], 1.0, 12, seed=1) == first
-    assert alone(model, PROMPTS[0], 1.0, 12, seed=2) != first
-    assert alone(model, PROMPTS[0], 1.0, 4, seed=1) == first[: len(encode(PROMPTS[0])) + 4]
-    state = torch.get_rng_state()
-    twice = rows_of(*generate(model, *tokenize_batch_input([PROMPTS[0]] * 2), 1.0, 12, seed=1))
-    assert twice[0] == first and twice[1] != first  # the same prompt twice: two samples
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-class Scripted(GPT):
-    """Emits a fixed sequence of tokens per row, whatever it reads."""
-
-    def __init__(self, script: list[list[int]], config: GPTConfig = TINY):
-        super().__init__(config)
-        self.script, self.calls = torch.tensor(script), 0
-        self.lm_head = Head(self, self.lm_head.weight)
-
-
-class Head(torch.nn.Module):
-    def __init__(self, model: Scripted, weight: torch.nn.Parameter):
-        super().__init__()
-        self.owner, self.weight = [model], weight
-
-    def forward(self, x):
-        model = self.owner[0]
-        wanted = model.script[:, model.calls]
-        model.calls += 1
-        logits = torch.zeros(len(wanted), model.config.vocab_size)
-        return logits.scatter(1, wanted[:, None], 100.0)
-
-
-def test_rows_stop_at_end_of_text_each_on_its_own():
-    model = Scripted([[5, EOT_TOKEN, 6, 6, 6, 6], [7, 8, 9, EOT_TOKEN, 6, 6], [EOT_TOKEN] * 6])
-    input_ids, masks = tokenize_batch_input(["a", "b c", "d"])
-    output, output_masks = generate(model, input_ids, masks, 1.0, 6)
-    new = [row[int(mask.sum()) :] for row, mask in zip(rows_of(output, output_masks), masks,
-                                                       strict=True)]
-    assert new == [[5, EOT_TOKEN], [7, 8, 9, EOT_TOKEN], [EOT_TOKEN]]
-    assert model.calls == 4  # nobody waits for max_steps
-    answers = decode_generation(output, output_masks, prompt_masks=masks)
-    assert answers == ["&", "()*", ""]
-    assert decode_generation(output, output_masks) == ["a&", "b c()*", "d"]
-
-
-def test_max_steps_and_the_context_end_a_row():
-    model = Scripted([[5] * 40, [6] * 40])
-    batch = tokenize_batch_input(["a", " b" * 29])
-    output, masks = generate(model, *batch, 0.0, 3)
-    assert masks.sum(1).tolist() == [4, 32]  # the second row is full: 32 is the context
-    assert model.calls == 3
-    model = Scripted([[5] * 40, [6] * 40])
-    output, masks = generate(model, *batch, 0.0, 1000)
-    assert masks.sum(1).tolist() == [32, 32] and output.shape == (2, 32)
-    output, masks = generate(model, *batch, 0.0, 0)
-    assert torch.equal(output, batch[0]) and torch.equal(masks, batch[1])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1e-30, 1e30])
-def test_any_temperature_gives_real_tokens(temperature):
-    logits = torch.randn(4, 50304, generator=torch.Generator().manual_seed(0)) * 30
-    logits[:, 50257:] = 1e4  # a padded vocabulary whose padding is likeliest of all
-    for uniform in (0.0, 0.5, 1 - 2**-24, 1.0):
-        token = sample(logits, temperature, torch.full((4,), uniform))
-        assert token.shape == (4,) and token.min() >= 0 and token.max() < 50257
-        if temperature in (0.0, 1e-30):
-            assert torch.equal(token, logits[:, :50257].argmax(-1))
-
-
-def test_tokens_of_probability_zero_are_never_drawn():
-    logits = torch.full((1, 6), -torch.inf)
-    logits[0, [1, 3]] = 0.0
-    for uniform, token in [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-24, 3), (1.0, 3)]:
-        assert sample(logits, 1.0, torch.tensor([uniform])).item() == token
-
-
-def test_samples_follow_the_softmax():
-    """Chi-square over 6 tokens: 5 degrees of freedom, 20.5 is passed once in a thousand times."""
-    torch.manual_seed(0)
-    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -0.5]), 20_000
-    drawn = sample(logits.expand(n, 6), 0.8, torch.rand(n))
-    expected = (logits / 0.8).softmax(0) * n
-    counts = Counter(drawn.tolist())
-    chi_square = sum((counts[i] - expected[i]) ** 2 / expected[i] for i in range(6))
-    assert chi_square < 20.5
+                                   max_new_tokens=12, pad_token_id=EOT_TOKEN,
+                                   repetition_penalty=penalty)
+        assert row == expected[0].tolist()
 
 
 def test_generated_tokens_follow_the_softmax():
-    """The streams of many rows together: one prompt, many draws of its next token."""
+    """The streams of many rows together: one prompt, many draws of its next token, chi-square over
+    5 tokens and the rest."""
     config = GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
     model = sharp_model(config, seed=3)
     with torch.no_grad():
@@ -206,6 +179,232 @@ def test_generated_tokens_follow_the_softmax():
     assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < 20.5
 
 
+def test_a_padded_vocabulary_is_not_sampled(monkeypatch):
+    """Ids that the tokenizer does not have, likeliest of all."""
+    wide = sharp_model(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
+    model = sharp_model()
+    with torch.no_grad():
+        for ours, theirs in zip(wide.parameters(), model.parameters(), strict=True):
+            ours[: len(theirs)] = theirs
+        wide.transformer.wte.weight[50257:] = 50 * wide.transformer.wte.weight[:47].sign()
+    batch = tokenize_batch_input(PROMPTS)
+    for way in WAYS:
+        assert rows_of(*sample(wide, *batch, 12, **way)) == rows_of(
+            *sample(model, *batch, 12, **way))
+    assert torch.equal(logprobs(wide, *batch), logprobs(model, *batch))
+
+
+# ------------------------------------------------------------------------------- seeds
+
+
+def test_seeds():
+    model = sharp_model()
+    first = alone(model, PROMPTS[0], 12, temperature=1.0, seed=1)
+    second = alone(model, PROMPTS[0], 12, temperature=1.0, seed=2)
+    assert alone(model, PROMPTS[0], 12, temperature=1.0, seed=1) == first != second
+    assert alone(model, PROMPTS[0], 4, temperature=1.0, seed=1) == first[
+        : len(encode(PROMPTS[0])) + 4]
+    state = torch.get_rng_state()
+    batch = tokenize_batch_input([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    rows = rows_of(*generate(model, *batch, 1.0, 12, seed=1))
+    assert [rows[0], rows[2]] == [first, second]  # given again: the next seed
+    rows = rows_of(*generate(model, *batch, 1.0, 12, seed=[2, 0, 1]))
+    assert [rows[0], rows[2]] == [second, first]
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed in (-1, [1, 2], [1, 2, -3], []):
+        assert "seed" in user_error(generate, model, *batch, 1.0, 12, seed=seed)
+
+
+# ------------------------------------------------------------------------------- ends of rows
+
+
+class Chain(GPT):
+    """Follows every token by the one that a table names, whatever came before; notes the number of
+    rows of every pass."""
+
+    def __init__(self, *rows: list[int], config: GPTConfig = TINY):
+        super().__init__(config)
+        self.lm_head, self.rows = Following(config.vocab_size, rows), []
+
+    def hidden_states(self, idx, cache=None, positions=None):
+        self.rows.append(len(idx))
+        return idx[..., None]
+
+
+class Following(torch.nn.Module):
+    def __init__(self, vocab_size: int, rows: tuple[list[int], ...]):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.table = {a: b for row in rows for a, b in zip(row, row[1:], strict=False)}
+
+    def forward(self, x):
+        wanted = torch.tensor([[self.table.get(int(token), int(token))] for token in x[:, 0]])
+        return torch.zeros(len(x), self.vocab_size).scatter(1, wanted, 100.0)
+
+
+def test_rows_stop_at_end_of_text_each_on_its_own():
+    a, c, d = (encode(prompt)[-1] for prompt in ("a", "b c", "d"))
+    model = Chain([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
+    input_ids, masks = tokenize_batch_input(["a", "b c", "d"])
+    output, output_masks = generate(model, input_ids, masks, 1.0, 6)
+    new = [row[int(mask.sum()) :] for row, mask in zip(rows_of(output, output_masks), masks,
+                                                       strict=True)]
+    assert new == [[5, EOT_TOKEN], [7, 8, 9, EOT_TOKEN], [EOT_TOKEN]]
+    assert finish_reasons(output, output_masks, masks, 32) == ["stop"] * 3
+    # nobody waits for max_steps, and once half of the rows have finished they cost nothing
+    assert model.rows == [3, 3, 1, 1]
+    answers = decode_generation(output, output_masks, prompt_masks=masks)
+    assert answers == ["&", "()*", ""]
+    assert decode_generation(output, output_masks) == ["a&", "b c()*", "d"]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_rows_that_are_let_go_leave_the_others_as_they_were(way, monkeypatch):
+    """Rows of unequal length that end at different times, of a real model with a real cache: with
+    what a few of its tokens are called taken as the end."""
+    model = sharp_model(LONG, seed=1)
+    lengths = [3, 40, 9, 1, 25, 17]
+    ids, masks = ragged(lengths, seed=2)
+    free = [row[length:] for row, length in zip(rows_of(*sample(model, ids, masks, 30, **way)),
+                                                lengths, strict=True)]
+    monkeypatch.setattr(sampling, "EOT_TOKEN", free[1][7])
+    kept = []
+    keep = Continuation.keep
+    monkeypatch.setattr(Continuation, "keep", lambda self, rows: (
+        keep(self, rows), kept.append(len(rows))))
+    # most are one row, which ends early, again and again
+    ids, masks = torch.cat([ids[[1] * 6], ids]), torch.cat([masks[[1] * 6], masks])
+    new = [row[int(mask.sum()) :] for row, mask in zip(
+        rows_of(*sample(model, ids, masks, 30, seed=[0] * 12, **way)), masks, strict=True)]
+    cut = [row[: row.index(free[1][7]) + 1] if free[1][7] in row else row for row in free]
+    assert new == [cut[1]] * 6 + cut and max(map(len, new)) == 30
+    assert kept and kept[0] <= 6
+
+
+def test_max_steps_and_the_context_end_a_row():
+    model = Chain()
+    batch = tokenize_batch_input(["a", " b" * 29])
+    output, masks = generate(model, *batch, 0.0, 3)
+    assert masks.sum(1).tolist() == [4, 32]  # the second row is full: 32 is the context
+    assert len(model.rows) == 3
+    assert finish_reasons(output, masks, batch[1], 32) == ["length", "context"]
+    output, masks = generate(model, *batch, 0.0, 1000)
+    assert masks.sum(1).tolist() == [32, 32] and output.shape == (2, 32)
+    assert finish_reasons(output, masks, batch[1], 32) == ["context", "context"]
+    output, masks = generate(model, *batch, 0.0, 0)
+    assert torch.equal(output, batch[0]) and torch.equal(masks, batch[1])
+    assert finish_reasons(output, masks, batch[1], 32) == ["length", "length"]
+
+
+def test_more_steps_than_the_context_holds_are_no_burden(tiny_model):
+    ids, masks = tokenize_batch_input(["a b c", "a"])
+    output = generate(tiny_model, ids, masks, 1.0, 10**30)[0]
+    assert output.size(1) == TINY.block_size
+    assert torch.equal(output, generate(tiny_model, ids, masks, 1.0, 40)[0])
+
+
+# ------------------------------------------------------------------------------- streaming
+
+
+def test_tokens_are_told_as_they_come():
+    a, c, d = (encode(prompt)[-1] for prompt in ("a", "b c", "d"))
+    model = Chain([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
+    batch, told = tokenize_batch_input(["a", "b c", "d"]), []
+    generate(model, *batch, 1.0, 6, on_tokens=lambda row, tokens: told.append((row, tokens)))
+    assert told == [(0, [5]), (1, [7]), (2, [EOT_TOKEN]), (0, [EOT_TOKEN]), (1, [8]), (1, [9]),
+                    (1, [EOT_TOKEN])]
+
+
+def test_an_interrupt_ends_it_at_once(tiny_model):
+    told = []
+
+    def interrupt(row: int, tokens: list[int]) -> None:
+        told.extend(tokens)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(tiny_model, *tokenize_batch_input(["a"]), 1.0, 20, on_tokens=interrupt)
+    assert told == alone(tiny_model, "a", 3, temperature=1.0)[1:]
+
+
+# ------------------------------------------------------------------------------- as on a GPU
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_schedule_of_a_gpu_gives_the_same(way, monkeypatch):
+    """Graphs, replayed 16 times between two looks, of a cache whose span grows by 128: with a
+    stand-in for CUDA's graphs that takes down the step and repeats it."""
+    model = sharp_model(LONG, seed=1)
+    ids, masks = ragged([3, 100, 40, 200], seed=5)
+    expected_told, told, spans = [], [], []
+    expected = sample(model, ids, masks, 150, **way,
+                      on_tokens=lambda row, tokens: expected_told.append((row, tokens)))
+
+    class Graph:
+        def replay(self):
+            self.again()
+
+    @contextmanager
+    def capture(graph):
+        step = Continuation.step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Continuation, "step", lambda rows: (
+                spans.append(rows.cache.span), setattr(graph, "again", lambda: step(rows))))
+            yield
+
+    start = Continuation.__init__
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Continuation, "__init__", lambda self, *arguments: (
+        start(self, *arguments), setattr(self, "on_gpu", True))[0])
+    got = sample(model, ids, masks, 150, **way,
+                 on_tokens=lambda row, tokens: told.append((row, tokens)))
+    assert rows_of(*got) == rows_of(*expected)
+    assert set(spans) <= {256, 350} and 2 <= len(spans) <= 6
+    for row in range(4):
+        assert sum((t for r, t in told if r == row), []) == sum(
+            (t for r, t in expected_told if r == row), [])
+    assert max(len(tokens) for _, tokens in told) == 16
+
+
+# ------------------------------------------------------------------------------- scoring
+
+
+def test_logprobs_are_those_of_a_softmax_and_their_gradients(monkeypatch):
+    monkeypatch.setattr(sampling, "LOSS_ROWS_CPU", 5)  # several blocks
+    model = sharp_model().train()
+    ids, masks = ragged([9, 1, 14], seed=0)
+    upstream = torch.randn(3, ids.size(1) - 1)
+    scores = logprobs(model, ids, masks)
+    assert scores.shape == (3, ids.size(1) - 1) and scores.dtype == torch.float32
+    (scores * upstream).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    full = model(ids)[0][:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    expected = full * masks[:, 1:]
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+    for ours, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, atol=1e-4 * p.grad.abs().max(), rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(logprobs(model, ids, masks), expected.detach())
+        _, loss = model(ids[:1, :8], ids[:1, 1:9])
+    assert -scores[0, :8].mean().item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_logprobs_depend_on_no_padding():
+    model = sharp_model()
+    ids, masks = ragged([9, 1, 14], seed=0)
+    with torch.no_grad():
+        scores = logprobs(model, ids, masks)
+        other = logprobs(model, torch.where(masks.bool(), ids, 5), masks)
+        assert torch.equal(scores, other) and scores[1].eq(0).all()
+        row = logprobs(model, ids[:1, :9], masks[:1, :9])
+    torch.testing.assert_close(scores[:1, :8], row)
+    assert scores[0, 8:].eq(0).all()
+
+
 # ------------------------------------------------------------------------------- bad input
 
 
@@ -216,14 +415,21 @@ def test_bad_prompts_and_settings():
     batch = tokenize_batch_input(["a", " b" * 32])
     message = user_error(generate, model, *batch, 1.0, 5)
     assert "prompt 2 of 2 has 32 tokens" in message and "context is 32" in message
+    assert generate(model, *batch, 1.0, 0)[1].sum(1).tolist() == [1, 32]  # nothing to add
+    assert "33 tokens" in user_error(generate, model, *tokenize_batch_input([" b" * 33]), 1.0, 0)
     ids, masks = tokenize_batch_input(["a b c", "d"])
     assert "temperature" in user_error(generate, model, ids, masks, -0.1, 5)
-    assert "temperature" in user_error(generate, model, ids, masks, float("nan"), 5)
+    assert "top_k" in user_error(generate, model, ids, masks, 1.0, 5, top_k=-1)
     assert "max_steps" in user_error(generate, model, ids, masks, 1.0, -1)
     assert "(2, 2)" in user_error(generate, model, ids, masks[:, :2], 1.0, 5)
+    assert "(0, 3)" in user_error(generate, model, ids[:0], masks[:0], 1.0, 5)
     left_padded = masks.flip(1)
     assert "ones" in user_error(generate, model, ids, left_padded, 1.0, 5)
     assert "ones" in user_error(generate, model, ids, torch.zeros_like(masks), 1.0, 5)
+    for wrong in (-1, 50257):
+        foreign = ids.clone()
+        foreign[0, 1] = wrong
+        assert str(wrong) in user_error(generate, model, foreign, masks, 1.0, 5)
 
 
 def test_a_model_that_diverged_is_refused(tiny_model):
@@ -233,8 +439,19 @@ def test_a_model_that_diverged_is_refused(tiny_model):
     assert "not finite" in message
 
 
-def test_more_steps_than_the_context_holds_are_no_burden(tiny_model):
-    ids, masks = tokenize_batch_input(["a b c", "a"])
-    output = generate(tiny_model, ids, masks, 1.0, 10**17)[0]
-    assert output.size(1) == TINY.block_size
-    assert torch.equal(output, generate(tiny_model, ids, masks, 1.0, 40)[0])
+def test_top_k_of_0_or_above_the_vocabulary_keeps_all(tiny_model):
+    expected = alone(tiny_model, "a", 8, temperature=1.0)
+    for top_k in (0, 50257, 10**12):
+        assert alone(tiny_model, "a", 8, temperature=1.0, top_k=top_k) == expected
+    assert alone(tiny_model, "a", 8, temperature=1.0, top_k=1) == alone(tiny_model, "a", 8)
+
+
+def test_the_mean_of_what_is_left_out(tiny_model):
+    """A loss that an evaluation could use: the summed log-probabilities are the summed loss."""
+    ids, masks = tokenize_batch_input(PROMPTS)
+    with torch.no_grad():
+        logits, _ = tiny_model(ids)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.where(
+            masks.bool(), ids, -100)[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        assert -logprobs(tiny_model, ids, masks).sum().item() == pytest.approx(loss.item(),
+                                                                              rel=1e-5)
