@@ -2,23 +2,52 @@
 
     python inference.py --checkpoint out/finetune "What is a list?" "Name three colours."
     python inference.py --checkpoint gpt2 --max-steps 50 "Hello, I'm a language model,"
-    python inference.py --checkpoint out/finetune --prompts-file questions.txt
+    python inference.py --checkpoint out/finetune --prompts-file questions.txt --json
     echo "What is a list?" | python inference.py --checkpoint out/finetune
+    python inference.py --checkpoint out/finetune --chat
 
 A checkpoint that was fine-tuned carries the name of its prompt template, which is applied by
-itself; --raw gives it the bare prompts. A file and standard input hold one prompt a line. From
-Python, `tokenize_batch_input`, `generate` and `decode_generation` do the same.
+itself; --raw gives it the bare prompts. A file and standard input hold one prompt a line. All of a
+prompt is text: "<|endoftext|>" in it is not the token that separates documents. A text depends on
+its prompt and the seed, not on the other prompts; a prompt that is given again has the next seed.
+
+--json prints one object a line: prompt, response, prompt_tokens (how many), tokens (the response's
+ids), logprobs (of each, in nats, at temperature 1 and among all tokens) and finish_reason: "stop"
+(the model emitted <|endoftext|>), "length" (--max-steps) or "context" (cut, for the context is
+full). From Python, `tokenize_batch_input`, `generate`, `decode_generation` and `logprobs` of
+sampling.py do the same.
 """
 
+import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from chat import chat, printing
 from checkpoint import find_checkpoint, load_model, read_prompt_template
 from config import UserError, flag, parse_config, run_main
-from distributed import pick_device
-from sampling import check_vocabulary, decode_generation, generate, tokenize_batch_input
-from tokenizer import EOT_TOKEN, format_prompt
+from distributed import Dtype, pick_device, pick_dtype
+from draws import Choice
+from kernels import prepare_to_sample
+from model import GPT
+from sampling import (
+    check_batch,
+    check_vocabulary,
+    decode_generation,
+    finish_reasons,
+    generate,
+    generated_rows,
+    logprobs,
+    row_seeds,
+    tokenize_batch_input,
+)
+from tokenizer import StreamDecoder, format_prompt
+
+ENDINGS = {"stop": "ended by <|endoftext|>", "length": "ended by --max-steps",
+           "context": "cut: the context is full"}
 
 
 @dataclass(frozen=True)
@@ -26,11 +55,18 @@ class InferenceConfig:
     prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
     checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name")
     prompts_file: str | None = flag(None, "a file with one prompt a line")
+    chat: bool = flag(False, "a conversation instead of prompts")
+    json: bool = flag(False, "one JSON object a line, with tokens and their log-probabilities")
     raw: bool = flag(False, "give the prompts to a fine-tuned model without its template")
     temperature: float = flag(0.8, "0 takes the likeliest token", minimum=0)
+    top_k: int = flag(0, "only the k likeliest tokens; 0: all", minimum=0)
+    top_p: float = flag(1.0, "only the likeliest tokens with this probability together", minimum=0)
+    repetition_penalty: float = flag(1.0, "above 1, makes tokens that are there less likely")
     max_steps: int = flag(128, "most tokens of an answer", minimum=1)
+    batch_size: int = flag(8, "prompts that are continued at once", minimum=1)
     seed: int = flag(0, "of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Dtype = flag("auto", "of the weights; auto: bfloat16 on CUDA, float32 elsewhere")
 
 
 def read_prompts(config: InferenceConfig) -> list[str]:
@@ -47,7 +83,10 @@ def read_prompts(config: InferenceConfig) -> list[str]:
     else:
         if sys.stdin is not None and sys.stdin.isatty():
             print("one prompt a line, then Ctrl-D:", file=sys.stderr)
-        prompts = [] if sys.stdin is None else lines(sys.stdin.read())
+        try:
+            prompts = [] if sys.stdin is None else lines(sys.stdin.read())
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read standard input: {error}") from None
     if not prompts:
         raise UserError("no prompt given: as arguments, with --prompts-file or on standard input")
     for number, prompt in enumerate(prompts, 1):
@@ -61,30 +100,77 @@ def lines(text: str) -> list[str]:
     return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
 
 
-def why_it_ended(last_token: int, length: int, block_size: int) -> str:
-    if last_token == EOT_TOKEN:
-        return "<|endoftext|>"
-    return "context full" if length >= block_size else "--max-steps"
+def check_config(config: InferenceConfig) -> Choice:
+    """How tokens are chosen. Raises UserError for settings that have no meaning, alone or
+    together."""
+    if config.chat and (config.prompts or config.prompts_file or config.json):
+        raise UserError("--chat reads what is typed: it takes no prompts, --prompts-file or --json")
+    if config.chat and sys.stdin is None:
+        raise UserError("--chat reads standard input, which is closed")
+    return Choice(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+
+
+def respond(model: GPT, config: InferenceConfig, choice: Choice, prompts: list[str],
+            texts: list[str]) -> None:
+    """Continues the texts that were made of the prompts, some at a time, and prints what comes; of
+    a single one, every token as it comes."""
+    input_ids, masks = tokenize_batch_input(texts)
+    check_batch(model, input_ids, masks, config.max_steps)  # all, before the first is printed
+    seeds = row_seeds(texts, config.seed)
+    is_streamed = len(texts) == 1 and not config.json
+    for start in range(0, len(texts), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        ids, mask = input_ids[part, : masks[part].sum(1).max()], masks[part]
+        decoder = StreamDecoder()
+        if is_streamed:
+            print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
+        output = generate(model, ids, mask[:, : ids.size(1)], max_steps=config.max_steps,
+                          seed=seeds[part], on_tokens=printing(decoder, []) if is_streamed
+                          else None, **dataclasses.asdict(choice))
+        print(decoder.flush(), end="")
+        show(model, config, prompts[part], mask[:, : ids.size(1)], *output, is_streamed)
+
+
+def show(model: GPT, config: InferenceConfig, prompts: list[str], prompt_masks: torch.Tensor,
+         output_ids: torch.Tensor, output_masks: torch.Tensor, is_streamed: bool) -> None:
+    """Prints the results of some prompts, but for what was streamed already."""
+    responses = decode_generation(output_ids, output_masks, prompt_masks)
+    rows = generated_rows(output_ids, output_masks, prompt_masks)
+    lengths = prompt_masks.sum(1).tolist()
+    reasons = finish_reasons(output_ids, output_masks, prompt_masks, model.config.block_size)
+    if config.json:
+        with torch.no_grad():
+            scores = logprobs(model, output_ids, output_masks).tolist()
+    for i, prompt in enumerate(prompts):
+        if config.json:
+            print(json.dumps({
+                "prompt": prompt, "response": responses[i], "prompt_tokens": lengths[i],
+                "tokens": rows[i], "logprobs": scores[i][lengths[i] - 1 :][: len(rows[i])],
+                "finish_reason": reasons[i]}), flush=True)
+            continue
+        if not is_streamed:
+            print(f"prompt:   {prompt}\nresponse: {responses[i]}", end="")
+        print(f"\n          [{len(rows[i])} tokens, {ENDINGS[reasons[i]]}]\n", flush=True)
 
 
 def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
-    prompts = read_prompts(config)
+    choice = check_config(config)
+    prompts = [] if config.chat else read_prompts(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UserError("--dtype float16 is for GPUs: take float32 or bfloat16")
     folder = find_checkpoint(config.checkpoint)
-    template = None if config.raw else read_prompt_template(folder)
-    texts = [format_prompt(prompt) for prompt in prompts] if template else prompts
-    input_ids, masks = tokenize_batch_input(texts)
-    model = load_model(folder, pick_device(config.device))
+    use_template = not config.raw and read_prompt_template(folder) is not None
+    model = load_model(folder, device)
     check_vocabulary(model, config.checkpoint)
-    output_ids, output_masks = generate(model, input_ids, masks, config.temperature,
-                                        config.max_steps, seed=config.seed)
-    answers = decode_generation(output_ids, output_masks, prompt_masks=masks)
-    lengths = output_masks.sum(1)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        last = int(output_ids[i, lengths[i] - 1])
-        reason = why_it_ended(last, int(lengths[i]), model.config.block_size)
-        print(f"prompt:   {prompt}\nresponse: {answer}\n"
-              f"          [{int(lengths[i] - masks[i].sum())} tokens, ended by {reason}]\n")
+    prepare_to_sample(model, dtype)
+    if config.chat:
+        chat(model, choice, config.max_steps, config.seed, use_template)
+    else:
+        texts = [format_prompt(prompt) for prompt in prompts] if use_template else prompts
+        respond(model, config, choice, prompts, texts)
 
 
 if __name__ == "__main__":

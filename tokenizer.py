@@ -6,6 +6,7 @@ tiktoken pins, so nothing needs a network after `pip install`.
 """
 
 import base64
+import codecs
 import functools
 import hashlib
 import re
@@ -126,6 +127,20 @@ def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
 def decode(ids: list[int]) -> str:
     """The text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
     return load_tokenizer().decode(ids)
+
+
+class StreamDecoder:
+    """Ids as they come -> text, a character never cut in two: bytes wait for the rest of theirs.
+    What `feed` and, at the end, `flush` return is together what `decode` makes of all ids."""
+
+    def __init__(self):
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: list[int]) -> str:
+        return self.utf8.decode(load_tokenizer().decode_bytes(ids))
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)
 
 
 def format_prompt(instruction: str, input: str = "") -> str:

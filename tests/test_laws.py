@@ -15,8 +15,8 @@ SOURCES = sorted(path.relative_to(ROOT) for path in [
 ROOMS = ["config", "files", "progress", "tokenizer", "documents", "hub", "pydocs", "shards",
          "corpus", "model", "metrics", "graphs", "dataloader",
          "checkpoint", "optimizer", "distributed", "memory", "faults", "resume", "draws",
-         "sampling", "kernels", "measure", "bench_data", "bench_memory", "bench_train",
-         "bench_decode", "bench_gpu", "bench_recipes"]
+         "sampling", "kernels", "chat", "measure", "bench_data", "bench_memory",
+         "bench_train", "bench_decode", "bench_gpu", "bench_recipes"]
 SHARED_NAMES = {"main", "train"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "Recipe", "Set", "flag",
                   "str"}
