@@ -201,7 +201,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(base, terminals):
     # of a message that is being written
     terminal.type("never m")
     terminal.until("never m")
-    terminal.type("\x03")
+    terminal.type("\x03")  # readline overlooks one in the instant in which it handles a letter
+    while not select.select([terminal.file], [], [], 1)[0]:
+        terminal.type("\x03")
     assert "/exit leaves" in terminal.until(r"\n> ")
     assert terminal.say("/temperature") == "temperature 0.8"  # it goes on
     terminal.type("/exit\n")
