@@ -1,15 +1,18 @@
+import io
+import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_user_error, main_error, run_script, script_env
 
 import inference
-from checkpoint import save_checkpoint
+from checkpoint import load_model, save_checkpoint
 from model import GPT, GPTConfig
 from sampling import generate
-from tokenizer import format_prompt
+from tokenizer import decode, encode, format_prompt
 
 SCRIPT = ROOT / "inference.py"
 SIZES = GPTConfig(block_size=64, vocab_size=TINY.vocab_size, n_layer=1, n_head=2, n_embd=16)
@@ -27,8 +30,14 @@ def tuned(tmp_path):
     return save_checkpoint(tmp_path / "tuned", 1, GPT(SIZES), prompt_template="alpaca")
 
 
-def run(*arguments, **options) -> str:
-    return run_script(SCRIPT, "--device", "cpu", "--max-steps", 5, *arguments, **options).stdout
+def run(*arguments, stdin: str = "") -> str:
+    """What the script prints, run in this process."""
+    argv = ["inference.py", "--device", "cpu", "--max-steps", 5, *arguments]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("sys.argv", list(map(str, argv)))
+        patch.setattr("sys.stdin", io.StringIO(stdin))
+        inference.main()
+    return printed.getvalue()
 
 
 def test_prompts_from_arguments_a_file_and_standard_input_are_the_same(base, tmp_path):
@@ -39,9 +48,69 @@ def test_prompts_from_arguments_a_file_and_standard_input_are_the_same(base, tmp
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     assert run("--checkpoint", base, "--prompts-file", file) == printed
+    assert run_script(SCRIPT, "--device", "cpu", "--max-steps", 5, "--checkpoint", base,
+                      stdin="\n".join(prompts)).stdout == printed
     assert run("--checkpoint", base, stdin="\n".join(prompts)) == printed
     assert run("--checkpoint", base.parent / "latest", *prompts) == printed
     assert run("--checkpoint", base, *prompts, "--seed", 1) != printed
+
+
+def test_batches_streaming_and_json_change_no_text(base):
+    prompts = ["one", "two three four", "one", "five", "six"]
+    printed = run("--checkpoint", base, *prompts)
+    assert run("--checkpoint", base, *prompts, "--batch-size", 2) == printed
+    alone = run("--checkpoint", base, "two three four")  # streamed
+    assert alone in printed
+    blocks = printed.split("\n\n")
+    objects = [json.loads(line) for line in
+               run("--checkpoint", base, *prompts, "--json", "--batch-size", 3).splitlines()]
+    for block, one, prompt in zip(blocks, objects, prompts, strict=False):
+        assert block.startswith(f"prompt:   {prompt}\nresponse: {one['response']}\n")
+    assert objects[0]["response"] != objects[2]["response"]  # given again: the next seed
+
+
+def test_json_says_tokens_their_log_probabilities_and_why_it_ended(tuned):
+    prompt = "What is it?"
+    text = format_prompt(prompt)
+    used = len(encode(text))
+    lines = run("--checkpoint", tuned, prompt, "--json", "--max-steps", 30).splitlines()
+    full = json.loads(lines[0])
+    assert len(lines) == 1 and list(full) == [
+        "prompt", "response", "prompt_tokens", "tokens", "logprobs", "finish_reason"]
+    assert full["prompt"] == prompt and full["prompt_tokens"] == used
+    assert decode(full["tokens"]) == full["response"]
+    assert len(full["tokens"]) == len(full["logprobs"]) == 64 - used
+    assert full["finish_reason"] == "context"
+    with torch.no_grad():
+        ids = torch.tensor([encode(text) + full["tokens"]])
+        scores = load_model(tuned)(ids)[0][0].log_softmax(-1)
+    expected = [scores[used - 1 + i, token].item() for i, token in enumerate(full["tokens"])]
+    assert full["logprobs"] == pytest.approx(expected, abs=1e-4)
+    short = json.loads(run("--checkpoint", tuned, prompt, "--json", "--max-steps", 3))
+    assert short["finish_reason"] == "length" and short["tokens"] == full["tokens"][:3]
+
+
+def test_how_tokens_are_chosen_is_handed_on(base, monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr(inference, "generate", lambda model, ids, masks, **options: (
+        given.update(options), generate(model, ids, masks, **options))[1])
+    monkeypatch.setattr("sys.argv", ["inference.py", "--device", "cpu", "--checkpoint", str(base),
+                                     "--temperature", "0.5", "--top-k", "9", "--top-p", "0.7",
+                                     "--repetition-penalty", "1.5", "--max-steps", "4",
+                                     "--seed", "7", "Hello"])
+    inference.main()
+    capsys.readouterr()
+    del given["on_tokens"]
+    assert given == {"temperature": 0.5, "top_k": 9, "top_p": 0.7, "repetition_penalty": 1.5,
+                     "max_steps": 4, "seed": [7]}
+
+
+def test_weights_in_bfloat16_and_in_float32(base):
+    greedy = ["--checkpoint", base, "Hello there", "--temperature", 0, "--json"]
+    single, half = (json.loads(run(*greedy, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
+    assert single == json.loads(run(*greedy))
+    assert half["logprobs"] != single["logprobs"]
+    assert half["logprobs"][0] == pytest.approx(single["logprobs"][0], abs=0.05)
 
 
 def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path):
@@ -57,8 +126,8 @@ def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path):
 def texts_given_to_the_model(monkeypatch, capsys, *arguments) -> list[str]:
     seen = []
 
-    def spy(model, input_ids, masks, temperature, max_steps, **options):
-        output = generate(model, input_ids, masks, temperature, max_steps, **options)
+    def spy(model, input_ids, masks, **options):
+        output = generate(model, input_ids, masks, **options)
         seen.extend(inference.decode_generation(input_ids, masks))
         return output
 
@@ -90,6 +159,14 @@ def test_the_template_is_applied_by_itself(base, tuned, monkeypatch, capsys):
     (["--checkpoint", "BASE", "a", "--max-steps", "0"], ["--max-steps"]),
     (["--checkpoint", "BASE/none", "a"], ["none"]),
     (["--checkpoint", "BASE", "a", "--top", "1"], ["--top"]),
+    (["--checkpoint", "BASE", "a", "--top-k", "-1"], ["--top-k", "at least 0"]),
+    (["--checkpoint", "BASE", "a", "--top-p", "1.5"], ["top_p is 1.5"]),
+    (["--checkpoint", "BASE", "a", "--repetition-penalty", "0"], ["repetition_penalty is 0"]),
+    (["--checkpoint", "BASE", "a", "--batch-size", "0"], ["--batch-size"]),
+    (["--checkpoint", "BASE", "a", "--device", "cpu", "--dtype", "float16"], ["float16"]),
+    (["--checkpoint", "BASE", "--chat", "a"], ["--chat"]),
+    (["--checkpoint", "BASE", "--chat", "--json"], ["--chat"]),
+    (["--checkpoint", "BASE", "--chat", "--prompts-file", "x"], ["--chat"]),
 ])
 def test_bad_input(base, arguments, words, monkeypatch, capsys):
     argv = [argument.replace("BASE", str(base)) for argument in arguments]
@@ -100,3 +177,10 @@ def test_bad_input(base, arguments, words, monkeypatch, capsys):
 
 def test_no_prompt_at_all(base):
     assert_user_error(run_script(SCRIPT, "--checkpoint", base, check=False), "no prompt")
+
+
+def test_standard_input_that_is_no_text(base):
+    result = subprocess.run([sys.executable, SCRIPT, "--checkpoint", base], input=b"caf\xe9\n",
+                            capture_output=True,
+                            env=script_env() | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert result.returncode == 2 and b"cannot read standard input" in result.stderr

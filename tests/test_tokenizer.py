@@ -1,3 +1,4 @@
+import random
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from conftest import ROOT, script_env, user_error
 import tokenizer
 from tokenizer import (
     EOT_TOKEN,
+    StreamDecoder,
     decode,
     encode,
     encode_example,
     encode_to_array,
     format_prompt,
+    load_tokenizer,
     repair,
     vocabulary_path,
 )
@@ -131,3 +134,30 @@ def test_examples_are_encoded_in_two_parts():
     assert prompt == encode(format_prompt("Say hi.")) and EOT_TOKEN not in prompt
     assert response[-1] == EOT_TOKEN and response.count(EOT_TOKEN) == 1
     assert decode(response[:-1]) == "hi <|endoftext|>"
+
+
+def test_streamed_pieces_are_the_whole_text():
+    """Random ids, random bytes and emoji, fed one by one and in runs."""
+    chance = random.Random(0)
+    byte_ids = [load_tokenizer().encode_single_token(bytes([i])) for i in range(256)]
+    emoji = "\U0001F468\u200D\U0001F469\u200D\U0001F467 \U0001F1E9\U0001F1EA caf\u00e9 \u4f60\u597d"
+    cases = [[byte_ids[i] for i in text.encode()] for text in (emoji, "a" + emoji * 3)]
+    cases += [[chance.choice(byte_ids) for _ in range(n)] for n in (1, 2, 3, *[60] * 40)]
+    cases += [[chance.randrange(50256) for _ in range(40)] for _ in range(40)]
+    cases += [encode(emoji), encode(emoji)[:-1], [], [byte_ids[0xF0], byte_ids[0x9F]]]
+    for ids in cases:
+        for longest in (1, 4):
+            decoder, pieces, start = StreamDecoder(), [], 0
+            while start < len(ids):
+                end = start + chance.randint(1, longest)
+                pieces.append(decoder.feed(ids[start:end]))
+                start = end
+            pieces.append(decoder.flush())
+            assert "".join(pieces) == decode(ids)
+
+
+def test_a_character_is_never_streamed_in_parts():
+    decoder = StreamDecoder()
+    byte_ids = [load_tokenizer().encode_single_token(bytes([i])) for i in "a\u20acb".encode()]
+    assert [decoder.feed([i]) for i in byte_ids] == ["a", "", "", "\u20ac", "b"]
+    assert decoder.flush() == ""

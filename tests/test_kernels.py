@@ -1,0 +1,65 @@
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from test_sampling import PROMPTS, WAYS, rows_of, sample, sharp_model, tokenize_batch_input
+
+import kernels
+from kernels import PackedLinear, can_pack, prepare_to_sample
+from model import GPT, GPTConfig
+from sampling import generate, logprobs
+
+needs_onednn = pytest.mark.skipif(not can_pack(), reason="no oneDNN here")
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_a_packed_product_is_that_of_a_linear_layer(dtype, tolerance):
+    """Any number of rows, sizes that no block divides, with and without bias, exactly as precise
+    as its dtype; whatever precision of float32 products this process was told will do."""
+    torch.manual_seed(0)
+    for inputs, outputs, bias in ((768, 2304, True), (33, 77, True), (64, 50257, False)):
+        linear = nn.Linear(inputs, outputs, bias=bias)
+        packed = PackedLinear(linear, dtype)
+        for shape in ((1, inputs), (3, 1, inputs), (8, inputs), (2, 100, inputs)):
+            x = torch.randn(shape)
+            exact = copy.deepcopy(linear).double()(x.double())
+            got = packed(x)
+            assert got.dtype == dtype and got.shape == exact.shape
+            assert (got - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_prepared_model_writes_the_same(way):
+    model = sharp_model()
+    expected = rows_of(*sample(model, *tokenize_batch_input(PROMPTS), 12, **way))
+    with torch.no_grad():
+        scores = logprobs(model, *tokenize_batch_input(PROMPTS))
+    assert prepare_to_sample(model) is model
+    assert rows_of(*sample(model, *tokenize_batch_input(PROMPTS), 12, **way)) == expected
+    with torch.no_grad():
+        torch.testing.assert_close(logprobs(model, *tokenize_batch_input(PROMPTS)), scores,
+                                   atol=1e-4, rtol=1e-5)
+
+
+@needs_onednn
+def test_bfloat16_is_of_the_blocks_alone():
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)).eval()
+    model = prepare_to_sample(copy.deepcopy(plain), torch.bfloat16)
+    ids = torch.randint(0, 50257, (2, 20))
+    with torch.no_grad():
+        logits, expected = model(ids)[0], plain(ids)[0]
+    assert model.transformer.h[0].mlp.c_fc.packed.dtype == torch.bfloat16
+    assert logits.dtype == model.lm_head.packed.dtype == torch.float32
+    assert 1e-5 < (logits - expected).norm() / expected.norm() < 1e-2
+    output, _ = generate(model, ids, torch.ones_like(ids), 1.0, 8)
+    assert output.shape == (2, 28)
+
+
+def test_without_onednn_the_layers_stay(monkeypatch):
+    monkeypatch.setattr(kernels, "can_pack", lambda: False)
+    model = sharp_model()
+    assert type(prepare_to_sample(model, torch.bfloat16).lm_head) is nn.Linear
+    assert next(model.parameters()).dtype == torch.float32
