@@ -17,9 +17,10 @@ from model import GPT
 STEPS = 12  # updates of each micro-batch; the first compiles
 MICRO_BATCHES, LENGTH = (16, 32, 64), 1024
 MATMUL = 8192  # rows and columns of the product that shows what the card reaches
+COPY = 2**30  # bytes, far more than a cache holds
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
             SDPBackend.MATH)
-DECODE = ((1, 32), (8, 32), (64, 128))  # batch, prompt
+DECODE, DECODE_NEW = ((1, 32), (8, 32), (8, 512), (32, 512)), 128  # batch and prompt; new tokens
 
 
 def matmul_flops(device: torch.device, size: int) -> float:
@@ -74,6 +75,25 @@ def measure_attention(config: BenchConfig, batch: int, length: int, device: torc
                ms=1000 * taken, gflops=3.5 * 4 * batch * 12 * length**2 * 64 / 2 / taken / 1e9)
 
 
+def measure_bandwidth(config: BenchConfig, name: str, size: int, device: torch.device) -> None:
+    """Bytes a second of a copy, and how many tokens a second that allows a single row: each reads
+    all weights once, in bfloat16, and the keys and values of so many tokens on average."""
+    source = torch.empty(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def copy() -> float:
+        begun = seconds_on(device)
+        for _ in range(10):
+            target.copy_(source)
+        return seconds_on(device) - begun
+    bandwidth = 10 * 2 * size / in_turn(7, copy=copy)["copy"]
+    sizes, length = SIZES[name], DECODE[0][1] + DECODE_NEW // 2
+    cached = 2 * sizes.n_layer * sizes.n_embd * length
+    weights = GPT(sizes).num_parameters()
+    record(config, "gpu bandwidth", gb_per_sec=bandwidth / 1e9, model=name,
+           bound_tokens_per_sec=bandwidth / (2 * (weights + cached)))
+
+
 def bench_gpu(config: BenchConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not config.quick:
@@ -88,6 +108,7 @@ def bench_gpu(config: BenchConfig) -> None:
             "ours",)
         measure_micro_batch(config, name, (micro_batch, length), ways, device, matmul)
     measure_attention(config, micro_batches[-1], length, device)
+    measure_bandwidth(config, name, 2**20 if config.quick else COPY, device)
     for batch, prompt in decode:
-        measure_decoding(config, name, batch, prompt, 16 if config.quick else 128, torch.bfloat16,
-                         str(device))
+        measure_decoding(config, name, batch, prompt, 16 if config.quick else DECODE_NEW,
+                         torch.bfloat16, str(device))
