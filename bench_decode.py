@@ -112,6 +112,8 @@ def make_growth(sizes: GPTConfig, batch: int, early: int, late: int) -> Callable
         times.clear()
         generate(model, prompts, torch.ones_like(prompts), 0.0, late + 2 * AROUND,
                  on_tokens=noted)
+        if len(times) < late + 2 * AROUND:
+            raise UserError(f"the row has met its end after {len(times)} tokens")
         return median_cost(late) / median_cost(early)
     return growth
 
@@ -123,10 +125,10 @@ def bench_decode(config: BenchConfig) -> None:
         ("tiny", (4,), (32,), 16, 9, 64, (torch.float32,)) if config.quick else
         ("124M", BATCHES, PROMPTS, NEW_TOKENS, EARLY, LATE, (torch.float32, torch.bfloat16)))
     for batch in batches:
-        taken = contest(min(config.rounds, GROWTH_ROUNDS), {"it": Contestant(
+        taken = contest(min(config.rounds, GROWTH_ROUNDS) + 1, {"it": Contestant(
             make_growth, SIZES[name], batch, early, late)})["it"]
         record(config, "growth", model=name, batch=batch, early=early, late=late,
-               ratio=statistics.median(taken.results))
+               ratio=statistics.median(taken.results[1:]))
     for batch, length in itertools.product(batches, lengths):
         prompts = real_tokens(batch * length).view(batch, length)
         taken = contest(config.rounds + 1, {

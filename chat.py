@@ -5,8 +5,8 @@ between them, each ended by <|endoftext|>; a base model just goes on with all th
 a conversation outgrows the context, its oldest messages are forgotten.
 """
 
+import contextlib
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -16,6 +16,7 @@ from model import GPT
 from sampling import finish_reasons, generate, pad_rows
 from tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt
 
+LEAST_ROOM = 4  # an answer finds a quarter of the context free, or --max-steps
 PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
 HELP = f"""/reset            forgets the conversation
 /temperature 0.7  sets the temperature; without a number, shows it
@@ -30,35 +31,32 @@ class Conversation:
     """What was said, as token ids: one list for every message together with its answer."""
 
     def __init__(self, use_template: bool, block_size: int, max_steps: int):
-        self.use_template, self.block_size, self.max_steps = use_template, block_size, max_steps
+        self.use_template, self.block_size = use_template, block_size
+        # kept free for an answer; what is longer is cut, and says so
+        self.room = min(max_steps, block_size // LEAST_ROOM)
         self.turns: list[list[int]] = []
 
-    def ask(self, message: str) -> list[int]:
-        """Adds a message; returns the prompt: all that is remembered, up to where the answer
-        begins. Forgets the oldest turns until there is room for an answer of max_steps. Raises
-        UserError, the conversation as before, for a message that leaves no room even by itself."""
+    def ask(self, message: str) -> list[list[int]]:
+        """What the model is to see: the turns that are remembered, and a new one, up to where its
+        answer begins. The oldest turns are left out until there is room for an answer. Raises
+        UserError for a message that leaves no room even by itself."""
         if not self.use_template:  # one text: what is written next is on a line of its own
-            text = "\n" + message if self.turns else message
+            turn = encode("\n" + message if self.turns else message)
         else:
-            text = format_prompt(message)
-        turn = encode(text)
+            turn = encode(format_prompt(message))
         if len(turn) >= self.block_size:
             raise UserError(f"the message has {len(turn)} tokens; the context is {self.block_size} "
                             "and must hold the answer too: shorten it")
-        self.turns.append(turn)
-        while len(self.turns) > 1 and self.length + self.max_steps > self.block_size:
-            del self.turns[0]
-        return [token for turn in self.turns for token in turn]
+        turns = [*self.turns, turn]
+        while len(turns) > 1 and sum(map(len, turns)) + self.room > self.block_size:
+            turns = turns[1:]
+        return turns
 
-    def answered(self, tokens: list[int]) -> None:
-        """Remembers the answer to the last message, whole or stopped half-way."""
-        self.turns[-1] += tokens
-        if self.use_template and self.turns[-1][-1] != EOT_TOKEN:
-            self.turns[-1].append(EOT_TOKEN)
-
-    @property
-    def length(self) -> int:
-        return sum(map(len, self.turns))
+    def answered(self, turns: list[list[int]], tokens: list[int]) -> None:
+        """Remembers what `ask` gave with its answer, whole or stopped half-way."""
+        tokens = tokens[:-1] if tokens and tokens[-1] == EOT_TOKEN else tokens
+        end = [EOT_TOKEN] if self.use_template else []  # one text goes on
+        self.turns = [*turns[:-1], [*turns[-1], *tokens, *end]]
 
 
 def chat(model: GPT, choice: Choice, max_steps: int, seed: int, use_template: bool) -> None:
@@ -67,15 +65,15 @@ def chat(model: GPT, choice: Choice, max_steps: int, seed: int, use_template: bo
     is_terminal = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")
     if is_terminal:
-        if importlib.util.find_spec("readline"):  # lines can be edited, and called back
-            importlib.import_module("readline")
+        with contextlib.suppress(ImportError):  # lines can be edited, and called back
+            import readline  # noqa: F401
         print("/help shows the commands, Ctrl-D leaves", flush=True)
     while True:
         try:
             message, is_command = read_message(is_terminal)
             command, _, argument = message.partition(" ")
             if not is_command and message:
-                answer(model, conversation, message, choice, seed)
+                answer(model, conversation, message, choice, max_steps, seed)
             elif command == "/exit":
                 return
             elif command == "/reset":
@@ -97,17 +95,21 @@ def chat(model: GPT, choice: Choice, max_steps: int, seed: int, use_template: bo
 
 def read_message(is_terminal: bool) -> tuple[str, bool]:
     """One line, or the lines between two fences; and whether it is a command. Raises EOFError at
-    the end of the input."""
+    the end of the input, UserError where that comes before a fence."""
     line = input(PROMPT if is_terminal else "")
     if not line.lstrip().startswith(FENCE):
         return line.strip(), line.startswith("/")
     text = line.lstrip().removeprefix(FENCE)
     while not text.rstrip().endswith(FENCE):
-        text += "\n" + input(CONTINUATION if is_terminal else "")
+        try:
+            text += "\n" + input(CONTINUATION if is_terminal else "")
+        except EOFError:
+            raise UserError(f"not sent: the message that {FENCE} began has no end") from None
     return text.rstrip().removesuffix(FENCE).strip("\n"), False
 
 
 def set_temperature(choice: Choice, argument: str) -> Choice:
+    """The choice with another temperature, if there is one; says which it is. Raises UserError."""
     try:
         if argument:
             choice = dataclasses.replace(choice, temperature=float(argument))
@@ -117,24 +119,24 @@ def set_temperature(choice: Choice, argument: str) -> Choice:
     return choice
 
 
-def answer(model: GPT, conversation: Conversation, message: str, choice: Choice,
+def answer(model: GPT, conversation: Conversation, message: str, choice: Choice, max_steps: int,
            seed: int) -> None:
-    """Prints the answer to a message as it comes, and remembers it; Ctrl-C stops it."""
-    before = len(conversation.turns)
-    batch = pad_rows([conversation.ask(message)])
-    forgotten = before + 1 - len(conversation.turns)
+    """Prints the answer to a message as it comes, and remembers both; Ctrl-C stops it."""
+    turns, before = conversation.ask(message), len(conversation.turns)
+    forgotten = before + 1 - len(turns)
     if forgotten:
         print(f"(the context is full: the oldest {forgotten} of {before} messages are forgotten)",
               flush=True)
+    batch = pad_rows([[token for turn in turns for token in turn]])
     decoder, tokens = StreamDecoder(), []
     try:
-        output = generate(model, *batch, max_steps=conversation.max_steps, seed=seed,
+        output = generate(model, *batch, max_steps=max_steps, seed=seed,
                           on_tokens=printing(decoder, tokens), **dataclasses.asdict(choice))
-        note = CUT.get(finish_reasons(*output, batch[1], conversation.block_size)[0], "")
+        note = CUT.get(finish_reasons(*output, batch[1], max_steps)[0], "")
     except KeyboardInterrupt:
         note = " [stopped]"
+    conversation.answered(turns, tokens)
     print(decoder.flush() + note, flush=True)
-    conversation.answered(tokens)
 
 
 def printing(decoder: StreamDecoder, tokens: list[int]) -> Callable[[int, list[int]], None]:

@@ -8,8 +8,10 @@
 
 A checkpoint that was fine-tuned carries the name of its prompt template, which is applied by
 itself; --raw gives it the bare prompts. A file and standard input hold one prompt a line. All of a
-prompt is text: "<|endoftext|>" in it is not the token that separates documents. A text depends on
-its prompt and the seed, not on the other prompts; a prompt that is given again has the next seed.
+prompt is text: "<|endoftext|>" in it is not the token that separates documents. In float32, a text
+depends on its prompt and the seed alone, whatever prompts there are beside it; bfloat16 rounds a
+hundred times as much, and more differently in another batch. A prompt that is given again has the
+next seed.
 
 --json prints one object a line: prompt, response, prompt_tokens (how many), tokens (the response's
 ids), logprobs (of each, in nats, at temperature 1 and among all tokens) and finish_reason: "stop"
@@ -34,15 +36,16 @@ from draws import Choice
 from kernels import prepare_to_sample
 from model import GPT
 from sampling import (
-    check_batch,
+    check_room,
     check_vocabulary,
     decode_generation,
+    encode_prompts,
     finish_reasons,
     generate,
     generated_rows,
     logprobs,
+    pad_rows,
     row_seeds,
-    tokenize_batch_input,
 )
 from tokenizer import StreamDecoder, format_prompt
 
@@ -96,8 +99,9 @@ def read_prompts(config: InferenceConfig) -> list[str]:
 
 
 def lines(text: str) -> list[str]:
-    """Without their ends. Not `splitlines`, which also cuts at characters like U+2028."""
-    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+    """Without their ends, which reading has made "\\n". Not `splitlines`, which also cuts at
+    characters like U+2028."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def check_config(config: InferenceConfig) -> Choice:
@@ -105,6 +109,8 @@ def check_config(config: InferenceConfig) -> Choice:
     together."""
     if config.chat and (config.prompts or config.prompts_file or config.json):
         raise UserError("--chat reads what is typed: it takes no prompts, --prompts-file or --json")
+    if config.chat and config.batch_size != InferenceConfig.batch_size:
+        raise UserError("--chat answers one message at a time: --batch-size has no meaning")
     if config.chat and sys.stdin is None:
         raise UserError("--chat reads standard input, which is closed")
     return Choice(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
@@ -114,21 +120,21 @@ def respond(model: GPT, config: InferenceConfig, choice: Choice, prompts: list[s
             texts: list[str]) -> None:
     """Continues the texts that were made of the prompts, some at a time, and prints what comes; of
     a single one, every token as it comes."""
-    input_ids, masks = tokenize_batch_input(texts)
-    check_batch(model, input_ids, masks, config.max_steps)  # all, before the first is printed
+    rows = encode_prompts(texts)
+    check_room(list(map(len, rows)), config.max_steps, model.config.block_size)  # of all, first
     seeds = row_seeds(texts, config.seed)
     is_streamed = len(texts) == 1 and not config.json
     for start in range(0, len(texts), config.batch_size):
         part = slice(start, start + config.batch_size)
-        ids, mask = input_ids[part, : masks[part].sum(1).max()], masks[part]
-        decoder = StreamDecoder()
+        batch, decoder = pad_rows(rows[part]), StreamDecoder()
         if is_streamed:
             print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
-        output = generate(model, ids, mask[:, : ids.size(1)], max_steps=config.max_steps,
-                          seed=seeds[part], on_tokens=printing(decoder, []) if is_streamed
-                          else None, **dataclasses.asdict(choice))
-        print(decoder.flush(), end="")
-        show(model, config, prompts[part], mask[:, : ids.size(1)], *output, is_streamed)
+        output = generate(model, *batch, max_steps=config.max_steps, seed=seeds[part],
+                          on_tokens=printing(decoder, []) if is_streamed else None,
+                          **dataclasses.asdict(choice))
+        if is_streamed:
+            print(decoder.flush(), end="")
+        show(model, config, prompts[part], batch[1], *output, is_streamed)
 
 
 def show(model: GPT, config: InferenceConfig, prompts: list[str], prompt_masks: torch.Tensor,
@@ -137,7 +143,7 @@ def show(model: GPT, config: InferenceConfig, prompts: list[str], prompt_masks: 
     responses = decode_generation(output_ids, output_masks, prompt_masks)
     rows = generated_rows(output_ids, output_masks, prompt_masks)
     lengths = prompt_masks.sum(1).tolist()
-    reasons = finish_reasons(output_ids, output_masks, prompt_masks, model.config.block_size)
+    reasons = finish_reasons(output_ids, output_masks, prompt_masks, config.max_steps)
     if config.json:
         with torch.no_grad():
             scores = logprobs(model, output_ids, output_masks).tolist()
@@ -158,14 +164,11 @@ def main() -> None:
     choice = check_config(config)
     prompts = [] if config.chat else read_prompts(config)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise UserError("--dtype float16 is for GPUs: take float32 or bfloat16")
     folder = find_checkpoint(config.checkpoint)
     use_template = not config.raw and read_prompt_template(folder) is not None
     model = load_model(folder, device)
     check_vocabulary(model, config.checkpoint)
-    prepare_to_sample(model, dtype)
+    prepare_to_sample(model, pick_dtype(config.dtype, device))
     if config.chat:
         chat(model, choice, config.max_steps, config.seed, use_template)
     else:

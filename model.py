@@ -71,6 +71,8 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
+        self.rows = torch.arange(batch_size, device=device)  # (B,)
+        self.slots = torch.arange(max_length, device=device)  # (S,)
         self.span = max_length
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor,
@@ -81,22 +83,24 @@ class KVCache:
             if positions is None:
                 stored[:, :, : new.size(2)] = new
             else:
-                rows = torch.arange(len(new), device=new.device)
-                stored[rows, :, positions[:, 0]] = new[:, :, 0].to(stored.dtype)  # (B, H, D)
+                stored[self.rows, :, positions[:, 0]] = new[:, :, 0].to(stored.dtype)  # (B, H, D)
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of a layer, each (B, H, span, D)."""
         return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
 
     def visible(self, positions: torch.Tensor) -> torch.Tensor:
-        """Which slots the one new token of each row, at `positions` (B, 1), may attend."""
-        slots = torch.arange(self.span, device=positions.device)
-        return (slots <= positions)[:, None, None, :]  # (B, 1, 1, span)
+        """What is added to the scores of the one new token of each row, at `positions` (B, 1): 0
+        for the slots that it may attend, -inf for those beyond it."""
+        beyond = self.slots[: self.span] > positions  # (B, span)
+        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.k.dtype)
+        return mask.masked_fill_(beyond, -torch.inf)[:, None, None, :]  # (B, 1, 1, span)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows (B',) alone."""
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
+        self.rows = self.rows[: len(rows)]
 
 
 class CausalSelfAttention(nn.Module):
@@ -108,6 +112,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache: KVCache | None = None, positions=None, visible=None):
+        """x (B, T, C), and for one new token a row positions (B, 1) and visible (B, 1, 1, span),
+        see KVCache -> (B, T, C)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)

@@ -6,6 +6,7 @@ to its left. Each row then goes on at its own length, over the slots that its pa
 """
 
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
@@ -14,14 +15,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from distributed import any_algorithm
 from draws import Choice, choose
 from model import GPT, LOSS_ROWS_CPU, LOSS_ROWS_GPU, KVCache
 from tokenizer import EOT_TOKEN, N_VOCAB, decode, encode
 
 PAD_TOKEN = 0  # what a padded place holds; only its mask says that it is padding
-# On a GPU, how many tokens are decoded between two looks at what has finished, for which the host
-# must wait, and how many slots the cache's span grows by, each with a graph of its own
-STEPS_PER_LOOK_GPU, SPAN_GPU = 16, 128
+# On a GPU: how many tokens are decoded between two looks at what has finished, for which the host
+# must wait; how many slots the cache's span grows by, each with a graph of its own; and how many
+# tokens must be asked for to make graphs worth while
+STEPS_PER_LOOK_GPU, SPAN_GPU, GRAPH_STEPS = 16, 128, 64
 
 
 # ---------------------------------------------------------------- texts to batches and back
@@ -34,12 +37,17 @@ def tokenize_batch_input(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Te
     documents. Raises UserError for no prompt at all and for an empty one: there is nothing to
     continue.
     """
+    return pad_rows(encode_prompts(prompts))
+
+
+def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
+    """The token ids of every prompt. Raises UserError as `tokenize_batch_input` does."""
     rows = [encode(prompt) for prompt in prompts]
     if not rows:
         raise UserError("no prompt given")
     if [] in rows:
         raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty")
-    return pad_rows(rows)
+    return rows
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,13 +79,12 @@ def decode_generation(output_ids: torch.Tensor, output_masks: torch.Tensor,
 
 
 def finish_reasons(output_ids: torch.Tensor, output_masks: torch.Tensor,
-                   prompt_masks: torch.Tensor, block_size: int) -> list[str]:
-    """Why every row of `generate`'s result ended: "stop" (<|endoftext|>), "context" (cut, for the
-    context is full) or "length" (max_steps)."""
-    lengths = output_masks.sum(1).tolist()
+                   prompt_masks: torch.Tensor, max_steps: int) -> list[str]:
+    """Why every row of `generate`'s result ended: "stop" (<|endoftext|>), "length" (it has its
+    max_steps tokens) or "context" (cut before that, for the context is full)."""
     return ["stop" if row and row[-1] == EOT_TOKEN else
-            "context" if length >= block_size else "length" for row, length in
-            zip(generated_rows(output_ids, output_masks, prompt_masks), lengths, strict=True)]
+            "length" if len(row) >= max_steps else "context"
+            for row in generated_rows(output_ids, output_masks, prompt_masks)]
 
 
 def check_vocabulary(model: GPT, checkpoint: str) -> None:
@@ -120,46 +127,54 @@ def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
 
     For temperature, top_k, top_p and repetition_penalty see `draws.Choice`. A row draws from a
     random stream of its own, named by its prompt and `seed`, or its own seed where there is one for
-    every row, so that its tokens are the same whatever else is in the batch. With one seed, a
-    prompt that is given again has the next one: of two equal rows, the second is what the next seed
-    gives. `use_cache=False` computes everything anew for every token, as a check.
+    every row, so that its tokens are the same whatever else is in the batch: in float32, but for
+    tokens that are equal to rounding; weights in bfloat16 round a hundred times as much. With one
+    seed, a prompt that is given again has the next one: of two equal rows, the second is what the
+    next seed gives. `use_cache=False` computes everything anew for every token, as a check.
 
     on_tokens(row, tokens) is called with the new tokens of a row as they come: one at a time, on a
     GPU some together. An exception that it raises, or a KeyboardInterrupt, ends everything.
 
-    Raises UserError for a prompt without room to grow, naming its length and the limit.
+    Raises UserError for a prompt without room to grow, naming its length and the limit; for a batch
+    of another layout, ids that are no tokens, settings without a meaning, and a model whose logits
+    are not finite.
     """
     choice = Choice(temperature, top_k, top_p, repetition_penalty)
-    check_batch(model, input_ids, attention_masks, max_steps)
-    seeds = row_seeds(unpadded(input_ids, attention_masks), seed)
+    check_batch(model, input_ids, attention_masks)
+    prompts = unpadded(input_ids, attention_masks)
+    check_room(list(map(len, prompts)), max_steps, model.config.block_size)
+    seeds = row_seeds(prompts, seed)
     device = model.transformer.wte.weight.device
-    prompts = (input_ids * attention_masks).to(device)  # (B, T)
-    lengths = attention_masks.sum(1).to(device)  # (B,)
-    T = int(lengths.max())
-    max_steps = min(max_steps, model.config.block_size)
+    masks = attention_masks.to(device, torch.int64)  # (B, T)
+    ids, lengths = input_ids.to(device, torch.int64) * masks, masks.sum(1)  # (B, T), (B,)
+    T, max_steps = max(map(len, prompts)), min(max_steps, model.config.block_size)
     total = min(T + max_steps, model.config.block_size)
-    output_ids = F.pad(prompts[:, :T], (0, total - T), value=PAD_TOKEN)  # (B, total)
+    output_ids = F.pad(ids[:, :T], (0, total - T), value=PAD_TOKEN)  # (B, total)
     if max_steps > 0:
-        keys = stream_keys(unpadded(input_ids, attention_masks), seeds).to(device)
-        rows = Continuation(model, choice, output_ids, lengths, max_steps, keys, use_cache)
-        while rows.look(on_tokens):
-            rows.advance()
+        keys = stream_keys(prompts, seeds).to(device)
+        # what is drawn here has no part in a training that must be deterministic
+        with any_algorithm(), torch.cuda.device(device if device.type == "cuda" else -1):
+            rows = Continuation(model, choice, output_ids, lengths, max_steps, keys, use_cache)
+            while rows.look(on_tokens):
+                rows.advance()
         lengths = rows.final_lengths
     T = int(lengths.max())
-    masks = torch.arange(T, device=device) < lengths[:, None]  # (B, T')
-    return output_ids[:, :T], masks.long()
+    output_masks = torch.arange(T, device=device) < lengths[:, None]  # (B, T')
+    return output_ids[:, :T], output_masks.long()
 
 
 class Continuation:
-    """The rows that are being continued. All that `step` changes it changes in place, so that a
-    CUDA graph of one step is a graph of every one."""
+    """The rows that are being continued. With a cache, all that `step` changes it changes in place,
+    so that a CUDA graph of one step is a graph of every one."""
 
     def __init__(self, model: GPT, choice: Choice, output_ids: torch.Tensor,
                  lengths: torch.Tensor, max_steps: int, keys: torch.Tensor, use_cache: bool):
         device, config = output_ids.device, model.config
         self.model, self.choice, self.output_ids = model, choice, output_ids
         self.on_gpu, self.graph = device.type == "cuda", None
+        self.uses_graphs = self.on_gpu and use_cache and max_steps >= GRAPH_STEPS
         self.final_lengths = lengths.clone()  # (B,), of all rows, also those let go
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # all logits so far
         # of the rows kept:
         self.row = torch.arange(len(lengths), device=device)  # which of the batch it is
         self.lengths, self.prompt_lengths, self.keys = lengths.clone(), lengths, keys
@@ -176,13 +191,20 @@ class Continuation:
         if use_cache:
             # a CPU computes attention in float32 faster than in bfloat16, and more exactly
             dtype = torch.float32 if device.type == "cpu" else model.transformer.wte.weight.dtype
-            self.cache = KVCache(config, len(lengths), output_ids.size(1), device, dtype)
+            slots = self.span_of(output_ids.size(1))
+            self.cache = KVCache(config, len(lengths), slots, device, dtype)
+            self.cache.span = 0  # until the first step
         prompts = output_ids[:, : self.longest]
         self.logits = prefill(model, prompts, lengths, self.cache)  # (B, V)
         self.choose()
 
+    def span_of(self, length: int) -> int:
+        """How many slots are attended when the longest row has `length` tokens."""
+        return -(-length // SPAN_GPU) * SPAN_GPU if self.on_gpu else length
+
     def choose(self) -> None:
         """The next token of every row that has not finished, from `logits`."""
+        self.finite &= self.logits.isfinite().all()
         draw = self.lengths - self.prompt_lengths
         token = choose(self.logits, self.choice, self.keys, draw, self.seen)  # (B,)
         if self.seen is not None:
@@ -207,34 +229,41 @@ class Continuation:
     def advance(self) -> None:
         """As many steps as come between two looks."""
         for _ in range(STEPS_PER_LOOK_GPU if self.on_gpu else 1):
-            span = self.longest  # the slots that are filled after this step
-            if self.on_gpu:
-                span = -(-span // SPAN_GPU) * SPAN_GPU
-            span = min(span, self.output_ids.size(1))
-            if self.cache is None:
-                self.step()
-            elif not self.on_gpu or span != self.cache.span:
+            span = self.span_of(self.longest)
+            if self.cache is not None and span != self.cache.span:
                 self.cache.span, self.graph = span, None
-                self.step()  # on a GPU, this warms up what is captured next
-            else:
+                self.step()  # warms up what is captured next
+            elif self.uses_graphs:
                 if self.graph is None:
-                    self.graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self.graph):
-                        self.step()
+                    self.capture()
                 self.graph.replay()
+            else:
+                self.step()
             self.longest = min(self.longest + 1, self.output_ids.size(1))
+
+    def capture(self) -> None:
+        """Takes `step` down as a CUDA graph, which does it again on the same tensors."""
+        self.graph = torch.cuda.CUDAGraph()
+        # on the rows' own device, and while a loader's thread may pin memory
+        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.row.device),
+                              capture_error_mode="thread_local"):
+            self.step()
 
     def look(self, on_tokens: Callable[[int, list[int]], None] | None) -> bool:
         """Tells on_tokens what is new, drops finished rows once they are half of all; whether any
         is left. The only place where the host waits for a GPU."""
-        if not self.logits.isfinite().all():
-            raise UserError("the model's logits are not finite: its training has diverged; use an "
-                            "earlier checkpoint")
+        if not self.finite:
+            raise UserError("the model's logits are not finite: its training has diverged (use an "
+                            "earlier checkpoint), or its weights are too large for float16")
         lengths = self.lengths.tolist()
+        assert lengths != self.told, "steps that continue no row"
         if on_tokens is not None:
-            for row, told, length in zip(self.row.tolist(), self.told, lengths, strict=True):
+            first = min(self.told)
+            new = self.output_ids[self.row, first : max(lengths)].tolist()
+            for row, ids, told, length in zip(self.row.tolist(), new, self.told, lengths,
+                                              strict=True):
                 if told < length:
-                    on_tokens(row, self.output_ids[row, told:length].tolist())
+                    on_tokens(row, ids[told - first : length - first])
         self.told, self.longest = lengths, max(lengths)
         self.final_lengths[self.row] = self.lengths
         live = (~self.finished).nonzero()[:, 0]  # (B',)
@@ -252,11 +281,12 @@ class Continuation:
             self.seen = self.seen[rows]
         if self.cache is not None:
             self.cache.keep(rows)
+            self.cache.span = 0  # the next step warms up
 
 
-def check_batch(model: GPT, input_ids, attention_masks, max_steps: int) -> None:
-    if max_steps < 0:
-        raise UserError(f"max_steps is {max_steps}, expected 0 or above")
+def check_batch(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor) -> None:
+    """Raises UserError unless both are (B, T), rows are real tokens and then padding, and real
+    tokens are ids that the model and the tokenizer have."""
     if input_ids.dim() != 2 or input_ids.shape != attention_masks.shape or not len(input_ids):
         raise UserError(f"input_ids {tuple(input_ids.shape)} and attention_masks "
                         f"{tuple(attention_masks.shape)} must both be (B, T) with B at least 1")
@@ -264,13 +294,20 @@ def check_batch(model: GPT, input_ids, attention_masks, max_steps: int) -> None:
     right_padded = torch.arange(input_ids.size(1), device=lengths.device) < lengths[:, None]
     if not torch.equal(attention_masks.bool(), right_padded) or lengths.min() < 1:
         raise UserError("every row of attention_masks must be ones, at least one, and then zeros")
-    real = input_ids[attention_masks.bool()]
-    if real.min() < 0 or real.max() >= model.config.vocab_size:
-        raise UserError(f"input_ids holds ids from {real.min()} to {real.max()}, but the model has "
-                        f"{model.config.vocab_size}")
-    longest, block_size = int(lengths.max()), model.config.block_size
+    real, vocab_size = input_ids[right_padded.to(input_ids.device)], model.config.vocab_size
+    least, most, vocab_size = int(real.min()), int(real.max()), min(vocab_size, N_VOCAB)
+    if least < 0 or most >= vocab_size:
+        raise UserError(f"input_ids holds ids from {least} to {most}, expected 0 to "
+                        f"{vocab_size - 1}")
+
+
+def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
+    """Raises UserError unless prompts of these lengths can grow by a token, if any is asked for."""
+    if max_steps < 0:
+        raise UserError(f"max_steps is {max_steps}, expected 0 or above")
+    longest = max(lengths)
     if longest + min(max_steps, 1) > block_size:
-        raise UserError(f"prompt {int(lengths.argmax()) + 1} of {len(lengths)} has {longest} "
+        raise UserError(f"prompt {lengths.index(longest) + 1} of {len(lengths)} has {longest} "
                         f"tokens; the context is {block_size} and must hold the answer too: "
                         "shorten it")
 
@@ -287,16 +324,19 @@ def unpadded(input_ids: torch.Tensor, attention_masks: torch.Tensor) -> list[tup
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
     """The seed of every row: its own where there is one for each; else `seed`, plus the number of
     times that the row's prompt came before. Raises UserError for one below 0."""
-    if isinstance(seed, int):
-        before: Counter[Hashable] = Counter()
+    try:
+        if isinstance(seed, Sequence):
+            seeds = list(map(operator.index, seed))
+        else:
+            seeds, before = [], Counter()
+            for prompt in prompts:
+                seeds.append(operator.index(seed) + before[prompt])
+                before[prompt] += 1
+    except TypeError:
         seeds = []
-        for prompt in prompts:
-            seeds.append(seed + before[prompt])
-            before[prompt] += 1
-    else:
-        seeds = list(seed)
     if len(seeds) != len(prompts) or min(seeds) < 0:
-        raise UserError(f"seed is {seed}, expected a whole number of at least 0, or one a row")
+        raise UserError(f"seed is {seed!r}, expected a whole number of at least 0, or a list with "
+                        "one for every row")
     return seeds
 
 
@@ -316,8 +356,13 @@ def logprobs(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor)
     they are enabled. At temperature 1, this is what `generate` draws from: ids beyond the
     tokenizer's have probability zero.
 
-    Logits exist for a few rows at a time only; a backward pass computes them once more.
+    Logits exist for a few rows at a time only; a backward pass computes them once more. Raises
+    UserError for a batch that `generate` would not take either, ValueError past block_size.
     """
+    check_batch(model, input_ids, attention_masks)
+    device = model.transformer.wte.weight.device
+    attention_masks = attention_masks.to(device, torch.int64)  # (B, T)
+    input_ids = input_ids.to(device, torch.int64) * attention_masks
     x = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
     keep = attention_masks[:, 1:].bool()  # (B, T - 1)
     rows = LOSS_ROWS_CPU if x.device.type == "cpu" else LOSS_ROWS_GPU

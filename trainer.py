@@ -28,7 +28,6 @@ from dataloader import TokenLoader
 from distributed import (
     Dtype,
     Launch,
-    any_algorithm,
     autocast,
     data_parallel,
     mean_loss,
@@ -181,8 +180,7 @@ def can_sample(config: TrainerConfig, sizes: GPTConfig, launch: Launch) -> bool:
 def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
     """Continues the sample prompt and appends the text to OUT_DIR/samples.jsonl."""
     input_ids, masks = tokenize_batch_input([config.sample_prompt])
-    with any_algorithm():
-        output = generate(model, input_ids, masks, 1.0, config.sample_steps, seed=config.seed)
+    output = generate(model, input_ids, masks, 1.0, config.sample_steps, seed=config.seed)
     text = decode_generation(*output)[0]
     log = RunLog(Path(config.out_dir) / SAMPLES)
     log.write(step, "sample", text=text)

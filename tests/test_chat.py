@@ -50,35 +50,45 @@ def base(tmp_path):
 # ------------------------------------------------------------------------------- conversations
 
 
+def said(talk: Conversation, message: str, tokens: list[int]) -> list[int]:
+    """What the model sees of a message that it then answers with these tokens."""
+    turns = talk.ask(message)
+    talk.answered(turns, tokens)
+    return sum(turns, [])
+
+
 def test_a_tuned_model_sees_its_template_and_the_ends_of_its_answers():
     talk = Conversation(True, 1024, STEPS)
-    first = talk.ask("What is {x}?")
+    first = said(talk, "What is {x}?", [5, 6, EOT_TOKEN])
     assert first == encode(format_prompt("What is {x}?"))
-    talk.answered([5, 6, EOT_TOKEN])
-    second = talk.ask("And y?")
+    second = said(talk, "And y?", [7])  # stopped half-way
     assert second == [*first, 5, 6, EOT_TOKEN, *encode(format_prompt("And y?"))]
-    talk.answered([7])  # stopped half-way
-    assert talk.ask("z")[len(second) :] == [7, EOT_TOKEN, *encode(format_prompt("z"))]
+    assert said(talk, "z", [])[len(second) :] == [7, EOT_TOKEN, *encode(format_prompt("z"))]
 
 
 def test_a_base_model_sees_one_text():
     talk = Conversation(False, 1024, STEPS)
-    assert talk.ask("Once") == encode("Once")
-    talk.answered([5, 6])
-    assert talk.ask("upon") == [*encode("Once"), 5, 6, *encode("\nupon")]
+    assert said(talk, "Once", [5, 6]) == encode("Once")
+    assert said(talk, "upon", [7, EOT_TOKEN]) == [*encode("Once"), 5, 6, *encode("\nupon")]
+    assert said(talk, "a", [])[-3:] == [7, *encode("\na")]  # no new document
 
 
 def test_the_oldest_messages_are_forgotten_where_there_is_no_room_for_an_answer():
     talk = Conversation(False, 64, 10)
     for i in range(30):
-        prompt = talk.ask(f" a{i}" * 4)
+        prompt = said(talk, f" a{i}" * 4, [9] * 10)
         assert len(prompt) + 10 <= 64 and prompt[-2:] == encode(f" a{i}")
-        talk.answered([9] * 10)
     assert len(talk.turns) == 3
     assert "64 tokens" in user_error(talk.ask, " b" * 63)  # and a line end
     assert len(talk.turns) == 3  # as before
-    assert len(talk.ask(" b" * 62)) == 63  # room for one token: all others are forgotten
+    assert len(said(talk, " b" * 62, [])) == 63  # room for one token: all others are forgotten
     assert len(talk.turns) == 1
+
+
+def test_a_long_answer_that_is_asked_for_does_not_forget_a_short_past():
+    talk = Conversation(False, 64, 1000)
+    said(talk, "a b c", [9] * 10)
+    assert len(talk.ask("d")) == 2  # a quarter is free
 
 
 # ------------------------------------------------------------------------------- a terminal
@@ -151,9 +161,10 @@ def terminals():
 
 def answer_to(talk: Conversation, message: str, temperature: float = 0.0) -> str:
     """What the same weights answer in this process."""
-    batch = pad_rows([talk.ask(message)])
+    turns = talk.ask(message)
+    batch = pad_rows([sum(turns, [])])
     output = generate(prepare_to_sample(random_model()), *batch, temperature, STEPS)
-    talk.answered(output[0][0, batch[0].size(1):].tolist())
+    talk.answered(turns, output[0][0, batch[0].size(1):].tolist())
     return decode_generation(*output, batch[1])[0].replace("\r\n", "\n").replace("\r", "")
 
 
@@ -202,7 +213,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(base, terminals):
     terminal.type("never m")
     terminal.until("never m")
     terminal.type("\x03")  # readline overlooks one in the instant in which it handles a letter
-    while not select.select([terminal.file], [], [], 1)[0]:
+    while not select.select([terminal.file], [], [], 5)[0]:
         terminal.type("\x03")
     assert "/exit leaves" in terminal.until(r"\n> ")
     assert terminal.say("/temperature") == "temperature 0.8"  # it goes on
@@ -215,3 +226,9 @@ def test_a_conversation_without_a_terminal(tuned):
                         STEPS, "--temperature", 0, stdin="What is a list?\n/temperature 1\n")
     expected = answer_to(Conversation(True, 1024, STEPS), "What is a list?")
     assert result.stdout == f"{expected} [--max-steps reached]\ntemperature 1\n\n"
+
+
+def test_a_message_without_its_end_is_not_lost_in_silence(tuned):
+    result = run_script(SCRIPT, "--device", "cpu", "--checkpoint", tuned, "--chat",
+                        stdin='"""\nWhat is\n')
+    assert result.stdout.startswith("(not sent") and '"""' in result.stdout

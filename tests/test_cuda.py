@@ -1,15 +1,18 @@
 """What only a GPU can show. Skipped without one."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from conftest import CPU_LAUNCH, TINY
-from test_sampling import PROMPTS, sharp_model
+from test_sampling import LONG, PROMPTS, WAYS, ragged, rows_of, sample, sharp_model
 from test_trainer import losses, tiny
 
+import sampling
 from distributed import Launch
-from sampling import generate, tokenize_batch_input
+from kernels import prepare_to_sample
+from sampling import generate, logprobs, tokenize_batch_input
 from trainer import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -40,9 +43,45 @@ def test_the_training_loss_needs_no_fp32_copy_of_all_logits():
     assert torch.cuda.max_memory_allocated() < 2.5e9
 
 
-def test_greedy_text_is_that_of_the_cpu():
-    model = sharp_model()
-    expected = generate(model, *tokenize_batch_input(PROMPTS), 0.0, 12)
-    got = generate(model.cuda(), *tokenize_batch_input(PROMPTS), 0.0, 12)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert torch.equal(ours.cpu(), theirs)
+@pytest.mark.parametrize("device", range(max(torch.cuda.device_count(), 1)))
+@pytest.mark.parametrize("max_steps", [12, 150])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_text_is_that_of_the_cpu(way, max_steps, device, monkeypatch):
+    """Eager and in graphs, over several spans of the cache, with rows that end and are let go."""
+    model = sharp_model(LONG, seed=1)
+    ids, masks = ragged([3, 100, 40, 200], seed=5)
+    free = rows_of(*sample(model, ids, masks, 150, **way))
+    monkeypatch.setattr(sampling, "EOT_TOKEN", free[3][200 + 20])
+    batch = torch.cat([ids, ids[[3] * 5]]), torch.cat([masks, masks[[3] * 5]])
+    on_gpu = copy.deepcopy(model).to(f"cuda:{device}")
+    told, options = [], way | {"seed": [0] * 9}
+    expected = rows_of(*sample(model, *batch, max_steps, **options))
+    got = sample(on_gpu, *batch, max_steps, **options,
+                 on_tokens=lambda row, tokens: told.append((row, tokens)))
+    assert rows_of(*(tensor.cpu() for tensor in got)) == expected
+    for row, length in enumerate(batch[1].sum(1).tolist()):
+        assert sum((tokens for r, tokens in told if r == row), []) == expected[row][length:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prepared_model_has_float32_logits_close_to_the_cpu(dtype):
+    model = sharp_model(LONG, seed=1)
+    ids, masks = ragged([3, 100, 40], seed=5)
+    with torch.no_grad():
+        expected = logprobs(model, ids, masks)
+        prepared = prepare_to_sample(copy.deepcopy(model).cuda(), dtype)
+        assert prepared(ids.cuda())[0].dtype == torch.float32
+        got = logprobs(prepared, ids, masks).cpu()
+    assert (got - expected).abs().mean() < (1e-4 if dtype == torch.float32 else 0.5)
+    output, _ = generate(prepared, ids, masks, 1.0, 150)
+    assert output.max() < 50257
+
+
+def test_sampling_in_a_deterministic_run():
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = sharp_model().cuda()
+        generate(model, *tokenize_batch_input(PROMPTS), 1.0, 12, top_p=0.9)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -61,11 +61,11 @@ def test_batches_streaming_and_json_change_no_text(base):
     assert run("--checkpoint", base, *prompts, "--batch-size", 2) == printed
     alone = run("--checkpoint", base, "two three four")  # streamed
     assert alone in printed
-    blocks = printed.split("\n\n")
     objects = [json.loads(line) for line in
                run("--checkpoint", base, *prompts, "--json", "--batch-size", 3).splitlines()]
-    for block, one, prompt in zip(blocks, objects, prompts, strict=False):
-        assert block.startswith(f"prompt:   {prompt}\nresponse: {one['response']}\n")
+    assert printed == "".join(
+        f"prompt:   {prompt}\nresponse: {one['response']}\n          [5 tokens, ended by "
+        "--max-steps]\n\n" for prompt, one in zip(prompts, objects, strict=True))
     assert objects[0]["response"] != objects[2]["response"]  # given again: the next seed
 
 
@@ -73,7 +73,7 @@ def test_json_says_tokens_their_log_probabilities_and_why_it_ended(tuned):
     prompt = "What is it?"
     text = format_prompt(prompt)
     used = len(encode(text))
-    lines = run("--checkpoint", tuned, prompt, "--json", "--max-steps", 30).splitlines()
+    lines = run("--checkpoint", tuned, prompt, "--json", "--max-steps", 40).splitlines()
     full = json.loads(lines[0])
     assert len(lines) == 1 and list(full) == [
         "prompt", "response", "prompt_tokens", "tokens", "logprobs", "finish_reason"]
@@ -88,6 +88,11 @@ def test_json_says_tokens_their_log_probabilities_and_why_it_ended(tuned):
     assert full["logprobs"] == pytest.approx(expected, abs=1e-4)
     short = json.loads(run("--checkpoint", tuned, prompt, "--json", "--max-steps", 3))
     assert short["finish_reason"] == "length" and short["tokens"] == full["tokens"][:3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sampling.EOT_TOKEN", short["tokens"][2])  # the third token as the end
+        stopped = json.loads(run("--checkpoint", tuned, prompt, "--json"))
+    assert stopped["finish_reason"] == "stop" and stopped["tokens"] == short["tokens"]
+    assert stopped["response"] == decode(short["tokens"][:2])
 
 
 def test_how_tokens_are_chosen_is_handed_on(base, monkeypatch, capsys):
@@ -166,6 +171,7 @@ def test_the_template_is_applied_by_itself(base, tuned, monkeypatch, capsys):
     (["--checkpoint", "BASE", "a", "--device", "cpu", "--dtype", "float16"], ["float16"]),
     (["--checkpoint", "BASE", "--chat", "a"], ["--chat"]),
     (["--checkpoint", "BASE", "--chat", "--json"], ["--chat"]),
+    (["--checkpoint", "BASE", "--chat", "--batch-size", "2"], ["--batch-size"]),
     (["--checkpoint", "BASE", "--chat", "--prompts-file", "x"], ["--chat"]),
 ])
 def test_bad_input(base, arguments, words, monkeypatch, capsys):

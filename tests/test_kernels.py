@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from conftest import user_error
 from test_sampling import PROMPTS, WAYS, rows_of, sample, sharp_model, tokenize_batch_input
 
 import kernels
@@ -10,14 +11,15 @@ from kernels import PackedLinear, can_pack, prepare_to_sample
 from model import GPT, GPTConfig
 from sampling import generate, logprobs
 
-needs_onednn = pytest.mark.skipif(not can_pack(), reason="no oneDNN here")
+needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no bfloat16 here")
 
 
-@needs_onednn
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    pytest.param(dtype, tolerance, marks=pytest.mark.skipif(not can_pack(dtype), reason="not here"))
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2))])
 def test_a_packed_product_is_that_of_a_linear_layer(dtype, tolerance):
     """Any number of rows, sizes that no block divides, with and without bias, exactly as precise
-    as its dtype; whatever precision of float32 products this process was told will do."""
+    as its dtype."""
     torch.manual_seed(0)
     for inputs, outputs, bias in ((768, 2304, True), (33, 77, True), (64, 50257, False)):
         linear = nn.Linear(inputs, outputs, bias=bias)
@@ -36,14 +38,14 @@ def test_a_prepared_model_writes_the_same(way):
     expected = rows_of(*sample(model, *tokenize_batch_input(PROMPTS), 12, **way))
     with torch.no_grad():
         scores = logprobs(model, *tokenize_batch_input(PROMPTS))
-    assert prepare_to_sample(model) is model
+    assert prepare_to_sample(model) is model is prepare_to_sample(model)  # twice is once
     assert rows_of(*sample(model, *tokenize_batch_input(PROMPTS), 12, **way)) == expected
     with torch.no_grad():
         torch.testing.assert_close(logprobs(model, *tokenize_batch_input(PROMPTS)), scores,
                                    atol=1e-4, rtol=1e-5)
 
 
-@needs_onednn
+@needs_bfloat16
 def test_bfloat16_is_of_the_blocks_alone():
     torch.manual_seed(0)
     plain = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)).eval()
@@ -56,10 +58,26 @@ def test_bfloat16_is_of_the_blocks_alone():
     assert 1e-5 < (logits - expected).norm() / expected.norm() < 1e-2
     output, _ = generate(model, ids, torch.ones_like(ids), 1.0, 8)
     assert output.shape == (2, 28)
+    ones = torch.ones_like(ids)
+    torch.testing.assert_close(logprobs(model, ids, ones), logprobs(plain, ids, ones).detach(),
+                               atol=0.05, rtol=0)
+    assert logprobs(model, ids[:, :1], ones[:, :1]).shape == (2, 0)
+
+
+def test_a_prepared_model_cannot_be_trained_by_mistake():
+    model = prepare_to_sample(sharp_model())
+    ids = torch.randint(0, 50257, (2, 8))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(ids, ids)[1].backward()
 
 
 def test_without_onednn_the_layers_stay(monkeypatch):
-    monkeypatch.setattr(kernels, "can_pack", lambda: False)
+    monkeypatch.setattr(kernels, "can_pack", lambda dtype=None: False)
     model = sharp_model()
-    assert type(prepare_to_sample(model, torch.bfloat16).lm_head) is nn.Linear
+    assert type(prepare_to_sample(model).lm_head) is nn.Linear
+    assert "bfloat16" in user_error(prepare_to_sample, model, torch.bfloat16)
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_dtype_that_the_processor_has_not():
+    assert "not in float16" in user_error(prepare_to_sample, sharp_model(), torch.float16)

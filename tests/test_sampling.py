@@ -1,6 +1,7 @@
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,7 +180,7 @@ def test_generated_tokens_follow_the_softmax():
     assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < 20.5
 
 
-def test_a_padded_vocabulary_is_not_sampled(monkeypatch):
+def test_a_padded_vocabulary_is_not_sampled():
     """Ids that the tokenizer does not have, likeliest of all."""
     wide = sharp_model(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
     model = sharp_model()
@@ -188,10 +189,16 @@ def test_a_padded_vocabulary_is_not_sampled(monkeypatch):
             ours[: len(theirs)] = theirs
         wide.transformer.wte.weight[50257:] = 50 * wide.transformer.wte.weight[:47].sign()
     batch = tokenize_batch_input(PROMPTS)
+    with torch.no_grad():
+        assert wide(batch[0])[0].argmax(-1).min() >= N_VOCAB
     for way in WAYS:
         assert rows_of(*sample(wide, *batch, 12, **way)) == rows_of(
             *sample(model, *batch, 12, **way))
-    assert torch.equal(logprobs(wide, *batch), logprobs(model, *batch))
+    torch.testing.assert_close(logprobs(wide, *batch), logprobs(model, *batch))
+    foreign = batch[0].clone()
+    foreign[0, 0] = N_VOCAB  # the model has it, the tokenizer has not
+    for call in (logprobs, lambda *batch: generate(*batch, 1.0, 3)):
+        assert "50257" in user_error(call, wide, foreign, batch[1])
 
 
 # ------------------------------------------------------------------------------- seeds
@@ -210,8 +217,11 @@ def test_seeds():
     assert [rows[0], rows[2]] == [first, second]  # given again: the next seed
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=[2, 0, 1]))
     assert [rows[0], rows[2]] == [second, first]
+    for same in (np.int64(1), list(np.array([1, 1, 2])), list(torch.tensor([1, 1, 2]))):
+        rows = rows_of(*generate(model, *batch, 1.0, 12, seed=same))
+        assert [rows[0], rows[2]] == [first, second]
     assert torch.equal(torch.get_rng_state(), state)
-    for seed in (-1, [1, 2], [1, 2, -3], []):
+    for seed in (-1, [1, 2], [1, 2, -3], [], 0.5, [0.5, 1, 2], "123", torch.tensor([1, 2, 3])):
         assert "seed" in user_error(generate, model, *batch, 1.0, 12, seed=seed)
 
 
@@ -250,7 +260,7 @@ def test_rows_stop_at_end_of_text_each_on_its_own():
     new = [row[int(mask.sum()) :] for row, mask in zip(rows_of(output, output_masks), masks,
                                                        strict=True)]
     assert new == [[5, EOT_TOKEN], [7, 8, 9, EOT_TOKEN], [EOT_TOKEN]]
-    assert finish_reasons(output, output_masks, masks, 32) == ["stop"] * 3
+    assert finish_reasons(output, output_masks, masks, 6) == ["stop"] * 3
     # nobody waits for max_steps, and once half of the rows have finished they cost nothing
     assert model.rows == [3, 3, 1, 1]
     answers = decode_generation(output, output_masks, prompt_masks=masks)
@@ -287,13 +297,16 @@ def test_max_steps_and_the_context_end_a_row():
     output, masks = generate(model, *batch, 0.0, 3)
     assert masks.sum(1).tolist() == [4, 32]  # the second row is full: 32 is the context
     assert len(model.rows) == 3
-    assert finish_reasons(output, masks, batch[1], 32) == ["length", "context"]
+    assert finish_reasons(output, masks, batch[1], 3) == ["length", "length"]  # nothing was cut
+    output, masks = generate(model, *batch, 0.0, 4)
+    assert masks.sum(1).tolist() == [5, 32]
+    assert finish_reasons(output, masks, batch[1], 4) == ["length", "context"]
     output, masks = generate(model, *batch, 0.0, 1000)
     assert masks.sum(1).tolist() == [32, 32] and output.shape == (2, 32)
-    assert finish_reasons(output, masks, batch[1], 32) == ["context", "context"]
+    assert finish_reasons(output, masks, batch[1], 1000) == ["context", "context"]
     output, masks = generate(model, *batch, 0.0, 0)
     assert torch.equal(output, batch[0]) and torch.equal(masks, batch[1])
-    assert finish_reasons(output, masks, batch[1], 32) == ["length", "length"]
+    assert finish_reasons(output, masks, batch[1], 0) == ["length", "length"]
 
 
 def test_more_steps_than_the_context_holds_are_no_burden(tiny_model):
@@ -331,41 +344,90 @@ def test_an_interrupt_ends_it_at_once(tiny_model):
 # ------------------------------------------------------------------------------- as on a GPU
 
 
+class Graphs:
+    """A stand-in for CUDA's: takes a step down instead of making it, and repeats it on the tensors
+    that it was taken down with, which must still be those in use."""
+
+    def __init__(self, monkeypatch):
+        self.spans, self.rows, self.replays, self.eager = [], [], 0, 0
+        self.step, start = Continuation.step, Continuation.__init__
+        graphs = self
+
+        class Graph:
+            def replay(self):
+                assert places(self.continuation) == self.places
+                graphs.step(self.continuation)
+                graphs.replays += 1
+
+        @contextmanager
+        def graph(new, stream, capture_error_mode):
+            def take_down(rows: Continuation) -> None:
+                assert self.eager, "nothing was warmed up"
+                new.continuation, new.places = rows, places(rows)
+                self.spans.append(rows.cache.span)
+                self.rows.append(len(rows.row))
+                self.eager = 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Continuation, "step", take_down)
+                yield
+
+        def eagerly(rows: Continuation) -> None:
+            self.eager += 1
+            self.step(rows)
+
+        def starting(rows: Continuation, *arguments) -> None:
+            monkeypatch.setattr(Continuation, "span_of", lambda rows, length: -(-length // 128)
+                                * 128)
+            start(rows, *arguments)
+            rows.on_gpu, rows.uses_graphs = True, arguments[4] >= sampling.GRAPH_STEPS
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(Continuation, "step", eagerly)
+        monkeypatch.setattr(Continuation, "__init__", starting)
+
+
+def places(rows: Continuation) -> list:
+    tensors = [rows.row, rows.lengths, rows.prompt_lengths, rows.keys, rows.ends, rows.finished,
+               rows.finite, rows.logits, rows.output_ids, rows.cache.k, rows.cache.v,
+               rows.cache.rows, *([] if rows.seen is None else [rows.seen])]
+    return [rows.cache.span, *(tensor.data_ptr() for tensor in tensors)]
+
+
+@pytest.mark.parametrize("ending", [False, True])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_schedule_of_a_gpu_gives_the_same(way, monkeypatch):
-    """Graphs, replayed 16 times between two looks, of a cache whose span grows by 128: with a
-    stand-in for CUDA's graphs that takes down the step and repeats it."""
+def test_the_schedule_of_a_gpu_gives_the_same(way, ending, monkeypatch):
+    """Graphs, replayed between looks 16 steps apart, of a cache whose span grows by 128; with rows
+    that end, and are let go, on the way."""
     model = sharp_model(LONG, seed=1)
-    ids, masks = ragged([3, 100, 40, 200], seed=5)
-    expected_told, told, spans = [], [], []
-    expected = sample(model, ids, masks, 150, **way,
-                      on_tokens=lambda row, tokens: expected_told.append((row, tokens)))
-
-    class Graph:
-        def replay(self):
-            self.again()
-
-    @contextmanager
-    def capture(graph):
-        step = Continuation.step
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Continuation, "step", lambda rows: (
-                spans.append(rows.cache.span), setattr(graph, "again", lambda: step(rows))))
-            yield
-
-    start = Continuation.__init__
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(Continuation, "__init__", lambda self, *arguments: (
-        start(self, *arguments), setattr(self, "on_gpu", True))[0])
-    got = sample(model, ids, masks, 150, **way,
-                 on_tokens=lambda row, tokens: told.append((row, tokens)))
-    assert rows_of(*got) == rows_of(*expected)
-    assert set(spans) <= {256, 350} and 2 <= len(spans) <= 6
-    for row in range(4):
-        assert sum((t for r, t in told if r == row), []) == sum(
-            (t for r, t in expected_told if r == row), [])
+    lengths = [3, 100, 40, 200]
+    ids, masks = ragged(lengths, seed=5)
+    free = rows_of(*sample(model, ids, masks, 150, **way))
+    if ending:
+        monkeypatch.setattr(sampling, "EOT_TOKEN", free[3][200 + 20])
+        ids, masks = torch.cat([ids, ids[[3] * 5]]), torch.cat([masks, masks[[3] * 5]])
+    told, options = [], way | {"seed": [0] * len(ids)}
+    expected = rows_of(*sample(model, ids, masks, 150, **options))
+    graphs = Graphs(monkeypatch)
+    got = rows_of(*sample(model, ids, masks, 150, **options,
+                          on_tokens=lambda row, tokens: told.append((row, tokens))))
+    assert got == expected
+    for row, length in enumerate(masks.sum(1).tolist()):
+        assert sum((tokens for r, tokens in told if r == row), []) == expected[row][length:]
     assert max(len(tokens) for _, tokens in told) == 16
+    assert graphs.spans[0] == 256 and set(graphs.spans) <= {256, 384, 128}
+    assert graphs.replays > (5 if ending else 140)
+    assert graphs.rows[0] == len(ids) and (len(set(graphs.rows)) > 1) == ending
+
+
+def test_few_tokens_are_worth_no_graph(monkeypatch):
+    model = sharp_model(LONG, seed=1)
+    batch = ragged([3, 10], seed=5)
+    expected = rows_of(*generate(model, *batch, 1.0, 63))
+    graphs = Graphs(monkeypatch)
+    assert rows_of(*generate(model, *batch, 1.0, 63)) == expected and graphs.replays == 0
+    assert len(rows_of(*generate(model, *batch, 1.0, 64))) == 2 and graphs.replays > 50
 
 
 # ------------------------------------------------------------------------------- scoring
@@ -398,11 +460,15 @@ def test_logprobs_depend_on_no_padding():
     ids, masks = ragged([9, 1, 14], seed=0)
     with torch.no_grad():
         scores = logprobs(model, ids, masks)
-        other = logprobs(model, torch.where(masks.bool(), ids, 5), masks)
-        assert torch.equal(scores, other) and scores[1].eq(0).all()
+        for pad in (5, -100, 2**40):
+            other = logprobs(model, torch.where(masks.bool(), ids, pad), masks)
+            assert torch.equal(scores, other) and scores[1].eq(0).all()
+        assert torch.equal(logprobs(model, ids.int(), masks.bool()), scores)
+        assert logprobs(model, ids[:, :1], masks[:, :1]).shape == (3, 0)
         row = logprobs(model, ids[:1, :9], masks[:1, :9])
     torch.testing.assert_close(scores[:1, :8], row)
     assert scores[0, 8:].eq(0).all()
+    assert "ones" in user_error(logprobs, model, ids, masks.flip(1))
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -430,6 +496,15 @@ def test_bad_prompts_and_settings():
         foreign = ids.clone()
         foreign[0, 1] = wrong
         assert str(wrong) in user_error(generate, model, foreign, masks, 1.0, 5)
+
+
+def test_other_integers_and_masks_are_taken_as_they_are_meant():
+    model = sharp_model()
+    ids, masks = tokenize_batch_input(PROMPTS)
+    expected = generate(model, ids, masks, 0.0, 6)
+    for other in ((ids.int(), masks), (ids, masks.bool()), (ids.short(), masks.int())):
+        for ours, theirs in zip(generate(model, *other, 0.0, 6), expected, strict=True):
+            assert torch.equal(ours, theirs) and ours.dtype == torch.int64
 
 
 def test_a_model_that_diverged_is_refused(tiny_model):
