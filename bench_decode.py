@@ -122,7 +122,7 @@ def bench_decode(config: BenchConfig) -> None:
     if importlib.util.find_spec("transformers") is None:
         raise UserError("sampling is measured against Hugging Face's: pip install transformers")
     name, batches, lengths, new, early, late, dtypes = (
-        ("tiny", (4,), (32,), 16, 9, 64, (torch.float32,)) if config.quick else
+        ("tiny", (4,), (32,), 16, 9, 24, (torch.float32,)) if config.quick else
         ("124M", BATCHES, PROMPTS, NEW_TOKENS, EARLY, LATE, (torch.float32, torch.bfloat16)))
     for batch in batches:
         taken = contest(min(config.rounds, GROWTH_ROUNDS) + 1, {"it": Contestant(

@@ -151,10 +151,11 @@ def test_decoding_and_validation_agree_with_what_they_are_measured_against(tmp_p
                                                                            monkeypatch):
     monkeypatch.setattr(bench_decode, "QUICK_EVAL_SHAPE", (2, 32))
     config = BenchConfig(repeats=1, log=str(tmp_path / "log.jsonl"), quick=True)
-    bench_decode.measure_decoding(config, "tiny", 2, 8, 4, torch.float32)
+    bench_decode.bench_decode(config)
     bench_decode.bench_eval(config)
     figures = records_of(tmp_path / "log.jsonl")
     assert figures["decoding"][0]["same_tokens"] and figures["decoding"][0]["ratio"] > 0
+    assert figures["growth"][0]["ratio"] > 0 and figures["first token"][0]["ms"] > 0
     assert len(figures["validation"]) == 2
     assert figures["validation"][0]["loss_differs"] < 1e-6
 
@@ -168,6 +169,7 @@ def test_the_gpu_section_can_be_tried_on_a_cpu(tmp_path, smallest, monkeypatch):
     bench_gpu.bench_gpu(config)
     figures = records_of(tmp_path / "log.jsonl")
     assert seen == [("ours", "textbook"), "decode"] and figures["gpu matmul"][0]["tflops"] > 0
+    assert figures["gpu bandwidth"][0]["bound_tokens_per_sec"] > 0
     assert "MATH" in {found["backend"] for found in figures["gpu attention"]}
     if not torch.cuda.is_available():
         assert "--quick" in user_error(bench_gpu.bench_gpu, BenchConfig())
