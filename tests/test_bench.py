@@ -160,6 +160,23 @@ def test_decoding_and_validation_agree_with_what_they_are_measured_against(tmp_p
     assert figures["validation"][0]["loss_differs"] < 1e-6
 
 
+def test_the_readme_quotes_the_log_of_decoding():
+    figures = records_of(ROOT / "image/logs/bench_decode.jsonl")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = {(one["batch"], one["prompt"]): one["ratio"] for one in figures["first token"]}
+    points = {(one["batch"], one["prompt"], one["dtype"]): one for one in figures["decoding"]}
+    assert len(points) == len(figures["decoding"]) == 12 and len(first) == 6
+    for rows, prompt in first:
+        cells = [f"{rows}, {prompt}"]
+        for dtype in ("float32", "bfloat16"):
+            one = points[rows, prompt, dtype]
+            assert one["same_tokens"] or dtype == "bfloat16"
+            cells += [f"{one['ours_tokens_per_sec']:.0f} tokens/s",
+                      f"{one['hugging_face_tokens_per_sec']:.0f}", f"{one['ratio']:.2f}"]
+        assert f"| {' | '.join(cells)} | {first[rows, prompt]:.2f} |" in readme
+    assert [f"{one['ratio']:.2f}" for one in figures["growth"]] == ["1.19", "2.14", "3.14"]
+
+
 def test_the_gpu_section_can_be_tried_on_a_cpu(tmp_path, smallest, monkeypatch):
     monkeypatch.setattr(bench_gpu, "measure_micro_batch",
                         lambda config, name, shape, ways, device, matmul: seen.append(ways))
