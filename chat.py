@@ -14,7 +14,7 @@ from config import UserError
 from draws import Choice
 from model import GPT
 from sampling import finish_reasons, generate, pad_rows
-from tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt
+from tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer
 
 LEAST_ROOM = 4  # an answer finds a quarter of the context free, or --max-steps
 PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
@@ -63,15 +63,18 @@ def chat(model: GPT, choice: Choice, max_steps: int, seed: int, use_template: bo
     """Reads messages and commands from standard input until its end."""
     conversation = Conversation(use_template, model.config.block_size, max_steps)
     is_terminal = sys.stdin.isatty()
-    sys.stdin.reconfigure(errors="replace")
+    load_tokenizer()  # not when the first message waits for it
     if is_terminal:
+        sys.stdin.reconfigure(errors="replace")
         with contextlib.suppress(ImportError):  # lines can be edited, and called back
             import readline  # noqa: F401
         print("/help shows the commands, Ctrl-D leaves", flush=True)
+    else:  # as a file of prompts is read
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)
     while True:
         try:
             message, is_command = read_message(is_terminal)
-            command, _, argument = message.partition(" ")
+            command, argument = [*message.split(maxsplit=1), "", ""][:2]
             if not is_command and message:
                 answer(model, conversation, message, choice, max_steps, seed)
             elif command == "/exit":
@@ -125,7 +128,7 @@ def answer(model: GPT, conversation: Conversation, message: str, choice: Choice,
     turns, before = conversation.ask(message), len(conversation.turns)
     forgotten = before + 1 - len(turns)
     if forgotten:
-        print(f"(the context is full: the oldest {forgotten} of {before} messages are forgotten)",
+        print(f"(the context is full: forgotten, oldest first: {forgotten} of {before})",
               flush=True)
     batch = pad_rows([[token for turn in turns for token in turn]])
     decoder, tokens = StreamDecoder(), []

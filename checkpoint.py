@@ -138,12 +138,16 @@ def write_model(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """The tensors of a GPT under GPT-2's names and in GPT-2's layout, on the CPU."""
-    return {
+    """The tensors of a GPT under GPT-2's names and in GPT-2's layout, on the CPU. Raises ValueError
+    for a model whose weights were packed to sample from it."""
+    tensors = {
         name: (tensor.detach().t() if TRANSPOSED.search(name) else tensor.detach())
         .to("cpu", torch.float32).contiguous()
         for name, tensor in model.named_parameters()  # a tied weight is met once, as wte
     }
+    if len(tensors) != 4 + 12 * model.config.n_layer:
+        raise ValueError("the model was made ready to sample, and lacks what is to be saved")
+    return tensors
 
 
 def write_json(path: Path, value: dict) -> None:

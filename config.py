@@ -59,14 +59,14 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         add_argument(parser, field, hints[field.name])
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse_intermixed_args(argv))  # flags between positionals, too
     for field in dataclasses.fields(cls):
         minimum, below, value = (*map(field.metadata.get, ("minimum", "below")), values[field.name])
         number = isinstance(value, int | float)  # not None, nor the word of an `int | Literal`
         if minimum is not None and number and not minimum <= value < below:
             limit = "" if below == math.inf else f" and less than {below}"
-            parser.error(f"{flag_name(field.name)} is {value}, expected a number of at least "
-                         f"{minimum}{limit}")
+            parser.error(f"{flag_name(field.name)} is {value}, expected a finite number of at "
+                         f"least {minimum}{limit}")
         if value == "" and not field.metadata["may_be_empty"]:
             parser.error(f"{flag_name(field.name)} is empty")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

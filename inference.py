@@ -47,7 +47,7 @@ from sampling import (
     pad_rows,
     row_seeds,
 )
-from tokenizer import StreamDecoder, format_prompt
+from tokenizer import StreamDecoder, format_prompt, repair
 
 ENDINGS = {"stop": "ended by <|endoftext|>", "length": "ended by --max-steps",
            "context": "cut: the context is full"}
@@ -63,8 +63,9 @@ class InferenceConfig:
     raw: bool = flag(False, "give the prompts to a fine-tuned model without its template")
     temperature: float = flag(0.8, "0 takes the likeliest token", minimum=0)
     top_k: int = flag(0, "only the k likeliest tokens; 0: all", minimum=0)
-    top_p: float = flag(1.0, "only the likeliest tokens with this probability together", minimum=0)
-    repetition_penalty: float = flag(1.0, "above 1, makes tokens that are there less likely")
+    top_p: float = flag(1.0, "only the likeliest tokens with this probability together; 1: all",
+                       minimum=0)
+    repetition_penalty: float = flag(1.0, "above 1: tokens that are there become less likely")
     max_steps: int = flag(128, "most tokens of an answer", minimum=1)
     batch_size: int = flag(8, "prompts that are continued at once", minimum=1)
     seed: int = flag(0, "of the samples", minimum=0, below=2**63)
@@ -77,19 +78,13 @@ def read_prompts(config: InferenceConfig) -> list[str]:
     if config.prompts and config.prompts_file:
         raise UserError("prompts given both as arguments and with --prompts-file: choose one")
     if config.prompts:
-        prompts = list(config.prompts)
+        prompts = list(map(repair, config.prompts))
     elif config.prompts_file:
-        try:
-            prompts = lines(Path(config.prompts_file).read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompts-file {config.prompts_file}: {error}") from None
+        prompts = lines(Path(config.prompts_file).read_bytes(), config.prompts_file)
     else:
         if sys.stdin is not None and sys.stdin.isatty():
             print("one prompt a line, then Ctrl-D:", file=sys.stderr)
-        try:
-            prompts = [] if sys.stdin is None else lines(sys.stdin.read())
-        except UnicodeDecodeError as error:
-            raise UserError(f"cannot read standard input: {error}") from None
+        prompts = [] if sys.stdin is None else lines(sys.stdin.buffer.read(), "standard input")
     if not prompts:
         raise UserError("no prompt given: as arguments, with --prompts-file or on standard input")
     for number, prompt in enumerate(prompts, 1):
@@ -98,10 +93,16 @@ def read_prompts(config: InferenceConfig) -> list[str]:
     return prompts
 
 
-def lines(text: str) -> list[str]:
-    """Without their ends, which reading has made "\\n". Not `splitlines`, which also cuts at
-    characters like U+2028."""
-    return text.removesuffix("\n").split("\n") if text else []
+def lines(data: bytes, source: str) -> list[str]:
+    """The lines of a text in UTF-8, whatever ends them on the system it comes from, but for empty
+    ones at its end. Not `splitlines`, which also cuts at characters like U+2028. Raises
+    UserError."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is no UTF-8: {error}") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    return text.split("\n") if text else []
 
 
 def check_config(config: InferenceConfig) -> Choice:
@@ -111,6 +112,8 @@ def check_config(config: InferenceConfig) -> Choice:
         raise UserError("--chat reads what is typed: it takes no prompts, --prompts-file or --json")
     if config.chat and config.batch_size != InferenceConfig.batch_size:
         raise UserError("--chat answers one message at a time: --batch-size has no meaning")
+    if sys.stdout is None:
+        raise UserError("standard output is closed: there is nowhere to print to")
     if config.chat and sys.stdin is None:
         raise UserError("--chat reads standard input, which is closed")
     return Choice(config.temperature, config.top_k, config.top_p, config.repetition_penalty)

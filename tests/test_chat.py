@@ -222,8 +222,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(base, terminals):
 
 
 def test_a_conversation_without_a_terminal(tuned):
+    typed = "\ufeffWhat is a list?\r\n/temperature 1\r\n"
     result = run_script(SCRIPT, "--device", "cpu", "--checkpoint", tuned, "--chat", "--max-steps",
-                        STEPS, "--temperature", 0, stdin="What is a list?\n/temperature 1\n")
+                        STEPS, "--temperature", 0, stdin=typed)
     expected = answer_to(Conversation(True, 1024, STEPS), "What is a list?")
     assert result.stdout == f"{expected} [--max-steps reached]\ntemperature 1\n\n"
 

@@ -21,6 +21,7 @@ from checkpoint import (
     save_checkpoint,
     to_gpt2_layout,
 )
+from kernels import prepare_to_sample
 from model import GPT, GPTConfig
 from tokenizer import encode
 
@@ -412,3 +413,10 @@ def test_a_pickle_that_would_run_code_is_refused(saved, tmp_path, monkeypatch):
         assert "training_state.pt" in user_error(load_training_state, saved)
     state.unlink()
     assert "training_state.pt" in user_error(load_training_state, saved)
+
+
+def test_a_model_made_ready_to_sample_is_not_saved(tmp_path, tiny_model):
+    prepare_to_sample(tiny_model)
+    with pytest.raises(ValueError, match="lacks what is to be saved"):
+        save_checkpoint(tmp_path, 1, tiny_model)
+    assert list(tmp_path.iterdir()) == []

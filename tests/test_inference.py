@@ -35,7 +35,7 @@ def run(*arguments, stdin: str = "") -> str:
     argv = ["inference.py", "--device", "cpu", "--max-steps", 5, *arguments]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr("sys.argv", list(map(str, argv)))
-        patch.setattr("sys.stdin", io.StringIO(stdin))
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         inference.main()
     return printed.getvalue()
 
@@ -59,6 +59,7 @@ def test_batches_streaming_and_json_change_no_text(base):
     prompts = ["one", "two three four", "one", "five", "six"]
     printed = run("--checkpoint", base, *prompts)
     assert run("--checkpoint", base, *prompts, "--batch-size", 2) == printed
+    assert run(*prompts[:2], "--checkpoint", base, *prompts[2:]) == printed  # on both sides
     alone = run("--checkpoint", base, "two three four")  # streamed
     assert alone in printed
     objects = [json.loads(line) for line in
@@ -118,14 +119,21 @@ def test_weights_in_bfloat16_and_in_float32(base):
     assert half["logprobs"][0] == pytest.approx(single["logprobs"][0], abs=0.05)
 
 
-def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffone \u2028 line\r\nanother\x0cone\r\n".encode())
-    printed = run("--checkpoint", base, "--prompts-file", file)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path, end):
+    text = f"\ufeffone \u2028 line{end}another\x0cone{end}{end}"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    printed = run("--checkpoint", base, "--prompts-file", tmp_path / "prompts.txt")
     assert "prompt:   one \u2028 line\n" in printed and "prompt:   another\x0cone\n" in printed
-    closed = subprocess.run(["bash", "-c", f"{sys.executable} {SCRIPT} --checkpoint {base} <&-"],
-                            capture_output=True, text=True, env=script_env())
-    assert_user_error(closed, "no prompt given")
+    assert printed.count("prompt:") == 2 and run("--checkpoint", base, stdin=text) == printed
+
+
+def test_closed_streams(base):
+    for closed, words in (("<&-", "no prompt given"), ("--chat <&-", "is closed"),
+                          ("--chat >&-", "is closed"), ("a >&-", "is closed")):
+        done = subprocess.run(["bash", "-c", f"{sys.executable} {SCRIPT} --checkpoint {base} "
+                               f"{closed}"], capture_output=True, text=True, env=script_env())
+        assert_user_error(done, words)
 
 
 def texts_given_to_the_model(monkeypatch, capsys, *arguments) -> list[str]:
@@ -187,6 +195,8 @@ def test_no_prompt_at_all(base):
 
 def test_standard_input_that_is_no_text(base):
     result = subprocess.run([sys.executable, SCRIPT, "--checkpoint", base], input=b"caf\xe9\n",
-                            capture_output=True,
-                            env=script_env() | {"PYTHONIOENCODING": "utf-8:strict"})
-    assert result.returncode == 2 and b"cannot read standard input" in result.stderr
+                            capture_output=True, env=script_env())
+    assert result.returncode == 2 and b"standard input is no UTF-8" in result.stderr
+    result = subprocess.run([sys.executable, SCRIPT, "--checkpoint", base, "--json", b"caf\xe9"],
+                            capture_output=True, env=script_env())
+    assert json.loads(result.stdout)["prompt"] == "caf\ufffd"
