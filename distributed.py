@@ -263,11 +263,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def any_algorithm() -> Iterator[None]:
     """For what has no deterministic algorithm on a GPU and does not touch the training."""
     strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:

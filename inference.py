@@ -32,7 +32,7 @@ from chat import chat, printing
 from checkpoint import find_checkpoint, load_model, read_prompt_template
 from config import UserError, flag, parse_config, run_main
 from distributed import Dtype, pick_device, pick_dtype
-from draws import Choice
+from draws import Choice, row_seeds
 from kernels import prepare_to_sample
 from model import GPT
 from sampling import (
@@ -45,7 +45,6 @@ from sampling import (
     generated_rows,
     logprobs,
     pad_rows,
-    row_seeds,
 )
 from tokenizer import StreamDecoder, format_prompt, repair
 

@@ -59,10 +59,15 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     all stays as it is, in float32. The process keeps the memory that it frees.
 
     Logits are float32 everywhere: in bfloat16, GPT-2's, around -100, lie half a unit apart.
-    Raises UserError for a dtype that the processor does not have.
+    Raises UserError for a dtype that the processor does not have, ValueError for another one than
+    the model was made ready with before.
     """
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
+        first = model.transformer.h[0].attn.c_attn
+        done = first.dtype if isinstance(first, PackedLinear) else first.weight.dtype
+        if done != dtype:
+            raise ValueError(f"the model is ready to sample in {done}, and cannot change")
         return model
     device = model.transformer.wte.weight.device
     if device.type == "cuda" and dtype != torch.float32:
@@ -74,6 +79,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
                         "--dtype float32")
     elif can_pack():
         keep_freed_memory()
+        model.float()
         for block in model.transformer.h:
             for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"),
                                (block.mlp, "c_fc"), (block.mlp, "c_proj")):

@@ -5,10 +5,9 @@ tokens and then 0. Causal attention makes that exact without a padding mask: no 
 to its left. Each row then goes on at its own length, over the slots that its pads held.
 """
 
-import hashlib
-import operator
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+import functools
+import numbers
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 from distributed import any_algorithm
-from draws import Choice, choose
+from draws import Choice, choose, row_seeds, stream_keys
 from model import GPT, LOSS_ROWS_CPU, LOSS_ROWS_GPU, KVCache
 from tokenizer import EOT_TOKEN, N_VOCAB, decode, encode
 
@@ -42,6 +41,8 @@ def tokenize_batch_input(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Te
 
 def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
     """The token ids of every prompt. Raises UserError as `tokenize_batch_input` does."""
+    if isinstance(prompts, str):
+        raise UserError("prompts is one text, expected a list of them")
     rows = [encode(prompt) for prompt in prompts]
     if not rows:
         raise UserError("no prompt given")
@@ -140,16 +141,15 @@ def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
     are not finite.
     """
     choice = Choice(temperature, top_k, top_p, repetition_penalty)
-    check_batch(model, input_ids, attention_masks)
-    prompts = unpadded(input_ids, attention_masks)
+    ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
+    device, lengths = ids.device, masks.sum(1)  # (B,)
+    prompts = [tuple(row[:length]) for row, length in
+               zip(ids.tolist(), lengths.tolist(), strict=True)]
     check_room(list(map(len, prompts)), max_steps, model.config.block_size)
     seeds = row_seeds(prompts, seed)
-    device = model.transformer.wte.weight.device
-    masks = attention_masks.to(device, torch.int64)  # (B, T)
-    ids, lengths = input_ids.to(device, torch.int64) * masks, masks.sum(1)  # (B, T), (B,)
-    T, max_steps = max(map(len, prompts)), min(max_steps, model.config.block_size)
+    T, max_steps = ids.size(1), min(max_steps, model.config.block_size)
     total = min(T + max_steps, model.config.block_size)
-    output_ids = F.pad(ids[:, :T], (0, total - T), value=PAD_TOKEN)  # (B, total)
+    output_ids = F.pad(ids, (0, total - T), value=PAD_TOKEN)  # (B, total)
     if max_steps > 0:
         keys = stream_keys(prompts, seeds).to(device)
         # what is drawn here has no part in a training that must be deterministic
@@ -245,7 +245,7 @@ class Continuation:
         """Takes `step` down as a CUDA graph, which does it again on the same tensors."""
         self.graph = torch.cuda.CUDAGraph()
         # on the rows' own device, and while a loader's thread may pin memory
-        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.row.device),
+        with torch.cuda.graph(self.graph, stream=capture_stream(self.row.device),
                               capture_error_mode="thread_local"):
             self.step()
 
@@ -284,67 +284,48 @@ class Continuation:
             self.cache.span = 0  # the next step warms up
 
 
-def check_batch(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor) -> None:
-    """Raises UserError unless both are (B, T), rows are real tokens and then padding, and real
-    tokens are ids that the model and the tokenizer have."""
-    if input_ids.dim() != 2 or input_ids.shape != attention_masks.shape or not len(input_ids):
-        raise UserError(f"input_ids {tuple(input_ids.shape)} and attention_masks "
-                        f"{tuple(attention_masks.shape)} must both be (B, T) with B at least 1")
-    lengths = attention_masks.sum(1)  # (B,)
-    right_padded = torch.arange(input_ids.size(1), device=lengths.device) < lengths[:, None]
-    if not torch.equal(attention_masks.bool(), right_padded) or lengths.min() < 1:
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which graphs are captured: each would keep a workspace of its own."""
+    return torch.cuda.Stream(device)
+
+
+def checked_batch(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two as (B, T) int64 on the model's device, padding all PAD_TOKEN, and no column of
+    nothing but padding. Raises UserError unless both are integers (B, T), rows are real tokens and
+    then padding, and real tokens are ids that the model and the tokenizer have."""
+    ids, masks = input_ids, attention_masks
+    if ids.dim() != 2 or ids.shape != masks.shape or not len(ids):
+        raise UserError(f"input_ids {tuple(ids.shape)} and attention_masks {tuple(masks.shape)} "
+                        "must both be (B, T) with B at least 1")
+    if ids.is_floating_point() or ids.dtype == torch.bool or masks.is_floating_point():
+        raise UserError(f"input_ids are {ids.dtype} and attention_masks {masks.dtype}, expected "
+                        "integers")
+    device = model.transformer.wte.weight.device
+    ids, masks = ids.to(device, torch.int64), masks.to(device, torch.int64)
+    lengths = masks.sum(1)  # (B,)
+    real = torch.arange(ids.size(1), device=device) < lengths[:, None]  # (B, T)
+    if not torch.equal(masks, real.long()) or lengths.min() < 1:
         raise UserError("every row of attention_masks must be ones, at least one, and then zeros")
-    real, vocab_size = input_ids[right_padded.to(input_ids.device)], model.config.vocab_size
-    least, most, vocab_size = int(real.min()), int(real.max()), min(vocab_size, N_VOCAB)
+    least, most = int(ids[real].min()), int(ids[real].max())
+    vocab_size = min(model.config.vocab_size, N_VOCAB)
     if least < 0 or most >= vocab_size:
         raise UserError(f"input_ids holds ids from {least} to {most}, expected 0 to "
                         f"{vocab_size - 1}")
+    T = int(lengths.max())
+    return ids.where(real, PAD_TOKEN)[:, :T], masks[:, :T]
 
 
 def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
     """Raises UserError unless prompts of these lengths can grow by a token, if any is asked for."""
-    if max_steps < 0:
-        raise UserError(f"max_steps is {max_steps}, expected 0 or above")
+    if not isinstance(max_steps, numbers.Integral) or max_steps < 0:
+        raise UserError(f"max_steps is {max_steps!r:.60}, expected a whole number, 0 or above")
     longest = max(lengths)
     if longest + min(max_steps, 1) > block_size:
         raise UserError(f"prompt {lengths.index(longest) + 1} of {len(lengths)} has {longest} "
                         f"tokens; the context is {block_size} and must hold the answer too: "
                         "shorten it")
-
-
-# ---------------------------------------------------------------- random streams
-
-
-def unpadded(input_ids: torch.Tensor, attention_masks: torch.Tensor) -> list[tuple[int, ...]]:
-    """The real tokens of every row."""
-    lengths = attention_masks.sum(1).tolist()
-    return [tuple(ids[:length]) for ids, length in zip(input_ids.tolist(), lengths, strict=True)]
-
-
-def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
-    """The seed of every row: its own where there is one for each; else `seed`, plus the number of
-    times that the row's prompt came before. Raises UserError for one below 0."""
-    try:
-        if isinstance(seed, Sequence):
-            seeds = list(map(operator.index, seed))
-        else:
-            seeds, before = [], Counter()
-            for prompt in prompts:
-                seeds.append(operator.index(seed) + before[prompt])
-                before[prompt] += 1
-    except TypeError:
-        seeds = []
-    if len(seeds) != len(prompts) or min(seeds) < 0:
-        raise UserError(f"seed is {seed!r}, expected a whole number of at least 0, or a list with "
-                        "one for every row")
-    return seeds
-
-
-def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> torch.Tensor:
-    """Names of the rows' random streams (B,) int64: 64 bits of a hash of prompt and seed."""
-    digests = [hashlib.sha256(repr((seed, prompt)).encode()).digest()
-               for prompt, seed in zip(prompts, seeds, strict=True)]
-    return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
 
 
 # ---------------------------------------------------------------- scoring
@@ -359,19 +340,16 @@ def logprobs(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor)
     Logits exist for a few rows at a time only; a backward pass computes them once more. Raises
     UserError for a batch that `generate` would not take either, ValueError past block_size.
     """
-    check_batch(model, input_ids, attention_masks)
-    device = model.transformer.wte.weight.device
-    attention_masks = attention_masks.to(device, torch.int64)  # (B, T)
-    input_ids = input_ids.to(device, torch.int64) * attention_masks
-    x = model.hidden_states(input_ids)[:, :-1]  # (B, T - 1, C)
-    keep = attention_masks[:, 1:].bool()  # (B, T - 1)
+    ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T')
+    x = model.hidden_states(ids)[:, :-1]  # (B, T' - 1, C)
+    keep = masks[:, 1:].bool()  # (B, T' - 1)
     rows = LOSS_ROWS_CPU if x.device.type == "cpu" else LOSS_ROWS_GPU
     picked = [checkpoint(picked_logprobs, model, *part, use_reentrant=False,
                          preserve_rng_state=False) if torch.is_grad_enabled() else
               picked_logprobs(model, *part)
-              for part in zip(x[keep].split(rows), input_ids[:, 1:][keep].split(rows), strict=True)]
-    scores = torch.zeros(keep.shape, device=x.device)
-    return scores.masked_scatter(keep, torch.cat(picked))
+              for part in zip(x[keep].split(rows), ids[:, 1:][keep].split(rows), strict=True)]
+    scores = torch.zeros(keep.shape, device=x.device).masked_scatter(keep, torch.cat(picked))
+    return F.pad(scores, (0, input_ids.size(1) - ids.size(1)))  # (B, T - 1)
 
 
 def picked_logprobs(model: GPT, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from draws import Choice, choose, exponential_noise, keep_likely, splitmix64, weights_of
+from draws import (
+    Choice,
+    choose,
+    exponential_noise,
+    keep_top_k,
+    keep_top_p,
+    murmur_finalizer,
+    splitmix64,
+    stream_keys,
+    weights_of,
+)
 
 EVEN = Choice(1.0)
 
@@ -39,7 +49,7 @@ def chi_square_z(counts: torch.Tensor, probs: torch.Tensor) -> float:
         expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     counts, expected = counts[expected > 0], expected[expected > 0]
     freedom = len(counts) - 1
-    assert freedom > 1
+    assert freedom > 0
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     return (chi_square - freedom) / (2 * freedom) ** 0.5
 
@@ -47,11 +57,12 @@ def chi_square_z(counts: torch.Tensor, probs: torch.Tensor) -> float:
 @pytest.mark.parametrize("choice", [
     Choice(1.0), Choice(0.7), Choice(2.5), Choice(1.0, top_k=7), Choice(1.0, top_p=0.8),
     Choice(0.8, top_k=20, top_p=0.9), Choice(1.3, repetition_penalty=1.7),
-    Choice(0.9, 15, 0.85, 0.6)], ids=str)
-def test_draws_follow_the_distribution_that_hugging_face_makes(choice):
+    Choice(0.9, 15, 0.85, 0.6), Choice(1.0, 8, 0.7), Choice(1e6, 5)], ids=str)
+@pytest.mark.parametrize("spread", [2.0, 0.2])
+def test_draws_follow_the_distribution_that_hugging_face_makes(choice, spread):
     """Chi-square over 40 tokens. The streams are fixed, so that a pass is a pass."""
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(40, generator=generator) * 2
+    logits = torch.randn(40, generator=generator) * spread
     ids = torch.tensor([[3, 5, 5, 11, 30]])
     seen = torch.zeros(1, 40, dtype=torch.bool).index_fill(1, ids[0], True)
     theirs = LogitsProcessorList([
@@ -95,20 +106,29 @@ def test_tokens_of_probability_zero_are_never_drawn():
 
 def test_top_k_and_top_p_at_their_ends():
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, -1.0]])
+    for top_k in (0, 5, 6, 10**9):
+        assert keep_top_k(logits, top_k) is logits  # all
+    assert keep_top_k(logits, 1).isfinite().nonzero()[:, 1].tolist() == [1, 3]  # equal: both
+    assert keep_top_k(logits, 3).isfinite().nonzero()[:, 1].tolist() == [1, 2, 3]
     weights = weights_of(logits, 1.0)
-    assert keep_likely(weights, 0, 1.0) is weights
-    for top_k in (5, 6, 10**9):
-        assert keep_likely(weights, top_k, 1.0) is weights  # all
-    assert keep_likely(weights, 1, 1.0).nonzero()[:, 1].tolist() == [1, 3]  # equal: both
-    assert keep_likely(weights, 3, 1.0).nonzero()[:, 1].tolist() == [1, 2, 3]
-    assert keep_likely(weights, 0, 0.0).nonzero()[:, 1].tolist() == [1, 3]
+    assert keep_top_p(weights, 1.0) is weights
+    assert keep_top_p(weights, 0.0).nonzero()[:, 1].tolist() == [1, 3]
     one = weights_of(torch.tensor([[5.0, 1.0, 0.0]]), 1.0)
-    assert keep_likely(one, 0, 0.0).nonzero()[:, 1].tolist() == [0]
-    assert keep_likely(one, 0, 0.9999).nonzero()[:, 1].tolist() == [0, 1, 2]
+    assert keep_top_p(one, 0.0).nonzero()[:, 1].tolist() == [0]
+    assert keep_top_p(one, 0.9999).nonzero()[:, 1].tolist() == [0, 1, 2]
     # exactly reached: 1/2 + 1/4 suffice for 0.75
     halves = torch.tensor([[0.5, 1.0, 0.25, 0.25]])
-    assert keep_likely(halves, 0, 0.75).nonzero()[:, 1].tolist() == [0, 1]
-    assert keep_likely(halves, 0, 0.76).nonzero()[:, 1].tolist() == [0, 1, 2, 3]
+    assert keep_top_p(halves, 0.75).nonzero()[:, 1].tolist() == [0, 1]
+    assert keep_top_p(halves, 0.76).nonzero()[:, 1].tolist() == [0, 1, 2, 3]
+
+
+def test_a_penalty_beyond_all_numbers_still_gives_a_token():
+    logits = torch.tensor([[1.0, 2.0, 3.0, -4.0]])
+    seen = torch.tensor([[False, True, False, True]])
+    for penalty, token in ((1e-40, 1), (1e38, 2)):
+        for draw in range(5):
+            assert choose(logits, Choice(1.0, repetition_penalty=penalty), keys_of(1),
+                          torch.tensor([draw]), seen).item() == token
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -116,7 +136,10 @@ def test_top_k_and_top_p_at_their_ends():
     ({"temperature": float("inf")}, "temperature"), ({"top_k": -1}, "top_k is -1"),
     ({"top_p": 1.5}, "top_p is 1.5"), ({"top_p": -0.5}, "top_p"),
     ({"top_p": float("nan")}, "top_p"), ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-    ({"repetition_penalty": float("nan")}, "repetition_penalty")])
+    ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+    ({"repetition_penalty": float("inf")}, "finite"), ({"top_k": 2.5}, "top_k is 2.5"),
+    ({"top_k": float("inf")}, "top_k"), ({"temperature": "1"}, "temperature is '1'"),
+    ({"top_p": None}, "top_p is None")])
 def test_settings_without_a_meaning_are_refused(changes, words):
     assert words in user_error(Choice, **{"temperature": 1.0} | changes)
 
@@ -129,6 +152,47 @@ def test_splitmix64_is_the_published_one():
     outputs = splitmix64(torch.zeros(3, dtype=torch.long), torch.arange(3))
     assert [x % 2**64 for x in outputs.tolist()] == [
         0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_the_finalizer_is_murmurs():
+    """MurmurHash3's fmix32 of 1, 2 and 2^32 - 1 (Appleby's MurmurHash3.cpp), by plain Python."""
+    def fmix32(h: int) -> int:
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return h ^ h >> 16
+    values = [1, 2, -1, 123456789, -987654321]
+    got = murmur_finalizer(torch.tensor(values, dtype=torch.int32))
+    assert [x % 2**32 for x in got.tolist()] == [fmix32(x % 2**32) for x in values]
+    assert got[0].item() % 2**32 == 0x514E28B7
+
+
+def test_streams_have_64_bits():
+    """Of prompt and seed, all of both."""
+    keys = stream_keys([(i,) for i in range(3000)] + [(7, 8)] * 3,
+                       [1] * 3000 + [1, 1 + 2**32, 2**64 - 1])
+    assert len(set(keys.tolist())) == len(keys) == 3003
+    for half in keys.view(torch.int32).view(-1, 2).t():
+        assert len(set(half.tolist())) > 2990
+    noise = exponential_noise(torch.tensor([5, 5 + 2**32, 5 + 2**40]), torch.zeros(3).long(), 50)
+    assert len({tuple(row) for row in noise.tolist()}) == 3
+
+
+def test_no_two_tokens_know_of_each_other():
+    """Neighbours at all powers of two, and pairs that a weaker mixer ties together."""
+    pairs = [(1000, 1000 + 2**i) for i in range(16)] + [
+        (4180, 40396), (46038, 46809), (13940, 50156), (8340, 44556), (43238, 49609), (1, 2)]
+    columns = sorted({column for pair in pairs for column in pair})
+    where = {column: i for i, column in enumerate(columns)}
+    found = []
+    for seed in range(20):
+        keys = keys_of(400, seed) * 7919
+        noise = exponential_noise(keys, torch.zeros(400, dtype=torch.long), 50257)
+        found.append((1 - (-noise[:, columns]).exp()).clamp(0, 0.999999))
+    uniform = torch.cat(found)  # (8,000, columns)
+    for a, b in pairs:
+        cells = (uniform[:, where[a]] * 8).long() * 8 + (uniform[:, where[b]] * 8).long()
+        counts = torch.bincount(cells, minlength=64)
+        assert chi_square_z(counts, torch.full((64,), 1 / 64)) < 3.7, (a, b)
 
 
 def test_noise_is_a_function_of_key_draw_and_column_alone():

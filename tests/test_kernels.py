@@ -64,6 +64,15 @@ def test_bfloat16_is_of_the_blocks_alone():
     assert logprobs(model, ids[:, :1], ones[:, :1]).shape == (2, 0)
 
 
+def test_a_model_is_prepared_from_any_dtype_and_once():
+    batch = tokenize_batch_input(PROMPTS)
+    model = prepare_to_sample(sharp_model().bfloat16())
+    assert generate(model, *batch, 0.0, 3)[0].shape[0] == 3
+    if can_pack(torch.bfloat16):
+        with pytest.raises(ValueError, match="ready to sample in torch"):
+            prepare_to_sample(model, torch.bfloat16)
+
+
 def test_a_prepared_model_cannot_be_trained_by_mistake():
     model = prepare_to_sample(sharp_model())
     ids = torch.randint(0, 50257, (2, 8))

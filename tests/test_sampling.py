@@ -218,12 +218,45 @@ def test_seeds():
     assert [rows[0], rows[2]] == [first, second]  # given again: the next seed
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=[2, 0, 1]))
     assert [rows[0], rows[2]] == [second, first]
-    for same in (np.int64(1), list(np.array([1, 1, 2])), list(torch.tensor([1, 1, 2]))):
+    for same in (np.int64(1), list(np.array([1, 1, 2])), (1, 1, 2)):
         rows = rows_of(*generate(model, *batch, 1.0, 12, seed=same))
         assert [rows[0], rows[2]] == [first, second]
     assert torch.equal(torch.get_rng_state(), state)
-    for seed in (-1, [1, 2], [1, 2, -3], [], 0.5, [0.5, 1, 2], "123", torch.tensor([1, 2, 3])):
+    rows = rows_of(*generate(model, *batch, 1.0, 12, seed=1 + 2**32))
+    assert rows[0] not in (first, second)  # no bit of a seed is lost
+    for seed in (-1, [1, 2], [1, 2, -3], [], 0.5, [0.5, 1, 2], "123", b"123", 2**64, None,
+                 torch.tensor([1, 2, 3]), np.zeros((30, 30), int)):
         assert "seed" in user_error(generate, model, *batch, 1.0, 12, seed=seed)
+
+
+def test_streams_differ_by_prompt_and_from_token_to_token(tiny_model):
+    """With a model to which all tokens are the same, a row is its noise."""
+    with torch.no_grad():
+        tiny_model.transformer.wte.weight.zero_()
+    ids = torch.tensor([[1], [2], [1]])
+    rows = rows_of(*generate(tiny_model, ids, torch.ones_like(ids), 1.0, 30, seed=[0, 0, 1]))
+    tokens = [token for row in rows for token in row[1:]]
+    assert len(tokens) == 90 and len(set(tokens)) > 85
+
+
+def test_without_a_cache_there_is_none(tiny_model, monkeypatch):
+    monkeypatch.setattr(sampling, "KVCache", None)
+    batch = tokenize_batch_input(PROMPTS)
+    assert generate(tiny_model, *batch, 1.0, 5, use_cache=False)[0].size(1) > batch[0].size(1)
+    with pytest.raises(TypeError):
+        generate(tiny_model, *batch, 1.0, 5)
+
+
+def test_padding_is_not_seen(tiny_model):
+    """A repetition penalty is for what the row has: with PAD_TOKEN's logit the only one."""
+    batch = tokenize_batch_input(["a b c d e f", "a"])
+    with torch.no_grad():
+        tiny_model.transformer.ln_f.weight.zero_()
+        tiny_model.transformer.ln_f.bias.fill_(1.0)
+        tiny_model.transformer.wte.weight.zero_()
+        tiny_model.transformer.wte.weight[:2] = torch.tensor([[0.02], [0.015]])
+    rows = rows_of(*generate(tiny_model, *batch, 0.0, 2, repetition_penalty=2.0))
+    assert [row[-2:] for row in rows] == [[0, 1], [0, 1]]
 
 
 # ------------------------------------------------------------------------------- ends of rows
@@ -290,6 +323,13 @@ def test_rows_that_are_let_go_leave_the_others_as_they_were(way, monkeypatch):
     cut = [row[: row.index(free[1][7]) + 1] if free[1][7] in row else row for row in free]
     assert new == [cut[1]] * 6 + cut and max(map(len, new)) == 30
     assert kept and kept[0] <= 6
+
+
+def test_one_of_two_rows_goes_on_alone():
+    a, b = (encode(prompt)[-1] for prompt in ("a", "b"))
+    model = Chain([a, EOT_TOKEN], [b, 5, 6, EOT_TOKEN])
+    generate(model, *tokenize_batch_input(["a", "b"]), 0.0, 9)
+    assert model.rows == [2, 1, 1]
 
 
 def test_max_steps_and_the_context_end_a_row():
@@ -422,6 +462,20 @@ def test_the_schedule_of_a_gpu_gives_the_same(way, ending, monkeypatch):
     assert graphs.rows[0] == len(ids) and (len(set(graphs.rows)) > 1) == ending
 
 
+def test_logits_that_were_not_finite_between_two_looks(monkeypatch):
+    model = sharp_model(LONG, seed=1)
+    batch = ragged([3, 10], seed=5)
+    Graphs(monkeypatch)
+    passes = []
+
+    def poisoned(module, inputs, logits):
+        passes.append(1)
+        return logits * float("nan") if len(passes) == 5 else logits
+
+    model.lm_head.register_forward_hook(poisoned)
+    assert "not finite" in user_error(generate, model, *batch, 1.0, 100)
+
+
 def test_few_tokens_are_worth_no_graph(monkeypatch):
     model = sharp_model(LONG, seed=1)
     batch = ragged([3, 10], seed=5)
@@ -466,6 +520,8 @@ def test_logprobs_depend_on_no_padding():
             assert torch.equal(scores, other) and scores[1].eq(0).all()
         assert torch.equal(logprobs(model, ids.int(), masks.bool()), scores)
         assert logprobs(model, ids[:, :1], masks[:, :1]).shape == (3, 0)
+        wide = logprobs(model, F.pad(ids, (0, 60), value=3), F.pad(masks, (0, 60)))
+        assert torch.equal(wide, F.pad(scores, (0, 60)))  # columns of padding beyond the context
         row = logprobs(model, ids[:1, :9], masks[:1, :9])
     torch.testing.assert_close(scores[:1, :8], row)
     assert scores[0, 8:].eq(0).all()
@@ -493,6 +549,16 @@ def test_bad_prompts_and_settings():
     left_padded = masks.flip(1)
     assert "ones" in user_error(generate, model, ids, left_padded, 1.0, 5)
     assert "ones" in user_error(generate, model, ids, torch.zeros_like(masks), 1.0, 5)
+    for kind in (torch.float, torch.bool):
+        assert "integers" in user_error(generate, model, ids.to(kind), masks, 1.0, 5)
+    assert "integers" in user_error(logprobs, model, ids, masks.float())
+    for mask in ([[2, 1, 1], [1, 1, 0]], [[-1, 3, 0], [1, 0, 0]], [[3, 0, 0], [1, 0, 0]]):
+        assert "ones" in user_error(generate, model, ids, torch.tensor(mask), 1.0, 5)
+    for steps in (5.0, None, float("nan")):
+        assert "max_steps" in user_error(generate, model, ids, masks, 1.0, steps)
+    small = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=1, n_head=1, n_embd=8))
+    assert "0 to 99" in user_error(generate, small, ids, masks, 1.0, 5)
+    assert "one text" in user_error(tokenize_batch_input, "abc")
     for wrong in (-1, 50257):
         foreign = ids.clone()
         foreign[0, 1] = wrong
@@ -503,7 +569,8 @@ def test_other_integers_and_masks_are_taken_as_they_are_meant():
     model = sharp_model()
     ids, masks = tokenize_batch_input(PROMPTS)
     expected = generate(model, ids, masks, 0.0, 6)
-    for other in ((ids.int(), masks), (ids, masks.bool()), (ids.short(), masks.int())):
+    for other in ((ids.int(), masks), (ids, masks.bool()), (ids.short(), masks.int()),
+                  (ids.to(torch.uint16), masks.to(torch.uint8))):
         for ours, theirs in zip(generate(model, *other, 0.0, 6), expected, strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == torch.int64
 
