@@ -7,8 +7,9 @@ a conversation outgrows the context, its oldest messages are forgotten.
 
 import contextlib
 import dataclasses
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from config import UserError
 from draws import Choice
@@ -133,8 +134,10 @@ def answer(model: GPT, conversation: Conversation, message: str, choice: Choice,
     batch = pad_rows([[token for turn in turns for token in turn]])
     decoder, tokens = StreamDecoder(), []
     try:
-        output = generate(model, *batch, max_steps=max_steps, seed=seed,
-                          on_tokens=printing(decoder, tokens), **dataclasses.asdict(choice))
+        with noting_interrupts() as interrupts:
+            output = generate(model, *batch, max_steps=max_steps, seed=seed,
+                              on_tokens=printing(decoder, tokens, interrupts),
+                              **dataclasses.asdict(choice))
         note = CUT.get(finish_reasons(*output, batch[1], max_steps)[0], "")
     except KeyboardInterrupt:
         note = " [stopped]"
@@ -142,9 +145,25 @@ def answer(model: GPT, conversation: Conversation, message: str, choice: Choice,
     print(decoder.flush() + note, flush=True)
 
 
-def printing(decoder: StreamDecoder, tokens: list[int]) -> Callable[[int, list[int]], None]:
-    """What `generate` calls: notes the new tokens, and prints their text."""
+@contextlib.contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """A list that every Ctrl-C is added to, instead of being raised wherever Python is just then:
+    what PyTorch calls on its way may swallow an exception."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def printing(decoder: StreamDecoder, tokens: list[int], interrupts: list[int],
+             ) -> Callable[[int, list[int]], None]:
+    """What `generate` calls: notes the new tokens, prints their text, and raises KeyboardInterrupt
+    once there was an interrupt."""
     def show(row: int, new: list[int]) -> None:
         tokens.extend(new)
         print(decoder.feed([token for token in new if token != EOT_TOKEN]), end="", flush=True)
+        if interrupts:
+            raise KeyboardInterrupt
     return show

@@ -132,7 +132,7 @@ def respond(model: GPT, config: InferenceConfig, choice: Choice, prompts: list[s
         if is_streamed:
             print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
         output = generate(model, *batch, max_steps=config.max_steps, seed=seeds[part],
-                          on_tokens=printing(decoder, []) if is_streamed else None,
+                          on_tokens=printing(decoder, [], []) if is_streamed else None,
                           **dataclasses.asdict(choice))
         if is_streamed:
             print(decoder.flush(), end="")
