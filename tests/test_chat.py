@@ -12,39 +12,27 @@ import termios
 import time
 
 import pytest
-import torch
-from conftest import ROOT, TINY, run_script, script_env, user_error
+from conftest import ROOT, run_script, script_env, user_error
+from test_sampling import LONG, sharp_model
 
 from chat import Conversation
 from checkpoint import save_checkpoint
 from kernels import prepare_to_sample
-from model import GPT, GPTConfig
 from sampling import decode_generation, generate, pad_rows
 from tokenizer import EOT_TOKEN, encode, format_prompt
 
 SCRIPT = ROOT / "inference.py"
-SIZES = GPTConfig(block_size=1024, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
 STEPS = 12
-
-
-def random_model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(SIZES).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(20)
-    return model
 
 
 @pytest.fixture
 def tuned(tmp_path):
-    return save_checkpoint(tmp_path / "tuned", 1, random_model(), prompt_template="alpaca")
+    return save_checkpoint(tmp_path / "tuned", 1, sharp_model(LONG), prompt_template="alpaca")
 
 
 @pytest.fixture
 def base(tmp_path):
-    return save_checkpoint(tmp_path / "base", 1, random_model())
+    return save_checkpoint(tmp_path / "base", 1, sharp_model(LONG))
 
 
 # ------------------------------------------------------------------------------- conversations
@@ -163,7 +151,7 @@ def answer_to(talk: Conversation, message: str, temperature: float = 0.0) -> str
     """What the same weights answer in this process."""
     turns = talk.ask(message)
     batch = pad_rows([sum(turns, [])])
-    output = generate(prepare_to_sample(random_model()), *batch, temperature, STEPS)
+    output = generate(prepare_to_sample(sharp_model(LONG)), *batch, temperature, STEPS)
     talk.answered(turns, output[0][0, batch[0].size(1):].tolist())
     return decode_generation(*output, batch[1])[0].replace("\r\n", "\n").replace("\r", "")
 
