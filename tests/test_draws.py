@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import user_error
@@ -154,16 +156,30 @@ def test_splitmix64_is_the_published_one():
         0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
+def fmix32(h: int) -> int:
+    """MurmurHash3's finalizer, by plain Python."""
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
 def test_the_finalizer_is_murmurs():
-    """MurmurHash3's fmix32 of 1, 2 and 2^32 - 1 (Appleby's MurmurHash3.cpp), by plain Python."""
-    def fmix32(h: int) -> int:
-        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
-        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
-        return h ^ h >> 16
     values = [1, 2, -1, 123456789, -987654321]
     got = murmur_finalizer(torch.tensor(values, dtype=torch.int32))
     assert [x % 2**32 for x in got.tolist()] == [fmix32(x % 2**32) for x in values]
-    assert got[0].item() % 2**32 == 0x514E28B7
+    assert got[0].item() % 2**32 == 0x514E28B7  # as Appleby's MurmurHash3.cpp gives
+
+
+def test_noise_is_what_plain_python_makes_of_its_definition():
+    keys, draw, columns = [1, -5, 2**40], [0, 7, 123], [0, 1, 777, 50256]
+    noise = exponential_noise(torch.tensor(keys), torch.tensor(draw), 50257)
+    words = splitmix64(torch.tensor(keys), torch.tensor(draw)).tolist()
+    for row, word in enumerate(words):
+        low, high = word % 2**32, (word >> 32) % 2**32
+        for column in columns:
+            x = fmix32(fmix32(column * 0x9E3779B1 % 2**32 ^ low) ^ high)
+            expected = -math.log1p(-(x % 2**31) / 2**31)
+            assert noise[row, column].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_streams_have_64_bits():
