@@ -148,7 +148,7 @@ def answer(model: GPT, conversation: Conversation, message: str, choice: Choice,
 @contextlib.contextmanager
 def noting_interrupts() -> Iterator[list[int]]:
     """A list that every Ctrl-C is added to, instead of being raised wherever Python is just then:
-    what PyTorch calls on its way may swallow an exception."""
+    an answer stops between two tokens, all of which are remembered."""
     noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -82,6 +83,13 @@ def test_a_long_answer_that_is_asked_for_does_not_forget_a_short_past():
 # ------------------------------------------------------------------------------- a terminal
 
 
+def take_terminal() -> None:
+    """In the new process: the terminal is its own, and Ctrl-C is not ignored, as it is in what a
+    shell started in the background."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program on a pseudo-terminal of its own, driven as somebody who types would."""
 
@@ -90,7 +98,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, "--device", "cpu", *map(str, arguments)], stdin=theirs,
             stdout=theirs, stderr=theirs, env=script_env() | {"TERM": "dumb"},
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+            start_new_session=True, preexec_fn=take_terminal)
         os.close(theirs)
         self.file, self.seen = ours, b""
 
@@ -201,7 +209,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(base, terminals):
     terminal.type("never m")
     terminal.until("never m")
     terminal.type("\x03")  # readline overlooks one in the instant in which it handles a letter
-    while not select.select([terminal.file], [], [], 5)[0]:
+    if not select.select([terminal.file], [], [], 5)[0]:
         terminal.type("\x03")
     assert "/exit leaves" in terminal.until(r"\n> ")
     assert terminal.say("/temperature") == "temperature 0.8"  # it goes on
