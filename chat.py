@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from config import UserError
-from draws import Choice
+from inference import finish_reasons, generate, pad_rows, printing
+from minigpt2.config import UserError
+from minigpt2.sampling import SamplingParams
+from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer
 from model import GPT
-from sampling import finish_reasons, generate, pad_rows
-from tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer
 
 LEAST_ROOM = 4  # an answer finds a quarter of the context free, or --max-steps
 PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
@@ -60,7 +60,7 @@ class Conversation:
         self.turns = [*turns[:-1], [*turns[-1], *tokens, *end]]
 
 
-def chat(model: GPT, choice: Choice, max_steps: int, seed: int, use_template: bool) -> None:
+def chat(model: GPT, choice: SamplingParams, max_steps: int, seed: int, use_template: bool) -> None:
     """Reads messages and commands from standard input until its end."""
     conversation = Conversation(use_template, model.config.block_size, max_steps)
     is_terminal = sys.stdin.isatty()
@@ -112,7 +112,7 @@ def read_message(is_terminal: bool) -> tuple[str, bool]:
     return text.rstrip().removesuffix(FENCE).strip("\n"), False
 
 
-def set_temperature(choice: Choice, argument: str) -> Choice:
+def set_temperature(choice: SamplingParams, argument: str) -> SamplingParams:
     """The choice with another temperature, if there is one; says which it is. Raises UserError."""
     try:
         if argument:
@@ -123,8 +123,8 @@ def set_temperature(choice: Choice, argument: str) -> Choice:
     return choice
 
 
-def answer(model: GPT, conversation: Conversation, message: str, choice: Choice, max_steps: int,
-           seed: int) -> None:
+def answer(model: GPT, conversation: Conversation, message: str, choice: SamplingParams,
+           max_steps: int, seed: int) -> None:
     """Prints the answer to a message as it comes, and remembers both; Ctrl-C stops it."""
     turns, before = conversation.ask(message), len(conversation.turns)
     forgotten = before + 1 - len(turns)
@@ -155,15 +155,3 @@ def noting_interrupts() -> Iterator[list[int]]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def printing(decoder: StreamDecoder, tokens: list[int], interrupts: list[int],
-             ) -> Callable[[int, list[int]], None]:
-    """What `generate` calls: notes the new tokens, prints their text, and raises KeyboardInterrupt
-    once there was an interrupt."""
-    def show(row: int, new: list[int]) -> None:
-        tokens.extend(new)
-        print(decoder.feed([token for token in new if token != EOT_TOKEN]), end="", flush=True)
-        if interrupts:
-            raise KeyboardInterrupt
-    return show

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError
-from model import IGNORE_INDEX
-from shards import open_shard, read_manifest
+from minigpt2.config import UserError
+from minigpt2.loss import IGNORE_INDEX
+from minigpt2.shards import open_shard, read_manifest
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +38,7 @@ class TokenLoader:
     """Batches of one split of a corpus. Raises UserError when the corpus is not what it says.
 
     `total_batch_size` is in tokens and a multiple of micro_batch_size * sequence_length *
-    world_size (see `distributed.micro_steps_per_update`).
+    world_size (see `distributed.count_micro_steps`).
     """
 
     data_dir: Path

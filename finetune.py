@@ -22,30 +22,38 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from checkpoint import CONFIG_FILE, load_model
-from config import UserError, first_line, flag, parse_config, run_main
 from dataloader import permutation
-from distributed import (
+from inference import PAD_TOKEN, check_vocabulary
+from minigpt2.checkpoint import CONFIG_FILE, load_model
+from minigpt2.config import UserError, first_line, flag, parse_config, run_main
+from minigpt2.distributed import (
     Dtype,
     Launch,
     autocast,
     data_parallel,
+    device_time,
     mean_loss,
     pick_dtype,
-    seconds_on,
     to_device,
 )
-from faults import StopRequest, agree, count_skipped, launched
-from files import sha256_of
-from graphs import check_image, draw_runs
-from memory import find_micro_batch, moment_bytes
-from metrics import run_facts, start_log
-from model import GPT, IGNORE_INDEX
-from optimizer import cosine_lr, make_optimizer, set_lr
-from progress import progress_bar
-from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
-from sampling import PAD_TOKEN, check_vocabulary
-from tokenizer import PROMPT_TEMPLATE, encode_example
+from minigpt2.faults import StopRequest, agree, count_skipped, launched
+from minigpt2.files import sha256_of
+from minigpt2.graphs import check_image, draw_runs
+from minigpt2.loss import IGNORE_INDEX
+from minigpt2.memory import find_micro_batch, moment_bytes
+from minigpt2.metrics import run_metadata, start_log
+from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
+from minigpt2.progress import progress_bar
+from minigpt2.resume import (
+    CheckpointWriter,
+    TrainState,
+    check_settings,
+    find_resume,
+    restore,
+    seed_rank,
+)
+from minigpt2.tokenizer import PROMPT_TEMPLATE, encode_example
+from model import GPT
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ("instruction", "input", "output")
@@ -196,7 +204,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
         raise UserError(f"--out-dir {out_dir} is itself a checkpoint: choose another")
     check_image(image)
     rows = read_rows(Path(config.data))
-    facts = run_facts(config, world_size=launch.world_size, device=device,
+    facts = run_metadata(config, world_size=launch.world_size, device=device,
                       data={"sha256": sha256_of(Path(config.data))})
     launch.check_same(facts, except_for=OF_ONE_NODE)
     folder, state = find_resume(out_dir, config.resume, launch)
@@ -226,7 +234,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     raw_model.checkpoint_activations = config.activation_checkpointing
     seed_rank(config.seed, 0, launch)
-    progress = Progress()
+    progress = TrainState()
     if is_resumed:
         progress = restore(folder, state, optimizer, scaler, launch, seed=config.seed,
                            max_steps=max_steps, flag="--epochs")
@@ -283,7 +291,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             if is_last or stopping:
                 break
 
-            clock = seconds_on(device)
+            clock = device_time(device)
             lr = cosine_lr(step, warmup_steps=round(max_steps * config.warmup_fraction),
                            max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
@@ -316,7 +324,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             progress.step += 1
 
             tokens = sum(len(prompt) + len(response) for prompt, response in batch)
-            tokens_per_sec = tokens / (seconds_on(device) - clock)
+            tokens_per_sec = tokens / (device_time(device) - clock)
             if launch.is_master:
                 log.write(step, "train", loss=loss, lr=lr, grad_norm=grad_norm,
                           tokens_per_sec=tokens_per_sec,

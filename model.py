@@ -18,14 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100  # a target that carries no loss
+from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
+
 INIT_STD = 0.02
-# Rows of logits held at a time by the uncompiled training loss. 512 x 50257 bf16 is 51 MB, where a
-# CPU stops gaining; a GPU wants larger products: 4096 rows are 0.4 GB, not the 3.3 of 32 x 1024.
-LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096
-# Rows of which the softmax is made at once, in float32: on a CPU, what its caches hold (6 MB)
-SOFTMAX_ROWS_CPU, SOFTMAX_ROWS_GPU = 16, 1024
-HEAD_MULTIPLE = 128  # fast kernels want aligned rows: the head's 50257 are padded to 50304
 
 
 @dataclass(frozen=True)
@@ -58,51 +53,6 @@ PRESETS = {  # OpenAI's four sizes, under their hub names
 }
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once: slot t of row b holds token t of row b.
-
-    Rows may be of unequal length. What a slot held before its row reaches it (the keys of a
-    prompt's padding, say) is overwritten then, and never attended before. `span` is how many slots
-    the longest row has filled, or more: those beyond are not even looked at.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # a head's keys lie together: a CPU reads them half as fast again as it would strided ones
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
-        self.rows = torch.arange(batch_size, device=device)  # (B,)
-        self.slots = torch.arange(max_length, device=device)  # (S,)
-        self.span = max_length
-
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor,
-              positions: torch.Tensor | None) -> None:
-        """Stores k and v (B, H, T, D): of whole prompts into slots 0 .. T - 1, or of one token a
-        row at `positions` (B, 1)."""
-        for stored, new in ((self.k[layer], k), (self.v[layer], v)):
-            if positions is None:
-                stored[:, :, : new.size(2)] = new
-            else:
-                stored[self.rows, :, positions[:, 0]] = new[:, :, 0].to(stored.dtype)  # (B, H, D)
-
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of a layer, each (B, H, span, D)."""
-        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
-
-    def visible(self, positions: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of the one new token of each row, at `positions` (B, 1): 0
-        for the slots that it may attend, -inf for those beyond it."""
-        beyond = self.slots[: self.span] > positions  # (B, span)
-        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.k.dtype)
-        return mask.masked_fill_(beyond, -torch.inf)[:, None, None, :]  # (B, 1, 1, span)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows (B',) alone."""
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
-        self.rows = self.rows[: len(rows)]
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -111,7 +61,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache: KVCache | None = None, positions=None, visible=None):
+    def forward(self, x, cache=None, positions=None, visible=None):
         """x (B, T, C), and for one new token a row positions (B, 1) and visible (B, 1, 1, span),
         see KVCache -> (B, T, C)."""
         B, T, C = x.shape
@@ -145,7 +95,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache: KVCache | None = None, positions=None, visible=None):
+    def forward(self, x, cache=None, positions=None, visible=None):
         x = x + self.attn(self.ln_1(x), cache, positions, visible)
         return x + self.mlp(self.ln_2(x))
 
@@ -192,7 +142,7 @@ class GPT(nn.Module):
         """124,439,808 for the default config; the tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None,
+    def hidden_states(self, idx: torch.Tensor, cache=None,
                       positions: torch.Tensor | None = None) -> torch.Tensor:
         """The stack below the head: idx (B, T) int64 -> (B, T, C).
 
@@ -222,8 +172,8 @@ class GPT(nn.Module):
         (`reduction="sum"`), for callers that divide by a count of their own. A batch in which no
         target counts has loss 0 and zero gradients. Without targets the loss is None.
 
-        `return_logits=False` gives (None, loss), the same loss by way of `summed_loss`: the path
-        of training. Raises ValueError past block_size.
+        `return_logits=False` gives (None, loss), the same loss by way of
+        `linear_cross_entropy`: the path of training. Raises ValueError past block_size.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean' or 'sum'")
@@ -235,79 +185,8 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                    ignore_index=IGNORE_INDEX, reduction="sum")
         else:
-            logits, loss = None, self.summed_loss(x.flatten(0, 1), targets.flatten())
+            weight = self.lm_head.weight  # (V, C)
+            logits, loss = None, linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
         if reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return logits, loss
-
-    def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The summed loss of rows x (N, C) against targets (N,).
-
-        A few rows of logits at a time; but all of them, in the compute dtype, under the compiler
-        (which fuses the softmax, and its upcast, into what it makes of them) and in float16."""
-        weight, device_type, V = self.lm_head.weight, x.device.type, self.config.vocab_size
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-        # float16 has its gradients scaled before they are made; LinearCrossEntropy makes them first
-        if torch.compiler.is_compiling() or dtype == torch.float16:
-            if device_type == "cuda":
-                weight = F.pad(weight, (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
-            logits = F.linear(x, weight)[:, :V]  # (N, V)
-            return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX,
-                                   reduction="sum")
-        keep = targets != IGNORE_INDEX  # rows of prompts and padding need no logits at all
-        x, targets = x[keep].to(dtype), targets[keep]
-        return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum over rows of -log softmax(x @ weight.T)[target], with a block of logits at a time.
-
-    The gradient of a softmax cross-entropy needs nothing but the logits, so each block's share of
-    both gradients is computed in the forward pass, while its logits exist, and `backward` only
-    scales them by the incoming scalar. Memory is O(block x V) instead of O(N x V); the result is
-    that of `F.cross_entropy(..., reduction="sum")`.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_grad: bool):
-        """x (N, C) in the compute dtype, weight (V, C) fp32, targets (N,) all valid -> () fp32."""
-        (N, C), V, device = x.shape, len(weight), x.device
-        on_gpu = device.type != "cpu"
-        block_rows = min(LOSS_ROWS_GPU if on_gpu else LOSS_ROWS_CPU, max(N, 1))
-        softmax_rows = min(SOFTMAX_ROWS_GPU if on_gpu else SOFTMAX_ROWS_CPU, block_rows)
-        head = x.new_zeros(V + -V % HEAD_MULTIPLE, C)  # (V', C)
-        head[:V] = weight
-        loss = torch.zeros((), device=device)
-        grad_x = torch.empty_like(x) if with_grad else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if with_grad else None
-        # The same buffers for all blocks: on a CPU, fresh pages would cost a fifth of the time
-        all_logits = x.new_empty(block_rows, len(head))
-        all_scores, all_probs = torch.empty(2, softmax_rows, V, device=device)
-        for start in range(0, N, block_rows):
-            block = x[start : start + block_rows]
-            logits = all_logits[: len(block)]  # (block_rows, V')
-            torch.mm(block, head.t(), out=logits)
-            for first in range(0, len(block), softmax_rows):
-                low = logits[first : first + softmax_rows, :V]
-                target = targets[start + first :][: len(low), None]
-                scores, probs = all_scores[: len(low)], all_probs[: len(low)]  # fp32
-                torch.softmax(scores.copy_(low), dim=-1, out=probs)
-                # the largest probability is at least 1 / V: its logarithm is exact
-                logsumexp = scores.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()
-                loss += (logsumexp - scores.gather(1, target)).sum()
-                if with_grad:  # d loss / d logits = softmax(logits) - one_hot(target)
-                    minus_one = torch.full_like(target, -1, dtype=torch.float32)
-                    low.copy_(probs.scatter_add_(1, target, minus_one))
-            if with_grad:
-                logits[:, V:] = 0
-                torch.mm(logits, head, out=grad_x[start : start + block_rows])
-                grad_head += logits.t() @ block
-        if with_grad:
-            ctx.save_for_backward(grad_x, grad_head[:V])
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None

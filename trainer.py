@@ -22,31 +22,38 @@ from typing import Literal
 
 import torch
 
-from checkpoint import load_model
-from config import UserError, flag, parse_config, run_main
 from dataloader import TokenLoader
-from distributed import (
+from inference import decode_generation, generate, tokenize_batch_input
+from minigpt2.checkpoint import load_model
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.distributed import (
     Dtype,
     Launch,
     autocast,
+    count_micro_steps,
     data_parallel,
+    device_time,
     mean_loss,
-    micro_steps_per_update,
     pick_dtype,
-    seconds_on,
     should_compile,
     to_device,
 )
-from faults import StopRequest, agree, count_skipped, launched
-from graphs import check_image, draw_runs
-from memory import find_micro_batch, moment_bytes
-from metrics import RunLog, flops_per_token, peak_flops, run_facts, start_log
+from minigpt2.faults import StopRequest, agree, count_skipped, launched
+from minigpt2.graphs import check_image, draw_runs
+from minigpt2.memory import find_micro_batch, moment_bytes
+from minigpt2.metrics import RunLog, flops_per_token, peak_flops, run_metadata, start_log
+from minigpt2.optimizer import SCHEDULES, make_optimizer, set_lr
+from minigpt2.progress import progress_bar
+from minigpt2.resume import (
+    CheckpointWriter,
+    TrainState,
+    check_settings,
+    find_resume,
+    restore,
+    seed_rank,
+)
+from minigpt2.shards import read_manifest
 from model import GPT, PRESETS, GPTConfig
-from optimizer import RECIPES, in_recipes, make_optimizer, set_lr, with_recipe
-from progress import progress_bar
-from resume import CheckpointWriter, Progress, check_settings, find_resume, restore, seed_rank
-from sampling import decode_generation, generate, tokenize_batch_input
-from shards import read_manifest
 
 ROOT = Path(__file__).resolve().parent
 SAMPLES = "samples.jsonl"
@@ -68,24 +75,22 @@ class TrainerConfig:
         32, "sequences per rank and micro-step; auto: as many as fit into memory", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
     max_steps: int | None = flag(None, "updates (default: one epoch of the shards)", minimum=1)
-    recipe: Literal["gpt2", "fast"] = flag("gpt2", "gpt2: AdamW and a cosine; fast: Muon for the "
-                                                   "blocks' matrices, a line to 0")
-    warmup_steps: int | None = flag(None, "updates of linear warm-up "
-                                          f"({in_recipes('warmup_steps')})", minimum=0)
-    max_lr: float | None = flag(None, "learning rate after the warm-up "
-                                      f"({in_recipes('max_lr')})", minimum=0)
-    min_lr: float | None = flag(None, "learning rate at the end "
-                                      f"({in_recipes('min_lr')})", minimum=0)
-    muon_lr: float | None = flag(None, "Muon's learning rate after the warm-up; it falls as "
-                                       f"--max-lr's does ({in_recipes('muon_lr')})", minimum=0)
-    weight_decay: float | None = flag(None, "on matrices and embeddings only "
-                                            f"({in_recipes('weight_decay')})", minimum=0)
-    beta1: float | None = flag(None, "AdamW's decay of the mean gradient "
-                                     f"({in_recipes('beta1')})", minimum=0, below=1)
-    beta2: float | None = flag(None, "AdamW's decay of the mean squared gradient "
-                                     f"({in_recipes('beta2')})", minimum=0, below=1)
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: Muon for the blocks' matrices, "
+                                                        "AdamW for all else")
+    schedule: Literal["cosine", "linear"] = flag("cosine", "decay of the learning rate after the "
+                                                           "warm-up")
+    warmup_steps: int = flag(715, "steps of linear warm-up", minimum=0)
+    max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
+    min_lr: float = flag(6e-5, "learning rate at the end", minimum=0)
+    muon_lr: float = flag(6e-3, "Muon's learning rate after the warm-up; decays in proportion to "
+                                "--max-lr", minimum=0)
+    weight_decay: float = flag(0.1, "on matrices and embeddings only", minimum=0)
+    beta1: float = flag(0.9, "AdamW's decay of the mean gradient", minimum=0, below=1)
+    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's floor under the root", minimum=0)
     grad_clip: float = flag(1.0, "largest global gradient norm", minimum=0)
+    zero_init: bool = flag(False, "start with c_proj weights of 0: every block begins as the "
+                                  "identity")
     eval_interval: int = flag(500, "updates between validations and samples", minimum=1)
     eval_tokens: int = flag(10_485_760, "validate on the first so many tokens", minimum=1)
     save_interval: int = flag(1000, "updates between checkpoints", minimum=1)
@@ -113,9 +118,18 @@ class TrainerConfig:
 
 # What a resumed run may not change: the model, the optimizer, which windows an update sees, what is
 # validated.
-FIXED_ON_RESUME = ("recipe", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
+FIXED_ON_RESUME = ("optimizer", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
                    "sequence_length", "seed", "data_sha256", "eval_tokens")
 OF_ONE_NODE = ("data_dir", "device")  # all other facts are the same on all ranks
+
+
+def check_optimizer(config: TrainerConfig) -> None:
+    """Raises UserError for learning rates that the optimizer cannot use."""
+    if config.optimizer != "muon" and config.muon_lr != TrainerConfig.muon_lr:
+        raise UserError("--muon-lr needs --optimizer muon: add that, or leave --muon-lr out")
+    if config.optimizer == "muon" and config.max_lr == 0:
+        raise UserError("--max-lr 0 with --optimizer muon: Muon's learning rate decays in "
+                        "proportion to it; give a small number")
 
 
 def model_config(config: TrainerConfig) -> GPTConfig:
@@ -136,7 +150,7 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     """What to choose the micro-batch from, largest first: the one given, or whatever divides a
     rank's share of an update. Raises UserError for one that does not divide it."""
     def micro_steps(micro_batch_size: int) -> int:
-        return micro_steps_per_update(
+        return count_micro_steps(
             config.total_batch_size, micro_batch_size=micro_batch_size,
             row=config.sequence_length, world_size=launch.world_size, flag="--total-batch-size")
 
@@ -191,7 +205,7 @@ def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
 def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Pre-trains from the first or the resumed update to the last, or until a signal; returns the
     final model."""
-    config, recipe = with_recipe(config), RECIPES[config.recipe]
+    check_optimizer(config)
     out_dir, device, stop = Path(config.out_dir), launch.device, stop or StopRequest()
     image = Path(config.loss_graph or out_dir / "pretrain_loss.png")
 
@@ -199,7 +213,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     sizes = model_config(config)
     candidates = micro_batch_sizes(config, launch)
     manifest = read_manifest(Path(config.data_dir))
-    facts = run_facts(config, world_size=launch.world_size, device=device, data=manifest
+    facts = run_metadata(config, world_size=launch.world_size, device=device, data=manifest
                       ) | dataclasses.asdict(sizes)  # the preset's, where none was given
     launch.check_same(facts, except_for=OF_ONE_NODE)
     train_loader = make_loader(config, launch, "train", candidates[0], sizes.vocab_size)
@@ -215,13 +229,13 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
         launch.print0(f"the warm-up of {config.warmup_steps} updates is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")
 
-    # 2. Model and optimizer. Initialised on the CPU: the same weights on every device and rank
+    # 2. Model and optimizer. Initialized on the CPU: the same weights on every device and rank
     if is_resumed:
         raw_model = load_model(folder, device).train()
     else:
         torch.manual_seed(config.seed)
         raw_model = GPT(sizes)
-        if recipe.zero_projections:
+        if config.zero_init:
             raw_model.zero_projections()
         raw_model.to(device)
         seed_rank(config.seed, 0, launch)
@@ -232,9 +246,10 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
         launch.print0("--shard-optimizer: one rank keeps all of it")
     optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(config.beta1, config.beta2),
                                eps=config.eps, weight_decay=config.weight_decay,
-                               muon_lr=config.muon_lr, shard=shard)
+                               muon_lr=config.muon_lr if config.optimizer == "muon" else None,
+                               shard=shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress()
+    progress = TrainState()
     if is_resumed:
         progress = restore(folder, state, optimizer, scaler, launch, seed=config.seed,
                            max_steps=max_steps, flag="--max-steps")
@@ -246,7 +261,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     if config.micro_batch_size == "auto":
         ranks = launch.world_size if shard else 1
         moments = 0 if is_resumed else moment_bytes(raw_model.config, ranks,
-                                                      muon=config.muon_lr is not None)
+                                                      muon=config.optimizer == "muon")
         micro_batch_size = find_micro_batch(
             raw_model, candidates, launch=launch, dtype=dtype, compiled=compiled,
             sequence_length=config.sequence_length, optimizer_bytes=moments)
@@ -276,7 +291,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
         peak, flops = peak_flops(device), flops_per_token(raw_model, config.sequence_length)
         batches = train_loader.stream(progress.step, grad_accum_steps,
                                       lambda x: to_device(x, device))
-        stopping, begun, beside_updates = False, seconds_on(device), 0.0  # seconds
+        stopping, begun, beside_updates = False, device_time(device), 0.0  # seconds
         first_step = clock_step = progress.step
         clock = begun  # of the last record in the log, as clock_step
         while True:
@@ -286,7 +301,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                         and progress.val_loss is None)
             save_due = is_last or (step % config.save_interval == 0 and step > 0)
             if eval_due or save_due or stopping:
-                paused = seconds_on(device)
+                paused = device_time(device)
             if eval_due:
                 # the raw module, uncompiled: other shapes would only make it compile again
                 with torch.compiler.set_stance("force_eager"):
@@ -305,13 +320,14 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if is_last or stopping:
                 writer.wait()
             if eval_due or save_due or stopping:  # neither counts as training time
-                clock, clock_step = seconds_on(device), step
+                clock, clock_step = device_time(device), step
                 beside_updates += clock - paused
             if is_last or stopping:
                 break
 
-            lr = recipe.schedule(step, warmup_steps=config.warmup_steps, max_steps=max_steps,
-                                 max_lr=config.max_lr, min_lr=config.min_lr)
+            lr = SCHEDULES[config.schedule](
+                step, warmup_steps=config.warmup_steps, max_steps=max_steps,
+                max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
@@ -338,7 +354,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             progress.step += 1
 
             if step % config.log_interval == 0 or progress.skipped:
-                now = seconds_on(device)
+                now = device_time(device)
                 tokens = (progress.step - clock_step) * config.total_batch_size
                 tokens_per_sec = tokens / (now - clock)
                 clock, clock_step = now, progress.step
@@ -353,7 +369,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 bar.write(f"update {step} was skipped: loss {loss}, gradient norm {grad_norm}")
             writer.poll()
             bar.update()
-        taken = seconds_on(device) - begun
+        taken = device_time(device) - begun
         if launch.is_master and step > first_step:
             log.write(step, "end", seconds=taken, beside_updates_s=beside_updates)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import UserError, flag, parse_config, run_main
-from files import atomic_write
-from hub import Patience
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.files import atomic_write
+from minigpt2.hub import RetryPolicy
 
 COLUMNS = ["instruction", "input", "output"]
 
@@ -62,7 +62,7 @@ def is_whole(path: pathlib.Path, wanted: Set) -> bool:
                     "delete it, or choose another --out")
 
 
-def download(path: pathlib.Path, wanted: Set, revision: str, patience: Patience) -> None:
+def download(path: pathlib.Path, wanted: Set, revision: str, patience: RetryPolicy) -> None:
     """Fetches the set from the hub, checks its columns and row count, and writes `path`."""
     from datasets import load_dataset  # slow to import, and not needed when the file is there
 
@@ -86,7 +86,7 @@ def main() -> None:
         print(f"{path} is already whole: {wanted.num_rows:,} rows")
         return
     download(path, wanted, config.revision or wanted.commit,
-             Patience(config.retries, config.retry_wait))
+             RetryPolicy(config.retries, config.retry_wait))
     print(f"wrote {path}: {wanted.num_rows:,} rows")
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import flag, parse_config, run_main
-from files import atomic_write
-from pydocs import question_and_answer, read_documents
+from minigpt2.config import flag, parse_config, run_main
+from minigpt2.files import atomic_write
+from pretrain_data.pydocs import question_and_answer, read_documents
 
 SHUFFLE_SEED = 1337
 

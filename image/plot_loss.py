@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import UserError, flag, parse_config, run_main
-from graphs import check_image, draw_runs
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.graphs import check_image, draw_runs
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
     python pretrain_data/fineweb_downloader.py --verify --out-dir DIR
 
 The set's parquet files are fetched from the Hugging Face hub one at a time and deleted once they
-are tokenised, so that the disk holds the shards and one such file. Local files work the same way:
+are tokenized, so that the disk holds the shards and one such file. Local files work the same way:
 parquet and JSON Lines (also gzipped) with a `text` column, and plain text, a file a document.
 
 A run that was stopped, by whatever means, is gone on with by giving the command again; so is a
@@ -27,13 +27,34 @@ from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import UserError, flag, parse_config, run_main
-from corpus import check_disk, check_same, default_workers, only_writer, verify_corpus, write_corpus
-from documents import Part, Source, describe_files, file_source, local_files, open_parts
-from files import sha256_of
-from hub import Patience, fetch, find_commit, list_files
-from progress import progress_bar
-from shards import MANIFEST, PROGRESS, open_shard, read_record, write_manifest, write_progress
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.files import sha256_of
+from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
+from minigpt2.progress import progress_bar
+from minigpt2.shards import (
+    MANIFEST,
+    PROGRESS,
+    open_shard,
+    read_record,
+    write_manifest,
+    write_progress,
+)
+from pretrain_data.corpus import (
+    check_disk,
+    check_same,
+    default_workers,
+    folder_lock,
+    verify_corpus,
+    write_corpus,
+)
+from pretrain_data.documents import (
+    Part,
+    Source,
+    describe_files,
+    file_source,
+    local_files,
+    open_parts,
+)
 
 SAMPLE_FOLDER = "sample/10BT"
 SCRATCH = ".download"  # in --out-dir: the file being read
@@ -51,14 +72,14 @@ class FineWebConfig:
     shard_tokens: int = flag(100_000_000, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after so many tokens (default: all)", minimum=1)
-    workers: int = flag(0, "processes that tokenise; 0: one for every core", minimum=0)
+    workers: int = flag(0, "processes that tokenize; 0: one for every core", minimum=0)
     encoder: Literal["tiktoken", "gigatoken"] = flag(
         "tiktoken", "gigatoken (pip install gigatoken) gives the same ids faster; one document in "
                     "a hundred is checked")
     files: str | None = flag(None, "read local files instead of the hub: a quoted glob or a folder")
     parquet: str | None = flag(None, "the same as --files")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
-    pretokenized: bool = flag(False, "fetch FineWeb already tokenised, in llm.c's format")
+    pretokenized: bool = flag(False, "fetch FineWeb already tokenized, in llm.c's format")
     revision: str | None = flag(None, "branch, tag or commit of the set on the hub (default: the "
                                       "one this script was written for)")
     retries: int = flag(8, "repetitions of a request that failed", minimum=0)
@@ -67,7 +88,7 @@ class FineWebConfig:
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
-def hub_source(repo: str, commit: str, scratch: pathlib.Path, patience: Patience) -> Source:
+def hub_source(repo: str, commit: str, scratch: pathlib.Path, patience: RetryPolicy) -> Source:
     """The sample of a set on the hub: a unit is a file, in `scratch` from when it is opened until
     it is released. Raises UserError."""
     files = [file for file in list_files(repo, commit, SAMPLE_FOLDER, patience)
@@ -86,7 +107,7 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path, patience: Patience
 
 
 def fetch_pretokenized(out_dir: pathlib.Path, commit: str, max_tokens: int | None,
-                       patience: Patience) -> None:
+                       patience: RetryPolicy) -> None:
     """Ready-made shards in llm.c's format, each checked, and their manifest; with max_tokens, as
     many whole shards as that takes. Raises UserError."""
     repo = PRETOKENIZED[0]
@@ -101,7 +122,7 @@ def fetch_pretokenized(out_dir: pathlib.Path, commit: str, max_tokens: int | Non
                         f"{PRETOKENIZED_NAME.pattern}")
     source = {"name": repo, "revision": commit}
     out_dir.mkdir(parents=True, exist_ok=True)
-    with only_writer(out_dir):
+    with folder_lock(out_dir):
         for name in (PROGRESS, MANIFEST):
             if (out_dir / name).exists():
                 check_same(out_dir, read_record(out_dir / name), {"source": source}, None)
@@ -131,7 +152,7 @@ def main() -> None:
     folder = ("files" if pattern else "fineweb-edu" if config.edu
               else "fineweb-pretokenized" if config.pretokenized else "fineweb")
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / folder)
-    patience = Patience(config.retries, config.retry_wait)
+    patience = RetryPolicy(config.retries, config.retry_wait)
     if config.verify:
         verify_corpus(out_dir)
         return

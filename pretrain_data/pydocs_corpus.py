@@ -16,10 +16,10 @@ from importlib.metadata import version
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from config import flag, parse_config, run_main
-from corpus import write_corpus
-from documents import Source, memory_source
-from pydocs import PACKAGES, read_documents
+from minigpt2.config import flag, parse_config, run_main
+from pretrain_data.corpus import write_corpus
+from pretrain_data.documents import Source, memory_source
+from pretrain_data.pydocs import PACKAGES, read_documents
 
 SHUFFLE_SEED = 1337
 
@@ -31,7 +31,7 @@ class CorpusConfig:
     shard_tokens: int = flag(65_536, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after so many tokens (default: all)", minimum=1)
-    workers: int = flag(1, "processes that tokenise", minimum=1)
+    workers: int = flag(1, "processes that tokenize", minimum=1)
 
 
 def shuffled_documents() -> Source:

@@ -1,25 +1,12 @@
-"""What several test files need: tiny corpora, tiny models, and scripts run as a user runs them."""
+"""Fixtures for every test file; functions that several of them share are in helpers/."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.common import TINY, make_corpus
 
-from config import UserError, run_main
-from distributed import Launch
-from model import GPT, GPTConfig
-from shards import read_manifest, write_manifest, write_shard
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
-CPU_LAUNCH = Launch(rank=0, world_size=1, device=torch.device("cpu"))
-TINY_FLAGS = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "32",
-              "--sequence-length", "16", "--device", "cpu"]
+from model import GPT
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,89 +20,8 @@ def tiny_model() -> GPT:
     return GPT(TINY).eval()
 
 
-def make_corpus(data_dir: Path, shard_sizes: list[int], seed: int = 0, high: int = 50257) -> Path:
-    """A corpus of random tokens: the first size is the validation shard, the others train."""
-    random = np.random.RandomState(seed)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for i, size in enumerate(shard_sizes):
-        name = f"shard_{i:06d}.npy"
-        write_shard(data_dir / name, random.randint(0, high, size).astype(np.uint16))
-        shards.append({"file": name, "split": "train" if i else "val", "tokens": size})
-    write_manifest(data_dir, {"tokens": sum(shard_sizes), "shards": shards})
-    return data_dir
-
-
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     """700 validation and 3 x about 1000 training tokens: 3 x 62 windows of 16, few enough distinct
     ids to be learnt a little in ten updates."""
     return make_corpus(tmp_path / "data", [700, 1003, 1000, 1001], high=50)
-
-
-def llmc_bytes(tokens: np.ndarray, version: int = 1, announced: int | None = None) -> bytes:
-    """A shard as llm.c writes it: 256 int32 of header, then uint16."""
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, version, len(tokens) if announced is None else announced
-    return header.tobytes() + tokens.astype(np.uint16).tobytes()
-
-
-def make_foreign(corpus: Path, folder: Path, form: str) -> Path:
-    """The shards of a corpus in llm.c's or nanoGPT's format, under the names those have."""
-    folder.mkdir()
-    for i, shard in enumerate(read_manifest(corpus)["shards"]):
-        tokens = np.load(corpus / shard["file"])
-        if form == "llm.c":
-            path = folder / f"fineweb_{shard['split']}_{i:06d}.bin"
-            path.write_bytes(llmc_bytes(tokens))
-        else:
-            (folder / f"{shard['split']}_{i}.bin").write_bytes(tokens.tobytes())
-    (folder / "meta.pkl").write_bytes(b"not looked at")
-    return folder
-
-
-def run_script(*arguments, env: dict | None = None, stdin: str = "", check: bool = True,
-               cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs `python arguments...` with one thread; with check, anything but success fails."""
-    command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, env=script_env() | (env or {}), input=stdin, text=True,
-                            capture_output=True, cwd=cwd or ROOT, timeout=300)
-    if check and result.returncode != 0:
-        pytest.fail(f"{command} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
-    return result
-
-
-def run_torchrun(nproc: int, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-    return run_script("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
-                      *arguments, check=check)
-
-
-def script_env() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2, and one line on stderr that names what it should; no traceback."""
-    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
-    for word in words:
-        assert word in errors[0], (word, errors[0])
-
-
-def main_error(main, argv: list, monkeypatch, capsys) -> str:
-    """Runs a script's main in this process; asserts exit 2 and returns its one line."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stopped.value.code == 2 and len(lines) == 1, (stopped.value.code, lines)
-    return lines[0]
-
-
-def user_error(call, *arguments, **options) -> str:
-    """The message of the UserError that a call raises."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    assert not re.search(r"\n", str(caught.value)), "one line"
-    return str(caught.value)

@@ -3,8 +3,8 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, assert_user_error, run_script
-from hub_server import serve
+from helpers.common import ROOT, assert_user_error, run_script
+from helpers.hub_server import serve
 
 SCRIPT = ROOT / "finetune_data" / "alpaca_downloader.py"
 README = b"---\nconfigs:\n- config_name: default\n  data_files: data/train.parquet\n---\n"

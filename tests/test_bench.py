@@ -8,19 +8,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, make_corpus, run_script, user_error
-from ranks import fork_server
+from helpers.common import ROOT, assert_user_error, make_corpus, run_script, user_error
+from helpers.ranks import fork_server
 
-import bench_data
-import bench_decode
-import bench_gpu
-import bench_memory
-import bench_recipes
-import bench_train
-from bench_memory import bench_memory as measure_memory
-from graphs import draw_runs
-from measure import BenchConfig, Contestant, contest, in_turn, run_quietly
-from metrics import read_log
+from bench import data as bench_data
+from bench import decode as bench_decode
+from bench import gpu as bench_gpu
+from bench import memory as bench_memory
+from bench import recipes as bench_recipes
+from bench import train as bench_train
+from bench.harness import BenchConfig, Contestant, contest, in_turn, run_quietly
+from bench.memory import bench_memory as measure_memory
+from minigpt2.graphs import draw_runs
+from minigpt2.metrics import read_log
 from model import GPTConfig
 
 SMALL = GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=16)
@@ -86,11 +86,11 @@ def test_every_data_measurement_runs_and_is_logged(tmp_path, monkeypatch):
                          workers=1, log=str(tmp_path / "log.jsonl"))
     bench_data.bench_data(config)
     figures = records_of(tmp_path / "log.jsonl")
-    assert {"encoder equality", "encoder", "tokenise", "loader",
+    assert {"encoder equality", "encoder", "tokenize", "loader",
             "loader beside training"} == set(figures)
     assert figures["encoder equality"][0]["different"] == 0
-    assert figures["tokenise"][0]["documents"] == 400
-    assert figures["tokenise"][0]["peak_mib"] > 10
+    assert figures["tokenize"][0]["documents"] == 400
+    assert figures["tokenize"][0]["peak_mib"] > 10
 
 
 def test_computed_memory_stands_beside_measured_memory(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_computed_memory_stands_beside_measured_memory(tmp_path, monkeypatch):
 def smallest(monkeypatch):
     """The quick mode of the sections at a size for tests, their processes forked."""
     context = fork_server()
-    monkeypatch.setattr("measure.multiprocessing.get_context", lambda kind: context)
+    monkeypatch.setattr("bench.harness.multiprocessing.get_context", lambda kind: context)
     monkeypatch.setattr(bench_train, "corpus_ids", lambda: list(range(5000)))
     monkeypatch.setitem(bench_train.SIZES, "tiny", SMALL)
     monkeypatch.setattr(bench_train, "LOSS_STEPS", 3)
@@ -226,7 +226,7 @@ def test_runs_of_one_name_are_drawn_in_one_colour(tmp_path, monkeypatch):
         lines = [{"step": step, "kind": "val", "loss": 3.0 - step} for step in (0, 1)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     colors = []
-    monkeypatch.setattr("graphs.draw_loss", lambda axes, label, records, color: (
+    monkeypatch.setattr("minigpt2.graphs.draw_loss", lambda axes, label, records, color: (
         colors.append(color), axes.plot([0, 1], color=color, label=label)))
     runs = [("x", tmp_path / "a.jsonl"), ("y", tmp_path / "b.jsonl"), ("x", tmp_path / "b.jsonl")]
     draw_runs(runs, tmp_path / "out.png", "")
@@ -257,7 +257,7 @@ def test_freed_memory_is_kept(tmp_path):
     script.write_text("import resource, sys\n"
                       f"sys.path.insert(0, {str(ROOT)!r})\n"
                       "import torch\n"
-                      "from distributed import keep_freed_memory\n"
+                      "from minigpt2.distributed import keep_freed_memory\n"
                       "if sys.argv[1] == 'kept':\n    keep_freed_memory()\n"
                       "for _ in range(5):\n    torch.ones(2**24)\n"
                       "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

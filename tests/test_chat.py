@@ -13,14 +13,14 @@ import termios
 import time
 
 import pytest
-from conftest import ROOT, run_script, script_env, user_error
-from test_sampling import LONG, sharp_model
+from helpers.common import ROOT, run_script, script_env, user_error
+from helpers.generation import LONG, sharp_model
 
 from chat import Conversation
-from checkpoint import save_checkpoint
-from kernels import prepare_to_sample
-from sampling import decode_generation, generate, pad_rows
-from tokenizer import EOT_TOKEN, encode, format_prompt
+from inference import decode_generation, generate, pad_rows
+from minigpt2.checkpoint import save_checkpoint
+from minigpt2.kernels import prepare_to_sample
+from minigpt2.tokenizer import EOT_TOKEN, encode, format_prompt
 
 SCRIPT = ROOT / "inference.py"
 STEPS = 12

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, run_script, script_env, user_error
-from hub_server import serve
+from helpers.common import ROOT, TINY, assert_user_error, run_script, script_env, user_error
+from helpers.hub_server import serve
 from safetensors.torch import load_file, save_file
 
-from checkpoint import (
+from minigpt2.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_model,
@@ -21,9 +21,9 @@ from checkpoint import (
     save_checkpoint,
     to_gpt2_layout,
 )
-from kernels import prepare_to_sample
+from minigpt2.kernels import prepare_to_sample
+from minigpt2.tokenizer import encode
 from model import GPT, GPTConfig
-from tokenizer import encode
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
@@ -134,7 +134,7 @@ def test_a_name_on_the_hub(tmp_path):
     folder = save_checkpoint(tmp_path / "made", 0, model)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     files["pytorch_model.bin"] = b"never fetched"
-    code = ("import sys, checkpoint\n"
+    code = ("import sys\nfrom minigpt2 import checkpoint\n"
             "folder = checkpoint.find_checkpoint(sys.argv[1])\n"
             "print(folder)\n"
             "print(float(checkpoint.load_model(sys.argv[1]).lm_head.weight.sum()))\n")
@@ -194,7 +194,7 @@ def test_a_run_killed_while_it_removes_leaves_no_half_of_a_checkpoint(tmp_path, 
         save_checkpoint(tmp_path, step, random_model(seed=step))
     for step, keep_last in ((3, 1), (3, 0)):  # an old one goes; one of the same name goes
         with monkeypatch.context() as patch:
-            patch.setattr("checkpoint.shutil.rmtree", killed)
+            patch.setattr("minigpt2.checkpoint.shutil.rmtree", killed)
             with pytest.raises(Killed):
                 save_checkpoint(tmp_path, step, random_model(seed=step), keep_last=keep_last)
         assert list_checkpoints(tmp_path)
@@ -249,7 +249,7 @@ SAVE_FOR_EVER = f"""
 import sys, pathlib
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_checkpoint import SMALL, random_model
-from checkpoint import save_checkpoint
+from minigpt2.checkpoint import save_checkpoint
 step = 0
 while True:
     step += 1
@@ -287,8 +287,8 @@ import sys, pathlib, resource
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from test_checkpoint import random_model
-from checkpoint import save_checkpoint
-from config import run_main
+from minigpt2.checkpoint import save_checkpoint
+from minigpt2.config import run_main
 limit = int(sys.argv[2])
 def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

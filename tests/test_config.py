@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from conftest import ROOT, assert_user_error, run_script
+from helpers.common import ROOT, assert_user_error, run_script
 
-from config import UserError, flag, parse_config, run_main
+from minigpt2.config import UserError, flag, parse_config, run_main
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def test_of_several_ranks_rank_0_speaks_first(capsys, monkeypatch):
         raise UserError("no data")
 
     waited = []
-    monkeypatch.setattr("config.time.sleep", waited.append)
+    monkeypatch.setattr("minigpt2.config.time.sleep", waited.append)
     monkeypatch.setattr(sys, "argv", ["trainer.py"])
     monkeypatch.setenv("RANK", "3")
     assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data (rank 3)\n")
@@ -109,7 +109,7 @@ def test_of_several_ranks_rank_0_speaks_first(capsys, monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom config import run_main\n"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom minigpt2.config import run_main\n"
             "def main():\n    for i in range(100_000): print('line', i)\nrun_main(main)\n")
     result = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "$CODE" | head -1'],
                             env=os.environ | {"CODE": code}, capture_output=True, text=True)

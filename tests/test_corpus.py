@@ -14,19 +14,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, assert_user_error, llmc_bytes, run_script, script_env, user_error
-from hub_server import serve
+from helpers.common import ROOT, assert_user_error, llmc_bytes, run_script, script_env, user_error
+from helpers.hub_server import serve
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-import corpus
-import documents
-from corpus import verify_corpus, write_corpus
 from dataloader import TokenLoader
-from documents import Part, Source, describe_files, file_source, memory_source
-from files import sha256_of
-from hub import Patience
-from shards import read_manifest
-from tokenizer import EOT_TOKEN, decode, encode
+from minigpt2.files import sha256_of
+from minigpt2.hub import RetryPolicy
+from minigpt2.shards import read_manifest
+from minigpt2.tokenizer import EOT_TOKEN, decode, encode
+from pretrain_data import corpus, documents
+from pretrain_data.corpus import verify_corpus, write_corpus
+from pretrain_data.documents import Part, Source, describe_files, file_source, memory_source
 
 SCRIPT = ROOT / "pretrain_data" / "fineweb_downloader.py"
 TEXTS = [f"Document {i}: " + "naïve 日本 text\n\n " * (i % 7 + 1) + "<|endoftext|>" * (i % 5 == 0)
@@ -237,12 +236,12 @@ def test_what_the_hubs_clients_say_of_a_bad_network_is_tried_again(error, capsys
             raise errors.pop()
         return "there"
 
-    assert Patience(retries=2, wait=0.0).attempt("a file", call) == "there"
+    assert RetryPolicy(retries=2, wait=0.0).attempt("a file", call) == "there"
     assert capsys.readouterr().out.count("trying again") == 2
     errors[:] = [error] * 9
-    assert "a file" in user_error(Patience(retries=1, wait=0.0).attempt, "a file", call)
+    assert "a file" in user_error(RetryPolicy(retries=1, wait=0.0).attempt, "a file", call)
     errors[:] = [FileNotFoundError("no such set")]
-    user_error(Patience(retries=9, wait=9.0).attempt, "a file", call)  # at once: it will not appear
+    user_error(RetryPolicy(retries=9, wait=9.0).attempt, "a file", call)  # not tried again
 
 
 def test_the_text_column_is_found_beside_nested_ones(tmp_path):
@@ -337,7 +336,7 @@ def test_row_groups_of_any_size_are_read_in_small_parts(tmp_path):
 
 
 def test_killed_at_20_random_instants_it_ends_in_the_same_bytes(tmp_path):
-    """kill -9 while it starts, tokenises, writes shards, and finishes; every run goes on from the
+    """kill -9 while it starts, tokenizes, writes shards, and finishes; every run goes on from the
     one before, with another number of workers; none starts over."""
     texts = [f"{i} " + "some words of a document, " * 40 for i in range(6000)]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]

@@ -5,14 +5,14 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CPU_LAUNCH, TINY
-from test_sampling import LONG, PROMPTS, WAYS, ragged, rows_of, sample, sharp_model
-from test_trainer import losses, tiny
+from helpers.common import CPU_LAUNCH, TINY
+from helpers.generation import LONG, PROMPTS, WAYS, ragged, rows_of, sample, sharp_model
+from helpers.training import losses, tiny
 
-import sampling
-from distributed import Launch
-from kernels import prepare_to_sample
-from sampling import generate, logprobs, tokenize_batch_input
+import inference
+from inference import generate, logprobs, tokenize_batch_input
+from minigpt2.distributed import Launch
+from minigpt2.kernels import prepare_to_sample
 from trainer import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -51,7 +51,7 @@ def test_text_is_that_of_the_cpu(way, max_steps, device, monkeypatch):
     model = sharp_model(LONG, seed=1)
     ids, masks = ragged([3, 100, 40, 200], seed=5)
     free = rows_of(*sample(model, ids, masks, 150, **way))
-    monkeypatch.setattr(sampling, "EOT_TOKEN", free[3][200 + 20])
+    monkeypatch.setattr(inference, "EOT_TOKEN", free[3][200 + 20])
     batch = torch.cat([ids, ids[[3] * 5]]), torch.cat([masks, masks[[3] * 5]])
     on_gpu = copy.deepcopy(model).to(f"cuda:{device}")
     told, options = [], way | {"seed": [0] * 9}

@@ -4,11 +4,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import llmc_bytes, make_corpus, make_foreign, user_error
+from helpers.common import llmc_bytes, make_corpus, make_foreign, user_error
 
 from dataloader import TokenLoader, permutation
-from model import IGNORE_INDEX
-from shards import open_shard, read_manifest, write_shard
+from minigpt2.loss import IGNORE_INDEX
+from minigpt2.shards import open_shard, read_manifest, write_shard
 
 T = 16
 

@@ -6,10 +6,10 @@ import subprocess
 
 import pyarrow
 import pyarrow.parquet
-from conftest import ROOT, TINY_FLAGS, assert_user_error, run_script, run_torchrun
+from helpers.common import ROOT, TINY_FLAGS, assert_user_error, run_script, run_torchrun
 
 from finetune_data import alpaca_downloader
-from metrics import read_log
+from minigpt2.metrics import read_log
 
 SENTENCES = ["The cat sat on the mat and slept.", "A dog ran over the hill to the sea.",
              "Rain fell all night on the old roof.", "She read the letter twice and smiled."]

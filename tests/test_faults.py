@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from helpers.common import (
     CPU_LAUNCH,
     ROOT,
     assert_user_error,
@@ -21,16 +21,24 @@ from conftest import (
     script_env,
     user_error,
 )
-from ranks import Ranks, free_port, wait_until
-from test_resume import assert_same_run, curves
-from test_trainer import SCRIPT, flags, interrupted, losses, tiny, trace
+from helpers.ranks import Ranks, free_port, wait_until
+from helpers.training import (
+    SCRIPT,
+    assert_same_run,
+    curves,
+    flags,
+    interrupted,
+    losses,
+    tiny,
+    trace,
+)
 
-import faults
-from checkpoint import list_checkpoints, load_model, load_training_state
-from faults import StopRequest, count_skipped
-from metrics import read_log
-from model import GPT
-from optimizer import RECIPES, is_block_matrix
+import model
+from minigpt2 import faults
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from minigpt2.faults import StopRequest, count_skipped
+from minigpt2.metrics import read_log
+from minigpt2.optimizer import SCHEDULES, is_block_matrix
 from trainer import train
 
 
@@ -103,14 +111,14 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(corpus, tmp_path
 
 
 def faults_set_lr(optimizer, lr):
-    from optimizer import set_lr
+    from minigpt2.optimizer import set_lr
     set_lr(optimizer, lr)
 
 
 def test_handlers_are_put_back_and_a_second_ctrl_c_ends_at_once(monkeypatch):
     before = {name: signal.getsignal(getattr(signal, name)) for name in faults.STOP_SIGNALS}
     now = [100.0]
-    monkeypatch.setattr("faults.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("minigpt2.faults.time.monotonic", lambda: now[0])
     with StopRequest() as stop:
         assert not stop.requested() and stop.flag(torch.device("cpu")) == 0
         os.kill(os.getpid(), signal.SIGINT)
@@ -449,14 +457,14 @@ def test_three_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(corpus, t
 
 
 def test_a_streak_is_counted_across_a_restart(corpus, tmp_path, monkeypatch):
-    real, poisoned = GPT.summed_loss, []
-    monkeypatch.setattr(GPT, "summed_loss", lambda self, x, targets: real(self, x, targets) * (
+    real, poisoned = model.linear_cross_entropy, []
+    monkeypatch.setattr(model, "linear_cross_entropy", lambda *arguments: real(*arguments) * (
         float("nan") if poisoned and torch.is_grad_enabled() else 1.0))
     config = tiny(corpus, tmp_path / "out", save_interval=1)
     with monkeypatch.context() as patch:
         schedule = lambda step, **options: (  # noqa: E731
             poisoned.append(1) if step == 4 else None, 1e-3)[1]
-        patch.setitem(RECIPES, "gpt2", dataclasses.replace(RECIPES["gpt2"], schedule=schedule))
+        patch.setitem(SCHEDULES, "cosine", schedule)
         patch.setattr("trainer.set_lr", lambda optimizer, lr: (
             faults_set_lr(optimizer, lr),
             len(poisoned) and os.kill(os.getpid(), signal.SIGTERM)))
@@ -564,14 +572,14 @@ def test_no_memory_names_the_flag(corpus, tmp_path):
 
 def test_auto_finds_a_micro_batch_and_keeps_the_losses(corpus, tmp_path, monkeypatch, capsys):
     train(tiny(corpus, tmp_path / "whole"), CPU_LAUNCH)
-    real = GPT.summed_loss
+    real = model.linear_cross_entropy
 
-    def limited(self, x, targets):
+    def limited(x, weight, targets):
         if len(targets) > 4 * 16:
             raise torch.OutOfMemoryError("out of memory")
-        return real(self, x, targets)
+        return real(x, weight, targets)
 
-    monkeypatch.setattr(GPT, "summed_loss", limited)
+    monkeypatch.setattr(model, "linear_cross_entropy", limited)
     capsys.readouterr()
     train(tiny(corpus, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
     assert "2 micro-steps x 4 x 16" in capsys.readouterr().out
@@ -581,10 +589,11 @@ def test_auto_finds_a_micro_batch_and_keeps_the_losses(corpus, tmp_path, monkeyp
 # ---------------------------------------------------------------------- the sharded optimizer
 
 
-@pytest.mark.parametrize("recipe", ["gpt2", "fast"])
-def test_a_sharded_optimizer_gives_the_same_run_from_half_the_memory(recipe, corpus, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_sharded_optimizer_gives_the_same_run_from_half_the_memory(optimizer, corpus, tmp_path):
     """Also resumed, at one rank and at two, from checkpoints of the one format that there is."""
-    plain = tiny(corpus, tmp_path / "plain", micro_batch_size=2, keep_last=0, recipe=recipe)
+    plain = tiny(corpus, tmp_path / "plain", micro_batch_size=2, keep_last=0,
+                 optimizer=optimizer)
     sharded = dataclasses.replace(plain, out_dir=str(tmp_path / "sharded"), shard_optimizer=True)
     held = []
     for config in (plain, sharded):
@@ -594,7 +603,7 @@ def test_a_sharded_optimizer_gives_the_same_run_from_half_the_memory(recipe, cor
         held.append([int((output / f"moments_{rank}.txt").read_text()) for rank in (0, 1)])
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
     assert_same_run(tmp_path / "sharded", tmp_path / "plain")
-    total = sum((4 if recipe == "fast" and is_block_matrix(name, p) else 8) * p.numel()
+    total = sum((4 if optimizer == "muon" and is_block_matrix(name, p) else 8) * p.numel()
                 for name, p in load_model(tmp_path / "plain").named_parameters())
     assert held[0] == [total, total] and sum(held[1]) == total and min(held[1]) > 0
 

@@ -6,18 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
-from ranks import Ranks, wait_until
+from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
+from helpers.ranks import Ranks, wait_until
 
 import finetune
-from checkpoint import (
-    list_checkpoints,
-    load_model,
-    load_training_state,
-    read_prompt_template,
-    save_checkpoint,
-)
-from distributed import mean_loss
 from finetune import (
     FILLER,
     FinetuneConfig,
@@ -29,10 +21,19 @@ from finetune import (
     split_rows,
     train,
 )
-from metrics import read_log
-from model import GPT, IGNORE_INDEX, GPTConfig
-from optimizer import cosine_lr
-from tokenizer import EOT_TOKEN, decode, format_prompt
+from minigpt2.checkpoint import (
+    list_checkpoints,
+    load_model,
+    load_training_state,
+    read_prompt_template,
+    save_checkpoint,
+)
+from minigpt2.distributed import mean_loss
+from minigpt2.loss import IGNORE_INDEX
+from minigpt2.metrics import read_log
+from minigpt2.optimizer import cosine_lr
+from minigpt2.tokenizer import EOT_TOKEN, decode, format_prompt
+from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
 ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (n % 2),
@@ -240,7 +241,7 @@ def test_a_model_of_another_tokenizer_is_refused(rows_file, tmp_path, monkeypatc
 
 def test_it_learns_to_answer_and_to_stop(tmp_path):
     """The whole point, in small: a model that has seen its rows often enough repeats them."""
-    from sampling import decode_generation, generate, tokenize_batch_input
+    from inference import decode_generation, generate, tokenize_batch_input
     rows = [{"instruction": f"What colour is {thing}?", "input": "", "output": f"It is {colour}."}
             for thing, colour in [("snow", "white"), ("grass", "green"), ("the sky", "blue"),
                                   ("blood", "red"), ("coal", "black")]]

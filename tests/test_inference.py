@@ -6,13 +6,13 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, main_error, run_script, script_env
+from helpers.common import ROOT, TINY, assert_user_error, main_error, run_script, script_env
 
 import inference
-from checkpoint import load_model, save_checkpoint
+from inference import generate
+from minigpt2.checkpoint import load_model, save_checkpoint
+from minigpt2.tokenizer import decode, encode, format_prompt
 from model import GPT, GPTConfig
-from sampling import generate
-from tokenizer import decode, encode, format_prompt
 
 SCRIPT = ROOT / "inference.py"
 SIZES = GPTConfig(block_size=64, vocab_size=TINY.vocab_size, n_layer=1, n_head=2, n_embd=16)
@@ -90,7 +90,7 @@ def test_json_says_tokens_their_log_probabilities_and_why_it_ended(tuned):
     short = json.loads(run("--checkpoint", tuned, prompt, "--json", "--max-steps", 3))
     assert short["finish_reason"] == "length" and short["tokens"] == full["tokens"][:3]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sampling.EOT_TOKEN", short["tokens"][2])  # the third token as the end
+        patch.setattr("inference.EOT_TOKEN", short["tokens"][2])  # the third token as the end
         stopped = json.loads(run("--checkpoint", tuned, prompt, "--json"))
     assert stopped["finish_reason"] == "stop" and stopped["tokens"] == short["tokens"]
     assert stopped["response"] == decode(short["tokens"][:2])

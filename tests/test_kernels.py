@@ -3,13 +3,13 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import user_error
-from test_sampling import PROMPTS, WAYS, rows_of, sample, sharp_model, tokenize_batch_input
+from helpers.common import user_error
+from helpers.generation import PROMPTS, WAYS, rows_of, sample, sharp_model
 
-import kernels
-from kernels import PackedLinear, can_pack, prepare_to_sample
+from inference import generate, logprobs, tokenize_batch_input
+from minigpt2 import kernels
+from minigpt2.kernels import PackedLinear, can_pack, prepare_to_sample
 from model import GPT, GPTConfig
-from sampling import generate, logprobs
 
 needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no bfloat16 here")
 

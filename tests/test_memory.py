@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU_LAUNCH, ROOT, run_script, user_error
+from helpers.common import CPU_LAUNCH, ROOT, run_script, user_error
 from torch.profiler import ProfilerActivity, profile
 
-import memory
-from memory import (
+from minigpt2 import memory
+from minigpt2.memory import (
     find_micro_batch,
     is_out_of_memory,
     largest_micro_batch_for,
@@ -17,8 +17,8 @@ from memory import (
     moment_bytes,
     saved_bytes,
 )
+from minigpt2.optimizer import make_optimizer
 from model import GPT, PRESETS, GPTConfig
-from optimizer import make_optimizer
 
 SMALL = GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -302,8 +302,8 @@ REAL = """
 import resource, sys
 sys.path.insert(0, {root!r})
 import torch
-import memory
-from distributed import Launch
+from minigpt2 import memory
+from minigpt2.distributed import Launch
 from model import GPT, GPTConfig
 torch.set_num_threads(1)
 model = GPT(GPTConfig(block_size=256, vocab_size=1000, n_layer=2, n_head=2, n_embd=128))

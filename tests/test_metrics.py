@@ -11,26 +11,32 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, main_error, run_script, user_error
+from helpers.common import ROOT, assert_user_error, main_error, run_script, user_error
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import metrics
-from bench_recipes import draw_recipes
-from graphs import check_image, draw_runs
+from bench.recipes import draw_recipes
 from image.plot_loss import main
-from metrics import RunLog, flops_per_token, open_mirrors, peak_flops, read_log, run_facts
+from minigpt2 import metrics
+from minigpt2.graphs import check_image, draw_runs
+from minigpt2.metrics import (
+    RunLog,
+    flops_per_token,
+    open_mirrors,
+    peak_flops,
+    read_log,
+    run_metadata,
+)
 from model import GPT, GPTConfig
-from optimizer import RECIPES
 
 # In a process of its own: RunLog with both mirrors, as a run that starts at step sys.argv[2].
 MIRRORED_RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from config import run_main
-from metrics import RunLog, open_mirrors
+from minigpt2.config import run_main
+from minigpt2.metrics import RunLog, open_mirrors
 
 def main():
     out_dir, start = Path(sys.argv[1]), int(sys.argv[2])
@@ -52,8 +58,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from config import run_main
-from metrics import RunLog
+from minigpt2.config import run_main
+from minigpt2.metrics import RunLog
 
 def main():
     log = RunLog(Path(sys.argv[1]))
@@ -203,7 +209,8 @@ class SomeConfig:
 
 def test_facts_of_a_run(monkeypatch, tmp_path):
     def facts(data, **config):
-        return run_facts(SomeConfig(**config), world_size=8, device=torch.device("cpu"), data=data)
+        return run_metadata(SomeConfig(**config), world_size=8, device=torch.device("cpu"),
+                            data=data)
 
     found = facts({"tokens": 5, "shards": [{"file": "a"}]})
     assert json.loads(json.dumps(found)) == found
@@ -219,7 +226,7 @@ def test_facts_of_a_run(monkeypatch, tmp_path):
     assert facts({"shards": [{"file": "a"}], "tokens": 5})["data_sha256"] == found["data_sha256"]
     assert facts({"shards": [{"file": "b"}], "tokens": 5})["data_sha256"] != found["data_sha256"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    assert run_facts(SomeConfig(), world_size=1, device=torch.device("cuda", 1),
+    assert run_metadata(SomeConfig(), world_size=1, device=torch.device("cuda", 1),
                      data={})["device_name"] == "card 1"
 
 
@@ -231,7 +238,7 @@ def test_the_commit_is_that_of_this_file(monkeypatch, tmp_path):
                               capture_output=True).stdout.strip()
 
     def found():
-        return run_facts(SomeConfig(), world_size=1, device=torch.device("cpu"),
+        return run_metadata(SomeConfig(), world_size=1, device=torch.device("cpu"),
                          data={})["git_commit"]
 
     monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
@@ -447,9 +454,11 @@ def test_the_committed_comparison_of_recipes_is_that_of_its_logs(tmp_path):
         logs = sorted((ROOT / "image" / "logs" / "recipes").glob(f"{recipe['recipe']}_*.jsonl"))
         last = [max(read_log(log)["val"].items())[1]["loss"] for log in logs]
         assert [round(loss, 4) for loss in last] == recipe["losses"] and len(last) == 3
-        settings = RECIPES[recipe["recipe"]]  # --recipe fast is what was compared
-        assert recipe["recipe"] == "gpt2" or (recipe["max_lr"], recipe["muon_lr"]) == (
-            settings.max_lr, settings.muon_lr)
+    fast = next(record for record in summary if record.get("recipe") == "fast"
+                and record["bench"] == "recipe")
+    script = (ROOT / "runs" / "fast.sh").read_text(encoding="utf-8")
+    for name in ("max_lr", "muon_lr"):  # what was compared is what the script runs
+        assert f"--{name.replace('_', '-')} {fast[name]} " in script
 
 
 def test_plot_loss_draws_one_or_several_logs(tmp_path, monkeypatch, capsys):

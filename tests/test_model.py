@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from helpers.common import TINY
 
-from memory import saved_bytes
-from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, LinearCrossEntropy
+from inference import KVCache
+from minigpt2.loss import IGNORE_INDEX, LinearCrossEntropy
+from minigpt2.memory import saved_bytes
+from model import GPT, PRESETS, GPTConfig
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
@@ -52,7 +54,7 @@ def test_impossible_sizes_are_refused(field, value):
         GPTConfig(**{"n_embd": 64, field: value})
 
 
-def test_initialisation_std_of_every_kind_of_parameter():
+def test_initialization_std_of_every_kind_of_parameter():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=256))
     scaled = 0.02 / math.sqrt(2 * 8)  # the earlier repo computed this, then used 0.02
@@ -103,8 +105,8 @@ def test_sequence_past_block_size_is_refused():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("rows, softmax_rows", [(1, 16), (5, 2), (512, 16), (512, 1)])
 def test_blockwise_loss_is_the_plain_loss(reduction, rows, softmax_rows, monkeypatch):
-    monkeypatch.setattr("model.LOSS_ROWS_CPU", rows)
-    monkeypatch.setattr("model.SOFTMAX_ROWS_CPU", softmax_rows)
+    monkeypatch.setattr("minigpt2.loss.LOSS_ROWS_CPU", rows)
+    monkeypatch.setattr("minigpt2.loss.SOFTMAX_ROWS_CPU", softmax_rows)
     model = small_model()
     inputs, targets = random_batch(4)
     targets[0] = IGNORE_INDEX

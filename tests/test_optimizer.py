@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.common import TINY
 
-from model import GPT
-from optimizer import (
+from minigpt2.optimizer import (
     cosine_lr,
     is_block_matrix,
     linear_lr,
@@ -15,6 +14,7 @@ from optimizer import (
     orthogonal,
     set_lr,
 )
+from model import GPT
 
 GPT2 = {"warmup_steps": 715, "max_steps": 19073, "max_lr": 6e-4, "min_lr": 6e-5}
 
@@ -108,7 +108,7 @@ def test_muon_updates_by_hand(monkeypatch):
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
         return u @ v
 
-    monkeypatch.setattr("optimizer.orthogonal", exactly)
+    monkeypatch.setattr("minigpt2.optimizer.orthogonal", exactly)
     torch.manual_seed(0)
     model = GPT(TINY)
     optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5,

@@ -2,12 +2,18 @@ import ast
 import json
 import sys
 
-from conftest import run_script, user_error
+from helpers.common import run_script, user_error
 
-import pydocs
 from finetune_data import pydocs_questions
-from pydocs import Document, question_and_answer, read_docstrings, read_topics, read_tree
-from shards import read_manifest
+from minigpt2.shards import read_manifest
+from pretrain_data import pydocs
+from pretrain_data.pydocs import (
+    Document,
+    question_and_answer,
+    read_docstrings,
+    read_topics,
+    read_tree,
+)
 
 SOURCE = '''"""Tools for shapes, and nothing else but shapes."""
 import does_not_exist

@@ -11,43 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_LAUNCH, user_error
-from ranks import Ranks, wait_until
-from test_trainer import flags, interrupted, losses, tiny
+from helpers.common import CPU_LAUNCH, user_error
+from helpers.ranks import Ranks, wait_until
+from helpers.training import assert_same_run, curves, final_state, flags, interrupted, losses, tiny
 
-from checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
-from faults import StopRequest
-from metrics import read_log
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
+from minigpt2.faults import StopRequest
+from minigpt2.metrics import read_log
 from trainer import train
-
-
-def final_state(out_dir) -> dict:
-    return load_training_state(list_checkpoints(out_dir)[-1])
-
-
-def curves(out_dir) -> dict:
-    """What is logged of every step, but for the speed."""
-    log = read_log(out_dir / "metrics.jsonl")
-    return {kind: {step: {name: value for name, value in record.items()
-                          if name not in ("tokens_per_sec", "mfu")}
-                   for step, record in log[kind].items()} for kind in ("train", "val")}
-
-
-def assert_same_run(a, b) -> None:
-    """Weights, optimizer state, progress and curves, bit for bit."""
-    for p, q in zip(load_model(a).parameters(), load_model(b).parameters(), strict=True):
-        assert torch.equal(p, q)
-    states = [final_state(out_dir) for out_dir in (a, b)]
-    assert states[0]["progress"] == states[1]["progress"]
-    moments = [state["optimizer"]["state"] for state in states]
-    assert moments[0].keys() == moments[1].keys() and moments[0]
-    for index, values in moments[0].items():
-        for name, value in values.items():
-            assert torch.equal(value, moments[1][index][name])
-    for ours, theirs in zip(states[0]["rng"], states[1]["rng"], strict=True):
-        assert torch.equal(ours["cpu"], theirs["cpu"])
-    assert curves(a) == curves(b)
-
 
 # --------------------------------------------------------------------------------- killed
 
@@ -272,7 +243,7 @@ def test_the_best_is_kept_while_the_loss_rises(corpus, tmp_path, monkeypatch):
 
 def test_training_goes_on_while_a_checkpoint_is_written(corpus, tmp_path, monkeypatch):
     """Writing is held up until five more updates are made; what lands is the state of its step."""
-    import resume
+    from minigpt2 import resume
     real, held = resume.save_checkpoint, []
 
     def slow(out_dir, step, model, **options):
@@ -294,8 +265,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(corpus, tmp_path, monkey
 
 
 def test_a_failed_save_stops_the_run_before_the_next_one(corpus, tmp_path, monkeypatch):
-    import resume
-    from config import UserError
+    from minigpt2 import resume
+    from minigpt2.config import UserError
     real = resume.save_checkpoint
 
     def failing(out_dir, step, model, **options):
@@ -310,7 +281,7 @@ def test_a_failed_save_stops_the_run_before_the_next_one(corpus, tmp_path, monke
 
 
 def test_a_checkpoint_in_hand_is_written_though_the_run_fails(corpus, tmp_path, monkeypatch):
-    import resume
+    from minigpt2 import resume
     real = resume.save_checkpoint
 
     def slow(*arguments, **options):
@@ -340,13 +311,15 @@ def losses_by_step(out_dir) -> dict[int, float]:
             for step, record in read_log(out_dir / "metrics.jsonl")["train"].items()}
 
 
-def test_a_checkpoint_from_before_there_were_recipes_is_gone_on_with(corpus, tmp_path):
+def test_a_checkpoint_from_when_there_was_a_recipe_flag_is_resumed(corpus, tmp_path):
     config = tiny(corpus, tmp_path / "whole", keep_last=0)
     train(config, CPU_LAUNCH)
     interrupted(tmp_path / "whole", tmp_path / "again", 5)
     folder = tmp_path / "again" / "step_000005"
     state = load_training_state(folder)
-    del state["facts"]["recipe"]
+    for name in ("optimizer", "schedule", "zero_init"):
+        del state["facts"][name]
+    state["facts"] |= {"recipe": "gpt2", "code_sha256": "of then"}
     model = load_model(folder)
     shutil.rmtree(folder)
     save_checkpoint(tmp_path / "again", 5, model, training_state=state)

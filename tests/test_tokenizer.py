@@ -6,10 +6,10 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from conftest import ROOT, script_env, user_error
+from helpers.common import ROOT, script_env, user_error
 
-import tokenizer
-from tokenizer import (
+from minigpt2 import tokenizer
+from minigpt2.tokenizer import (
     EOT_TOKEN,
     StreamDecoder,
     decode,
@@ -110,7 +110,7 @@ def test_no_network_is_needed(tmp_path):
     code = ("import socket\n"
             "def refuse(*a, **k): raise OSError('no network in this test')\n"
             "socket.socket = socket.create_connection = refuse\n"
-            "import tokenizer\nprint(tokenizer.encode('Hello world'))\n")
+            "from minigpt2 import tokenizer\nprint(tokenizer.encode('Hello world'))\n")
     environment = script_env() | {"TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
                             capture_output=True)

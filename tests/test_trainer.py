@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import (
+from helpers.common import (
     CPU_LAUNCH,
     ROOT,
     TINY_FLAGS,
@@ -18,62 +18,28 @@ from conftest import (
     run_torchrun,
     user_error,
 )
-from ranks import Ranks
+from helpers.ranks import Ranks
+from helpers.training import SCRIPT, STEPS, flags, interrupted, losses, tiny, trace
 from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
 import trainer
-from bench_train import make_training
-from checkpoint import list_checkpoints, load_model, load_training_state
+from bench.train import make_training
 from dataloader import TokenLoader
-from distributed import (
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from minigpt2.distributed import (
     Launch,
+    count_micro_steps,
     mean_loss,
-    micro_steps_per_update,
     pick_device,
     pick_dtype,
     should_compile,
     start,
     use_fastest_exact_matmul,
 )
-from metrics import read_log
-from optimizer import RECIPES
-from optimizer import set_lr as real_set_lr
+from minigpt2.metrics import read_log
+from minigpt2.optimizer import set_lr as real_set_lr
 from trainer import TrainerConfig, train
-
-SCRIPT = ROOT / "trainer.py"
-STEPS = 10
-
-
-def tiny(corpus, out_dir, **changes) -> TrainerConfig:
-    """Ten updates of 8 windows of 16 tokens."""
-    options = {"data_dir": str(corpus), "out_dir": str(out_dir), "n_layer": 2, "n_head": 2,
-               "n_embd": 16, "block_size": 32, "sequence_length": 16, "total_batch_size": 128,
-               "micro_batch_size": 4, "max_steps": STEPS, "warmup_steps": 3, "max_lr": 1e-2,
-               "min_lr": 1e-3, "eval_interval": 5, "save_interval": 5, "sample_steps": 2,
-               "device": "cpu"} | changes
-    return TrainerConfig(**options)
-
-
-def flags(config: TrainerConfig) -> list[str]:
-    """The command line that gives this configuration."""
-    argv = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            name = "--" + field.name.replace("_", "-")
-            argv += [name] if value is True else [name, str(value)]
-    return argv
-
-
-def trace(out_dir, *columns) -> list[tuple]:
-    return [tuple(record[c] for c in columns)
-            for _, record in sorted(read_log(out_dir / "metrics.jsonl")["train"].items())]
-
-
-def losses(out_dir) -> list[float]:
-    return [loss for loss, in trace(out_dir, "loss")]
-
 
 # ---------------------------------------------------------------------- what is computed
 
@@ -167,7 +133,7 @@ def test_one_reduction_of_the_gradients_an_update_begun_before_backward_ends(cor
 def test_twenty_updates_of_the_fast_path_are_those_of_the_plain_one(dtype, monkeypatch):
     """The trainer's settings, loss and fused AdamW against eager PyTorch with all logits and its
     default AdamW: what bench.py compares, at a size for tests."""
-    monkeypatch.setattr("distributed.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("minigpt2.distributed.keep_freed_memory", lambda: None)
     before = torch.get_float32_matmul_precision()
     tokens = torch.randint(50, (20 * 129,), generator=torch.Generator().manual_seed(0))
     sizes = trainer.GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)
@@ -204,11 +170,13 @@ def test_a_processor_that_rounds_float32_products_is_found_out(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-# ----------------------------------------------------------------------------- the recipes
+# ----------------------------------------------------------------------- the fast recipe
+
+FAST = {"optimizer": "muon", "schedule": "linear", "zero_init": True, "min_lr": 0.0}
 
 
 def test_the_fast_recipe_trains_and_goes_on_exactly(corpus, tmp_path):
-    config = tiny(corpus, tmp_path / "whole", recipe="fast", keep_last=0)
+    config = tiny(corpus, tmp_path / "whole", **FAST, keep_last=0)
     model = train(config, CPU_LAUNCH)
     values = losses(tmp_path / "whole")
     assert values[-1] < values[0] - 1  # it learns
@@ -222,7 +190,7 @@ def test_the_fast_recipe_trains_and_goes_on_exactly(corpus, tmp_path):
 
 
 def test_the_fast_recipe_on_two_ranks_is_that_of_one(corpus, tmp_path):
-    one = tiny(corpus, tmp_path / "one", recipe="fast")
+    one = tiny(corpus, tmp_path / "one", **FAST)
     train(one, CPU_LAUNCH)
     two = dataclasses.replace(one, out_dir=str(tmp_path / "two"))
     ranks = Ranks(2, "trainer", flags(two), tmp_path / "ranks")
@@ -230,32 +198,28 @@ def test_the_fast_recipe_on_two_ranks_is_that_of_one(corpus, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
 
-def test_recipes_give_what_was_not_given_and_say_what_they_cannot_use(corpus, tmp_path):
-    fast = trainer.with_recipe(TrainerConfig(recipe="fast", max_lr=0.25))
-    assert fast.max_lr == 0.25 and fast.min_lr == 0 and fast.muon_lr == RECIPES["fast"].muon_lr
-    assert trainer.with_recipe(TrainerConfig()).muon_lr is None
-    message = user_error(trainer.with_recipe, TrainerConfig(muon_lr=1e-3))
-    assert "--muon-lr" in message and "--recipe fast" in message
-    assert "--max-lr 0" in user_error(trainer.with_recipe, TrainerConfig(recipe="fast", max_lr=0.0))
+def test_learning_rates_that_the_optimizer_cannot_use_are_refused(corpus, tmp_path):
     config = tiny(corpus, tmp_path / "out", max_steps=5)
+    message = user_error(train, dataclasses.replace(config, muon_lr=1e-3), CPU_LAUNCH)
+    assert "--muon-lr" in message and "--optimizer muon" in message
+    message = user_error(train, dataclasses.replace(config, optimizer="muon", max_lr=0.0),
+                         CPU_LAUNCH)
+    assert "--max-lr 0" in message
     train(config, CPU_LAUNCH)
-    facts = load_training_state(tmp_path / "out" / "step_000005")["facts"]
-    assert facts["recipe"] == "gpt2" and facts["weight_decay"] == 0.1  # of the recipe
-    other = dataclasses.replace(config, recipe="fast", resume=True, max_steps=9)
-    message = user_error(train, other, CPU_LAUNCH)
-    assert "--recipe gpt2" in message
+    other = dataclasses.replace(config, optimizer="muon", resume=True, max_steps=9)
+    assert "--optimizer adamw" in user_error(train, other, CPU_LAUNCH)
 
 
 def test_the_fast_recipe_begins_with_blocks_that_add_nothing(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "set_lr", lambda optimizer, lr: real_set_lr(optimizer, 0.0))
-    model = train(tiny(corpus, tmp_path / "out", recipe="fast", max_steps=1), CPU_LAUNCH)
+    model = train(tiny(corpus, tmp_path / "out", **FAST, max_steps=1), CPU_LAUNCH)
     idx = torch.randint(50257, (2, 8))
     expected = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(8))
     assert torch.equal(model.hidden_states(idx), model.transformer.ln_f(expected))
 
 
 def test_defaults_are_the_missions():
-    config = trainer.with_recipe(TrainerConfig())
+    config = TrainerConfig()
     assert (config.total_batch_size, config.micro_batch_size, config.sequence_length) == (
         2**19, 32, 1024)
     assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (
@@ -270,7 +234,7 @@ def test_defaults_are_the_missions():
 @pytest.mark.parametrize("world_size, steps", [(1, 16), (2, 8), (8, 2)])
 def test_accumulation_is_computed_for_every_launch_form(world_size, steps):
     """One process included, where the earlier repo trained on a batch 16 times too small."""
-    assert micro_steps_per_update(2**19, micro_batch_size=32, row=1024, world_size=world_size,
+    assert count_micro_steps(2**19, micro_batch_size=32, row=1024, world_size=world_size,
                                   flag="--total-batch-size") == steps
 
 
@@ -300,12 +264,14 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
 def test_rank_is_not_local_rank(monkeypatch):
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("distributed.dist.init_process_group", lambda *arguments, **options: None)
-    monkeypatch.setattr("distributed.connect_store", lambda timeout, may_host: HashStore())
-    monkeypatch.setattr("distributed.agree_on_attempt", lambda store, rank, world_size: "first")
+    monkeypatch.setattr("minigpt2.distributed.dist.init_process_group",
+                        lambda *arguments, **options: None)
+    monkeypatch.setattr("minigpt2.distributed.connect_store", lambda timeout, may_host: HashStore())
+    monkeypatch.setattr("minigpt2.distributed.agree_on_attempt",
+                        lambda store, rank, world_size: "first")
     picked = []
-    monkeypatch.setattr("distributed.pick_device", lambda device, local_rank: picked.append(
-        local_rank) or torch.device("cpu"))
+    monkeypatch.setattr("minigpt2.distributed.pick_device", lambda device, local_rank: (
+        picked.append(local_rank) or torch.device("cpu")))
     launch = start("cpu")
     assert (launch.rank, launch.world_size, picked) == (11, 16, [3])
     assert not launch.is_master
@@ -395,17 +361,6 @@ def test_two_runs_are_bit_equal(corpus, tmp_path):
 
 
 # -------------------------------------------------------------------------------- resume
-
-
-def interrupted(whole, out, at: int):
-    """A copy of a run as if it had been killed some updates after its checkpoint `at`."""
-    shutil.copytree(whole, out)
-    for folder in list_checkpoints(out):
-        if folder.name > f"step_{at:06d}":
-            shutil.rmtree(folder)
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["step"] < at + 2]
-    (out / "metrics.jsonl").write_text("".join(kept) + kept[-1][:20])
 
 
 def test_resume_is_exact_even_twice(corpus, tmp_path):
@@ -499,7 +454,7 @@ def test_bfloat16_on_cpu_learns_too(corpus, tmp_path):
 
 
 def test_without_a_compiler_one_line_says_so(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("distributed.shutil.which", lambda name: None)
+    monkeypatch.setattr("minigpt2.distributed.shutil.which", lambda name: None)
     train(tiny(corpus, tmp_path / "out", compile=True, max_steps=1), CPU_LAUNCH)
     assert "torch.compile needs a compiler, " in capsys.readouterr().out
 
@@ -508,9 +463,10 @@ def test_without_a_compiler_one_line_says_so(corpus, tmp_path, capsys, monkeypat
     (True, (9, 0), "gcc", None), (False, (9, 0), "gcc", "Triton"),
     (True, (6, 1), "gcc", "capability 7.0"), (True, (9, 0), None, "a compiler")])
 def test_what_compiling_for_a_gpu_needs(monkeypatch, capsys, triton, capability, compiler, missing):
-    monkeypatch.setattr("distributed.importlib.util.find_spec", lambda name: triton or None)
+    monkeypatch.setattr("minigpt2.distributed.importlib.util.find_spec",
+                        lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("distributed.shutil.which", lambda name: compiler)
+    monkeypatch.setattr("minigpt2.distributed.shutil.which", lambda name: compiler)
     launch = Launch(0, 1, torch.device("cuda", 0))
     assert should_compile(None, launch) is (missing is None)
     assert (missing or "") in capsys.readouterr().out
@@ -571,7 +527,7 @@ def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatc
             return function(*arguments, **options)
         return slow
 
-    monkeypatch.setattr(trainer, "seconds_on", lambda device: now[0])
+    monkeypatch.setattr(trainer, "device_time", lambda device: now[0])
     for place, name, seconds in ((trainer, "set_lr", 1), (trainer, "mean_loss", 1000),
                                  (trainer.CheckpointWriter, "save", 1000)):
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
@@ -597,7 +553,7 @@ def test_ranks_that_differ_are_told_in_what(monkeypatch):
     def gather(values, value):
         values[:] = [value, value, value | {"max_lr": 0.5}]
 
-    monkeypatch.setattr("distributed.dist.all_gather_object", gather)
+    monkeypatch.setattr("minigpt2.distributed.dist.all_gather_object", gather)
     launch = Launch(0, 3, torch.device("cpu"))
     message = user_error(launch.check_same, {"data": "abc", "max_lr": 0.1})
     assert "max_lr differs: 0.1 on rank 0, 0.5 on rank 2" in message

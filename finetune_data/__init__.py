@@ -1,0 +1,1 @@
+"""Scripts that write instruction data here."""

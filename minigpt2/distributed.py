@@ -1,0 +1,332 @@
+"""One process or many: what torchrun's environment says, and the few collectives we use."""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from minigpt2.config import UserError
+from minigpt2.loss import IGNORE_INDEX
+from model import GPT
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+# The longest that a rank waits for another which is alive: rank 0 checks and reads checkpoints, 19
+# GB for gpt2-xl, from disks that may be slow. Ranks that are gone are noticed sooner: faults.py
+TIMEOUT_MINUTES = 30
+# mallopt's names for glibc's settings (malloc.h)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+EXACT_ENOUGH = 2e-6  # relative error of a float32 matrix product, far below bfloat16's 2e-3
+ASK_SECONDS = 0.05  # between two looks at the store while ranks find each other
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all those of the run; rank 0 of 1 outside torchrun."""
+
+    rank: int  # among all processes of all nodes
+    world_size: int
+    device: torch.device
+
+    @property
+    def device_type(self) -> str:
+        return self.device.type
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    def print0(self, *values) -> None:
+        """Prints on rank 0 only."""
+        if self.is_master:
+            print(*values, flush=True)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device, copy=True)  # where the process group works
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: object) -> list:
+        """A plain value of every rank, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: object) -> object:
+        """A plain value of rank 0, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
+        """Raises UserError, on every rank, when one of the facts is not the same on all of them."""
+        everyones = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
+        for rank, theirs in enumerate(everyones):
+            for name in sorted(everyones[0].keys() | theirs.keys()):
+                first, other = everyones[0].get(name), theirs.get(name)
+                if first != other:
+                    raise UserError(f"{name} differs: {first!r:.80} on rank 0, {other!r:.80} on "
+                                    f"rank {rank}; start all nodes with the same code, flags, "
+                                    "packages and data")
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(device: str, deterministic: bool = False) -> Launch:
+    """Reads torchrun's RANK, LOCAL_RANK and WORLD_SIZE, joins the process group (NCCL on GPUs,
+    gloo elsewhere) and picks the device. Raises UserError for a device that is not there.
+
+    `deterministic` makes PyTorch refuse what it cannot compute twice in the same bits."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
+        raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this node: which GPU
+    torch_device = pick_device(device, local_rank)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    elif torch_device.type == "cpu":
+        keep_freed_memory()
+        use_fastest_exact_matmul()
+    if world_size > 1:
+        on_gpus = torch_device.type == "cuda"
+        timeout = timedelta(minutes=TIMEOUT_MINUTES)
+        store = connect_store(timeout, may_host=rank == 0)
+        store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+        dist.init_process_group("nccl" if on_gpus else "gloo", rank=rank, world_size=world_size,
+                                store=store, timeout=timeout,
+                                device_id=torch_device if on_gpus else None)
+    return Launch(rank, world_size, torch_device)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for what comes next, where it is the C library. By default it
+    gives every large tensor back to the system, which hands it out again page by page, zeroed
+    (README, "Speed")."""
+    mallopt = c_function("mallopt")
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def trim_memory() -> None:
+    """Gives what is free back to the system after all."""
+    trim = c_function("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def c_function(name: str) -> Callable | None:
+    """A function of the C library, if it has that."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+
+
+def use_fastest_exact_matmul() -> None:
+    """Lets oneDNN make float32 matrix products on a CPU, on AMD's a good deal faster than MKL.
+    PyTorch does that only when told that "medium" precision will do, with which some processors
+    (Intel's with AMX) round to bfloat16: there, what is exact stays."""
+    torch.set_float32_matmul_precision("medium")
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 256, generator=generator)
+    exact = a.double() @ b.double()
+    if (a @ b - exact).norm() > EXACT_ENOUGH * exact.norm():
+        torch.set_float32_matmul_precision("highest")
+
+
+def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
+    """The key-value store through which ranks find each other: torchrun's, or rank 0 hosts one."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                         is_master=may_host and not hosted, timeout=timeout,
+                         wait_for_workers=False)
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that exactly the processes of this attempt share, as a prefix for their keys.
+
+    torchrun's store outlives its ranks: without one, gloo, started again by --max-restarts, looks
+    for the addresses of processes that are gone (PyTorch 2.13), and torchrun's own count of
+    restarts is not the same on all nodes. So every process says hello with a number of its own, and
+    rank 0 offers its number until all others have seen theirs in the offer.
+    """
+    mine = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        while (offer := json.loads(store.get("offer")))["hellos"].get(str(rank)) != mine:
+            time.sleep(ASK_SECONDS)
+        store.set(f"seen/{rank}", offer["attempt"])
+        return offer["attempt"]
+    others = range(1, world_size)
+    for other in others:  # not of an earlier attempt
+        store.set(f"seen/{other}", "")
+    while not all(store.get(f"seen/{other}").decode() == mine for other in others):
+        hellos = {other: store.get(f"hello/{other}").decode() for other in others}
+        store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
+        time.sleep(ASK_SECONDS)
+    return mine
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU; MPS is taken only when asked for."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"--device {device} is none of auto, cpu, cuda, cuda:N and mps")
+    picked = torch.device(device)
+    if picked.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if picked.index is None else picked.index
+        if index >= count:
+            raise UserError(f"--device {device} needs GPU {index} for local rank {local_rank}, but "
+                            f"{count} are visible: lower --nproc-per-node or use --device cpu")
+        return torch.device("cuda", index)
+    if picked.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: no such GPU here; use --device cpu")
+    return picked
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The autocast dtype. "auto" on CUDA is bfloat16 where the GPU computes in it, else float16
+    (with a gradient scaler); elsewhere float32, so that two machines agree to rounding."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def missing_for_compile(device: torch.device) -> str | None:
+    """What torch.compile would lack for this device: inductor writes C++ for a CPU and Triton for a
+    GPU, whose launchers need a C compiler."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    if on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
+        return "a GPU of compute capability 7.0 or more"
+    names = (os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "cc") if on_gpu else ("g++",)),
+             "clang" if on_gpu else "clang++")
+    if not any(shutil.which(name) for name in names if name):
+        return f"a compiler, one of {', '.join(filter(None, names))}"
+    return None
+
+
+def should_compile(wanted: bool | None, launch: Launch) -> bool:
+    """Whether to compile the training step (None: on CUDA); a missing compiler is one line, not the
+    end."""
+    wanted = launch.device_type == "cuda" if wanted is None else wanted
+    missing = missing_for_compile(launch.device) if wanted else None
+    if missing:
+        launch.print0(f"torch.compile needs {missing}: training without it, more slowly")
+    return wanted and missing is None
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context of a forward pass; nothing changes for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies without making the host wait for a GPU; from any thread."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # a new thread pins for GPU 0, and so wakes it, otherwise
+            return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextlib.contextmanager
+def allow_nondeterministic() -> Iterator[None]:
+    """For what has no deterministic algorithm on a GPU and does not touch the training."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
+def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
+    """The model in DistributedDataParallel, which averages gradients; itself on a single rank."""
+    if launch.world_size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
+                                   if launch.device.type == "cuda" else None)
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
+              dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
+    """Mean loss over all targets of all ranks' `batches` of inputs and targets (B, T): summed in
+    float64, so that it is one number for any world size and micro-batch. None, on all ranks, when
+    one of them is to stop meanwhile; each looks after every batch of its own, since a long
+    validation is not to be waited for."""
+    summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
+    for inputs, targets in batches:
+        inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
+        with autocast(launch.device, dtype):
+            _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+        summed += loss.item()
+        count += (targets != IGNORE_INDEX).sum().item()
+        stopped = should_stop()
+        if stopped:
+            break
+    sums = torch.tensor([summed, count, stopped], dtype=torch.float64)
+    summed, count, stopped = launch.sum(sums).tolist()
+    return None if stopped else summed / count
+
+
+def device_time(device: torch.device) -> float:
+    """The clock, once a GPU has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def count_micro_steps(total: int, *, micro_batch_size: int, row: int, world_size: int,
+                           flag: str) -> int:
+    """How many micro-steps make one update: total / (micro_batch_size * row * world_size).
+
+    `total` is the global batch set by `flag`, in tokens with row = sequence_length or in examples
+    with row = 1. Raises UserError, with the nearest values that do divide, when it does not.
+    """
+    per_micro_step = micro_batch_size * row * world_size
+    if total % per_micro_step == 0 and total > 0:
+        return total // per_micro_step
+    below = total // per_micro_step * per_micro_step
+    totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
+    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {row} x "
+               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
+               + " or ".join(totals))
+    if total % (row * world_size) == 0 and total > 0:
+        rows = total // (row * world_size)  # any divisor of this is a possible micro-batch
+        nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
+                      key=lambda d: abs(d - micro_batch_size))
+        message += f", or --micro-batch-size {nearest}"
+    raise UserError(message)

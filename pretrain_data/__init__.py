@@ -1,0 +1,1 @@
+"""Scripts that write token shards here, and the machinery that only they use."""

@@ -1,0 +1,41 @@
+"""Models whose greedy choice is never a near tie, prompts for them, and rows of their output."""
+
+import torch
+
+from helpers.common import TINY
+from inference import generate
+from minigpt2.tokenizer import N_VOCAB
+from model import GPT, GPTConfig
+
+PROMPTS = ["The quick brown fox", "Hello", "It was the best of times, it was the worst of times"]
+LONG = GPTConfig(block_size=1024, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
+WAYS = [{"temperature": 0.0}, {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}]
+
+
+def sharp_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
+    """Weights large enough that the likeliest token leads by far more than rounding."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(20)
+    return model
+
+
+def sample(model, ids, masks, max_steps: int, *, temperature: float = 0.0, **options):
+    return generate(model, ids, masks, temperature, max_steps, **options)
+
+
+def rows_of(output, masks) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(output, masks, strict=True)]
+
+
+def ragged(lengths: list[int], seed: int, pads: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of random tokens with random tokens in the padded places, and columns of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths) + (3 if pads else 0))
+    ids = torch.randint(0, N_VOCAB - 1, shape, generator=generator)
+    masks = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return ids, masks
