@@ -267,7 +267,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             saved_step=progress.step if is_resumed else None, prompt_template=PROMPT_TEMPLATE))
         if launch.is_master:
             log = stack.enter_context(contextlib.closing(start_log(
-                out_dir, fresh=not is_resumed, start_step=progress.step, facts=facts,
+                out_dir, fresh=not is_resumed, start_step=progress.step, metadata=facts,
                 tensorboard=config.tensorboard, wandb=config.wandb)))
         bar = stack.enter_context(progress_bar(max_steps, progress.step, "fine-tuning",
                                                enabled=launch.is_master))

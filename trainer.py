@@ -284,7 +284,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if not is_resumed:
                 (out_dir / SAMPLES).unlink(missing_ok=True)
             log = stack.enter_context(contextlib.closing(start_log(
-                out_dir, fresh=not is_resumed, start_step=progress.step, facts=facts,
+                out_dir, fresh=not is_resumed, start_step=progress.step, metadata=facts,
                 tensorboard=config.tensorboard, wandb=config.wandb)))
         bar = stack.enter_context(progress_bar(max_steps, progress.step, "pre-training",
                                                enabled=launch.is_master))

@@ -24,7 +24,7 @@ import torch
 from minigpt2.checkpoint import (
     list_step_folders,
     load_training_state,
-    model_around,
+    model_from_parameters,
     read_config,
     read_tensors,
     save_checkpoint,
@@ -105,8 +105,9 @@ class CheckpointWriter:
         if self.launch.device_type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are there
         self.pending = self.thread.submit(
-            save_checkpoint, self.out_dir, progress.step, model_around(model.config, parameters),
-            training_state=state, best_step=progress.best_step, **self.options)
+            save_checkpoint, self.out_dir, progress.step,
+            model_from_parameters(model.config, parameters), training_state=state,
+            best_step=progress.best_step, **self.options)
 
     @torch.no_grad()
     def copy(self, value, name: str):

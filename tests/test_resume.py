@@ -207,8 +207,8 @@ def test_a_log_that_is_no_log_is_said_at_once(corpus, tmp_path):
     config = finished(corpus, tmp_path / "out")
     with open(tmp_path / "out" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("garbage\n")
-    assert "is no record" in user_error(train, dataclasses.replace(config, max_steps=12),
-                                        CPU_LAUNCH)
+    assert "is not a record" in user_error(train, dataclasses.replace(config, max_steps=12),
+                                           CPU_LAUNCH)
     assert len(list_checkpoints(tmp_path / "out")) == 2
 
 
