@@ -1,4 +1,4 @@
-"""Draws the loss, learning rate and gradient norm of one or several run logs into one PNG.
+"""Plots the loss, learning rate and gradient norm of one or more run logs into one PNG.
 
     python image/plot_loss.py out/pretrain/metrics.jsonl --out image/pretrain_loss.png
     python image/plot_loss.py out/a/metrics.jsonl out/b/metrics.jsonl --out a_and_b.png
@@ -16,21 +16,21 @@ from minigpt2.graphs import check_image, draw_runs
 
 @dataclass(frozen=True)
 class PlotConfig:
-    logs: tuple[str, ...] = flag((), "metrics.jsonl files, or the folders that hold them",
-                                 positional=True)
-    out: str = flag("loss.png", "the PNG to write")
-    title: str = flag("Loss", "over the graph")
+    logs: tuple[str, ...] = flag((), "metrics.jsonl files, or folders with one", positional=True)
+    out: str = flag("loss.png", "PNG file to write")
+    title: str = flag("Loss", "title of the figure")
 
 
 def main() -> None:
     config = parse_config(PlotConfig, description=__doc__)
     if not config.logs:
-        raise UserError("no run log given: name one or more metrics.jsonl files")
+        raise UserError("no run log given: pass one or more metrics.jsonl files")
     image = pathlib.Path(config.out)
     check_image(image)
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.logs)]
-    # OUT_DIR/metrics.jsonl is known by its folder, any other log by its own name
+    # label OUT_DIR/metrics.jsonl by its folder and other logs by their file name; if two labels
+    # are equal, use whole paths
     runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]
     if len({label for label, _ in runs}) < len(runs):
         runs = [(str(path.parent if path.stem == "metrics" else path), path) for path in paths]

@@ -31,11 +31,10 @@ from model import GPT, INIT_STD, GPTConfig
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
 TRAINING_STATE_FILE, LATEST, BEST = "training_state.pt", "latest", "best"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
-# OpenAI's linear layers are 1x1 convolutions with weights (in, out); nn.Linear has (out, in)
-TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
-SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, which is n_positions there
-FIXED_SETTINGS = {  # of config.json, which may omit them
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
+FIXED_SETTINGS = {  # what config.json must say, if it says anything
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
@@ -84,7 +83,7 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
 
 def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor],
                 training_state: dict | None, prompt_template: str | None) -> None:
-    """Writes all files of a checkpoint and flushes them to disk."""
+    """Writes all files of a checkpoint and syncs them to disk."""
     settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
@@ -102,7 +101,7 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
         torch.save(training_state, folder / TRAINING_STATE_FILE)
     sums = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
-    mode = (folder / CONFIG_FILE).stat().st_mode  # safetensors writes files that only we can read
+    mode = (folder / CONFIG_FILE).stat().st_mode  # safetensors makes files private
     for path in folder.iterdir():
         path.chmod(mode)
         with open(path, "rb") as file:
@@ -264,11 +263,9 @@ def read_prompt_template(path: str | Path) -> str | None:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored.
-
-    OpenAI's files lack the prefix `transformer.` and contain causal masks, which are skipped. Other
-    files have a prefix `module.` or `_orig_mod.`, or the tied head a second time.
-    """
+    """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
+    the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
+    torch.compile, and yields a stored head under the name of wte, to which it is tied."""
     files = [*folder.glob(WEIGHTS_FILE)] or sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no {WEIGHTS_FILE}: only safetensors files are read")

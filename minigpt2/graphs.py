@@ -19,9 +19,8 @@ def check_image(image: Path) -> None:
 
 
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:
-    """Plots one or more runs, given as (label, run log), into one PNG with one color per label:
-    the losses, and below them the learning rate and the gradient norm if they were logged. Raises
-    UserError if no loss was logged."""
+    """Plots runs, given as (label, run log), into one PNG with one color per label: losses and, if
+    logged, learning rate and gradient norm. Raises UserError if no loss was logged."""
     from matplotlib.figure import Figure  # slow to import
     logs = [(f"{label} " if len(runs) > 1 else "", read_log(path)) for label, path in runs]
     if not any(points(log, kind, "loss")[0] for _, log in logs for kind in ("train", "val")):

@@ -30,7 +30,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Returns the data-sheet peak of a GPU in FLOP/s; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
-    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").replace("_", " ").split())
     known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
@@ -118,8 +118,7 @@ class RunLog:
                 getattr(self.mirror, method)(*arguments)
         except OSError as error:
             self.mirror = None
-            print(f"TensorBoard or W&B failed ({first_line(error)}): {self.path} is complete",
-                  flush=True)
+            print(f"TensorBoard or W&B failed ({first_line(error)}), use {self.path}", flush=True)
 
     def close(self) -> None:
         self.file.close()
@@ -196,8 +195,8 @@ class TensorBoardMirror:
 
 
 def start_wandb(project: str, folder: Path, metadata: dict):
-    """Starts the W&B run whose id is in OUT_DIR/wandb_id, or resumes it; it follows the event files
-    in `folder`. Waits for the server up to 40 s here and 60 s in `finish`. Raises UserError."""
+    """Starts or resumes the W&B run with the id in OUT_DIR/wandb_id; it follows the event files in
+    `folder`. Waits for the server up to 40 s here and 60 s in `finish`. Raises UserError."""
     import wandb  # optional
     out_dir, id_file = folder.parent, folder.parent / "wandb_id"
     if not id_file.exists():
@@ -212,9 +211,9 @@ def start_wandb(project: str, folder: Path, metadata: dict):
     except wandb.Error as error:
         raise UserError(f"--wandb {project}: W&B did not start ({first_line(error)}): set "
                         f"WANDB_MODE=offline, or rm {id_file} to start a new W&B run") from None
-    wandb.tensorboard.unpatch()  # in case this process had an earlier run
-    # as wandb.init(sync_tensorboard=True), which takes 10 s to guess the root folder
+    wandb.tensorboard.unpatch()  # of an earlier run in this process
+    # like wandb.init(sync_tensorboard=True), which needs 10 s to guess the root folder
     wandb.tensorboard.patch(save=False, root_logdir=str(folder))
-    run.define_metric("global_step")  # unlike W&B's own step, this axis can go back, so the steps
-    run.define_metric("*", step_metric="global_step")  # repeated after a restart are kept
+    run.define_metric("global_step")  # an axis that can go back, unlike W&B's own step: this keeps
+    run.define_metric("*", step_metric="global_step")  # the steps repeated after a restart
     return run
