@@ -143,7 +143,7 @@ def list_checkpoints(out_dir: Path) -> list[Path]:
 
 
 def list_step_folders(out_dir: Path) -> list[Path]:
-    """Returns everything named like a checkpoint, also if damaged, oldest first."""
+    """Returns every folder named like a checkpoint, damaged or not, oldest first."""
     return sorted((path for path in out_dir.glob("step_*") if STEP_FOLDER.fullmatch(path.name)),
                   key=step_of)
 
@@ -283,7 +283,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 def load_training_state(folder: Path, mapped: bool = False) -> dict:
     """Returns the `training_state` of a checkpoint, on the CPU; `mapped` memory-maps it. Raises
-    UserError for a damaged file, and for more than tensors and plain values before loading it."""
+    UserError if the file is damaged or holds anything but tensors and plain values."""
     path = folder / TRAINING_STATE_FILE
     try:
         if not zipfile.is_zipfile(path):  # torch.load would try its format before version 1.6
