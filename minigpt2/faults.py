@@ -132,13 +132,14 @@ class RankMonitor:
     def __exit__(self, kind, error, traceback) -> None:
         self.leaving.set()
         if self.store is not None and error is not None and kind is not LostRankError:
-            name = "" if kind is UserError else f"{kind.__name__}: "
+            status, name = (2, "") if kind is UserError else (1, f"{kind.__name__}: ")
             with contextlib.suppress(RuntimeError):  # the store itself may be lost
-                self.store.set("failed", f"rank {self.rank}: {name}{first_line(error)}")
+                self.store.set("failed", f"{status}rank {self.rank}: {name}{first_line(error)}")
         self.thread.join(HEARTBEAT_SECONDS)
 
     def heartbeat(self) -> tuple[list[int], str | None]:
-        """Increments this rank's counter; returns all counters, and the error of a failed rank."""
+        """Increments this rank's counter; returns all counters, and the exit status (one digit) and
+        message of a failed rank."""
         self.store.add(f"alive/{self.rank}", 1)
         counts = [self.store.add(f"alive/{rank}", 0) for rank in range(self.world_size)]
         return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
@@ -157,7 +158,7 @@ class RankMonitor:
                          f"{RESUME_HINT}")
                 return
             if failed is not None:
-                self.end(failed)
+                self.end(failed[1:], int(failed[0]))
             now = time.monotonic()
             if not last or now - looked > 5 * HEARTBEAT_SECONDS:
                 # First look, or this process was suspended, and perhaps the others too
@@ -169,14 +170,15 @@ class RankMonitor:
                 self.end(f"rank {heard.index(min(heard))} is lost: no heartbeat for "
                          f"{SILENT_SECONDS:.0f} s (killed, or its node is down). {RESUME_HINT}")
 
-    def end(self, why: str) -> None:
-        """Ends this process, whatever its other threads wait for, unless it is leaving anyway."""
+    def end(self, why: str, status: int = 1) -> None:
+        """Ends this process, whatever its other threads wait for, unless it is leaving anyway. A
+        user's mistake on one rank gives every rank the exit status 2."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
             print(f"\n{os.path.basename(sys.argv[0])}: error: {why}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-        os._exit(1)
+        os._exit(status)
 
 
 @contextlib.contextmanager

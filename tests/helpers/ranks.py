@@ -21,10 +21,11 @@ import finetune
 import model
 import trainer
 from dataloader import TokenLoader
+from helpers import toy_script
 from minigpt2 import faults, run
 from minigpt2.config import run_main
 
-MAINS = {"trainer": trainer.main, "finetune": finetune.main}
+MAINS = {"trainer": trainer.main, "finetune": finetune.main, "toy": toy_script.main}
 
 
 def run_rank(script: str, argv: list[str], environment: dict, output: Path,
