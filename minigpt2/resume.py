@@ -220,21 +220,20 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
                    launch: Launch) -> None:
     """Prints what differs from the run that wrote the checkpoint. Raises UserError for a setting
     in `fixed`, which a resumed run may not change."""
-    before = saved["facts"]
-    changed = sorted(name for name in metadata if metadata[name] != before.get(name))
+    before = saved["facts"]  # of an older version, it lacks newer settings
+    changed = sorted(name for name in metadata.keys() & before.keys()
+                     if metadata[name] != before[name])
     for name in changed:
-        if name not in before:  # the checkpoint is older than this setting
-            continue
         if name == "data_sha256" and name in fixed:
             raise UserError(f"--resume: the data are not those that {folder} was trained on: "
                             "restore them, or start in another --out-dir")
         if name in fixed:
             raise UserError(f"--resume: {folder} was trained with {flag_name(name)} "
-                            f"{before.get(name)}, not {metadata[name]}: give that again, or start "
+                            f"{before[name]}, not {metadata[name]}: give that again, or start "
                             "in another --out-dir")
     for name in changed:
         if name != "resume":
-            launch.print0(f"--resume: {name} was {before.get(name)}, is now {metadata[name]}")
+            launch.print0(f"--resume: {name} was {before[name]}, is now {metadata[name]}")
 
 
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
