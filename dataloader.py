@@ -1,9 +1,9 @@
-"""Batches of token shards that depend on nothing but (seed, step, micro-step, rank).
+"""Batches of token shards as a pure function of (seed, step, micro-step, rank).
 
-`TokenLoader` cuts every shard into windows of T + 1 tokens (inputs and, one further, targets) that
-overlap by one token. An epoch visits the shards in a seeded order and the windows of each shard in
-a seeded order, every window once. Window k of the run belongs to update k // G, where G is the
-number of windows in a global batch: the same windows for any number of ranks and any micro-batch.
+`TokenLoader` cuts every shard into windows of T + 1 tokens (T inputs and, shifted by one, T
+targets) that overlap by one token. An epoch visits every window once, the shards in a seeded order
+and the windows of each shard in a seeded order. Window k of the run belongs to step k // G, where G
+is the number of windows in a global batch: the same for every world size and micro-batch.
 """
 
 import itertools
@@ -23,29 +23,30 @@ from minigpt2.shards import open_shard, read_manifest
 
 @lru_cache(maxsize=4)
 def permutation(n: int, *stream: int) -> np.ndarray:
-    """A permutation of range(n) that is a pure function of the numbers in `stream`.
+    """A permutation of range(n), a pure function of the numbers in `stream`.
 
-    `RandomState` because NumPy promises never to change its streams: a run resumed under another
-    NumPy still sees the windows it would have seen.
+    `RandomState`, because NumPy guarantees its streams: a run resumed under another version sees
+    the same windows.
     """
-    # the length first: SeedSequence takes (7, 0) and (7, 0, 0) for the same numbers
+    # The length comes first: SeedSequence treats (7, 0) and (7, 0, 0) alike
     bits = np.random.MT19937(np.random.SeedSequence([len(stream), *stream]))
     return np.random.RandomState(bits).permutation(n)
 
 
 @dataclass
 class TokenLoader:
-    """Batches of one split of a corpus. Raises UserError when the corpus is not what it says.
+    """Batches of one split of a corpus. Raises UserError for shards that do not match the manifest,
+    that are too short for one window, or that hold ids beyond vocab_size.
 
-    `total_batch_size` is in tokens and a multiple of micro_batch_size * sequence_length *
-    world_size (see `distributed.count_micro_steps`).
+    `total_batch_size` is a multiple of micro_batch_size * sequence_length * world_size (checked by
+    `distributed.count_micro_steps`).
     """
 
     data_dir: Path
     split: str  # "train" or "val"
     sequence_length: int
     micro_batch_size: int  # windows per rank and micro-step
-    total_batch_size: int  # tokens per update, over all ranks and micro-steps
+    total_batch_size: int  # tokens per step, over all ranks and micro-steps
     vocab_size: int
     seed: int = 0
     rank: int = 0
@@ -74,7 +75,7 @@ class TokenLoader:
         return self.total_batch_size // self.sequence_length
 
     def locate(self, window: int) -> tuple[int, int]:
-        """The shard, and the first token in it, of the window-th window of the run."""
+        """(shard, first token) of a window, counted from the start of the run."""
         epoch, position = divmod(window, self.windows_per_epoch)
         order = permutation(len(self.shards), self.seed, epoch)
         ends = np.cumsum(self.window_counts[order])
@@ -85,7 +86,7 @@ class TokenLoader:
         return shard, int(inner[position - before]) * self.sequence_length
 
     def read(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length of a shard (fewer at its end), ids checked."""
+        """Tokens start .. start + length of a shard (fewer at its end). Checks the ids."""
         tokens = self.shards[shard][start : start + length]
         if tokens.max() >= self.vocab_size:
             raise UserError(
@@ -105,8 +106,8 @@ class TokenLoader:
 
     def stream(self, step: int, micro_steps: int, place: Callable[[torch.Tensor], torch.Tensor],
                ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of all updates from `step` on, `micro_steps` each, after `place` (which moves
-        a tensor to its device). A thread prepares each one while the one before is in use."""
+        """The batches from `step` on, `micro_steps` for each step, moved to the device by `place`.
+        A thread prepares the next batch while the current one is in use."""
         calls = ((s, micro) for s in itertools.count(step) for micro in range(micro_steps))
         with ThreadPoolExecutor(1) as thread:
             def prepare() -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,10 +120,10 @@ class TokenLoader:
                 yield batch
 
     def eval_batches(self, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The first max_tokens targets of the split (or all), in order, this rank's share of them.
+        """This rank's share of the first max_tokens targets of the split (or all), in order.
 
-        Windows do not overlap in their targets; what is missing in a last, short window is 0 in
-        the inputs and IGNORE_INDEX in the targets, so that every target is counted exactly once.
+        Every target occurs once. A short last window is padded with 0 in the inputs and with
+        IGNORE_INDEX in the targets.
         """
         T, windows, budget = self.sequence_length, [], max_tokens
         for shard, tokens in enumerate(self.shards):
@@ -141,6 +142,6 @@ class TokenLoader:
 
 
 def split_targets(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T + 1) ids, IGNORE_INDEX where there are none -> inputs and targets (B, T)."""
+    """(B, T + 1) ids, IGNORE_INDEX as padding -> inputs and targets (B, T) int64."""
     tokens = torch.from_numpy(tokens)
     return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()

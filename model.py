@@ -1,10 +1,10 @@
-"""GPT-2 exactly as OpenAI released it, and nothing else.
+"""GPT-2, exactly as OpenAI released it.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the reference for every
-number here is Hugging Face's `GPT2LMHeadModel`, which loads OpenAI's weights (parity is tested).
-The block: x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); learned positions; a final
-LayerNorm; an output head tied to the token embedding. No dropout: one epoch of pre-training does
-not overfit, and without it a run is a pure function of its seed.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The reference for every
+number is Hugging Face's `GPT2LMHeadModel`, which loads OpenAI's weights (parity is tested).
+Pre-norm blocks, learned positions, a final LayerNorm, an output head tied to the token embedding.
+No dropout: one epoch of pre-training does not overfit, and without it a run is a pure function of
+its seed.
 
 Shapes: B batch, T sequence, C n_embd, H n_head, D head_dim = C / H, V vocab_size,
 S cache slots, N = B * T rows of the flattened batch.
@@ -25,7 +25,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The five numbers that define a GPT-2; the defaults are the 124M model."""
+    """The five sizes of a GPT-2; the defaults are the 124M model."""
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
@@ -62,16 +62,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, positions=None, visible=None):
-        """x (B, T, C), and for one new token a row positions (B, 1) and visible (B, 1, 1, span),
-        see KVCache -> (B, T, C)."""
+        """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with `inference.KVCache`,
+        positions (B, 1) and its attention mask `visible` (B, 1, 1, span)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         if cache is not None:
             cache.write(self.layer, k, v, positions)
-        if visible is None:  # training, or a prompt: its tokens see only one another
+        if visible is None:  # training, or prefill of a prompt
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        else:  # one new token a row, which sees that row's past
+        else:  # one new token per row attends to the row's cache
             k, v = cache.read(self.layer)  # (B, H, span, D)
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=visible).to(q.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
@@ -101,12 +101,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with a language-modelling head; parameter names are those of the released weights."""
+    """GPT-2 with a language-modeling head; parameters are named as in the released weights."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # True: less memory, a third more time; same numbers
+        self.checkpoint_activations = False  # less memory, a third more computation
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -119,9 +119,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """N(0, 0.02), biases 0; the 2 n_layer projections that write into the residual stream are
-        scaled by 1/sqrt(2 n_layer), so that its variance does not grow with depth (section 2.3)."""
-        for name, parameter in self.named_parameters():  # a tied weight is met once
+        """N(0, 0.02), biases 0. The 2 n_layer projections into the residual stream are scaled by
+        1/sqrt(2 n_layer), so that its variance does not grow with depth (section 2.3)."""
+        for name, parameter in self.named_parameters():  # a tied weight occurs once
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:  # LayerNorm
@@ -133,7 +133,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def zero_projections(self) -> None:
-        """Lets every block begin as the identity: what it adds to the residual stream is 0."""
+        """Zeroes every c_proj, so that each block starts as the identity."""
         for block in self.transformer.h:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
@@ -144,10 +144,11 @@ class GPT(nn.Module):
 
     def hidden_states(self, idx: torch.Tensor, cache=None,
                       positions: torch.Tensor | None = None) -> torch.Tensor:
-        """The stack below the head: idx (B, T) int64 -> (B, T, C).
+        """The hidden states below the head: idx (B, T) int64 -> (B, T, C).
 
-        With a cache, idx are whole prompts, whose keys and values fill slots 0 .. T - 1; or, with
-        `positions` (B, 1), one new token a row, at its own slot and position.
+        With an `inference.KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1;
+        with `positions` (B, 1) as well, it holds one new token per row, at that slot and position.
+        Raises ValueError past block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -155,8 +156,7 @@ class GPT(nn.Module):
         places = torch.arange(T, device=idx.device) if positions is None else positions
         x = self.transformer.wte(idx) + self.transformer.wpe(places)  # (B, T, C)
         visible = None if positions is None else cache.visible(positions)  # (B, 1, 1, span)
-        # Checkpointing keeps the input of every block alone; backward computes the rest once more.
-        # Nothing in a block is random, so no state of a generator need be kept for that.
+        # Nothing in a block is random: recomputation needs no generator state
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
             x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute
@@ -167,13 +167,11 @@ class GPT(nn.Module):
                 reduction: str = "mean", return_logits: bool = True):
         """idx (B, T) int64, targets (B, T) int64 -> (logits (B, T, V), loss ()).
 
-        `targets[b, t]` is the token that follows `idx[b, t]`; IGNORE_INDEX carries no loss. The
-        loss is the cross-entropy in nats: its mean over the targets that count, or their sum
-        (`reduction="sum"`), for callers that divide by a count of their own. A batch in which no
-        target counts has loss 0 and zero gradients. Without targets the loss is None.
-
-        `return_logits=False` gives (None, loss), the same loss by way of
-        `linear_cross_entropy`: the path of training. Raises ValueError past block_size.
+        `targets[b, t]` is the token that follows `idx[b, t]`, or IGNORE_INDEX. The loss is the
+        cross-entropy in nats, averaged over valid targets, or summed (`reduction="sum"`) for
+        callers that divide by a global count. Without a valid target it is 0, with zero gradients;
+        without targets, None. `return_logits=False` returns (None, loss), the same loss computed
+        without holding all logits: the training path. Raises ValueError past block_size.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean' or 'sum'")

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun's environment says, and the few collectives we use."""
+"""One process or many: torchrun's environment, devices, dtypes, and the few collectives used."""
 
 import contextlib
 import ctypes
@@ -23,18 +23,18 @@ from minigpt2.loss import IGNORE_INDEX
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# The longest that a rank waits for another which is alive: rank 0 checks and reads checkpoints, 19
-# GB for gpt2-xl, from disks that may be slow. Ranks that are gone are noticed sooner: faults.py
+# How long a rank waits for a live one: rank 0 verifies and reads checkpoints, 19 GB for gpt2-xl,
+# from disks that may be slow. Lost ranks are noticed sooner (faults.py).
 TIMEOUT_MINUTES = 30
-# mallopt's names for glibc's settings (malloc.h)
+# Parameters of glibc's mallopt (malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-EXACT_ENOUGH = 2e-6  # relative error of a float32 matrix product, far below bfloat16's 2e-3
-ASK_SECONDS = 0.05  # between two looks at the store while ranks find each other
+EXACT_ENOUGH = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
+POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among all those of the run; rank 0 of 1 outside torchrun."""
+    """This process among those of the run; rank 0 of 1 outside torchrun."""
 
     rank: int  # among all processes of all nodes
     world_size: int
@@ -54,28 +54,28 @@ class Launch:
             print(*values, flush=True)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks."""
+        """The sum of a tensor over all ranks; a collective, as are the next four."""
         if self.world_size > 1:
-            tensor = tensor.to(self.device, copy=True)  # where the process group works
+            tensor = tensor.to(self.device, copy=True)  # on the device of the process group
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: object) -> list:
-        """A plain value of every rank, by rank."""
+        """A picklable value from every rank, by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: object) -> object:
-        """A plain value of rank 0, on every rank."""
+        """A picklable value from rank 0, on every rank."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
-        """Raises UserError, on every rank, when one of the facts is not the same on all of them."""
+        """Raises UserError, on every rank, if one of the facts differs between ranks."""
         everyones = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
         for rank, theirs in enumerate(everyones):
             for name in sorted(everyones[0].keys() | theirs.keys()):
@@ -91,18 +91,18 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Reads torchrun's RANK, LOCAL_RANK and WORLD_SIZE, joins the process group (NCCL on GPUs,
-    gloo elsewhere) and picks the device. Raises UserError for a device that is not there.
+    """Reads RANK, LOCAL_RANK and WORLD_SIZE, picks the device, and joins the process group (NCCL on
+    GPUs, gloo elsewhere). Raises UserError for a device that does not exist.
 
-    `deterministic` makes PyTorch refuse what it cannot compute twice in the same bits."""
+    `deterministic` makes PyTorch refuse algorithms that are not bit-reproducible."""
     if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
     rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this node: which GPU
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # index on this node, and of the GPU
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -121,9 +121,8 @@ def start(device: str, deterministic: bool = False) -> Launch:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed for what comes next, where it is the C library. By default it
-    gives every large tensor back to the system, which hands it out again page by page, zeroed
-    (README, "Speed")."""
+    """Makes glibc keep freed memory. By default it returns every large tensor to the system, which
+    hands it out again page by page, zeroed (measured in docs/benchmarks.md)."""
     mallopt = c_function("mallopt")
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
@@ -131,21 +130,22 @@ def keep_freed_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Gives what is free back to the system after all."""
+    """Returns freed memory to the system."""
     trim = c_function("malloc_trim")
     if trim:
         trim(0)
 
 
 def c_function(name: str) -> Callable | None:
-    """A function of the C library, if it has that."""
+    """A function of the C library, or None."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def use_fastest_exact_matmul() -> None:
-    """Lets oneDNN make float32 matrix products on a CPU, on AMD's a good deal faster than MKL.
-    PyTorch does that only when told that "medium" precision will do, with which some processors
-    (Intel's with AMX) round to bfloat16: there, what is exact stays."""
+    """Uses oneDNN for float32 matrix products on a CPU; on AMD it is about twice as fast as MKL.
+
+    PyTorch does so only under "medium" precision, with which some processors (Intel's with AMX)
+    round to bfloat16. A trial product detects that, and "highest" stays in force there."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
@@ -155,7 +155,7 @@ def use_fastest_exact_matmul() -> None:
 
 
 def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
-    """The key-value store through which ranks find each other: torchrun's, or rank 0 hosts one."""
+    """The key-value store through which ranks meet: torchrun's, or one hosted by rank 0."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                          is_master=may_host and not hosted, timeout=timeout,
@@ -163,27 +163,27 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name that exactly the processes of this attempt share, as a prefix for their keys.
+    """A key prefix shared by exactly the processes of this attempt.
 
-    torchrun's store outlives its ranks: without one, gloo, started again by --max-restarts, looks
-    for the addresses of processes that are gone (PyTorch 2.13), and torchrun's own count of
-    restarts is not the same on all nodes. So every process says hello with a number of its own, and
-    rank 0 offers its number until all others have seen theirs in the offer.
+    torchrun's store outlives its ranks. Without a prefix, a gloo group restarted by --max-restarts
+    reads the addresses of dead processes (PyTorch 2.13), and torchrun's restart count differs
+    between nodes. So every rank announces a random number, and rank 0 offers its own, together with
+    the numbers it has seen, until every other rank has found its number in the offer.
     """
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
         while (offer := json.loads(store.get("offer")))["hellos"].get(str(rank)) != mine:
-            time.sleep(ASK_SECONDS)
+            time.sleep(POLL_SECONDS)
         store.set(f"seen/{rank}", offer["attempt"])
         return offer["attempt"]
     others = range(1, world_size)
-    for other in others:  # not of an earlier attempt
+    for other in others:  # clear an earlier attempt's
         store.set(f"seen/{other}", "")
     while not all(store.get(f"seen/{other}").decode() == mine for other in others):
         hellos = {other: store.get(f"hello/{other}").decode() for other in others}
         store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
-        time.sleep(ASK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return mine
 
 
@@ -193,7 +193,7 @@ def stop() -> None:
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU; MPS is taken only when asked for."""
+    """"auto" is CUDA if available, else the CPU; MPS must be asked for. Raises UserError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -207,13 +207,13 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
                             f"{count} are visible: lower --nproc-per-node or use --device cpu")
         return torch.device("cuda", index)
     if picked.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: no such GPU here; use --device cpu")
+        raise UserError("--device mps is not available here: use --device cpu")
     return picked
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The autocast dtype. "auto" on CUDA is bfloat16 where the GPU computes in it, else float16
-    (with a gradient scaler); elsewhere float32, so that two machines agree to rounding."""
+    """The autocast dtype. "auto" on CUDA is bfloat16 if the GPU supports it natively, else float16
+    (with a gradient scaler); elsewhere float32, so that machines agree to rounding."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type != "cuda":
@@ -223,8 +223,8 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def missing_for_compile(device: torch.device) -> str | None:
-    """What torch.compile would lack for this device: inductor writes C++ for a CPU and Triton for a
-    GPU, whose launchers need a C compiler."""
+    """What torch.compile lacks for this device, or None: Inductor generates C++ for a CPU, and
+    Triton code, whose launchers need a C compiler, for a GPU."""
     on_gpu = device.type == "cuda"
     if on_gpu and importlib.util.find_spec("triton") is None:
         return "Triton"
@@ -238,31 +238,31 @@ def missing_for_compile(device: torch.device) -> str | None:
 
 
 def should_compile(wanted: bool | None, launch: Launch) -> bool:
-    """Whether to compile the training step (None: on CUDA); a missing compiler is one line, not the
-    end."""
+    """Whether to compile the training step (None: on CUDA). Without a compiler, prints one line and
+    returns False."""
     wanted = launch.device_type == "cuda" if wanted is None else wanted
     missing = missing_for_compile(launch.device) if wanted else None
     if missing:
-        launch.print0(f"torch.compile needs {missing}: training without it, more slowly")
+        launch.print0(f"torch.compile needs {missing}: training without it, which is slower")
     return wanted and missing is None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context of a forward pass; nothing changes for float32."""
+    """The context of a forward pass; disabled for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies without making the host wait for a GPU; from any thread."""
+    """Copies a host tensor to the device without blocking; callable from any thread."""
     if device.type == "cuda":
-        with torch.cuda.device(device):  # a new thread pins for GPU 0, and so wakes it, otherwise
+        with torch.cuda.device(device):  # else a new thread initializes GPU 0
             return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 @contextlib.contextmanager
 def allow_nondeterministic() -> Iterator[None]:
-    """For what has no deterministic algorithm on a GPU and does not touch the training."""
+    """Allows nondeterministic algorithms for work that does not affect training."""
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
@@ -273,7 +273,7 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model in DistributedDataParallel, which averages gradients; itself on a single rank."""
+    """The model wrapped in DistributedDataParallel; the model itself on a single rank."""
     if launch.world_size == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
@@ -283,27 +283,29 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 @torch.no_grad()
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
-    """Mean loss over all targets of all ranks' `batches` of inputs and targets (B, T): summed in
-    float64, so that it is one number for any world size and micro-batch. None, on all ranks, when
-    one of them is to stop meanwhile; each looks after every batch of its own, since a long
-    validation is not to be waited for."""
+    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T).
+
+    Summed in float64, so that world size and micro-batch do not change it, and run eagerly, since
+    other shapes would only make the compiler compile again. `should_stop` is checked after every
+    batch; if it is true on any rank, the result is None on all ranks."""
     summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
-    for inputs, targets in batches:
-        inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
-        with autocast(launch.device, dtype):
-            _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-        summed += loss.item()
-        count += (targets != IGNORE_INDEX).sum().item()
-        stopped = should_stop()
-        if stopped:
-            break
+    with torch.compiler.set_stance("force_eager"):
+        for inputs, targets in batches:
+            inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
+            with autocast(launch.device, dtype):
+                _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+            summed += loss.item()
+            count += (targets != IGNORE_INDEX).sum().item()
+            stopped = should_stop()
+            if stopped:
+                break
     sums = torch.tensor([summed, count, stopped], dtype=torch.float64)
     summed, count, stopped = launch.sum(sums).tolist()
     return None if stopped else summed / count
 
 
 def device_time(device: torch.device) -> float:
-    """The clock, once a GPU has done what it was given."""
+    """Seconds of a monotonic clock, after a GPU has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
@@ -311,10 +313,10 @@ def device_time(device: torch.device) -> float:
 
 def count_micro_steps(total: int, *, micro_batch_size: int, row: int, world_size: int,
                            flag: str) -> int:
-    """How many micro-steps make one update: total / (micro_batch_size * row * world_size).
+    """The gradient-accumulation steps of one step: total / (micro_batch_size * row * world_size).
 
     `total` is the global batch set by `flag`, in tokens with row = sequence_length or in examples
-    with row = 1. Raises UserError, with the nearest values that do divide, when it does not.
+    with row = 1. Raises UserError naming the nearest values that divide evenly.
     """
     per_micro_step = micro_batch_size * row * world_size
     if total % per_micro_step == 0 and total > 0:
@@ -325,7 +327,7 @@ def count_micro_steps(total: int, *, micro_batch_size: int, row: int, world_size
                f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
                + " or ".join(totals))
     if total % (row * world_size) == 0 and total > 0:
-        rows = total // (row * world_size)  # any divisor of this is a possible micro-batch
+        rows = total // (row * world_size)  # every divisor of this is a valid micro-batch
         nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
                       key=lambda d: abs(d - micro_batch_size))
         message += f", or --micro-batch-size {nearest}"

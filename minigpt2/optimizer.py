@@ -7,16 +7,16 @@ import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's quintic iteration
 MUON_MOMENTUM = 0.95
-MUON_BATCH = 12  # matrices at a time: more would only hold more memory
-MUON_RMS = 0.2  # of the elements of an update, per unit of learning rate: about AdamW's
+MUON_BATCH = 12  # matrices per batched product: more only takes more memory
+MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about AdamW's
 
 
 def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
               min_lr: float) -> float:
-    """The learning rate of the update that follows `step` finished ones.
+    """The learning rate of step number `step`, counted from 0.
 
-    Linear from max_lr / warmup_steps up to max_lr at step warmup_steps - 1, then half a cosine
-    down to min_lr at step max_steps (GPT-3 paper, appendix B, which GPT-2 reproductions use).
+    Linear warm-up from max_lr / warmup_steps to max_lr at step warmup_steps - 1, then half a cosine
+    down to min_lr at step max_steps (Brown et al. 2020, appendix B).
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -28,8 +28,8 @@ def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
 
 def linear_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
               min_lr: float) -> float:
-    """As cosine_lr, with a straight line down to min_lr (Defazio et al. 2023, who find it best
-    among schedules, and min_lr = 0)."""
+    """As cosine_lr, but with a linear decay to min_lr (Defazio et al. 2023 find linear decay to 0
+    best)."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 .. 1
@@ -37,7 +37,7 @@ def linear_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """What Muon updates: the four matrices of every block."""
+    """Whether Muon applies: to the four matrices of every block."""
     return name.startswith("transformer.h.") and parameter.dim() == 2
 
 
@@ -47,16 +47,15 @@ SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others.
 
-    Muon moves a matrix by the orthogonal matrix nearest to its momentum: all directions get the
-    same step, whatever the gradients' sizes. c_attn is three matrices, one above the other: each of
-    q, k and v is made orthogonal for itself. As Liu et al. 2025 ("Muon is scalable for LLM
-    training") do, updates are scaled to AdamW's usual size, so that learning rates are comparable,
-    and weights decay. Matrices of one shape go through the iteration in batches.
+    Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
+    equally far. c_attn stacks three matrices: q, k and v are orthogonalized separately. As in Liu
+    et al. 2025 ("Muon is scalable for LLM training"), updates are scaled to AdamW's usual RMS, so
+    that learning rates are comparable, and weights decay. Matrices of equal shape are batched.
     """
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, **options)
-        # the fused AdamW would let GradScaler call `step` for an overflow, too, and skip it there
+        # With fused AdamW, GradScaler would call `step` even after an overflow
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -72,14 +71,14 @@ class Muon(torch.optim.AdamW):
             self.param_groups = all_groups
 
     def step_matrices(self, group: dict) -> None:
-        batches = defaultdict(list)  # by shape: views of (weight, gradient, momentum), wide
+        batches = defaultdict(list)  # shape -> wide views of (weight, gradient, momentum)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-                state["step"] = torch.zeros(())  # AdamW looks for one wherever there is a state
+                state["step"] = torch.zeros(())  # AdamW expects one in every state
             momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             rows, columns = parameter.shape
@@ -100,9 +99,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns: Muon's
-    Newton-Schulz iteration, after which singular values lie between about 0.7 and 1.2. On a GPU in
-    bfloat16, of which it asks no more."""
+    """Approximately U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by
+    Muon's Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a
+    GPU, which is precise enough."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # no singular value above 1
@@ -115,13 +114,12 @@ def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
                    weight_decay: float, muon_lr: float | None = None,
                    shard: bool = False) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) that decays matrices and embeddings, not biases or
-    LayerNorms: weight decay would only pull those from the values that normalize. With a `muon_lr`,
-    Muon for the matrices of the blocks, and AdamW for the rest.
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and embeddings, not on biases
+    and LayerNorms. With a `muon_lr`, Muon for the blocks' matrices and AdamW for the rest.
 
-    `shard` gives every rank the moments, and the update, of a part of the parameters only (ZeRO
-    stage 1, Rajbhandari et al. 2020), and needs a process group."""
-    named = list(model.named_parameters())  # a tied weight is met once
+    `shard` splits the optimizer state over ranks (ZeRO stage 1, Rajbhandari et al. 2020); it needs
+    a process group."""
+    named = list(model.named_parameters())  # a tied weight occurs once
     of_muon = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
     rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]
     groups = [
@@ -131,7 +129,7 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     if of_muon:
         groups.insert(0, {"params": of_muon, "weight_decay": weight_decay, "muon": True,
                           "momentum": MUON_MOMENTUM, "lr": muon_lr, "lr_scale": muon_lr / lr})
-    # fused: one kernel for all parameters instead of a dozen passes over memory for each
+    # fused: one kernel instead of a dozen passes over memory per parameter
     options = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
     kind = Muon if of_muon else torch.optim.AdamW
     if shard:
@@ -146,35 +144,35 @@ def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, is_master: bool) -> dict | None:
-    """The state of all parameters, in AdamW's own format whether it was sharded or not; on rank 0,
-    None elsewhere. Every rank calls this."""
+    """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
+    collective."""
     if is_sharded(optimizer):
         optimizer.consolidate_state_dict(to=0)
     return optimizer.state_dict() if is_master else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Restores the moments, and keeps the settings (betas, eps, weight decay) that `optimizer` was
-    made with: PyTorch alone would restore those, too, and ignore the command line. Raises KeyError,
-    TypeError or ValueError for a state of another model."""
+    """Restores the moments but keeps the settings (betas, eps, weight decay) of `optimizer`, which
+    come from the command line; PyTorch would restore those as well. Raises KeyError, TypeError or
+    ValueError for a state of another model or optimizer."""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for parameter, index in zip(group["params"], saved["params"], strict=True):
             names = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
-            for name in names:  # a wrong shape would crash the fused kernel
+            for name in names:  # the fused kernel would crash on a wrong shape
                 if state["state"] and state["state"][index][name].shape != parameter.shape:
-                    raise ValueError(f"{name} of another shape")
+                    raise ValueError(f"{name} has another shape")
     settings = [{key: value for key, value in group.items() if key != "params"}
                 for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     if is_sharded(optimizer):
-        # it puts the count of updates on the CPU, where a GPU's fused kernel does not find it
+        # ZeroRedundancyOptimizer restores `step` to the CPU; the fused kernel needs it on the GPU
         for parameter, kept in optimizer.optim.state.items():
             kept["step"] = kept["step"].to(parameter.device)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """AdamW's learning rate; Muon's is in proportion."""
+    """Sets AdamW's learning rate; Muon's stays in proportion to it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

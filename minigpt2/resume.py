@@ -1,10 +1,8 @@
-"""Going on with a run: what is saved beside the weights, how it is written while training goes on,
-and how the newest checkpoint that is whole is found again.
+"""Checkpoints of a run in progress: written in the background, found again, and restored.
 
 The training state of a checkpoint holds the optimizer, the gradient scaler, the random generators
-of every rank, `TrainState`, and the facts of the run (`metrics.run_metadata`): settings, versions,
-the data's SHA-256. The data need no cursor of their own: which rows an update sees follows from its
-number alone.
+of every rank, `TrainState`, and the run's metadata (`metrics.run_metadata`: settings, versions, the
+SHA-256 of the data). The data need no cursor of their own: the step alone determines the batch.
 """
 
 import contextlib
@@ -37,28 +35,28 @@ from minigpt2.files import folder_lock
 from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
-STATE_PARTS = {"progress", "optimizer", "scaler", "rng", "facts"}
+STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_state.pt
 
 
 @dataclass
 class TrainState:
-    """How far a run is, beside its weights and its optimizer."""
+    """The state of a run beside its weights and its optimizer; "progress" in training_state.pt."""
 
-    step: int = 0  # updates made, skipped ones included
-    val_loss: float | None = None  # of the weights as they are, if they were evaluated
-    best_loss: float = math.inf  # the lowest validation loss of a checkpoint
-    best_step: int | None = None  # that checkpoint
-    skipped: int = 0  # updates in a row that were skipped because they were not finite
+    step: int = 0  # steps made, skipped ones included
+    val_loss: float | None = None  # of the current weights; None until they are validated
+    best_loss: float = math.inf  # lowest validation loss of a checkpoint
+    best_step: int | None = None  # the step of that checkpoint
+    skipped: int = 0  # consecutive steps skipped for a non-finite loss or gradient norm
 
 
 # --------------------------------------------------------------------------------- saving
 
 
-def training_state(progress: TrainState, optimizer: torch.optim.Optimizer,
+def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
                    scaler: torch.amp.GradScaler, launch: Launch) -> dict:
-    """What a checkpoint holds beside the model, complete on rank 0. All ranks call this: the
-    generators of each, and its part of a sharded optimizer, come to rank 0."""
-    return {"progress": dataclasses.asdict(progress),
+    """What a checkpoint holds beside the model; complete on rank 0. A collective: rank 0 gathers
+    every rank's generators and its part of a sharded optimizer."""
+    return {"progress": dataclasses.asdict(state),
             "optimizer": optimizer_state(optimizer, launch.is_master),
             "scaler": scaler.state_dict(), "rng": launch.gather(rng_state(launch.device))}
 
@@ -69,50 +67,50 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 class CheckpointWriter:
-    """Saves on a thread of its own, one checkpoint at a time, from a copy in host memory: training
-    waits for the copy, and for the disk only when a save is asked for before the last one is done.
+    """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
 
-    `facts` are what every checkpoint says of the run.
+    Training waits for the copy, and for the disk only if the previous checkpoint is not written
+    yet. While entered, rank 0 holds the lock of out_dir. `metadata` goes into every checkpoint.
     """
 
-    def __init__(self, out_dir: Path, launch: Launch, facts: dict, *, keep_last: int,
+    def __init__(self, out_dir: Path, launch: Launch, metadata: dict, *, keep_last: int,
                  keep_every: int, saved_step: int | None, prompt_template: str | None = None):
-        self.out_dir, self.launch, self.facts, self.saved_step = out_dir, launch, facts, saved_step
+        self.out_dir, self.launch, self.metadata = out_dir, launch, metadata
+        self.saved_step = saved_step
         self.options = {"keep_last": keep_last, "keep_every": keep_every,
                         "prompt_template": prompt_template}
-        self.buffers: dict[str, torch.Tensor] = {}  # reused: pinned memory is slow to get
+        self.buffers: dict[str, torch.Tensor] = {}  # reused: allocating pinned memory is slow
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
-        self.lock = contextlib.ExitStack()  # on the folder: two runs would delete each other's
+        self.lock = contextlib.ExitStack()
 
-    def save(self, progress: TrainState, model: GPT, optimizer: torch.optim.Optimizer,
+    def save(self, state: TrainState, model: GPT, optimizer: torch.optim.Optimizer,
              scaler: torch.amp.GradScaler) -> None:
-        """Copies the run as it is and begins to write it, unless this step is saved already and was
-        not found to be the best since. All ranks call this. Raises UserError when the checkpoint
-        before could not be written."""
-        best_before = progress.best_step
-        if progress.val_loss is not None and progress.val_loss < progress.best_loss:
-            progress.best_loss, progress.best_step = progress.val_loss, progress.step
-        if progress.step == self.saved_step and progress.best_step == best_before:
+        """Copies the run's state and starts to write it. A collective. Does nothing if this step
+        is saved already, unless it has become the best since. Raises UserError if the previous
+        checkpoint could not be written."""
+        best_before = state.best_step
+        if state.val_loss is not None and state.val_loss < state.best_loss:
+            state.best_loss, state.best_step = state.val_loss, state.step
+        if state.step == self.saved_step and state.best_step == best_before:
             return
-        self.saved_step = progress.step
-        state = training_state(progress, optimizer, scaler, self.launch) | {"facts": self.facts}
+        self.saved_step = state.step
+        saved = training_state(state, optimizer, scaler, self.launch) | {"facts": self.metadata}
         if not self.launch.is_master:
             return
         self.wait()
         parameters = self.copy(dict(model.named_parameters()), "model")
-        state = self.copy(state, "state")
+        saved = self.copy(saved, "state")
         if self.launch.device_type == "cuda":
-            torch.cuda.synchronize(self.launch.device)  # the copies are there
+            torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         self.pending = self.thread.submit(
-            save_checkpoint, self.out_dir, progress.step,
-            model_from_parameters(model.config, parameters), training_state=state,
-            best_step=progress.best_step, **self.options)
+            save_checkpoint, self.out_dir, state.step,
+            model_from_parameters(model.config, parameters),
+            training_state=saved, best_step=state.best_step, **self.options)
 
     @torch.no_grad()
     def copy(self, value, name: str):
-        """A value with every tensor in it copied to the host, into the buffer of that name: tensors
-        of the next save have the same names, though not the same identities."""
+        """`value` with every tensor in it copied to host memory, into the buffer called `name`."""
         if isinstance(value, dict):
             return {key: self.copy(item, f"{name}/{key}") for key, item in value.items()}
         if isinstance(value, list):
@@ -131,12 +129,12 @@ class CheckpointWriter:
         return step_folder(self.out_dir, self.saved_step)
 
     def poll(self) -> None:
-        """Raises UserError, as soon as it is known, when a checkpoint could not be written."""
+        """Raises UserError as soon as it is known that a checkpoint could not be written."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the checkpoint in hand is on the disk. Raises UserError when it cannot be."""
+        """Waits until the pending checkpoint is on disk. Raises UserError if it cannot be."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
@@ -144,16 +142,16 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         if self.launch.is_master:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.lock.enter_context(folder_lock(self.out_dir))
+            self.lock.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            self.wait()  # also after an error: what was copied is still good
+            self.wait()  # also after an error: the copied state is valid
         except UserError as second:
             if error is None:
                 raise
-            print(second, file=sys.stderr, flush=True)  # the first one has the last word
+            print(second, file=sys.stderr, flush=True)  # the first error is raised
         finally:
             self.thread.shutdown()
             self.lock.close()
@@ -164,47 +162,47 @@ class CheckpointWriter:
 
 def find_resume(out_dir: Path, resume: bool, launch: Launch,
                 ) -> tuple[Path, dict] | tuple[None, None]:
-    """The newest whole checkpoint of OUT_DIR and its training state; (None, None) for a new run.
-    Damaged ones are passed over with a line each.
+    """The newest intact checkpoint of out_dir and its training state; (None, None) for a new run.
 
-    Rank 0 looks, the others take what it found. Raises UserError when the folder holds a run but
-    --resume was not given, and when every checkpoint in it is damaged.
+    Rank 0 searches, prints a line for each damaged checkpoint it skips, and tells the other ranks.
+    Raises UserError if the folder holds a run but --resume was not given, if every checkpoint in
+    it is damaged, or if a rank does not see the folder.
     """
-    folder = state = None
+    folder = saved = None
     mapped = launch.device.type != "cpu"  # on a CPU the optimizer keeps these very tensors
     if launch.is_master:
         holds_run = list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
-            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to go on with "
+            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
                             "it, or choose another --out-dir")
-        folder, state = newest_whole(out_dir, mapped)
+        folder, saved = newest_intact(out_dir, mapped)
         if resume and folder is None:
-            launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch, also "
-                          "with its log")
+            launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with "
+                          "a new log)")
     folder = launch.broadcast(folder)
-    if folder is not None and state is None:  # not on rank 0
+    if folder is not None and saved is None:  # not on rank 0
         if not folder.is_dir():
-            raise UserError(f"rank {launch.rank} does not see {folder}, which rank 0 goes on from: "
+            raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
                             "--out-dir must be a folder that all nodes share")
-        state = load_training_state(folder, mapped)
-    return folder, state
+        saved = load_training_state(folder, mapped)
+    return folder, saved
 
 
-def newest_whole(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None, None]:
-    """The newest checkpoint that is whole, with its training state. Newer ones are set aside: they
-    are of another future than the one that begins now."""
+def newest_intact(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None, None]:
+    """The newest intact checkpoint with its training state. Newer, damaged ones are renamed
+    (.damaged): the resumed run will write those steps again."""
     damaged = []
     for folder in reversed(list_step_folders(out_dir)):
         try:
             verify(folder)
             read_config(folder)
-            state = load_training_state(folder, mapped)
-            if not isinstance(state, dict) or not STATE_PARTS <= state.keys():
+            saved = load_training_state(folder, mapped)
+            if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
-            for _ in read_tensors(folder):  # also without checksums: it is not cut
+            for _ in read_tensors(folder):  # the first read finds a truncated file without sums
                 break
         except (UserError, OSError) as error:
-            print(f"--resume: {folder.name} is passed over: {first_line(error)}", flush=True)
+            print(f"--resume: skipping {folder.name}: {first_line(error)}", flush=True)
             damaged.append(folder)
             continue
         for other in damaged:
@@ -212,65 +210,68 @@ def newest_whole(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None,
             shutil.rmtree(aside, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):
                 os.replace(other, aside)
-        return folder, state
+        return folder, saved
     if damaged:
-        raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} can be gone on "
-                        "from: restore one, or start in another --out-dir")
+        raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} is intact: restore "
+                        "one, or start in another --out-dir")
     return None, None
 
 
-def check_settings(folder: Path, state: dict, facts: dict, fixed: Iterable[str],
+def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[str],
                    launch: Launch) -> None:
-    """Lists what is not as it was when the checkpoint was written. Raises UserError for one of the
-    facts that may not change: the model, or what an update sees."""
-    before = state["facts"]
-    changed = sorted(name for name in facts if facts[name] != before.get(name))
+    """Prints what differs from the run that wrote the checkpoint. Raises UserError for a setting
+    in `fixed`, which a resumed run may not change."""
+    before = saved["facts"]  # of an older version, it lacks newer settings
+    changed = sorted(name for name in metadata.keys() & before.keys()
+                     if metadata[name] != before[name])
     for name in changed:
-        if name not in before:  # written by an earlier version, which knew no such setting
-            continue
         if name == "data_sha256" and name in fixed:
             raise UserError(f"--resume: the data are not those that {folder} was trained on: "
                             "restore them, or start in another --out-dir")
         if name in fixed:
             raise UserError(f"--resume: {folder} was trained with {flag_name(name)} "
-                            f"{before.get(name)}, not {facts[name]}: give that again, or start in "
-                            "another --out-dir")
+                            f"{before[name]}, not {metadata[name]}: give that again, or start "
+                            "in another --out-dir")
     for name in changed:
         if name != "resume":
-            launch.print0(f"--resume: {name} was {before.get(name)}, is now {facts[name]}")
+            launch.print0(f"--resume: {name} was {before[name]}, is now {metadata[name]}")
 
 
-def restore(folder: Path, state: dict, optimizer: torch.optim.Optimizer,
+def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, launch: Launch, *, seed: int, max_steps: int,
             flag: str) -> TrainState:
-    """Puts a training state back. Raises UserError when it is of another model, or past the end of
-    the run, which `flag` sets."""
+    """Loads a training state into the optimizer, the scaler and the generators of this rank.
+
+    Raises UserError if it belongs to another model or lies past max_steps, which `flag` sets.
+    """
     try:
-        progress = TrainState(**state["progress"])
+        state = TrainState(**saved["progress"])
     except TypeError as error:
         raise UserError(f"--resume: {folder} was written by another version of this project "
                         f"({error}): start in another --out-dir") from None
-    if progress.step > max_steps:
-        raise UserError(f"--resume: {folder} was made after {progress.step} updates, more than the "
+    if state.step > max_steps:
+        raise UserError(f"--resume: {folder} was saved after {state.step} steps, more than the "
                         f"{max_steps} of this run: raise {flag}")
     try:
-        load_optimizer_state(optimizer, state["optimizer"])
+        load_optimizer_state(optimizer, saved["optimizer"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: the optimizer's state in {folder} is not that of this model "
-                        f"({error}): rm -r {folder} goes back to the one before") from None
-    if scaler.is_enabled() and state["scaler"]:  # empty after a run in another dtype
-        scaler.load_state_dict(state["scaler"])
-    launch.print0(f"--resume: going on from {folder}, {progress.step:,} of {max_steps:,} updates")
-    seed_rank(seed, progress.step, launch)
-    if len(state["rng"]) == launch.world_size:  # else there are no generators to go on with
-        torch.set_rng_state(state["rng"][launch.rank]["cpu"])
-        if launch.device_type == "cuda" and "cuda" in state["rng"][launch.rank]:
-            torch.cuda.set_rng_state(state["rng"][launch.rank]["cuda"], launch.device)
-    return progress
+        raise UserError(f"--resume: the optimizer state in {folder} does not fit this model or "
+                        f"optimizer ({error}): rm -r {folder} resumes from the previous one"
+                        ) from None
+    if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
+        scaler.load_state_dict(saved["scaler"])
+    launch.print0(f"--resume: continuing from {folder}, after {state.step:,} of {max_steps:,} "
+                  "steps")
+    seed_rank(seed, state.step, launch)
+    if len(saved["rng"]) == launch.world_size:  # at another world size, the new seed stays
+        torch.set_rng_state(saved["rng"][launch.rank]["cpu"])
+        if launch.device_type == "cuda" and "cuda" in saved["rng"][launch.rank]:
+            torch.cuda.set_rng_state(saved["rng"][launch.rank]["cuda"], launch.device)
+    return state
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:
-    """Seeds this rank's own random stream. Nothing here draws from it; what one adds (dropout, say)
-    may."""
+    """Seeds this rank's generators. Nothing here draws from them; code that a user adds, such as
+    dropout, may."""
     sequence = np.random.SeedSequence([seed, step, launch.rank])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

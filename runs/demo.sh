@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The whole life of a small GPT-2 on a CPU, in about ten minutes on two cores:
 # corpus -> pre-training -> loss graph -> instruction tuning -> loss graph -> answers.
-#   bash runs/demo.sh [folder for what it makes; default: a new one under out/]
+#   bash runs/demo.sh [output folder; default: a new one under out/]
 set -euo pipefail
 out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
-[[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # a folder given is the caller's
+[[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # relative to the caller's folder
 source "$(dirname "$0")/setup.sh" requirements.txt
-begin=$SECONDS
-step() { echo; echo "== [$((SECONDS - begin)) s] $1"; }
+start=$SECONDS
+step() { echo; echo "== [$((SECONDS - start)) s] $1"; }
 
-dtype=float32  # bfloat16 where the processor computes in it: half the time
+dtype=float32  # bfloat16 takes half the time where the processor supports it natively
 if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
 
 step "1/5 a corpus: the documentation of Python, NumPy and PyTorch on this machine"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# GPT-2 124M from nothing: FineWeb, pre-training on 8 GPUs, Alpaca, two answers.
+# GPT-2 124M from scratch: FineWeb, pre-training on 8 GPUs, instruction tuning, two answers.
 #   bash runs/gpt2_124m.sh [number of GPUs]
-# Needs a network and 40 GB of disk; where memory is short, a smaller --micro-batch-size.
-# Can be stopped and given again: every stage goes on where it stopped.
+# Needs a network and 40 GB of disk; on smaller GPUs lower --micro-batch-size.
+# Stopped or killed, the same command resumes every stage.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 gpus=${1:-8}

@@ -1,7 +1,7 @@
 # Sourced by the other scripts here: `source runs/setup.sh requirements.txt`.
-# Goes to the repository's root, makes and activates .venv if no virtual environment is active, and
-# installs the requirements given. Safe to repeat.
-trap 'exit 130' INT TERM  # a stage that saved and stopped ends with 0: no next stage then
+# Changes to the repository's root, creates and activates .venv if no virtual environment is active,
+# and installs the given requirements. Idempotent.
+trap 'exit 130' INT TERM  # a stage that saved and stopped exits with 0: do not start the next one
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

@@ -3,12 +3,12 @@
 #SBATCH --time=24:00:00 --signal=USR1@300 --open-mode=append
 # Pre-training on several nodes under SLURM, from the repository's root:
 #   sbatch runs/slurm.sh [flags of trainer.py; --data-dir and --out-dir on a disk that all nodes see]
-# Five minutes before the time is up the run saves and ends (SIGUSR1); the same sbatch goes on with
-# it. A rank that dies is restarted with all others from the newest checkpoint, up to three times.
+# Five minutes before its time limit the job saves and stops (SIGUSR1); the same sbatch resumes it.
+# After a lost rank all ranks restart from the newest checkpoint, up to three times.
 set -euo pipefail
 export MINIGPT2_HOST
 MINIGPT2_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# SLURM sends the signal to every process of the step: torchrun itself is to ignore it
+# SLURM signals every process of the step: torchrun itself has to ignore it
 srun bash -c '
   trap "" USR1
   exec torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \

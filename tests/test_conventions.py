@@ -16,7 +16,7 @@ SOURCES = sorted(path.relative_to(ROOT) for path in [
     *ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])
 TORCH_FREE = {"minigpt2.config", "minigpt2.files", "minigpt2.tokenizer", "minigpt2.shards",
               "minigpt2.hub"}  # and all of pretrain_data/
-SHARED_NAMES = {"main", "train"}  # each script's own story
+SHARED_NAMES = {"main", "train", "micro_batch_sizes"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "Recipe", "Set", "flag",
                   "str"}
 # Lines, docstrings and comments included; README in bytes
@@ -247,3 +247,29 @@ def test_importing_everything_has_no_effect(tmp_path):
                             capture_output=True, env=script_env() | {"REPO": str(ROOT)})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def names_before_the_first_forward_pass(tree: ast.Module) -> set[str]:
+    """The functions, classes and constants of ours that a script's `train` uses before it calls
+    `model(...)` for the first time."""
+    ours = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (ROOT / node.module.replace(".", "/")).with_suffix(
+                ".py").exists():
+            ours |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            ours |= {target.id for target in node.targets}
+    train = next(node for node in tree.body if getattr(node, "name", "") == "train")
+    forward = min(node.lineno for node in ast.walk(train)
+                  if isinstance(node, ast.Call) and ast.unparse(node.func) == "model")
+    return {node.id for node in ast.walk(train)
+            if isinstance(node, ast.Name) and node.id in ours and node.lineno < forward}
+
+
+@pytest.mark.parametrize("path", ["trainer.py", "finetune.py"])
+def test_a_training_loop_is_met_soon(path):
+    """conventions: at most 25 names before the first forward pass, `train` about 100 lines."""
+    tree = parse(Path(path))
+    assert len(names_before_the_first_forward_pass(tree)) <= 25
+    train = next(node for node in tree.body if getattr(node, "name", "") == "train")
+    assert train.end_lineno - train.lineno < 100

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
 from helpers.ranks import Ranks, wait_until
+from torch._dynamo.testing import CompileCounter
 
 import finetune
 from finetune import (
@@ -196,6 +197,20 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     assert [r["lr"] for _, r in sorted(log["train"].items())] == pytest.approx(
         [cosine_lr(step, warmup_steps=0, max_steps=7, max_lr=inside.max_lr, min_lr=inside.min_lr)
          for step in range(7)])
+
+
+def test_compiled_steps_and_sparse_logs_change_no_loss(base, rows_file, tmp_path, monkeypatch):
+    """Rows of many lengths: the compiler sees dynamic shapes, and validation stays eager."""
+    counter, real = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=counter))
+    train(tiny(base, rows_file, tmp_path / "eager"), CPU_LAUNCH)
+    assert counter.frame_count == 0
+    train(tiny(base, rows_file, tmp_path / "compiled", compile=True, log_interval=2), CPU_LAUNCH)
+    assert 1 <= counter.frame_count <= 3
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager")[::2], abs=1e-5)
+    log = read_log(tmp_path / "compiled" / "metrics.jsonl")
+    assert sorted(log["train"]) == [0, 2, 4, 6] and "mfu" in log["train"][2]
+    assert log["end"][7]["seconds"] > log["end"][7]["overhead_s"] > 0
 
 
 def test_a_run_that_left_only_a_log_is_begun_again(base, rows_file, tmp_path):

@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(corpus, tmp_path
     DAMAGES[damage](tmp_path / "out" / "step_000010")
     capsys.readouterr()
     train(config, CPU_LAUNCH)
-    said = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipping" in line]
     assert len(said) == 1 and "step_000010" in said[0]
     assert not (tmp_path / "bomb_went_off").exists()
     assert (tmp_path / "out" / "step_000010.damaged").is_dir()
@@ -289,7 +289,7 @@ def test_a_checkpoint_in_hand_is_written_though_the_run_fails(corpus, tmp_path, 
         return real(*arguments, **options)
 
     monkeypatch.setattr(resume, "save_checkpoint", slow)
-    monkeypatch.setattr("trainer.agree", lambda *arguments: (float("nan"), 1.0, False))
+    monkeypatch.setattr("minigpt2.run.agree", lambda *arguments: (float("nan"), 1.0, False))
     config = tiny(corpus, tmp_path / "out", save_interval=1)
     assert "diverged" in user_error(train, config, CPU_LAUNCH)
     assert [f.name for f in list_checkpoints(tmp_path / "out")] == ["step_000001", "step_000002"]

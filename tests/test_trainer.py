@@ -26,6 +26,7 @@ from torch.distributed import HashStore
 import trainer
 from bench.train import make_training
 from dataloader import TokenLoader
+from minigpt2 import run
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
 from minigpt2.distributed import (
     Launch,
@@ -204,7 +205,7 @@ def test_learning_rates_that_the_optimizer_cannot_use_are_refused(corpus, tmp_pa
     assert "--muon-lr" in message and "--optimizer muon" in message
     message = user_error(train, dataclasses.replace(config, optimizer="muon", max_lr=0.0),
                          CPU_LAUNCH)
-    assert "--max-lr 0" in message
+    assert "--max-lr is 0" in message
     train(config, CPU_LAUNCH)
     other = dataclasses.replace(config, optimizer="muon", resume=True, max_steps=9)
     assert "--optimizer adamw" in user_error(train, other, CPU_LAUNCH)
@@ -280,7 +281,7 @@ def test_rank_is_not_local_rank(monkeypatch):
 def test_one_epoch_is_computed_from_the_shards(corpus, tmp_path, capsys):
     train(tiny(corpus, tmp_path / "out", max_steps=None, eval_interval=100), CPU_LAUNCH)
     assert len(losses(tmp_path / "out")) == 23  # 186 windows, 8 an update
-    assert "23 updates" in capsys.readouterr().out
+    assert "23 steps" in capsys.readouterr().out
 
 
 def test_validation_is_one_number_for_any_split(corpus, tiny_model):
@@ -527,16 +528,16 @@ def test_evaluation_and_saving_are_no_training_time(corpus, tmp_path, monkeypatc
             return function(*arguments, **options)
         return slow
 
-    monkeypatch.setattr(trainer, "device_time", lambda device: now[0])
+    monkeypatch.setattr(run, "device_time", lambda device: now[0])
     for place, name, seconds in ((trainer, "set_lr", 1), (trainer, "mean_loss", 1000),
-                                 (trainer.CheckpointWriter, "save", 1000)):
+                                 (run.CheckpointWriter, "save", 1000)):
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
     assert trace(tmp_path / "out", "tokens_per_sec") == [(128.0,)] * STEPS
     end = read_log(tmp_path / "out" / "metrics.jsonl")["end"]
     # three validations, two checkpoints, ten updates
     assert end == {STEPS: {"step": STEPS, "kind": "end", "seconds": 5010.0,
-                           "beside_updates_s": 5000.0}}
+                           "overhead_s": 5000.0}}
     train(tiny(corpus, tmp_path / "out", resume=True), CPU_LAUNCH)  # nothing is left to do
     assert read_log(tmp_path / "out" / "metrics.jsonl")["end"] == end
 

@@ -21,10 +21,11 @@ import finetune
 import model
 import trainer
 from dataloader import TokenLoader
-from minigpt2 import faults
+from helpers import toy_script
+from minigpt2 import faults, run
 from minigpt2.config import run_main
 
-MAINS = {"trainer": trainer.main, "finetune": finetune.main}
+MAINS = {"trainer": trainer.main, "finetune": finetune.main, "toy": toy_script.main}
 
 
 def run_rank(script: str, argv: list[str], environment: dict, output: Path,
@@ -75,8 +76,8 @@ def poison(of_rank: dict[int, list[int]]) -> None:
 
 def slow_graph(seconds: float) -> None:
     """Makes rank 0 take its time at the end."""
-    real = trainer.draw_runs
-    trainer.draw_runs = lambda *arguments: (time.sleep(seconds), real(*arguments))
+    real = run.draw_runs
+    run.draw_runs = lambda *arguments: (time.sleep(seconds), real(*arguments))
 
 
 def out_of_memory(of_rank: int) -> None:
@@ -126,7 +127,7 @@ def note_collectives(folder: Path) -> None:
     """Appends what this process reduces: every bucket of gradients, with its bytes and how many
     parameters had their gradients by then, and the elements of every other reduction."""
     name, ready = folder / f"collectives_{os.environ['RANK']}.jsonl", []
-    real_parallel, real_reduce = trainer.data_parallel, torch.distributed.all_reduce
+    real_parallel, real_reduce = run.data_parallel, torch.distributed.all_reduce
 
     def note(**event) -> None:
         with open(name, "a", encoding="utf-8") as file:
@@ -151,7 +152,7 @@ def note_collectives(folder: Path) -> None:
         ready.clear()  # a new micro-step
         return real(x, weight, targets)
 
-    trainer.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
+    run.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
     model.linear_cross_entropy = noted_loss
 
 
