@@ -60,12 +60,11 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
         add_argument(parser, field, hints[field.name])
     values = vars(parser.parse_intermixed_args(argv))  # accepts flags between positionals
     for field in fields:
-        name, value, minimum = flag_name(field.name), values[field.name], field.metadata["minimum"]
-        below = field.metadata["below"]
+        name, value = flag_name(field.name), values[field.name]
+        minimum, below = field.metadata["minimum"], field.metadata["below"]
         if value == "" and not field.metadata["may_be_empty"]:
             parser.error(f"{name} is empty")
-        if (minimum is not None and isinstance(value, int | float)
-                and not minimum <= value < below):
+        if minimum is not None and isinstance(value, int | float) and not minimum <= value < below:
             parser.error(f"{name} is {value}, expected a finite number of at least {minimum}"
                          + (f" and less than {below}" if below < math.inf else ""))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -149,8 +148,8 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str) -> int:
-    """Prints an error and returns the exit status. If all ranks fail alike, only rank 0 prints: the
-    others wait, and torchrun stops them meanwhile."""
+    """Prints an error and returns the exit status. Other ranks than 0 wait first: if rank 0 fails
+    too, torchrun stops them before they print."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_DELAY_S)

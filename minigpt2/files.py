@@ -11,8 +11,6 @@ import filelock
 
 from minigpt2.config import UserError
 
-LOCK = ".lock"
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
@@ -54,7 +52,7 @@ def sha256_of(path: Path) -> str:
 def folder_lock(out_dir: Path) -> Iterator[None]:
     """Locks a folder against other processes; the system releases the lock of a killed process."""
     try:
-        lock = filelock.FileLock(out_dir / LOCK).acquire(timeout=0)
+        lock = filelock.FileLock(out_dir / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
                         "--out-dir") from None

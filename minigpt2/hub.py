@@ -6,10 +6,11 @@ against the size and SHA-256 that the hub lists, and reports errors in one line.
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub  # loads its modules lazily
 
 from minigpt2.config import NO_SPACE, UserError, first_line
 from minigpt2.files import sha256_of
@@ -25,26 +26,26 @@ class RetryPolicy:
 
     max_retries: int = 8
 
-    def call(self, function, what: str):
+    def call(self, function: Callable, what: str):
         """Returns function(), retried while the network or the hub fails. `what` names the request
         in messages. Raises UserError if it keeps failing, and at once if a retry cannot help."""
-        errors = huggingface_hub.errors
-        huggingface_hub.utils.logging.set_verbosity_error()  # hides the client's own messages
+        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # hides the client's own messages
         for attempt in range(self.max_retries + 1):
             try:
                 return function()
-            # the Xet storage client raises RuntimeError
-            except (errors.HTTPError, OSError, RuntimeError) as error:
+            except (HTTPError, OSError, RuntimeError) as error:  # the Xet client's: RuntimeError
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 # LocalEntryNotFoundError, a FileNotFoundError, means that the hub did not answer
                 absent = (isinstance(error, FileNotFoundError)
-                          and not isinstance(error, errors.LocalEntryNotFoundError))
+                          and not isinstance(error, LocalEntryNotFoundError))
                 if attempt == self.max_retries or absent or status in PERMANENT:
-                    raise UserError(f"cannot download {what} from the Hugging Face hub "
-                                    f"({first_line(error)}): check the network and run again to "
-                                    "resume") from None
+                    raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
+                                    "check the network and run again to resume") from None
                 delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
                 print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
                 time.sleep(delay)
@@ -58,19 +59,16 @@ def find_commit(repo: str, revision: str, retry: RetryPolicy) -> str:
                       f"{repo} at {revision}")
 
 
-def list_files(repo: str, commit: str, folder: str,
-               retry: RetryPolicy) -> list[huggingface_hub.RepoFile]:
-    """The files in a folder ("" for the root) of a data set, sorted by path. Raises UserError."""
-    def request() -> list:
-        return list(huggingface_hub.HfApi().list_repo_tree(repo, folder or None, revision=commit,
-                                                           repo_type="dataset"))
-
-    entries = retry.call(request, f"{repo} at {commit}")
+def list_files(repo: str, commit: str, folder: str, retry: RetryPolicy) -> list:
+    """The RepoFile of each file in a folder ("" for the root), sorted by path. Raises UserError."""
+    api = huggingface_hub.HfApi()
+    entries = retry.call(lambda: list(api.list_repo_tree(
+        repo, folder or None, revision=commit, repo_type="dataset")), f"{repo} at {commit}")
     return sorted((entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)),
                   key=lambda file: file.path)
 
 
-def fetch(repo: str, commit: str, file: huggingface_hub.RepoFile, folder: Path,
+def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path,
           retry: RetryPolicy) -> Path:
     """Downloads a file into `folder`, unless it is there already, and verifies it. Deletes partial
     downloads of earlier runs. Raises UserError."""

@@ -8,8 +8,7 @@ from tqdm import tqdm
 
 def progress_bar(total: int, initial: int, description: str, *, unit: str = "step",
                  enabled: bool = True, over: Iterable | None = None) -> tqdm:
-    """A tqdm bar that counts the items of `over` or calls of `update`; printed every 20 seconds if
-    stderr is not a terminal."""
+    """A tqdm bar, over the items of `over` if given. Without a terminal, a line every 20 s."""
     interactive = sys.stderr.isatty()
     return tqdm(over, total=total, initial=initial, desc=description, unit=unit,
                 disable=not enabled, dynamic_ncols=interactive, ncols=None if interactive else 120,

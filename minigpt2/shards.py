@@ -62,10 +62,9 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
         raise shard_error(path, f"is truncated or not a shard ({first_line(error)})") from None
     if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
         raise shard_error(path, f"holds {tokens.dtype} {tokens.shape}, expected a vector of uint16")
-    if not len(tokens):
-        raise shard_error(path, "has no tokens (truncated?)")
-    if num_tokens is not None and len(tokens) != num_tokens:
-        raise shard_error(path, f"has {len(tokens):,} tokens, expected {num_tokens:,} (truncated?)")
+    if not len(tokens) or num_tokens not in (None, len(tokens)):
+        expected = f"{num_tokens:,}" if num_tokens else "some"
+        raise shard_error(path, f"has {len(tokens):,} tokens, expected {expected} (truncated?)")
     return tokens
 
 
@@ -130,8 +129,7 @@ class ShardWriter:
 
     `record` is the content of `progress.json`: settings, `tokens` and `documents` written,
     `position` of the next token, complete `shards`, and `open_start`, the position of the first
-    token of the incomplete shard, which has a temporary name. Tokens that an earlier process wrote
-    after its last `commit` are discarded.
+    token of the incomplete shard. Tokens written after the last `commit` of a record are dropped.
     """
 
     def __init__(self, out_dir: Path, name: str, record: dict):

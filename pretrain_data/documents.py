@@ -1,10 +1,9 @@
 """Sources of documents: files, split into parts that any process can read.
 
-A part is the unit of work: some rows of a parquet row group, a block of lines of a JSON Lines file
-(plain or gzipped), or a block of a text file. Parts hold about PART_BYTES of text, so memory does
-not grow with the size of files or row groups. They are the same in every run over the same files,
-so a build can resume at (unit, part). Bytes that are not valid UTF-8 are read as lone surrogates,
-which `tokenizer.repair` replaces.
+A part is some rows of a parquet row group, a block of lines of a JSON Lines file (plain or gzipped)
+or a block of a text file. It has about PART_BYTES of text, so memory does not grow with the size of
+files. Parts are the same in every run over the same files: a build can resume at (unit, part).
+Invalid UTF-8 is read as lone surrogates, which `tokenizer.repair` replaces.
 """
 
 import codecs
@@ -91,8 +90,7 @@ def local_files(pattern: str) -> list[Path]:
 
 
 def describe_files(paths: list[Path]) -> dict:
-    """Identifies local files in a manifest: relative path -> [size, SHA-256 of the first and last
-    64 KiB]."""
+    """Relative path -> [size, SHA-256 of the first and last 64 KiB], to identify local files."""
     root, files = os.path.commonpath([path.parent for path in paths]), {}
     for path in paths:
         with open(path, "rb") as file:
@@ -121,9 +119,6 @@ def open_parts(path: Path) -> Iterator[Part]:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
-# ---------------------------------------------------------------------------------- parquet
-
-
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     """Raises UserError if this is not a parquet file with a text column."""
     try:
@@ -148,7 +143,7 @@ def parquet_parts(path: Path) -> Iterator[Part]:
             ranges = min(max(1, text_size(file, group) // PART_BYTES), MAX_RANGES)
             step = max(1, -(-num_rows // ranges))
             for start in range(0, num_rows, step):
-                yield Part(functools.partial(read_rows, path, group, start,
+                yield Part(functools.partial(read_texts, path, group, start,
                                              min(start + step, num_rows)))
 
 
@@ -160,7 +155,7 @@ def text_size(file: pyarrow.parquet.ParquetFile, group: int) -> int:
                if column.path_in_schema == TEXT_COLUMN)
 
 
-def read_rows(path: Path, group: int, start: int, stop: int) -> Iterator[str | None]:
+def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | None]:
     """The texts of rows [start, stop) of a row group. Raises UserError if it is damaged."""
     with open_parquet(path) as file:
         batches = file.iter_batches(min(512, stop - start), row_groups=[group],
@@ -179,9 +174,6 @@ def strings(column: pyarrow.Array) -> list[str | None]:
     except UnicodeDecodeError:  # parquet does not check that strings are valid UTF-8
         raw = column.cast(pyarrow.large_binary()).to_pylist()
         return [None if text is None else text.decode("utf-8", INVALID_UTF8) for text in raw]
-
-
-# ---------------------------------------------------------------------- lines and plain text
 
 
 def json_lines_parts(path: Path) -> Iterator[Part]:

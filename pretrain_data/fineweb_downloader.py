@@ -6,12 +6,11 @@
     python pretrain_data/fineweb_downloader.py --verify --out-dir DIR
 
 Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized.
---files reads local files instead: parquet and JSON Lines (also gzipped) with a `text` column, and
-plain text, one document per file. pretokenized_downloader.py downloads ready-made shards.
+--files reads parquet and JSON Lines files (also gzipped) with a `text` column, and plain text, one
+document per file. For ready-made shards, see pretokenized_downloader.py.
 
-To resume after an interruption, run the same command again; a larger --max-tokens continues a
-finished build. --verify compares the shards with their checksums. Delete damaged shards and run the
-command again to rebuild them.
+The same command resumes an interrupted build; a larger --max-tokens extends a finished one. If
+--verify finds damaged shards, delete them and run the command again to rebuild them.
 """
 
 import functools

@@ -54,7 +54,7 @@ def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[tuple[R
     return shards
 
 
-def download(out_dir: pathlib.Path, revision: str, max_tokens: int | None) -> None:
+def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None) -> None:
     """Downloads shards, then writes their manifest. Raises UserError."""
     retry = RetryPolicy()
     commit = find_commit(REPO, revision, retry)
@@ -84,7 +84,7 @@ def main() -> None:
     if config.verify:
         verify_corpus(pathlib.Path(config.out_dir))
     else:
-        download(pathlib.Path(config.out_dir), config.revision, config.max_tokens)
+        download_shards(pathlib.Path(config.out_dir), config.revision, config.max_tokens)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def read_docstrings(node: ast.AST, kind: str, name: str, heading: str) -> Iterat
 
 
 def question_and_answer(document: Document) -> tuple[str, str] | None:
-    """A question about a module, class or function, and the first sentence of its documentation;
-    None for a topic, or if there is no such sentence."""
+    """A question about a module, class or function, and the first sentence of its documentation, if
+    there is one."""
     paragraph = " ".join(document.body.split("\n\n")[0].split())
     sentence = re.match(r"[A-Z].{15,200}?((?<!e\.g)(?<!i\.e)\.(?=\s)|$)", paragraph)
     if document.kind == "topic" or sentence is None:
