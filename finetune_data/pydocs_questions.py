@@ -1,9 +1,9 @@
-"""Questions about the embedded corpus, in Alpaca's format, with the answers it was trained on.
+"""Writes questions about the pydocs corpus in Alpaca's format, with the answers it contains.
 
     python finetune_data/pydocs_questions.py --rows 4000
 
-Writes finetune_data/pydocs_questions.json: "What does the Python function json.dumps do?" with the
-first sentence of that function's documentation. About 14,000 can be had.
+Writes finetune_data/pydocs_questions.json, up to about 14,000 rows such as "What does the Python
+function json.dumps do?" with the first sentence of its documentation.
 """
 
 import json
@@ -24,14 +24,14 @@ SHUFFLE_SEED = 1337
 @dataclass(frozen=True)
 class QuestionsConfig:
     out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_questions.json"),
-                    "the file to write")
-    rows: int | None = flag(None, "how many questions (default: all)", minimum=1)
+                    "file to write")
+    rows: int | None = flag(None, "number of questions (default: all)", minimum=1)
 
 
 def main() -> None:
     config = parse_config(QuestionsConfig, description=__doc__)
-    pairs = [pair for document in read_documents() if (pair := question_and_answer(document))]
-    answers = dict(reversed(pairs))  # one answer a question: the first
+    pairs = list(filter(None, map(question_and_answer, read_documents())))
+    answers = dict(reversed(pairs))  # of the same question, the first one
     rows = [{"instruction": question, "input": "", "output": answer}
             for question, answer in answers.items()]
     random.Random(SHUFFLE_SEED).shuffle(rows)

@@ -1,13 +1,14 @@
-"""A frozen dataclass becomes a command line, and a user's mistake one line and exit status 2.
+"""Command lines from frozen dataclasses, and one-line errors with exit status 2.
 
-Every script declares what a user may choose as one frozen dataclass, one `flag(...)` a line.
-`parse_config` derives the flags from it; `run_main` is the last line of every script.
+Each script declares its settings as one frozen dataclass, one `flag(...)` per field.
+`parse_config` derives the command line from it. `run_main` is the last line of every script.
 """
 
 import argparse
 import dataclasses
 import errno
 import functools
+import inspect
 import math
 import os
 import signal
@@ -18,27 +19,27 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-Config = typing.TypeVar("Config")  # the dataclass of one script
-LATER_RANKS_WAIT = 3.0  # seconds
+Config = typing.TypeVar("Config")  # the configuration dataclass of a script
+RANK_DELAY_S = 3.0  # after rank 0 has failed, torchrun stops the other ranks within this time
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
-    """What is wrong, what was got, what was expected, and the flag or command that mends it."""
+    """A user's mistake, in one line: what, got, expected, and the command or flag that fixes it."""
 
 
 def flag(default, help: str, *, minimum: float | None = None, below: float = math.inf,
          positional: bool = False, may_be_empty: bool = False):
-    """A dataclass field that `parse_config` turns into `--field-name` (or a positional). A number
-    has to be at least `minimum`, less than `below`, and finite; a text may not be empty (a shell's
-    variable that is not set), unless said otherwise."""
+    """A dataclass field that becomes `--field-name` or a positional argument. With `minimum`, a
+    number must be finite and in [minimum, below). An empty string, such as an unset shell variable,
+    is an error unless `may_be_empty`."""
     return dataclasses.field(default=default, metadata={
         "help": help, "minimum": minimum, "below": below, "positional": positional,
         "may_be_empty": may_be_empty})
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage block in front of its errors."""
+    """An argument parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> typing.NoReturn:
         sys.exit(fail(f"{message} (--help lists the flags)"))
@@ -46,59 +47,59 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
-    """Builds `cls` from `argv` (default: the command line); unknown or abbreviated flags exit 2.
+    """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error.
 
-    Supported field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...]
-    (a number or one of a few words), any of these `| None`, and tuple[str, ...] for a positional
-    that takes any number of values.
+    Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
+    these `| None`, and tuple[str, ...] for a positional argument with any number of values. --help
+    lists the flags of `cls` before those of its base classes. Flags cannot be abbreviated.
     """
-    parser = OneLineParser(
-        description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    parser = OneLineParser(description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, fields = typing.get_type_hints(cls), own_fields_first(cls)
+    for field in fields:
         add_argument(parser, field, hints[field.name])
-    values = vars(parser.parse_intermixed_args(argv))  # flags between positionals, too
-    for field in dataclasses.fields(cls):
-        minimum, below, value = (*map(field.metadata.get, ("minimum", "below")), values[field.name])
-        number = isinstance(value, int | float)  # not None, nor the word of an `int | Literal`
-        if minimum is not None and number and not minimum <= value < below:
-            limit = "" if below == math.inf else f" and less than {below}"
-            parser.error(f"{flag_name(field.name)} is {value}, expected a finite number of at "
-                         f"least {minimum}{limit}")
+    values = vars(parser.parse_intermixed_args(argv))  # accepts flags between positionals
+    for field in fields:
+        name, value = flag_name(field.name), values[field.name]
+        minimum, below = field.metadata["minimum"], field.metadata["below"]
         if value == "" and not field.metadata["may_be_empty"]:
-            parser.error(f"{flag_name(field.name)} is empty")
+            parser.error(f"{name} is empty")
+        if minimum is not None and isinstance(value, int | float) and not minimum <= value < below:
+            parser.error(f"{name} is {value}, expected a finite number of at least {minimum}"
+                         + (f" and less than {below}" if below < math.inf else ""))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def own_fields_first(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass, followed by those of its base classes."""
+    names = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    return [fields[name] for name in names if name in fields]
+
+
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
-    required = field.default is dataclasses.MISSING
-    default = None if required else field.default
-    shown = "" if required or default in (None, "", ()) else f" (default: {default})"
+    shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    # `int | None` is a flag that takes an int, and None where it is absent. Python has two classes
-    # for unions: `int | Literal["auto"]` is of typing's, before 3.14.
+    # `X | None` is parsed as X. Before Python 3.14, `int | Literal["auto"]` is a typing.Union.
     arms = [hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
-        hint = arms[0]
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", **options)
         return
-    if hint is bool:
+    if arms[0] is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif len(arms) == 2:  # int | Literal[...]
         options["type"] = functools.partial(int_or_word, words=typing.get_args(arms[1]))
-    elif typing.get_origin(hint) is typing.Literal:
-        options["choices"] = typing.get_args(hint)
+    elif typing.get_origin(arms[0]) is typing.Literal:
+        options["choices"] = typing.get_args(arms[0])
     else:
-        options["type"] = hint
-    parser.add_argument(flag_name(field.name), default=default, required=required, **options)
+        options["type"] = arms[0]
+    parser.add_argument(flag_name(field.name), default=field.default, **options)
 
 
 def int_or_word(text: str, words: tuple[str, ...]) -> int | str:
-    """The value of an `int | Literal[...]` flag."""
+    """Parses the value of an `int | Literal[...]` flag."""
     if text in words:
         return text
     try:
@@ -113,24 +114,24 @@ def flag_name(field_name: str) -> str:
 
 
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs a script's `main`: a UserError, or a file that the system refuses to read or to write,
-    is one line and exit 2, no traceback."""
-    if sys.stderr is None:  # closed by the caller
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open to the end
+    """Runs `main` and exits. A UserError, or a file that cannot be read or written, prints one line
+    and exits with status 2."""
+    if sys.stderr is None:  # closed by the calling process
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open until exit
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # where a terminal has not every letter
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     try:
         main()
     except UserError as error:
         sys.exit(fail(str(error)))
-    except BrokenPipeError:  # of `| head`: who reads has seen enough
+    except BrokenPipeError:  # the reader of a pipe exited, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in NO_SPACE:
-            sys.exit(fail(f"no space left while writing {error.filename or 'output'}; what was "
-                          "finished earlier is whole: free space and run again"))
+            sys.exit(fail(f"no space left while writing {error.filename or 'output'}; files "
+                          "completed earlier are intact: free some space and run again"))
         if error.filename is None or error.strerror is None:
             raise
         sys.exit(fail(f"{error.filename}: {error.strerror}"))
@@ -142,16 +143,16 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, short enough for one line of ours."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fail(message: str) -> int:
-    """Says what is wrong; of several ranks that find the same, rank 0 alone: the others give
-    torchrun the time to end them."""
+    """Prints an error and returns the exit status. Other ranks than 0 wait first: if rank 0 fails
+    too, torchrun stops them before they print."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(LATER_RANKS_WAIT)
+        time.sleep(RANK_DELAY_S)
         message += f" (rank {rank})"
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     return 2

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Atomic file writes, checksums, and a lock for output folders."""
 
 import contextlib
 import hashlib
@@ -11,15 +11,11 @@ import filelock
 
 from minigpt2.config import UserError
 
-LOCK = ".lock"
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
-    """Opens a temporary neighbour of `path` for writing; on success it becomes `path`.
-
-    On any error the temporary file is removed and what was at `path` stays as it was.
-    """
+    """Opens a temporary file, flushes it to disk and renames it to `path` when the block succeeds.
+    On an error the temporary file is removed and `path` is left unchanged."""
     temporary = path.with_name(f".{path.name}.tmp")
     mode, encoding = ("w", "utf-8") if text else ("wb", None)
     try:
@@ -30,16 +26,16 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write() does not name its file
+        error.filename = error.filename or str(path)  # a failed write() does not set it
         raise
     finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written to has none
+        with contextlib.suppress(OSError):  # already renamed, or the folder is not writable
             temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` survive a power cut, where folders can be opened at all."""
-    if os.name == "posix":
+    """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -54,14 +50,11 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def folder_lock(out_dir: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system takes back from a process that dies."""
-    lock = filelock.FileLock(out_dir / LOCK)
+    """Locks a folder against other processes; the system releases the lock of a killed process."""
     try:
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(out_dir / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
                         "--out-dir") from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

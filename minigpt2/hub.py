@@ -1,107 +1,87 @@
-"""Files of a data set on the Hugging Face hub, at one commit, verified.
+"""Downloads data set files from the Hugging Face hub at a pinned commit.
 
-The hub's own client lists and downloads. Here are the patience of a run that nobody watches, the
-check of every file against the size and the SHA-256 that the hub announces, and errors of one line.
+`huggingface_hub` lists and downloads. This file adds retries for unattended runs, checks each file
+against the size and SHA-256 that the hub lists, and reports errors in one line.
 """
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import huggingface_hub  # loads its modules lazily
 
 from minigpt2.config import NO_SPACE, UserError, first_line
 from minigpt2.files import sha256_of
 
-PERMANENT = {400, 401, 403, 404, 410, 416}  # HTTP: asking again will not help
-LONGEST_WAIT = 300  # seconds between two attempts
+PERMANENT = {400, 401, 403, 404, 410, 416}  # HTTP status codes that are not retried
+INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every failure
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class HubFile:
-    """One file of a data set at one commit."""
-
-    repo: str
-    commit: str
-    path: str
-    size: int  # bytes
-    sha256: str | None  # None for small files that the hub keeps in git
-
-
-@dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and after what first wait in seconds (then doubled), a request is repeated."""
+    """Retries failed requests with exponential backoff."""
 
-    retries: int
-    wait: float
+    max_retries: int = 8
 
-    def attempt(self, what: str, call):
-        """call(), again and again while the network or the hub fails. Raises UserError."""
+    def call(self, function: Callable, what: str):
+        """Returns function(), retried while the network or the hub fails. `what` names the request
+        in messages. Raises UserError if it keeps failing, and at once if a retry cannot help."""
         from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # its own retries and warnings: what matters is said here
-
-        for number in range(self.retries + 1):
+        logging.set_verbosity_error()  # hides the client's own messages
+        for attempt in range(self.max_retries + 1):
             try:
-                return call()
-            # an HTTP status, no connection, or (as the hub's storage client puts it) RuntimeError
-            except (HTTPError, OSError, RuntimeError) as error:
+                return function()
+            except (HTTPError, OSError, RuntimeError) as error:  # the Xet client's: RuntimeError
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
-                response = getattr(error, "response", None)
-                status = getattr(response, "status_code", None)
-                # "not found locally" is what the client says of a hub that does not answer
-                absent = status in PERMANENT or (isinstance(error, FileNotFoundError) and not
-                                                 isinstance(error, LocalEntryNotFoundError))
-                if number == self.retries or absent:
-                    raise UserError(f"cannot fetch {what} from the Hugging Face hub "
-                                    f"({first_line(error)}): check the network and run again, "
-                                    "which goes on from here") from None
-                seconds = min(self.wait * 2**number, LONGEST_WAIT)
-                print(f"{what}: {first_line(error)}; trying again in {seconds:g} s", flush=True)
-                time.sleep(seconds)
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                # LocalEntryNotFoundError, a FileNotFoundError, means that the hub did not answer
+                absent = (isinstance(error, FileNotFoundError)
+                          and not isinstance(error, LocalEntryNotFoundError))
+                if attempt == self.max_retries or absent or status in PERMANENT:
+                    raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
+                                    "check the network and run again to resume") from None
+                delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
+                print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
+                time.sleep(delay)
 
 
-def find_commit(repo: str, revision: str, patience: RetryPolicy) -> str:
-    """The commit that a branch, a tag or a commit of a data set means now; the hub is not asked for
-    a commit's. Raises UserError."""
-    from huggingface_hub import HfApi  # slow to import, and not needed for local files
-
+def find_commit(repo: str, revision: str, retry: RetryPolicy) -> str:
+    """The commit of a branch or tag; a commit is returned without a request. Raises UserError."""
     if COMMIT.fullmatch(revision):
         return revision
-    return patience.attempt(f"{repo} at {revision}",
-                            lambda: HfApi().dataset_info(repo, revision=revision).sha)
+    return retry.call(lambda: huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha,
+                      f"{repo} at {revision}")
 
 
-def list_files(repo: str, commit: str, folder: str, patience: RetryPolicy) -> list[HubFile]:
-    """The files of a folder ("" for the root) of a data set, by name. Raises UserError."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    def ask() -> list[HubFile]:
-        entries = HfApi().list_repo_tree(repo, folder or None, repo_type="dataset", revision=commit)
-        files = [entry for entry in entries if isinstance(entry, RepoFile)]
-        return [HubFile(repo, commit, file.path, file.size, file.lfs and file.lfs.sha256)
-                for file in sorted(files, key=lambda file: file.path)]
-
-    return patience.attempt(f"{repo} at {commit}", ask)
+def list_files(repo: str, commit: str, folder: str, retry: RetryPolicy) -> list:
+    """The RepoFile of each file in a folder ("" for the root), sorted by path. Raises UserError."""
+    api = huggingface_hub.HfApi()
+    entries = retry.call(lambda: list(api.list_repo_tree(
+        repo, folder or None, revision=commit, repo_type="dataset")), f"{repo} at {commit}")
+    return sorted((entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)),
+                  key=lambda file: file.path)
 
 
-def fetch(file: HubFile, folder: Path, patience: RetryPolicy) -> Path:
-    """Downloads a file below `folder`, unless it is there already, and checks it. Halves of files
-    that earlier runs left in the folder are removed. Raises UserError."""
-    from huggingface_hub import hf_hub_download
+def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path,
+          retry: RetryPolicy) -> Path:
+    """Downloads a file into `folder`, unless it is there already, and verifies it. Deletes partial
+    downloads of earlier runs. Raises UserError."""
+    for partial in folder.rglob("*.incomplete"):
+        partial.unlink()
 
-    for half in folder.rglob("*.incomplete"):
-        half.unlink()
-
-    def download() -> Path:
-        path = Path(hf_hub_download(file.repo, file.path, repo_type="dataset",
-                                    revision=file.commit, local_dir=folder))
-        if path.stat().st_size != file.size or file.sha256 not in (None, sha256_of(path)):
+    def request() -> Path:
+        path = Path(huggingface_hub.hf_hub_download(
+            repo, file.path, repo_type="dataset", revision=commit, local_dir=folder))
+        # files that the hub stores in git are small and have no SHA-256
+        if path.stat().st_size != file.size or (file.lfs and file.lfs.sha256 != sha256_of(path)):
             path.unlink()
-            raise OSError(f"size or SHA-256 of {file.path} is not what the hub announced")
+            raise OSError(f"size or SHA-256 of {file.path} differs from the hub's")
         return path
 
-    return patience.attempt(f"{file.repo} {file.path}", download)
+    return retry.call(request, f"{repo} {file.path}")

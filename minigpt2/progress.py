@@ -1,4 +1,4 @@
-"""The progress bar. In a file of its own, without torch, for scripts that do not need that."""
+"""The progress bar of all scripts. This file does not import torch: the data scripts use it too."""
 
 import sys
 from collections.abc import Iterable
@@ -8,8 +8,7 @@ from tqdm import tqdm
 
 def progress_bar(total: int, initial: int, description: str, *, unit: str = "step",
                  enabled: bool = True, over: Iterable | None = None) -> tqdm:
-    """A bar with time left: redrawn in place on a terminal, now and then elsewhere. It counts what
-    it is told by `update`, or the items of `over`."""
+    """A tqdm bar, over the items of `over` if given. Without a terminal, a line every 20 s."""
     interactive = sys.stderr.isatty()
     return tqdm(over, total=total, initial=initial, desc=description, unit=unit,
                 disable=not enabled, dynamic_ncols=interactive, ncols=None if interactive else 120,

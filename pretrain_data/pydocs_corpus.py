@@ -1,10 +1,9 @@
-"""The embedded corpus: the documentation of Python, NumPy and PyTorch on this machine, as shards.
+"""Tokenizes the documentation of Python, NumPy and PyTorch on this machine into shards.
 
     python pretrain_data/pydocs_corpus.py --out-dir pretrain_data/pydocs
 
-About 15,000 documents and 2.8 million tokens in half a minute, without a network. See `pydocs.py`
-for what they are. The order is shuffled with a fixed seed, so that the validation shard is a fair
-sample of the whole.
+About 15,000 documents (see pydocs.py) and 2.8 million tokens in half a minute, without a network.
+The documents are shuffled, so the validation shard is a random sample of them.
 """
 
 import pathlib
@@ -27,11 +26,11 @@ SHUFFLE_SEED = 1337
 @dataclass(frozen=True)
 class CorpusConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs"),
-                        "where the shards go")
+                        "folder for the shards")
     shard_tokens: int = flag(65_536, "tokens per shard; the first shard is for validation",
                              minimum=2)
-    max_tokens: int | None = flag(None, "stop after so many tokens (default: all)", minimum=1)
-    workers: int = flag(1, "processes that tokenize", minimum=1)
+    max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
+    workers: int = flag(1, "tokenizing processes", minimum=1)
 
 
 def shuffled_documents() -> Source:

@@ -1,3 +1,5 @@
+"""Command lines from dataclasses, and errors in one line."""
+
 import errno
 import os
 import subprocess
@@ -16,7 +18,7 @@ class Example:
     names: tuple[str, ...] = flag((), "names", positional=True)
     rate: float = flag(0.1, "a rate of 100%", minimum=0, below=1)
     folder: str = flag("here", "a folder")
-    max_steps: int | None = flag(None, "updates", minimum=1)
+    max_steps: int | None = flag(None, "steps", minimum=1)
     kind: Literal["a", "b"] = flag("a", "a kind")
     compile: bool | None = flag(None, "three states")
     resume: bool = flag(False, "two states")
@@ -61,12 +63,38 @@ def test_bad_flags_are_one_line_and_exit_2(argv, words, capsys):
     assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
 
 
-def test_help_prints_every_field(capsys):
+def help_text(cls: type, capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
-        parse("--help")
-    text = capsys.readouterr().out
+        parse_config(cls, ["--help"], description="")
     assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_prints_every_field(capsys):
+    text = help_text(Example, capsys)
     assert all(word in text for word in ("--max-steps", "a rate of 100%", "(default: 0.1)"))
+
+
+@dataclass(frozen=True)
+class Derived(Example):
+    own: int = flag(1, "an own flag", minimum=0)
+    rate: float = flag(0.2, "another default", minimum=0, below=1)
+
+
+@dataclass(frozen=True)
+class Last(Derived):
+    last: str = flag("", "the last one", may_be_empty=True)
+
+
+def test_own_flags_come_before_inherited_ones(capsys):
+    for cls, flags in ((Derived, ["--own", "--rate", "--folder", "--max-steps"]),
+                       (Last, ["--last", "--own", "--rate", "--folder"])):
+        options = help_text(cls, capsys).partition("options:")[2]
+        places = [options.index(f"  {name} ") for name in flags]
+        assert places == sorted(places)
+    assert "another default (default: 0.2)" in " ".join(options.split())
+    assert parse_config(Last, ["x", "--own", "3", "--max-steps", "5"], description="") == Last(
+        names=("x",), own=3, max_steps=5)
 
 
 def exit_of(main, capsys) -> tuple[int, str]:
@@ -75,7 +103,7 @@ def exit_of(main, capsys) -> tuple[int, str]:
     return stopped.value.code, capsys.readouterr().err
 
 
-def test_run_main_turns_mistakes_into_one_line(capsys, monkeypatch):
+def test_run_main_reports_an_error_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trainer.py"])
 
     def mistake():
@@ -96,19 +124,19 @@ def test_run_main_turns_mistakes_into_one_line(capsys, monkeypatch):
     assert exit_of(lambda: None, capsys) == (0, "")
 
 
-def test_of_several_ranks_rank_0_speaks_first(capsys, monkeypatch):
+def test_rank_0_reports_an_error_first(capsys, monkeypatch):
     def mistake():
         raise UserError("no data")
 
-    waited = []
-    monkeypatch.setattr("minigpt2.config.time.sleep", waited.append)
+    delays = []
+    monkeypatch.setattr("minigpt2.config.time.sleep", delays.append)
     monkeypatch.setattr(sys, "argv", ["trainer.py"])
     monkeypatch.setenv("RANK", "3")
     assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data (rank 3)\n")
-    assert waited == [3.0]  # torchrun ends this rank meanwhile, if rank 0 failed as well
+    assert delays == [3.0]  # if rank 0 has failed too, torchrun stops this rank meanwhile
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path):
+def test_a_closed_pipe_gives_no_traceback():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom minigpt2.config import run_main\n"
             "def main():\n    for i in range(100_000): print('line', i)\nrun_main(main)\n")
     result = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "$CODE" | head -1'],
@@ -116,16 +144,17 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path):
     assert (result.stdout, result.stderr) == ("line 0\n", "")
 
 
-def test_a_defect_of_ours_keeps_its_traceback():
-    def defect():
+def test_an_unexpected_error_keeps_its_traceback():
+    def bug():
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     with pytest.raises(OSError):
-        run_main(defect)
+        run_main(bug)
 
 
 @pytest.mark.parametrize("script", ["trainer.py", "finetune.py", "inference.py",
                                     "pretrain_data/fineweb_downloader.py",
+                                    "pretrain_data/pretokenized_downloader.py",
                                     "finetune_data/alpaca_downloader.py", "image/plot_loss.py"])
-def test_scripts_refuse_a_flag_that_does_not_exist(script):
+def test_scripts_refuse_unknown_flags(script):
     assert_user_error(run_script(ROOT / script, "--no-such-flag", check=False), "--no-such-flag")

@@ -1,3 +1,5 @@
+"""Building a corpus: formats, resume after kill -9, the hub, and bad input."""
+
 import contextlib
 import functools
 import gzip
@@ -5,6 +7,7 @@ import json
 import os
 import random
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -15,10 +18,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers.common import ROOT, assert_user_error, llmc_bytes, run_script, script_env, user_error
-from helpers.hub_server import serve
+from helpers.hub_server import run_module, serve
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dataloader import TokenLoader
+from minigpt2 import hub
 from minigpt2.files import sha256_of
 from minigpt2.hub import RetryPolicy
 from minigpt2.shards import read_manifest
@@ -28,6 +32,7 @@ from pretrain_data.corpus import verify_corpus, write_corpus
 from pretrain_data.documents import Part, Source, describe_files, file_source, memory_source
 
 SCRIPT = ROOT / "pretrain_data" / "fineweb_downloader.py"
+FINEWEB, PRETOKENIZED = "pretrain_data.fineweb_downloader", "pretrain_data.pretokenized_downloader"
 TEXTS = [f"Document {i}: " + "naïve 日本 text\n\n " * (i % 7 + 1) + "<|endoftext|>" * (i % 5 == 0)
          for i in range(60)]
 
@@ -44,7 +49,7 @@ def parquet_bytes(tmp_path: Path, texts: list, **columns) -> bytes:
 
 @pytest.fixture
 def parquet(tmp_path) -> str:
-    """A glob for two files with FineWeb's text column, null and empty documents among them."""
+    """A glob for two files with FineWeb's text column; some documents are null or empty."""
     folder = tmp_path / "parquet"
     folder.mkdir()
     (folder / "b.parquet").write_bytes(parquet_bytes(tmp_path, [*TEXTS[30:], "", None]))
@@ -80,17 +85,17 @@ def write(texts, out: Path, shard_tokens: int = 300, **options) -> dict:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts of a few documents, so that a small corpus has many."""
+    """Small parts, so that a small corpus has many."""
     monkeypatch.setattr(documents, "PART_BYTES", 200)
 
 
 def test_parquet_to_shards_and_back(parquet, tmp_path):
     out = tmp_path / "shards"
-    result = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500,
+    result = run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500,
                         "--workers", 1)
     manifest = read_manifest(out)
     tokens = all_tokens(out)
-    assert documents_of(tokens) == TEXTS  # in order, every one whole
+    assert documents_of(tokens) == TEXTS
     assert tokens[0] == EOT_TOKEN
     assert manifest["documents"] == 60 and manifest["outcomes"]["empty"] == 2
     assert manifest["tokens"] == len(tokens) == sum(s["tokens"] for s in manifest["shards"])
@@ -99,17 +104,17 @@ def test_parquet_to_shards_and_back(parquet, tmp_path):
     for shard in manifest["shards"]:
         assert shard["split"] in shard["file"]
         assert shard["sha256"] == sha256_of(out / shard["file"])
-        np.load(out / shard["file"])  # the last one's header has its own length
+        np.load(out / shard["file"])  # fails if the header of the last shard has the full length
     assert f"60 documents, {len(tokens):,} tokens" in result.stdout.splitlines()[-1]
     assert "2 had no text and were skipped" in result.stdout.splitlines()[-1]
     assert "GB are free" in result.stdout
     TokenLoader(out, "train", sequence_length=16, micro_batch_size=1, total_batch_size=16,
                 vocab_size=50257).batch(0, 0)
 
-    again = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500)
-    assert "already whole" in again.stdout
+    again = run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)
+    assert "already complete" in again.stdout
     before = file_bytes(out)
-    other = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 400,
+    other = run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 400,
                        check=False)
     assert_user_error(other, "--out-dir", "shard_tokens", "500", "400")
     assert file_bytes(out) == before
@@ -117,7 +122,7 @@ def test_parquet_to_shards_and_back(parquet, tmp_path):
 
 def test_shards_do_not_depend_on_the_number_of_workers(parquet, tmp_path):
     for workers in (1, 2, 3):
-        run_script(SCRIPT, "--parquet", parquet, "--out-dir", tmp_path / str(workers),
+        run_script(SCRIPT, "--files", parquet, "--out-dir", tmp_path / str(workers),
                    "--shard-tokens", 300, "--workers", workers)
     assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "2") == file_bytes(tmp_path / "3")
 
@@ -159,7 +164,7 @@ def test_every_format_gives_the_same_documents(tmp_path, monkeypatch, part_bytes
         assert manifest["documents"] == 60
 
 
-def test_a_text_file_is_cut_where_the_ids_do_not_change(tmp_path, monkeypatch):
+def test_splitting_a_text_file_does_not_change_the_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PART_BYTES", 100)
     for number, alphabet in enumerate([
             ["word", " ", "  ", "\n", "\n\n", "'s", "1", "é", "日本", "\x1c", "\u2028", "."],
@@ -173,21 +178,21 @@ def test_a_text_file_is_cut_where_the_ids_do_not_change(tmp_path, monkeypatch):
 
 
 def test_max_tokens_is_exact_and_can_be_raised(tmp_path, small_parts):
-    whole = write(TEXTS, tmp_path / "whole")
+    full = write(TEXTS, tmp_path / "full")
     grown = tmp_path / "grown"
-    for limit in (301, 302, 600, 750, 900, whole["tokens"] + 5):
+    for limit in (301, 302, 600, 750, 900, full["tokens"] + 5):
         out = tmp_path / str(limit)
         manifest = write(TEXTS, out, max_tokens=limit)
-        assert manifest["tokens"] == len(all_tokens(out)) == min(limit, whole["tokens"])
-        assert all_tokens(out) == all_tokens(tmp_path / "whole")[:limit]
-        write(TEXTS, grown, max_tokens=limit)  # gone on with, from the limit before
+        assert manifest["tokens"] == len(all_tokens(out)) == min(limit, full["tokens"])
+        assert all_tokens(out) == all_tokens(tmp_path / "full")[:limit]
+        write(TEXTS, grown, max_tokens=limit)  # continues from the previous limit
         assert file_bytes(grown) == file_bytes(out)
     before = file_bytes(grown)
     assert "--max-tokens" in user_error(write, TEXTS, grown, max_tokens=500)
     assert file_bytes(grown) == before
 
 
-def test_shards_that_were_deleted_are_made_again(tmp_path, small_parts, capsys):
+def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
     out = tmp_path / "out"
     write(TEXTS, out)
     before = file_bytes(out)
@@ -203,14 +208,14 @@ def test_shards_that_were_deleted_are_made_again(tmp_path, small_parts, capsys):
         path.unlink()
     assert "2 of" in user_error(verify_corpus, out)
     write(TEXTS, out)
-    assert "whole again" in capsys.readouterr().out
+    assert "complete again" in capsys.readouterr().out
     assert file_bytes(out) == before
     bad[0].unlink()
     message = user_error(write, [text.upper() for text in TEXTS], out)
-    assert "cannot be made again" in message and not bad[0].exists()
+    assert "cannot be rebuilt" in message and not bad[0].exists()
 
 
-def test_a_finished_folder_with_a_bad_shard_is_not_gone_on_with(tmp_path, small_parts):
+def test_a_folder_with_a_damaged_shard_is_not_extended(tmp_path, small_parts):
     out = tmp_path / "out"
     write(TEXTS, out, max_tokens=750)
     first, last = (out / read_manifest(out)["shards"][i]["file"] for i in (0, -1))
@@ -221,30 +226,32 @@ def test_a_finished_folder_with_a_bad_shard_is_not_gone_on_with(tmp_path, small_
     last.unlink()
     first.unlink()
     write(TEXTS, out)
-    write(TEXTS, tmp_path / "calm")
-    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+    write(TEXTS, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("CAS is away"), LocalEntryNotFoundError("no answer"), ConnectionResetError(),
+    RuntimeError("CAS error"), LocalEntryNotFoundError("no answer"), ConnectionResetError(),
     OSError("size is wrong")])
-def test_what_the_hubs_clients_say_of_a_bad_network_is_tried_again(error, capsys):
-    errors = [error, error]
+def test_temporary_errors_are_retried(error, capsys, monkeypatch):
+    errors, delays = [error, error], []
+    monkeypatch.setattr(hub.time, "sleep", delays.append)
 
-    def call():
+    def request():
         if errors:
             raise errors.pop()
-        return "there"
+        return "content"
 
-    assert RetryPolicy(retries=2, wait=0.0).attempt("a file", call) == "there"
-    assert capsys.readouterr().out.count("trying again") == 2
+    assert RetryPolicy(2).call(request, "a file") == "content"
+    assert capsys.readouterr().out.count("retrying") == 2 and delays == [2.0, 4.0]
     errors[:] = [error] * 9
-    assert "a file" in user_error(RetryPolicy(retries=1, wait=0.0).attempt, "a file", call)
-    errors[:] = [FileNotFoundError("no such set")]
-    user_error(RetryPolicy(retries=9, wait=9.0).attempt, "a file", call)  # not tried again
+    assert "a file" in user_error(RetryPolicy(1).call, request, "a file")
+    errors[:] = [FileNotFoundError("no such data set")]
+    user_error(RetryPolicy(9).call, request, "a file")
+    assert len(delays) == 3  # a permanent error is not retried
 
 
-def test_the_text_column_is_found_beside_nested_ones(tmp_path):
+def test_the_text_column_is_found_next_to_nested_columns(tmp_path):
     table = pyarrow.table({"meta": [{"a": 1, "b": "x"}] * 60, "text": TEXTS})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
     assert documents.text_bytes(tmp_path / "a.parquet") > 1000
@@ -254,30 +261,32 @@ def test_the_text_column_is_found_beside_nested_ones(tmp_path):
 
 def test_verify_on_the_command_line(parquet, tmp_path):
     out = tmp_path / "out"
-    run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500)
+    run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)
     assert "match their checksums" in run_script(SCRIPT, "--verify", "--out-dir", out).stdout
     shard = out / "files_train_000002.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
     assert_user_error(run_script(SCRIPT, "--verify", "--out-dir", out, check=False), str(shard),
                       "rm -f")
     shard.unlink()
-    run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, "--shard-tokens", 500)
+    run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)
     run_script(SCRIPT, "--verify", "--out-dir", out)
 
 
-def test_a_corpus_without_training_shard_is_refused(tmp_path):
+def test_a_corpus_without_a_training_shard_is_refused(tmp_path):
+    tokens = write(TEXTS, tmp_path / "full")["tokens"]
+    user_error(write, TEXTS, tmp_path / "a", shard_tokens=tokens)
     message = user_error(write, TEXTS, tmp_path / "a", shard_tokens=100_000)
     assert "--shard-tokens" in message and "validation" in message
-    write(TEXTS, tmp_path / "a", shard_tokens=100)  # nothing of it is in the way
+    write(TEXTS, tmp_path / "a", shard_tokens=100)  # no file of the first attempt interferes
     message = user_error(write, TEXTS, tmp_path / "b", shard_tokens=100, max_tokens=100)
     assert "--max-tokens" in message and "--shard-tokens" in message
     assert not (tmp_path / "b").exists()
 
 
-# ------------------------------------------------------------------- documents out of the ordinary
+# ---------------------------------------------------------------------------- unusual documents
 
 
-def test_pathological_documents_cost_nothing_but_themselves(tmp_path, monkeypatch):
+def test_pathological_documents_do_not_affect_others(tmp_path):
     texts = ["before", " " * 2_000_000 + "x", "a" * 5_000_000, "\n" * 700_000, "\x00" * 1000, "",
              "lone \ud800 surrogate", "日" * 300_000, "a line " * 200_000, "after"]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -296,8 +305,8 @@ def test_invalid_utf8_is_repaired_and_counted(tmp_path):
         pyarrow.string(), 2, pyarrow.array([bad, good], pyarrow.binary()).buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "c.parquet")
     manifest = write(sorted(tmp_path.iterdir()), tmp_path / "out", shard_tokens=20)
-    mended = "caf\ufffd \ufffd\ufffd"
-    assert documents_of(all_tokens(tmp_path / "out")) == [mended * 20, *[mended, "déjà vu"] * 2]
+    repaired = "caf\ufffd \ufffd\ufffd"
+    assert documents_of(all_tokens(tmp_path / "out")) == [repaired * 20, *[repaired, "déjà vu"] * 2]
     assert manifest["outcomes"]["repaired"] == 3
 
 
@@ -323,7 +332,7 @@ def test_another_encoder_is_checked_against_tiktoken(tmp_path, monkeypatch):
     assert "--encoder gigatoken" in message and "Document 0" in message
 
 
-def test_row_groups_of_any_size_are_read_in_small_parts(tmp_path):
+def test_large_row_groups_are_split_into_parts(tmp_path):
     texts = [f"{i} " + "some words " * 900 for i in range(3000)]  # 30 MB in one row group
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet",
                                 use_dictionary=False)
@@ -332,17 +341,17 @@ def test_row_groups_of_any_size_are_read_in_small_parts(tmp_path):
     assert [text for part in parts for text in part.read()] == texts
 
 
-# ---------------------------------------------------------------------------- killed, and restarted
+# ---------------------------------------------------------------------------- kill and resume
 
 
-def test_killed_at_20_random_instants_it_ends_in_the_same_bytes(tmp_path):
-    """kill -9 while it starts, tokenizes, writes shards, and finishes; every run goes on from the
-    one before, with another number of workers; none starts over."""
+def test_kill_at_20_random_times_gives_the_same_bytes(tmp_path):
+    """kill -9 during start, tokenizing, writing and finishing. Each run resumes where the previous
+    one was killed, with another number of workers; none starts over."""
     texts = [f"{i} " + "some words of a document, " * 40 for i in range(6000)]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import pathlib, corpus, documents\n"
+            "import pathlib\nfrom pretrain_data import corpus, documents\n"
             "documents.PART_BYTES, corpus.COMMIT_SECONDS = 50_000, 0.0\n"
             "def main(out, workers):\n"
             "    paths = [pathlib.Path(sys.argv[1])]\n"
@@ -351,39 +360,40 @@ def test_killed_at_20_random_instants_it_ends_in_the_same_bytes(tmp_path):
             "if __name__ == '__main__': main(*sys.argv[2:])\n")
     script = tmp_path / "run.py"
     script.write_text(code)
-    out, calm = tmp_path / "out", tmp_path / "calm"
+    out, expected = tmp_path / "out", tmp_path / "expected"
 
     def start(folder: Path, workers: int) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, script, tmp_path / "a.jsonl", folder,
                                  str(workers)], env=script_env(), stderr=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, text=True, start_new_session=True)
 
-    assert start(calm, 1).wait() == 0
-    expected, instants, reached = file_bytes(calm), random.Random(0), []
+    assert start(expected, 1).wait() == 0
+    rng, reached = random.Random(0), []
     for kill in range(20):
         process = start(out, 1 + kill % 2)
-        had = reached[-1] if reached else -1
-        target = had + 1 + instants.randrange(60_000)  # tokens on record: time is no measure here
+        previous = reached[-1] if reached else -1
+        target = previous + 1 + rng.randrange(60_000)  # tokens, not seconds
         while process.poll() is None and tokens_on_record(out) < target:
             time.sleep(0.001)
-        time.sleep(instants.random() * 0.01)
+        time.sleep(rng.random() * 0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reached.append(tokens_on_record(out))
-        assert reached[-1] >= had
+        assert reached[-1] >= previous
         if not (out / "manifest.json").exists():
             assert "unfinished" in user_error(read_manifest, out)
     assert reached[-1] > reached[3] > 0
     process = start(out, 2)
     printed = process.communicate()[0]
     assert process.returncode == 0
-    assert "going on after" in printed or "already whole" in printed
-    assert file_bytes(out) == expected
+    assert "resuming after" in printed or "already complete" in printed
+    assert file_bytes(out) == file_bytes(expected)
 
 
-def test_no_worker_outlives_a_run_that_is_killed(tmp_path):
+def test_workers_exit_when_their_parent_is_killed(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import corpus, documents, functools, itertools, pathlib\n"
+            "import functools, itertools, pathlib\n"
+            "from pretrain_data import corpus, documents\n"
             "def main():\n"
             "    part = documents.Part(functools.partial(list, ['some words ' * 1000] * 50))\n"
             "    source = documents.Source(1, lambda unit: itertools.repeat(part), 10**9)\n"
@@ -406,7 +416,7 @@ def test_no_worker_outlives_a_run_that_is_killed(tmp_path):
 
     while tokens_on_record(tmp_path / "out") == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(alive()) > 2  # it, its workers, and the resource tracker
+    assert len(alive()) > 2  # the parent, its workers and the resource tracker
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     while alive() and time.monotonic() < deadline:
@@ -419,14 +429,14 @@ def tokens_on_record(out: Path) -> int:
         if (out / name).exists():
             try:
                 return json.loads((out / name).read_text())["tokens"]
-            except FileNotFoundError:  # renamed or removed meanwhile
+            except FileNotFoundError:  # renamed or removed since
                 continue
     return 0
 
 
 def stop_at(moment: str, monkeypatch, out: Path, texts: list, **options) -> None:
-    """Runs until just before or after one of the steps that change the folder, and stops there as
-    if killed: nothing more is written."""
+    """Runs until just before or after the n-th call of a function of `os`, as if killed there:
+    nothing more is written."""
     class Killed(BaseException):
         pass
 
@@ -451,17 +461,16 @@ def stop_at(moment: str, monkeypatch, out: Path, texts: list, **options) -> None
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name, number", [("fsync", n) for n in (2, 5, 9, 16, 40)]
                          + [("replace", n) for n in (1, 2, 3, 4, 5, 9, 17)])
-def test_killed_at_every_kind_of_step(tmp_path, monkeypatch, small_parts, when, name, number):
+def test_kill_at_every_kind_of_write(tmp_path, monkeypatch, small_parts, when, name, number):
     monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
     out = tmp_path / "out"
     stop_at(f"{when} {name} {number}", monkeypatch, out, TEXTS)
     write(TEXTS, out)
-    write(TEXTS, tmp_path / "calm")
-    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+    write(TEXTS, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
-def test_tokens_that_are_not_on_record_are_cut_off(tmp_path, monkeypatch, small_parts):
-    """What a killed run had written after its last record must not outlast the end of the shard."""
+def test_tokens_after_the_last_commit_are_discarded(tmp_path, monkeypatch, small_parts):
     monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
     out = tmp_path / "out"
     stop_at("before replace 5", monkeypatch, out, TEXTS)
@@ -469,23 +478,22 @@ def test_tokens_that_are_not_on_record_are_cut_off(tmp_path, monkeypatch, small_
     with open(partial, "ab") as file:
         file.write(b"junk" * 500)
     write(TEXTS, out, max_tokens=301)
-    write(TEXTS, tmp_path / "calm", max_tokens=301)
-    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+    write(TEXTS, tmp_path / "expected", max_tokens=301)
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_killed_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_parts, when,
-                                                    number):
+def test_kill_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_parts, when, number):
     out = tmp_path / "out"
     write(TEXTS, out, max_tokens=750)
     stop_at(f"{when} replace {number}", monkeypatch, out, TEXTS)
     write(TEXTS, out)
-    write(TEXTS, tmp_path / "calm")
-    assert file_bytes(out) == file_bytes(tmp_path / "calm")
+    write(TEXTS, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
-def test_a_worker_that_dies_is_one_line_and_the_next_run_goes_on(tmp_path):
+def test_a_killed_worker_is_reported_and_the_next_run_resumes(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
 
@@ -507,8 +515,8 @@ def die_once(marker: str, texts: list[str]) -> list[str]:
     return texts
 
 
-def test_two_runs_on_one_folder_exclude_each_other(tmp_path):
-    def parts(unit):  # the second run begins while the first is in the middle
+def test_a_folder_is_locked_during_a_build(tmp_path):
+    def parts(unit):  # the second build starts in the middle of the first
         yield Part(functools.partial(list, TEXTS[:30]))
         messages.append(user_error(write, TEXTS, tmp_path / "out"))
         yield Part(functools.partial(list, TEXTS[30:]))
@@ -519,7 +527,7 @@ def test_two_runs_on_one_folder_exclude_each_other(tmp_path):
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
 
 
-def test_too_little_disk_is_said_before_it_starts(tmp_path):
+def test_too_little_disk_space_is_reported_first(tmp_path):
     source = memory_source(TEXTS)
     source.scratch_bytes = 10**18
     message = user_error(write, source, tmp_path / "out")
@@ -527,8 +535,8 @@ def test_too_little_disk_is_said_before_it_starts(tmp_path):
     assert not list((tmp_path / "out").glob("*.json"))
 
 
-def test_a_full_disk_loses_nothing(tmp_path, small_parts, monkeypatch):
-    """`ulimit -f` stands in for the disk: no file may grow past 3 KiB."""
+def test_a_full_disk_loses_nothing(tmp_path):
+    """A full disk is simulated with `ulimit -f`: no file may grow past 3 KiB."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     arguments = [SCRIPT, "--files", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out",
                  "--workers", 1, "--shard-tokens", 2100]
@@ -546,11 +554,11 @@ def test_a_full_disk_loses_nothing(tmp_path, small_parts, monkeypatch):
 def fineweb(tmp_path) -> dict:
     return {"sample/10BT/000_00000.parquet": parquet_bytes(tmp_path, TEXTS[:30]),
             "sample/10BT/001_00000.parquet": parquet_bytes(tmp_path, TEXTS[30:]),
-            "data/other.parquet": parquet_bytes(tmp_path, ["not of this sample"])}
+            "data/other.parquet": parquet_bytes(tmp_path, ["not in the sample"])}
 
 
-def test_the_hub_path_end_to_end(tmp_path):
-    """The real huggingface_hub client against a local server; the files do not stay."""
+def test_download_from_the_hub(tmp_path):
+    """The real huggingface_hub client against a local server; downloaded files are deleted."""
     repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path),
              "datasets/HuggingFaceFW/fineweb-edu": {
                  "sample/10BT/train-0.parquet": parquet_bytes(tmp_path, TEXTS[:20])}}
@@ -564,7 +572,7 @@ def test_the_hub_path_end_to_end(tmp_path):
                             env=environment | {"HF_ENDPOINT": environment["HF_ENDPOINT"] + "/x"},
                             check=False)
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
-    for folder in ("out", "edu"):  # --max-tokens stopped in the middle of a file
+    for folder in ("out", "edu"):  # for edu, --max-tokens stopped in the middle of a file
         assert not list((tmp_path / folder).rglob("*.parquet"))
     manifest = read_manifest(tmp_path / "out")
     assert manifest["source"]["name"] == "HuggingFaceFW/fineweb"
@@ -573,40 +581,40 @@ def test_the_hub_path_end_to_end(tmp_path):
     assert_user_error(absent, "HuggingFaceFW/fineweb")
 
 
-def test_a_bad_network_gives_the_same_bytes(tmp_path):
-    """Connections dropped in the middle, 429, 503, bodies shorter than announced, and content that
-    is not what its checksum says: all mended by asking again."""
-    arguments = ["--shard-tokens", 500, "--workers", 1, "--retry-wait", 0.01]
+def test_network_faults_do_not_change_the_bytes(tmp_path):
+    """Dropped connections, error statuses, truncated bodies and corrupt content are all retried."""
     repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path)}
     faults = [429, 503, "cut", 500, "drop", "flip", "cut", "flip"]
     outputs = {}
-    for name, broken in [("calm", []), ("stormy", faults)]:
-        with serve(repos, faults=broken) as (environment, pending):
-            outputs[name] = run_script(SCRIPT, "--out-dir", tmp_path / name, *arguments,
-                                       env=environment | {"HF_HOME": str(tmp_path / name / "hf")})
-            assert not pending  # every fault was met
-    assert file_bytes(tmp_path / "stormy") == file_bytes(tmp_path / "calm")
-    assert "trying again" in outputs["stormy"].stdout
-    assert "SHA-256" in outputs["stormy"].stdout
+    for name, injected in [("clean", []), ("faulty", faults)]:
+        with serve(repos, faults=injected) as (environment, pending):
+            environment |= {"HF_HOME": str(tmp_path / name / "hf")}
+            outputs[name] = run_module(FINEWEB, "--out-dir", tmp_path / name, "--shard-tokens", 500,
+                                       "--workers", 1, env=environment)
+            assert not pending
+    assert file_bytes(tmp_path / "faulty") == file_bytes(tmp_path / "clean")
+    assert "retrying" in outputs["faulty"].stdout
+    assert "SHA-256" in outputs["faulty"].stdout
 
 
-def test_a_network_that_stays_away_is_one_line_and_the_next_run_goes_on(tmp_path):
+def test_a_failed_download_is_reported_and_the_next_run_resumes(tmp_path):
     repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path)}
-    arguments = [SCRIPT, "--out-dir", tmp_path / "out", "--shard-tokens", 300, "--workers", 1,
-                 "--retries", 1, "--retry-wait", 0]
+    arguments = [FINEWEB, "--out-dir", tmp_path / "out", "--shard-tokens", 300, "--workers", 1,
+                 "--retries", 1]
     second = "sample/10BT/001_00000.parquet"
     with serve(repos, gone={second}) as (environment, _):
         environment |= {"HF_HOME": str(tmp_path / "hf")}
-        assert_user_error(run_script(*arguments, env=environment, check=False), second, "again")
+        assert_user_error(run_module(*arguments, env=environment, check=False), second, "again")
         assert "unfinished" in user_error(read_manifest, tmp_path / "out")
     with serve(repos) as (environment, _):
-        result = run_script(*arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")})
-    assert "going on after" in result.stdout
-    assert "fetching HuggingFaceFW/fineweb sample/10BT/000" not in result.stdout  # not again
+        result = run_module(*arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")})
+    assert "resuming after" in result.stdout
+    assert "downloading HuggingFaceFW/fineweb sample/10BT/001" in result.stdout
+    assert "downloading HuggingFaceFW/fineweb sample/10BT/000" not in result.stdout
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
 
 
-def test_ready_made_shards(tmp_path):
+def test_pretokenized_shards(tmp_path):
     tokens = np.random.RandomState(0).randint(0, 50257, 4000)
     files = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": llmc_bytes(part)
              for i, part in enumerate(tokens.reshape(4, 1000))}
@@ -615,11 +623,10 @@ def test_ready_made_shards(tmp_path):
 
     def fetch(*arguments, check=True, **options):
         with serve(repos, **options) as (environment, _):
-            return run_script(SCRIPT, "--pretokenized", "--out-dir", out, "--retry-wait", 0.01,
-                              *arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")},
-                              check=check)
+            return run_module(PRETOKENIZED, "--out-dir", out, *arguments, check=check,
+                              env=environment | {"HF_HOME": str(tmp_path / "hf")})
 
-    failed = fetch("--retries", 0, gone={"fineweb_train_000002.bin"}, check=False)
+    failed = fetch(gone={"fineweb_train_000002.bin"}, check=False)
     assert_user_error(failed, "fineweb_train_000002.bin")
     assert "unfinished" in user_error(read_manifest, out)
     fetch("--max-tokens", 1500)
@@ -628,10 +635,10 @@ def test_ready_made_shards(tmp_path):
     fetch(faults=["flip", 503])
     assert read_manifest(out)["tokens"] == 4000
     assert all_foreign_tokens(out) == tokens.tolist()
-    assert "4 shards match" in run_script(SCRIPT, "--verify", "--out-dir", out).stdout
+    assert "4 shards match" in fetch("--verify").stdout
     (out / "fineweb_train_000001.bin").unlink()
     fetch()
-    run_script(SCRIPT, "--verify", "--out-dir", out)
+    fetch("--verify")
     (tmp_path / "a.txt").write_text("some text")
     result = run_script(SCRIPT, "--files", tmp_path, "--out-dir", out, check=False)
     assert_user_error(result, "another corpus", "kjj0")
@@ -667,10 +674,10 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
         message = user_error(write, [tmp_path / "c.jsonl"], tmp_path / "c", 2)
         assert "c.jsonl line 3" in message
-    (tmp_path / "c.jsonl").write_text('\ufeff{"text": "fine"}\n\n{"text": "mended"}\n',
+    (tmp_path / "c.jsonl").write_text('\ufeff{"text": "fine"}\n\n{"text": "repaired"}\n',
                                       encoding="utf-8")
-    write([tmp_path / "c.jsonl"], tmp_path / "c", 2)  # goes on with the file that was mended
-    assert documents_of(all_tokens(tmp_path / "c")) == ["fine", "mended"]
+    write([tmp_path / "c.jsonl"], tmp_path / "c", 2)  # resumes with the repaired file
+    assert documents_of(all_tokens(tmp_path / "c")) == ["fine", "repaired"]
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("some words")
     paths = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.jsonl"]
@@ -681,9 +688,9 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "another corpus" in user_error(write, paths, tmp_path / "d", 2)
 
 
-def test_a_corrupt_row_group_keeps_what_came_before(tmp_path, small_parts):
-    words = random.Random(0).sample(TEXTS[0] + "".join(map(chr, range(97, 600))), 400)
-    texts = ["".join(random.Random(i).choices(words, k=3000)) for i in range(120)]
+def test_a_build_resumes_after_a_corrupt_row_group_is_repaired(tmp_path, small_parts):
+    alphabet = string.ascii_letters + string.digits + " "
+    texts = ["".join(random.Random(i).choices(alphabet, k=2500)) for i in range(120)]
     content = bytearray(parquet_bytes(tmp_path, texts))
     path, out = tmp_path / "a.parquet", tmp_path / "out"
     path.write_bytes(content)
@@ -691,7 +698,7 @@ def test_a_corrupt_row_group_keeps_what_came_before(tmp_path, small_parts):
         page = file.metadata.row_group(3).column(0).data_page_offset
     damaged = content.copy()
     damaged[page : page + 20] = b"\xff" * 20
-    assert 1 << 16 < page < len(content) - (1 << 17)  # the file is still known for what it is
+    assert 1 << 16 < page < len(content) - (1 << 17)  # not in the bytes that identify the file
     path.write_bytes(damaged)
     message = user_error(write, [path], out)
     assert "row group 3" in message and "a.parquet" in message
@@ -705,7 +712,7 @@ def test_a_folder_of_another_corpus_is_refused(tmp_path, parquet):
     out.mkdir()
     for name in ("manifest.json", "progress.json"):
         (out / name).write_text(json.dumps({"shards": [], "source": {"name": "other"}}))
-        result = run_script(SCRIPT, "--parquet", parquet, "--out-dir", out, check=False)
+        result = run_script(SCRIPT, "--files", parquet, "--out-dir", out, check=False)
         assert_user_error(result, "holds another corpus", "source")
         (out / name).unlink()
     write(TEXTS, tmp_path / "a")

@@ -4,11 +4,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers.common import llmc_bytes, make_corpus, make_foreign, user_error
+from helpers.common import llmc_bytes, make_corpus, make_foreign, user_error, write_shard
 
 from dataloader import TokenLoader, permutation
 from minigpt2.loss import IGNORE_INDEX
-from minigpt2.shards import open_shard, read_manifest, write_shard
+from minigpt2.shards import open_shard, read_manifest
 
 T = 16
 

@@ -19,7 +19,7 @@ def test_from_parquet_to_an_answer(tmp_path):
     table = pyarrow.table({"text": [f"{a} {b} {c}" for a in SENTENCES for b in SENTENCES
                                     for c in SENTENCES]})
     pyarrow.parquet.write_table(table, tmp_path / "web.parquet")
-    run_script("-m", "pretrain_data.fineweb_downloader", "--parquet", tmp_path / "*.parquet",
+    run_script("-m", "pretrain_data.fineweb_downloader", "--files", tmp_path / "*.parquet",
                "--out-dir", tmp_path / "shards", "--shard-tokens", 300, "--workers", 1)
     run_torchrun(2, ROOT / "trainer.py", *TINY_FLAGS, "--data-dir", tmp_path / "shards",
                  "--out-dir", tmp_path / "pretrain", "--total-batch-size", 128, "--max-lr", 0.01,

@@ -1,6 +1,9 @@
+"""The pydocs corpus and the questions about it."""
+
 import ast
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from helpers.common import run_script, user_error
 
@@ -33,7 +36,7 @@ class Square(Shape, metaclass=Meta):
     It has corners.
     """
     async def grow(self, by):
-        """Makes the square larger by a length given in metres"""
+        """Makes the square larger by a length given in meters"""
     def quiet(self): pass
 '''
 
@@ -57,7 +60,7 @@ def test_docstrings_are_read_without_importing(tmp_path):
     assert documents[2].heading == "class shapes.Square(Shape)"
 
 
-def test_questions_and_their_answers():
+def test_questions_and_answers():
     by_name = {d.name: d for d in read_docstrings(ast.parse(SOURCE), "module", "shapes", "")}
     assert question_and_answer(by_name["shapes"]) == (
         "What is the Python module shapes for?", "Tools for shapes, and nothing else but shapes.")
@@ -66,12 +69,12 @@ def test_questions_and_their_answers():
         "Return the area, e.g. of a window, of a rectangle.")
     assert question_and_answer(by_name["shapes.Square"]) == (
         "What is the Python class shapes.Square?", "A square with four sides of one length.")
-    assert question_and_answer(by_name["shapes.Square.grow"])[1].endswith("in metres")
+    assert question_and_answer(by_name["shapes.Square.grow"])[1].endswith("in meters")
     assert question_and_answer(Document("function", "f", "f()", ">>> f()")) is None
     assert question_and_answer(Document("topic", "assert", "", "The assert statement is.")) is None
 
 
-def test_topics_are_data(tmp_path):
+def test_topics_are_parsed(tmp_path):
     path = tmp_path / "topics.py"
     path.write_text("topics = {'b': 'About b.\\n', 'a': 'About a.'}\n")
     assert [d.text for d in read_topics(path)] == [
@@ -79,8 +82,12 @@ def test_topics_are_data(tmp_path):
     assert "topics" in user_error(lambda: list(read_topics(tmp_path / "none.py")))
 
 
-def test_this_environment_has_the_corpus(tmp_path, monkeypatch):
-    """The two scripts of the demo: one as a user runs it, one on the documents read already."""
+def test_the_scripts_in_this_environment(tmp_path, monkeypatch):
+    """pydocs_corpus.py from the command line; pydocs_questions.py in this process, without reading
+    the documents again."""
+    pool = ThreadPoolExecutor(1)
+    process = pool.submit(run_script, "-m", "pretrain_data.pydocs_corpus", "--out-dir",
+                          tmp_path / "shards")
     before = set(sys.modules)
     documents = pydocs.read_documents()
     assert not {"numpy.f2py", "torch.onnx", "idlelib"} & (set(sys.modules) - before)
@@ -89,7 +96,7 @@ def test_this_environment_has_the_corpus(tmp_path, monkeypatch):
     names = {d.name for d in documents}
     assert {"json.dumps", "numpy", "torch.nn.modules.linear.Linear", "assert"} <= names
 
-    run_script("-m", "pretrain_data.pydocs_corpus", "--out-dir", tmp_path / "shards")
+    process.result()
     manifest = read_manifest(tmp_path / "shards")
     assert manifest["documents"] == len(documents) and manifest["tokens"] > 2_000_000
     assert manifest["shards"][0]["split"] == "val" and len(manifest["shards"]) > 20

@@ -1,3 +1,5 @@
+"""The GPT-2 tokenizer against Hugging Face's, the prompt template, and streaming."""
+
 import random
 import shutil
 import subprocess
@@ -35,16 +37,16 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def reference():
-    """Hugging Face's own implementation of GPT-2's encoding, from the same two files."""
+    """Hugging Face's GPT-2 tokenizer, from the same two files."""
     from transformers import GPT2TokenizerFast
     return GPT2TokenizerFast(vocab=str(vocabulary_path("vocab.json")),
                              merges=str(vocabulary_path("merges.txt")))
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_are_the_references(name, reference):
+def test_ids_equal_the_reference(name, reference):
     text = TEXTS[name]
-    # split_special_tokens: there, too, "<|endoftext|>" in a text is text
+    # split_special_tokens: "<|endoftext|>" is encoded as text
     assert encode(text) == reference.encode(text, split_special_tokens=True)
     assert decode(encode(text)) == text
 
@@ -57,16 +59,16 @@ def test_known_ids():
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_as_an_array(name):
+def test_encode_to_array(name):
     tokens = encode_to_array(TEXTS[name])
     assert tokens.dtype == np.uint32 and tokens.tolist() == encode(TEXTS[name])
 
 
-def test_a_run_of_spaces_that_makes_tiktoken_panic():
+def test_a_run_of_spaces_that_overflows_tiktoken():
     text = "x" + " " * 1_000_001 + "y" + "\n" * 600_000 + "z"
     ids = encode(text)
     assert decode(ids) == text
-    assert ids[: 1_000_002] == [87, *[220] * 1_000_000, 331]  # as short runs are encoded
+    assert ids[: 1_000_002] == [87, *[220] * 1_000_000, 331]  # like a short run
     assert encode("x" + " " * 101 + "y") == [87, *[220] * 100, 331]
 
 
@@ -97,7 +99,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, monkeypatch):
             return tmp_path / file
 
     monkeypatch.setattr(tokenizer, "distribution", lambda name: Distribution())
-    check = vocabulary_path.__wrapped__  # past the cache of this process
+    check = vocabulary_path.__wrapped__  # without the cache
     assert check("vocab.json").is_file()
     message = user_error(check, "merges.txt")
     assert "vocab.bpe" in message and "SHA-256" in message and "pip install" in message
@@ -106,7 +108,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, monkeypatch):
 
 
 def test_no_network_is_needed(tmp_path):
-    """A fresh process without caches, in which opening any socket fails."""
+    """In a new process without caches, where opening a socket fails."""
     code = ("import socket\n"
             "def refuse(*a, **k): raise OSError('no network in this test')\n"
             "socket.socket = socket.create_connection = refuse\n"
@@ -117,11 +119,11 @@ def test_no_network_is_needed(tmp_path):
     assert result.stdout.strip() == "[15496, 995]", result.stderr
 
 
-def test_the_template_is_alpacas():
-    plain = format_prompt("Name {three} colours.")
+def test_the_template_is_that_of_alpaca():
+    plain = format_prompt("Name {three} colors.")
     assert plain == ("Below is an instruction that describes a task. Write a response that "
                      "appropriately completes the request.\n\n### Instruction:\n"
-                     "Name {three} colours.\n\n### Response:\n")
+                     "Name {three} colors.\n\n### Response:\n")
     both = format_prompt("Add.", "{0} and 2")
     assert both == ("Below is an instruction that describes a task, paired with an input that "
                     "provides further context. Write a response that appropriately completes the "
@@ -129,34 +131,34 @@ def test_the_template_is_alpacas():
                     "### Response:\n")
 
 
-def test_examples_are_encoded_in_two_parts():
+def test_prompt_and_response_are_encoded_separately():
     prompt, response = encode_example("Say hi.", "", "hi <|endoftext|>")
     assert prompt == encode(format_prompt("Say hi.")) and EOT_TOKEN not in prompt
     assert response[-1] == EOT_TOKEN and response.count(EOT_TOKEN) == 1
     assert decode(response[:-1]) == "hi <|endoftext|>"
 
 
-def test_streamed_pieces_are_the_whole_text():
-    """Random ids, random bytes and emoji, fed one by one and in runs."""
-    chance = random.Random(0)
+def test_streamed_pieces_join_to_the_full_text():
+    """Random ids, random bytes and emoji, one by one and several at a time."""
+    rng = random.Random(0)
     byte_ids = [load_tokenizer().encode_single_token(bytes([i])) for i in range(256)]
     emoji = "\U0001F468\u200D\U0001F469\u200D\U0001F467 \U0001F1E9\U0001F1EA caf\u00e9 \u4f60\u597d"
     cases = [[byte_ids[i] for i in text.encode()] for text in (emoji, "a" + emoji * 3)]
-    cases += [[chance.choice(byte_ids) for _ in range(n)] for n in (1, 2, 3, *[60] * 40)]
-    cases += [[chance.randrange(50256) for _ in range(40)] for _ in range(40)]
+    cases += [[rng.choice(byte_ids) for _ in range(n)] for n in (1, 2, 3, *[60] * 40)]
+    cases += [[rng.randrange(50256) for _ in range(40)] for _ in range(40)]
     cases += [encode(emoji), encode(emoji)[:-1], [], [byte_ids[0xF0], byte_ids[0x9F]]]
     for ids in cases:
         for longest in (1, 4):
             decoder, pieces, start = StreamDecoder(), [], 0
             while start < len(ids):
-                end = start + chance.randint(1, longest)
+                end = start + rng.randint(1, longest)
                 pieces.append(decoder.feed(ids[start:end]))
                 start = end
             pieces.append(decoder.flush())
             assert "".join(pieces) == decode(ids)
 
 
-def test_a_character_is_never_streamed_in_parts():
+def test_incomplete_characters_are_held_back():
     decoder = StreamDecoder()
     byte_ids = [load_tokenizer().encode_single_token(bytes([i])) for i in "a\u20acb".encode()]
     assert [decoder.feed([i]) for i in byte_ids] == ["a", "", "", "\u20ac", "b"]

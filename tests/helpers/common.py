@@ -1,4 +1,4 @@
-"""What several test files need: tiny corpora, tiny models, and scripts run as a user runs them."""
+"""Shared test helpers: tiny corpora and models, and running scripts from the command line."""
 
 import os
 import re
@@ -12,7 +12,8 @@ import torch
 
 from minigpt2.config import UserError, run_main
 from minigpt2.distributed import Launch
-from minigpt2.shards import read_manifest, write_manifest, write_shard
+from minigpt2.files import atomic_write
+from minigpt2.shards import MANIFEST, read_manifest, shard_header, write_record
 from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +23,14 @@ TINY_FLAGS = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size
               "--sequence-length", "16", "--device", "cpu"]
 
 
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes tokens (n,) uint16 as one shard."""
+    with atomic_write(path) as file:
+        file.write(shard_header(len(tokens)) + tokens.tobytes())
+
+
 def make_corpus(data_dir: Path, shard_sizes: list[int], seed: int = 0, high: int = 50257) -> Path:
-    """A corpus of random tokens: the first size is the validation shard, the others train."""
+    """Writes a corpus of random tokens below `high`. The first shard is for validation."""
     random = np.random.RandomState(seed)
     data_dir.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -31,19 +38,19 @@ def make_corpus(data_dir: Path, shard_sizes: list[int], seed: int = 0, high: int
         name = f"shard_{i:06d}.npy"
         write_shard(data_dir / name, random.randint(0, high, size).astype(np.uint16))
         shards.append({"file": name, "split": "train" if i else "val", "tokens": size})
-    write_manifest(data_dir, {"tokens": sum(shard_sizes), "shards": shards})
+    write_record(data_dir / MANIFEST, {"tokens": sum(shard_sizes), "shards": shards})
     return data_dir
 
 
 def llmc_bytes(tokens: np.ndarray, version: int = 1, announced: int | None = None) -> bytes:
-    """A shard as llm.c writes it: 256 int32 of header, then uint16."""
+    """A shard in llm.c's format: a header of 256 int32, then uint16."""
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240520, version, len(tokens) if announced is None else announced
     return header.tobytes() + tokens.astype(np.uint16).tobytes()
 
 
 def make_foreign(corpus: Path, folder: Path, form: str) -> Path:
-    """The shards of a corpus in llm.c's or nanoGPT's format, under the names those have."""
+    """Writes the shards of a corpus in llm.c's or nanoGPT's format and naming."""
     folder.mkdir()
     for i, shard in enumerate(read_manifest(corpus)["shards"]):
         tokens = np.load(corpus / shard["file"])
@@ -52,13 +59,13 @@ def make_foreign(corpus: Path, folder: Path, form: str) -> Path:
             path.write_bytes(llmc_bytes(tokens))
         else:
             (folder / f"{shard['split']}_{i}.bin").write_bytes(tokens.tobytes())
-    (folder / "meta.pkl").write_bytes(b"not looked at")
+    (folder / "meta.pkl").write_bytes(b"ignored")
     return folder
 
 
 def run_script(*arguments, env: dict | None = None, stdin: str = "", check: bool = True,
                cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs `python arguments...` with one thread; with check, anything but success fails."""
+    """Runs `python arguments...` with one thread. With `check`, a non-zero exit fails the test."""
     command = [sys.executable, *map(str, arguments)]
     result = subprocess.run(command, env=script_env() | (env or {}), input=stdin, text=True,
                             capture_output=True, cwd=cwd or ROOT, timeout=300)
@@ -77,7 +84,7 @@ def script_env() -> dict:
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2, and one line on stderr that names what it should; no traceback."""
+    """Asserts exit status 2 and one error line on stderr that contains `words`, no traceback."""
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     errors = [line for line in result.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
@@ -86,7 +93,7 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def main_error(main, argv: list, monkeypatch, capsys) -> str:
-    """Runs a script's main in this process; asserts exit 2 and returns its one line."""
+    """Runs a script's main in this process, asserts exit status 2 and returns the error line."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stopped:
         run_main(main)
@@ -96,7 +103,7 @@ def main_error(main, argv: list, monkeypatch, capsys) -> str:
 
 
 def user_error(call, *arguments, **options) -> str:
-    """The message of the UserError that a call raises."""
+    """Returns the message of the UserError that a call raises; asserts that it is one line."""
     with pytest.raises(UserError) as caught:
         call(*arguments, **options)
     assert not re.search(r"\n", str(caught.value)), "one line"

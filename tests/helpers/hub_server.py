@@ -1,5 +1,5 @@
-"""A small server on loopback that speaks as much of the Hugging Face hub's HTTP API as its real
-clients (`huggingface_hub`, `datasets`) use to list and download files."""
+"""A local server with the part of the Hugging Face hub's HTTP API that `huggingface_hub` and
+`datasets` use to list and download files. It can inject faults."""
 
 import contextlib
 import hashlib
@@ -10,14 +10,16 @@ import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from helpers.common import ROOT, run_script
+
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
 
 class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repos: dict[str, dict[str, bytes]]  # "datasets/org/name" or "models/name" -> path -> content
-    faults: list  # each spoils one request for a file: a status, or one of the words below
-    gone: set[str]  # paths that are never to be had
+    faults: list  # one per request for a file: an HTTP status, "drop", "cut", "flip"
+    gone: set[str]  # paths that always answer 500
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
@@ -31,7 +33,7 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_POST(self):  # paths-info: which of these paths are there
+    def do_POST(self):  # paths-info: which of these paths exist
         length = int(self.headers["Content-Length"])
         body = self.rfile.read(length).decode()
         paths = (json.loads(body)["paths"] if body.startswith("{")
@@ -70,10 +72,10 @@ class Hub(BaseHTTPRequestHandler):
         fault = self.faults.pop(0) if self.faults and self.command == "GET" else None
         if isinstance(fault, int):
             return self.answer(fault, b"", {"Retry-After": "0"})
-        if fault == "drop":  # the connection, before any answer
+        if fault == "drop":  # close the connection without an answer
             self.close_connection = True
             return None
-        if fault == "flip":  # a bit
+        if fault == "flip":  # one bit
             content = content[:-1] + bytes([content[-1] ^ 1])
         status, begin = 200, self.headers["Range"]
         if begin:
@@ -86,7 +88,7 @@ class Hub(BaseHTTPRequestHandler):
     def entry(files: dict[str, bytes], path: str) -> dict:
         oid = hashlib.sha256(files[path]).hexdigest()
         entry = {"type": "file", "path": path, "size": len(files[path]), "oid": oid[:40]}
-        if path.endswith((".parquet", ".bin")):  # large files, as the hub keeps them
+        if path.endswith((".parquet", ".bin")):  # stored as large files
             entry["lfs"] = {"oid": oid, "size": len(files[path]), "pointerSize": 130}
         return entry
 
@@ -118,8 +120,8 @@ def commit_of(revision: str) -> str:
 @contextlib.contextmanager
 def serve(repos: dict[str, dict[str, bytes]], faults: list = (),
           gone: set[str] = frozenset()) -> Iterator[tuple[dict, list]]:
-    """Serves the repositories; yields the environment that makes the real clients use them, and
-    the faults that are still to come."""
+    """Serves repositories; yields environment variables that direct the clients to this server, and
+    the faults that have not been injected yet."""
     pending = list(faults)
     handler = type("Handler", (Hub,), {"repos": repos, "faults": pending, "gone": set(gone)})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -132,3 +134,11 @@ def serve(repos: dict[str, dict[str, bytes]], faults: list = (),
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def run_module(module: str, *arguments, **options):
+    """Runs `python -m module arguments...` with short delays between retries."""
+    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from minigpt2 import hub; hub.INITIAL_DELAY_S = 0.001\n"
+            f"runpy.run_module({module!r}, run_name='__main__')\n")
+    return run_script("-c", code, *arguments, **options)
