@@ -50,8 +50,8 @@ class Conversation:
         start = "\n" if self.turns else ""  # of plain text
         turn = encode(format_prompt(message) if self.use_template else start + message)
         if len(turn) >= self.block_size:
-            raise UserError(f"the message has {len(turn)} tokens; the context is {self.block_size} "
-                            "including the response: shorten it")
+            raise UserError(f"the message has {len(turn)} tokens; the context is {self.block_size},"
+                            " response included: shorten it")
         turns = [*self.turns, turn]
         while len(turns) > 1 and sum(map(len, turns)) + self.reserved > self.block_size:
             turns = turns[1:]

@@ -101,7 +101,7 @@ def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
         raise UserError(f"max_steps is {max_steps!r:.60}, expected an integer of at least 0")
     if (longest := max(lengths)) + min(max_steps, 1) > block_size:
         raise UserError(f"prompt {lengths.index(longest) + 1} of {len(lengths)} has {longest} "
-                        f"tokens; the context is {block_size} including the response: shorten it")
+                        f"tokens; the context is {block_size}, response included: shorten it")
 
 
 def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,8 +328,8 @@ class SamplingConfig:
     checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
     raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
     temperature: float = flag(0.8, "0 takes the most likely token", minimum=0)
-    top_k: int = flag(0, "sample from the k most likely tokens; 0: from all", minimum=0)
-    top_p: float = flag(1.0, "sample from the likeliest tokens with total probability p", minimum=0)
+    top_k: int = flag(0, "keep the k most likely tokens; 0: all", minimum=0)
+    top_p: float = flag(1.0, "keep the most likely tokens with total probability p", minimum=0)
     repetition_penalty: float = flag(1.0, "above 1: tokens already in the text are less likely")
     max_steps: int = flag(128, "maximum number of new tokens", minimum=1)
     seed: int = flag(0, "seed of the samples", minimum=0, below=2**63)

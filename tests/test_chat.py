@@ -129,7 +129,7 @@ def test_messages_and_commands(tuned, monkeypatch, capsys):
                  "(unknown /what: see /help)", chat.HELP, "(conversation cleared)",
                  expected_response(second, "What is a list?", 0.7),
                  f"(the message has {len(encode(format_prompt('a ' * 1099 + 'a')))} tokens; the "
-                 "context is 1024 including the response: shorten it)",
+                 "context is 1024, response included: shorten it)",
                  expected_response(second, "And a tuple?", 0.7)]
     assert printed == "\n".join(expected) + "\n"
 

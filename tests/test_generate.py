@@ -293,7 +293,7 @@ def test_each_row_stops_at_its_own_endoftext():
 @pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
 def test_dropping_finished_rows_does_not_change_the_others(options, monkeypatch):
     """With a real model and cache, rows of unequal length that finish at different times: one of
-    the generated ids plays <|endoftext|>."""
+    the generated ids stands in for <|endoftext|>."""
     model = sharp_model(SMALL_VOCAB, seed=1)
     lengths = [3, 40, 9, 1, 25, 17]
     ids, masks = random_batch(lengths, 2, 511)
@@ -411,7 +411,7 @@ class FakeGraphs:
         def init_as_on_gpu(batch: DecodingBatch, *arguments) -> None:
             init(batch, *arguments)
             batch.on_gpu, batch.span_multiple = True, inference.SPAN_GPU
-            batch.use_graphs = arguments[4] >= inference.MIN_GRAPH_STEPS
+            batch.use_graphs = arguments[4] >= inference.MIN_GRAPH_STEPS and arguments[6]
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
@@ -431,9 +431,9 @@ def addresses(batch: DecodingBatch) -> list:
 @pytest.mark.parametrize("with_endings", [False, True])
 @pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
 def test_the_gpu_schedule_generates_the_same_tokens(options, with_endings, monkeypatch):
-    """Graphs, syncs every 16 steps and a span that grows by 128; with and without rows that finish
-    and are dropped on the way."""
-    model = sharp_model(SMALL_VOCAB, seed=1)
+    """Graphs, syncs every 16 steps and a span that grows by 128. One row fills the context; with
+    endings, rows also finish early and are dropped."""
+    model = sharp_model(dataclasses.replace(SMALL_VOCAB, block_size=340), seed=1)
     lengths = [3, 100, 40, 200]
     ids, masks = random_batch(lengths, 5, 511)
     full = rows_of(*run_generate(model, ids, masks, 150, **options))
@@ -456,6 +456,14 @@ def test_the_gpu_schedule_generates_the_same_tokens(options, with_endings, monke
     assert graphs.replays > (5 if with_endings else 140)
     assert graphs.batch_sizes[0] == len(ids)
     assert (len(set(graphs.batch_sizes)) > 1) == with_endings
+
+
+def test_the_gpu_schedule_without_a_cache(monkeypatch):
+    model = sharp_model(dataclasses.replace(SMALL_VOCAB, block_size=32), seed=1)
+    batch = random_batch([3, 25], 5, 511)
+    expected = rows_of(*generate(model, *batch, 1.0, 20))
+    FakeGraphs(monkeypatch)
+    assert rows_of(*generate(model, *batch, 1.0, 20, use_cache=False)) == expected
 
 
 def test_non_finite_logits_between_two_syncs_are_found(monkeypatch):
