@@ -1,79 +1,55 @@
-"""Continues prompts with a base model, or answers them with a fine-tuned one.
+"""Batched sampling: a base model continues prompts, a fine-tuned model answers them.
 
-    python inference.py --checkpoint out/finetune "What is a list?" "Name three colours."
-    python inference.py --checkpoint gpt2 --max-steps 50 "Hello, I'm a language model,"
-    python inference.py --checkpoint out/finetune --prompts-file questions.txt --json
+    python inference.py --checkpoint out/finetune "What is a list?" "Name three colors."
+    python inference.py --checkpoint gpt2 --max-steps 50 --prompts-file prompts.txt --json
     echo "What is a list?" | python inference.py --checkpoint out/finetune
-    python inference.py --checkpoint out/finetune --chat
 
-A checkpoint that was fine-tuned carries the name of its prompt template, which is applied by
-itself; --raw gives it the bare prompts. A file and standard input hold one prompt a line. All of a
-prompt is text: "<|endoftext|>" in it is not the token that separates documents. In float32, a text
-depends on its prompt and the seed alone, whatever prompts there are beside it; bfloat16 rounds a
-hundred times as much, and more differently in another batch. A prompt that is given again has the
-next seed.
-
---json prints one object a line: prompt, response, prompt_tokens (how many), tokens (the response's
-ids), logprobs (of each, in nats, at temperature 1 and among all tokens) and finish_reason: "stop"
-(the model emitted <|endoftext|>), "length" (--max-steps) or "context" (cut, for the context is
-full). From Python, `tokenize_batch_input`, `generate`, `decode_generation` and `logprobs` of
-sampling.py do the same.
+The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32,
+sampling is batch-invariant: a response depends only on its prompt and seed, not on the rest of the
+batch. A repeated prompt gets the next seed. --json prints prompt, response, prompt_tokens (count),
+tokens (ids of the response), logprobs (in nats, at temperature 1, over the full vocabulary) and
+finish_reason: "stop" (<|endoftext|>), "length" (--max-steps) or "context" (context full).
 """
 
-import dataclasses
-import functools
 import json
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, allow_nondeterministic, pick_device, pick_dtype
-from minigpt2.kernels import prepare_to_sample
+from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import LOSS_ROWS_CPU, LOSS_ROWS_GPU
-from minigpt2.sampling import SamplingParams, choose, row_seeds, stream_keys
-from minigpt2.tokenizer import (
-    EOT_TOKEN,
-    N_VOCAB,
-    StreamDecoder,
-    decode,
-    encode,
-    format_prompt,
-    repair,
-)
+from minigpt2.sampling import SamplingParams, row_seeds, sample, seen_tokens, stream_keys
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
-PAD_TOKEN = 0  # what a padded place holds; only its mask says that it is padding
-# On a GPU: how many tokens are decoded between two looks at what has finished, for which the host
-# must wait; how many slots the cache's span grows by, each with a graph of its own; and how many
-# tokens must be asked for to make graphs worth while
-STEPS_PER_LOOK_GPU, SPAN_GPU, GRAPH_STEPS = 16, 128, 64
+PAD_TOKEN = 0  # any id would do: only the mask marks padding
+# On a GPU: steps between two waits of the host; cache slots are read in multiples of SPAN_GPU, each
+# with its own CUDA graph; below MIN_GRAPH_STEPS, graphs do not pay off
+STEPS_PER_SYNC_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 128, 64
 
 
 # ---------------------------------------------------------------- texts to batches and back
-
-
-def tokenize_batch_input(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts -> input_ids and attention_masks, each (B, T) int64, T the longest prompt's tokens.
-
-    All of a prompt is text: "<|endoftext|>" in it is seven tokens and not the one that separates
-    documents. Raises UserError for no prompt at all and for an empty one: there is nothing to
-    continue.
-    """
+def tokenize_batch_input(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Encodes prompts into right-padded input_ids and attention_masks, both (B, T) int64. Raises
+    UserError for an empty prompt or list. "<|endoftext|>" in a prompt is plain text."""
     return pad_rows(encode_prompts(prompts))
 
 
 def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
-    """The token ids of every prompt. Raises UserError as `tokenize_batch_input` does."""
+    """The token ids of each prompt. Raises UserError for an empty prompt or list."""
     if isinstance(prompts, str):
-        raise UserError("prompts is one text, expected a list of them")
+        raise UserError("prompts is a single string, expected a list of strings")
     rows = [encode(prompt) for prompt in prompts]
     if not rows:
         raise UserError("no prompt given")
@@ -82,502 +58,362 @@ def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
     return rows
 
 
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of unequal length -> input_ids and attention_masks, each (B, T) int64."""
-    input_ids = torch.full((len(rows), max(map(len, rows))), PAD_TOKEN)  # (B, T)
-    attention_masks = torch.zeros_like(input_ids)  # (B, T)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        attention_masks[i, : len(row)] = 1
-    return input_ids, attention_masks
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-pads token ids into input_ids and attention_masks, both (B, T) int64."""
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    masks = pad_sequence(list(map(torch.ones_like, ids)), batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN), masks
 
 
-def generated_rows(output_ids: torch.Tensor, output_masks: torch.Tensor,
-                   prompt_masks: torch.Tensor) -> list[list[int]]:
-    """What `generate` added to every row: its tokens, with <|endoftext|> if it came."""
-    lengths, skips = output_masks.sum(1).tolist(), prompt_masks.sum(1).tolist()
-    return [ids[skip:length] for ids, skip, length in
-            zip(output_ids.tolist(), skips, lengths, strict=True)]
+def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor | None = None,
+                   ) -> list[list[int]]:
+    """The ids of each row of `generate`'s output; given prompt_masks, only the new ones."""
+    ends = output_masks.sum(1).tolist()
+    starts = [0] * len(ends) if prompt_masks is None else prompt_masks.sum(1).tolist()
+    return [row[i:j] for row, i, j in zip(output_ids.tolist(), starts, ends, strict=True)]
 
 
-def decode_generation(output_ids: torch.Tensor, output_masks: torch.Tensor,
-                      prompt_masks: torch.Tensor | None = None) -> list[str]:
-    """The text of every row of `generate`'s result, without padding and without <|endoftext|>;
-    given the prompts' attention_masks, only what was generated."""
-    if prompt_masks is None:
-        prompt_masks = torch.zeros_like(output_masks)
+def decode_generation(output_ids: Tensor, output_masks: Tensor,
+                      prompt_masks: Tensor | None = None) -> list[str]:
+    """The text of each row, or its new part given prompt_masks, without <|endoftext|>."""
     return [decode(row[:-1] if row and row[-1] == EOT_TOKEN else row)
             for row in generated_rows(output_ids, output_masks, prompt_masks)]
 
 
-def finish_reasons(output_ids: torch.Tensor, output_masks: torch.Tensor,
-                   prompt_masks: torch.Tensor, max_steps: int) -> list[str]:
-    """Why every row of `generate`'s result ended: "stop" (<|endoftext|>), "length" (it has its
-    max_steps tokens) or "context" (cut before that, for the context is full)."""
+def finish_reasons(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor,
+                   max_steps: int) -> list[str]:
+    """Why each row ended: "stop" (<|endoftext|>), "length" (max_steps) or "context" (full)."""
     return ["stop" if row and row[-1] == EOT_TOKEN else
             "length" if len(row) >= max_steps else "context"
             for row in generated_rows(output_ids, output_masks, prompt_masks)]
 
 
 def check_vocabulary(model: GPT, checkpoint: str) -> None:
-    """Raises UserError for a model that lacks ids of GPT-2's encoding. More ids (an added pad, say)
-    do no harm: they are never sampled."""
+    """Raises UserError if the model lacks ids of GPT-2's encoding. Extra ids are never sampled."""
     if model.config.vocab_size < N_VOCAB:
         raise UserError(f"--checkpoint {checkpoint} has {model.config.vocab_size} ids, GPT-2's "
                         f"encoding has {N_VOCAB}: it was trained with another tokenizer")
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once: slot t of row b holds token t of row b.
+def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
+    """Raises UserError for an invalid max_steps, or a prompt that leaves no room for a token."""
+    if not isinstance(max_steps, numbers.Integral) or max_steps < 0:
+        raise UserError(f"max_steps is {max_steps!r:.60}, expected an integer of at least 0")
+    if (longest := max(lengths)) + min(max_steps, 1) > block_size:
+        raise UserError(f"prompt {lengths.index(longest) + 1} of {len(lengths)} has {longest} "
+                        f"tokens; the context is {block_size}, response included: shorten it")
 
-    Rows may be of unequal length. What a slot held before its row reaches it (the keys of a
-    prompt's padding, say) is overwritten then, and never attended before. `span` is how many slots
-    the longest row has filled, or more: those beyond are not even looked at.
-    """
+
+def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch (B, T) as int64 on the model's device, without columns of only padding. Raises
+    UserError for other shapes or dtypes, padding before a token, and ids outside the vocabulary."""
+    if (ids.dim() != 2 or ids.shape != masks.shape or not len(ids) or ids.dtype == torch.bool
+            or ids.is_floating_point() or masks.is_floating_point()):
+        raise UserError(f"input_ids are {ids.dtype} {tuple(ids.shape)} and attention_masks "
+                        f"{masks.dtype} {tuple(masks.shape)}, expected integers (B, T), B >= 1")
+    ids, masks = (x.to(model.transformer.wte.weight.device, torch.int64) for x in (ids, masks))
+    lengths = masks.sum(1)  # (B,)
+    is_token = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # (B, T)
+    if not torch.equal(masks, is_token.long()) or lengths.min() < 1:
+        raise UserError("each row of attention_masks must be ones (at least one), then zeros")
+    T, vocab_size = int(lengths.max()), min(model.config.vocab_size, N_VOCAB)
+    ids = ids.where(is_token, PAD_TOKEN)[:, :T]
+    low, high = map(int, ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise UserError(f"input_ids range from {low} to {high}, expected 0 to {vocab_size - 1}")
+    return ids, masks[:, :T]
+
+
+# ---------------------------------------------------------------- prefill, decode, generate
+class KVCache:
+    """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
+    slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # a head's keys lie together: a CPU reads them half as fast again as it would strided ones
+        # (n_layer, B, H, S, D): contiguous keys per head, which a CPU reads 1.5 times as fast
         shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, S, D)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.rows = torch.arange(batch_size, device=device)  # (B,)
         self.slots = torch.arange(max_length, device=device)  # (S,)
         self.span = max_length
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor,
-              positions: torch.Tensor | None) -> None:
-        """Stores k and v (B, H, T, D): of whole prompts into slots 0 .. T - 1, or of one token a
-        row at `positions` (B, 1)."""
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        """Stores k and v (B, H, T, D): whole rows, or one token per row at `positions` (B, 1)."""
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
             if positions is None:
                 stored[:, :, : new.size(2)] = new
             else:
                 stored[self.rows, :, positions[:, 0]] = new[:, :, 0].to(stored.dtype)  # (B, H, D)
 
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of a layer, each (B, H, span, D)."""
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, both (B, H, span, D)."""
         return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
 
-    def visible(self, positions: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of the one new token of each row, at `positions` (B, 1): 0
-        for the slots that it may attend, -inf for those beyond it."""
+    def visible(self, positions: Tensor) -> Tensor:
+        """The additive mask of one new token per row at `positions` (B, 1): 0 or -inf per slot."""
         beyond = self.slots[: self.span] > positions  # (B, span)
         mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.k.dtype)
         return mask.masked_fill_(beyond, -torch.inf)[:, None, None, :]  # (B, 1, 1, span)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows (B',) alone."""
+    def keep_rows(self, rows: Tensor) -> None:
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.rows = self.rows[: len(rows)]
 
 
-# ---------------------------------------------------------------- the ladder
-
-
-def prefill(model: GPT, input_ids: torch.Tensor, lengths: torch.Tensor,
-            cache: KVCache | None) -> torch.Tensor:
-    """Runs the prompts (B, T) through the model, filling cache slots 0 .. T - 1; returns the
-    logits (B, V) of the token after each row's last."""
+def prefill(model: GPT, input_ids: Tensor, lengths: Tensor, cache: KVCache | None) -> Tensor:
+    """Runs rows (B, T) through the model and fills the cache; returns the next logits (B, V)."""
     x = model.hidden_states(input_ids, cache)  # (B, T, C)
-    rows = torch.arange(len(x), device=x.device)
-    return model.lm_head(x[rows, lengths - 1])
+    return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
 
 
-def decode_one_token(model: GPT, token: torch.Tensor, position: torch.Tensor,
-                     cache: KVCache) -> torch.Tensor:
-    """Feeds one token (B,) a row at its position (B,); returns the logits (B, V) of the next."""
+def decode_one_token(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """Feeds one token (B,) per row at its position (B,); returns the next logits (B, V)."""
     x = model.hidden_states(token[:, None], cache, position[:, None])  # (B, 1, C)
     return model.lm_head(x[:, 0])
 
 
-@torch.no_grad()
-def generate(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
-             temperature: float, max_steps: int, *, top_k: int = 0, top_p: float = 1.0,
-             repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
-             use_cache: bool = True, on_tokens: Callable[[int, list[int]], None] | None = None,
-             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continues every row until it has emitted <|endoftext|>, or max_steps tokens, or the context
-    is full (`finish_reasons` tells which). Returns (output_ids, output_masks), (B, T') int64 on the
-    model's device, in the same right-padded layout: prompt, new tokens with <|endoftext|> if it
-    came, then pads with mask 0.
+class DecodingBatch:
+    """The unfinished rows of one `generate` call. With a cache, `step` modifies its tensors in
+    place, so that one CUDA graph of a step can be replayed for the next ones."""
 
-    For temperature, top_k, top_p and repetition_penalty see `SamplingParams`. A row draws from a
-    random stream of its own, named by its prompt and `seed`, or its own seed where there is one for
-    every row, so that its tokens are the same whatever else is in the batch: in float32, but for
-    tokens that are equal to rounding; weights in bfloat16 round a hundred times as much. With one
-    seed, a prompt that is given again has the next one: of two equal rows, the second is what the
-    next seed gives. `use_cache=False` computes everything anew for every token, as a check.
-
-    on_tokens(row, tokens) is called with the new tokens of a row as they come: one at a time, on a
-    GPU some together. An exception that it raises, or a KeyboardInterrupt, ends everything.
-
-    Raises UserError for a prompt without room to grow, naming its length and the limit; for a batch
-    of another layout, ids that are no tokens, settings without a meaning, and a model whose logits
-    are not finite.
-    """
-    choice = SamplingParams(temperature, top_k, top_p, repetition_penalty)
-    ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
-    device, lengths = ids.device, masks.sum(1)  # (B,)
-    prompts = [tuple(row[:length]) for row, length in
-               zip(ids.tolist(), lengths.tolist(), strict=True)]
-    check_room(list(map(len, prompts)), max_steps, model.config.block_size)
-    seeds = row_seeds(prompts, seed)
-    T, max_steps = ids.size(1), min(max_steps, model.config.block_size)
-    total = min(T + max_steps, model.config.block_size)
-    output_ids = F.pad(ids, (0, total - T), value=PAD_TOKEN)  # (B, total)
-    if max_steps > 0:
-        keys = stream_keys(prompts, seeds).to(device)
-        # what is drawn here has no part in a training that must be deterministic
-        with allow_nondeterministic(), torch.cuda.device(device if device.type == "cuda" else -1):
-            rows = Continuation(model, choice, output_ids, lengths, max_steps, keys, use_cache)
-            while rows.look(on_tokens):
-                rows.advance()
-        lengths = rows.final_lengths
-    T = int(lengths.max())
-    output_masks = torch.arange(T, device=device) < lengths[:, None]  # (B, T')
-    return output_ids[:, :T], output_masks.long()
-
-
-class Continuation:
-    """The rows that are being continued. With a cache, all that `step` changes it changes in place,
-    so that a CUDA graph of one step is a graph of every one."""
-
-    def __init__(self, model: GPT, choice: SamplingParams, output_ids: torch.Tensor,
-                 lengths: torch.Tensor, max_steps: int, keys: torch.Tensor, use_cache: bool):
+    def __init__(self, model: GPT, params: SamplingParams, output_ids: Tensor, lengths: Tensor,
+                 max_steps: int, keys: Tensor, use_cache: bool):
         device, config = output_ids.device, model.config
-        self.model, self.choice, self.output_ids = model, choice, output_ids
-        self.on_gpu, self.graph = device.type == "cuda", None
-        self.uses_graphs = self.on_gpu and use_cache and max_steps >= GRAPH_STEPS
-        self.final_lengths = lengths.clone()  # (B,), of all rows, also those let go
+        self.model, self.params, self.output_ids, self.graph = model, params, output_ids, None
+        self.on_gpu = device.type == "cuda"
+        self.use_graphs = self.on_gpu and use_cache and max_steps >= MIN_GRAPH_STEPS
+        self.span_multiple = SPAN_GPU if self.on_gpu else 1
+        self.counter = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled per row
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all logits so far
-        # of the rows kept:
-        self.row = torch.arange(len(lengths), device=device)  # which of the batch it is
-        self.lengths, self.prompt_lengths, self.keys = lengths.clone(), lengths, keys
-        self.ends = (lengths + max_steps).clamp(max=config.block_size)  # the longest it may become
+        self.all_lengths = lengths.clone()  # at the last sync, also of rows dropped since
+        # (B,), one entry per row that was not dropped:
+        self.row = torch.arange(len(lengths), device=device)  # its index in output_ids
+        self.lengths, self.keys = lengths.clone(), keys
+        self.max_lengths = (lengths + max_steps).clamp(max=config.block_size)
         self.finished = torch.zeros_like(lengths, dtype=torch.bool)
-        self.told = lengths.tolist()  # how much of it on_tokens knows
-        self.longest = max(self.told)  # no row is longer
+        self.longest = int(lengths.max())  # an upper bound of lengths, known to the host
         self.seen = self.cache = None
-        if choice.repetition_penalty != 1:
-            vocab_size = min(config.vocab_size, N_VOCAB)
-            self.seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=device)
-            for seen, ids, length in zip(self.seen, output_ids, self.told, strict=True):
-                seen[ids[:length]] = True
+        if params.repetition_penalty != 1:
+            self.seen = seen_tokens(output_ids, lengths, config.vocab_size)  # (B, V)
         if use_cache:
-            # a CPU computes attention in float32 faster than in bfloat16, and more exactly
+            # on a CPU, attention is faster and more exact in float32 than in bfloat16
             dtype = torch.float32 if device.type == "cpu" else model.transformer.wte.weight.dtype
-            slots = self.span_of(output_ids.size(1))
+            slots = output_ids.size(1) + -output_ids.size(1) % self.span_multiple
             self.cache = KVCache(config, len(lengths), slots, device, dtype)
-            self.cache.span = 0  # until the first step
-        prompts = output_ids[:, : self.longest]
-        self.logits = prefill(model, prompts, lengths, self.cache)  # (B, V)
-        self.choose()
+            self.cache.span = 0  # set by the first step
+        self.logits = prefill(model, output_ids[:, : self.longest], lengths, self.cache)  # (B, V)
+        self.sample_next()
 
-    def span_of(self, length: int) -> int:
-        """How many slots are attended when the longest row has `length` tokens."""
-        return -(-length // SPAN_GPU) * SPAN_GPU if self.on_gpu else length
-
-    def choose(self) -> None:
-        """The next token of every row that has not finished, from `logits`."""
+    def sample_next(self) -> None:
+        """Samples the next token of each row from `logits` and appends it, unless finished."""
         self.finite &= self.logits.isfinite().all()
-        draw = self.lengths - self.prompt_lengths
-        token = choose(self.logits, self.choice, self.keys, draw, self.seen)  # (B,)
+        token = sample(self.logits, self.params, self.keys, self.counter, self.seen)  # (B,)
+        self.counter += 1
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
-        place = self.lengths.clamp(max=self.output_ids.size(1) - 1)  # a full row writes nothing
-        written = self.output_ids[self.row, place]
-        self.output_ids[self.row, place] = torch.where(self.finished, written, token)
+        self.output_ids[self.row, self.lengths] = token  # a finished row: in its padding
         self.lengths += ~self.finished
-        self.finished |= (token == EOT_TOKEN) | (self.lengths >= self.ends)
+        self.finished |= (token == EOT_TOKEN) | (self.lengths >= self.max_lengths)
 
     def step(self) -> None:
-        """Feeds every row its last token and chooses the next."""
+        """Feeds each row its last token and samples the next."""
         if self.cache is None:
-            written = self.output_ids[self.row, : self.longest]
-            self.logits = prefill(self.model, written, self.lengths, None)
+            rows = self.output_ids[self.row, : self.longest]
+            self.logits = prefill(self.model, rows, self.lengths, None)
         else:
             last = self.lengths - 1
             token = self.output_ids[self.row, last]
             self.logits.copy_(decode_one_token(self.model, token, last, self.cache))
-        self.choose()
+        self.sample_next()
 
-    def advance(self) -> None:
-        """As many steps as come between two looks."""
-        for _ in range(STEPS_PER_LOOK_GPU if self.on_gpu else 1):
-            span = self.span_of(self.longest)
+    def decode_several(self) -> None:
+        """Runs all steps up to the next sync: as CUDA graphs on a GPU, if they pay off."""
+        for _ in range(STEPS_PER_SYNC_GPU if self.on_gpu else 1):
+            span = self.longest + -self.longest % self.span_multiple
             if self.cache is not None and span != self.cache.span:
                 self.cache.span, self.graph = span, None
-                self.step()  # warms up what is captured next
-            elif self.uses_graphs:
-                if self.graph is None:
-                    self.capture()
+                self.step()  # warm-up before a capture
+            elif self.use_graphs:
+                self.graph = self.graph or capture_graph(self.step, self.row.device)
                 self.graph.replay()
             else:
                 self.step()
-            self.longest = min(self.longest + 1, self.output_ids.size(1))
+            self.longest = min(self.longest + 1, self.output_ids.size(1) - 1)
 
-    def capture(self) -> None:
-        """Takes `step` down as a CUDA graph, which does it again on the same tensors."""
-        self.graph = torch.cuda.CUDAGraph()
-        # on the rows' own device, and while a loader's thread may pin memory
-        with torch.cuda.graph(self.graph, stream=capture_stream(self.row.device),
-                              capture_error_mode="thread_local"):
-            self.step()
-
-    def look(self, on_tokens: Callable[[int, list[int]], None] | None) -> bool:
-        """Tells on_tokens what is new, drops finished rows once they are half of all; whether any
-        is left. The only place where the host waits for a GPU."""
+    def sync(self, on_tokens: Callable[[int, list[int]], None] | None) -> bool:
+        """Reports new tokens and drops finished rows once they are at least half; returns whether
+        unfinished rows remain. The only place where the host waits for a GPU."""
         if not self.finite:
-            raise UserError("the model's logits are not finite: its training has diverged (use an "
-                            "earlier checkpoint), or its weights are too large for float16")
-        lengths = self.lengths.tolist()
-        assert lengths != self.told, "steps that continue no row"
+            raise UserError("logits are not finite: use an earlier checkpoint, or dtype float32")
         if on_tokens is not None:
-            first = min(self.told)
-            new = self.output_ids[self.row, first : max(lengths)].tolist()
-            for row, ids, told, length in zip(self.row.tolist(), new, self.told, lengths,
-                                              strict=True):
-                if told < length:
-                    on_tokens(row, ids[told - first : length - first])
-        self.told, self.longest = lengths, max(lengths)
-        self.final_lengths[self.row] = self.lengths
-        live = (~self.finished).nonzero()[:, 0]  # (B',)
-        if 0 < 2 * len(live) <= len(self.row):
-            self.keep(live)
-        return len(live) > 0
+            old, new = self.all_lengths[self.row].tolist(), self.lengths.tolist()
+            for row, i, j in zip(self.row.tolist(), old, new, strict=True):
+                if i < j:
+                    on_tokens(row, self.output_ids[row, i:j].tolist())
+        self.all_lengths[self.row] = self.lengths
+        unfinished = (~self.finished).nonzero()[:, 0]  # (B',)
+        if 0 < 2 * len(unfinished) <= len(self.row):
+            self.keep_rows(unfinished)
+        self.longest = int(self.lengths.max())
+        return len(unfinished) > 0
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these of the rows (B',) alone."""
-        for name in ("row", "lengths", "prompt_lengths", "keys", "ends", "finished", "logits"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.told = [self.told[i] for i in rows.tolist()]
-        self.longest, self.graph = max(self.told), None
-        if self.seen is not None:
-            self.seen = self.seen[rows]
+    def keep_rows(self, rows: Tensor) -> None:
+        for name in ("row", "lengths", "max_lengths", "keys", "finished", "logits", "seen"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[rows])
         if self.cache is not None:
-            self.cache.keep(rows)
-            self.cache.span = 0  # the next step warms up
+            self.cache.keep_rows(rows)
+            self.cache.span, self.graph = 0, None  # both set by the next steps
 
 
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one on which graphs are captured: each would keep a workspace of its own."""
-    return torch.cuda.Stream(device)
+@torch.no_grad()
+def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature: float,
+             max_steps: int, *, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+             seed: int | Sequence[int] = 0, use_cache: bool = True,
+             on_tokens: Callable[[int, list[int]], None] | None = None) -> tuple[Tensor, Tensor]:
+    """Continues right-padded prompts (B, T) until each row has sampled <|endoftext|>, has max_steps
+    new tokens, or fills the context. Returns (output_ids, output_masks), both (B, T') int64 on the
+    model's device and right-padded: prompt and new tokens, <|endoftext|> included.
+
+    For temperature, top_k, top_p and repetition_penalty see `SamplingParams`. The random stream of
+    a row depends only on its prompt and seed, so in float32 its tokens do too, up to ties within
+    rounding. `seed` is one per row, or one for all: repetition n of a prompt then uses seed + n.
+    `use_cache=False`, a reference, runs the whole row for each token. on_tokens(row, ids) is called
+    with new tokens; an exception ends generation. Raises UserError for an invalid batch or setting,
+    a prompt that leaves no room in the context, and non-finite logits."""
+    params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
+    ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
+    device, lengths, block_size = ids.device, masks.sum(1), model.config.block_size
+    prompts = list(map(tuple, generated_rows(ids, masks)))
+    check_room(list(map(len, prompts)), max_steps, block_size)
+    keys = stream_keys(prompts, row_seeds(prompts, seed)).to(device)  # (B,)
+    max_steps = min(max_steps, block_size)
+    if max_steps == 0:
+        return ids, masks
+    output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))  # (B, longest + 1)
+    # a training run that samples may have required deterministic algorithms for itself
+    with allow_nondeterministic(), torch.cuda.device(device if device.type == "cuda" else -1):
+        batch = DecodingBatch(model, params, output_ids, lengths, max_steps, keys, use_cache)
+        while batch.sync(on_tokens):
+            batch.decode_several()
+    T = int(batch.all_lengths.max())
+    masks = torch.arange(T, device=device) < batch.all_lengths[:, None]  # (B, T')
+    return output_ids[:, :T].where(masks, PAD_TOKEN), masks.long()
 
 
-def checked_batch(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor,
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two as (B, T) int64 on the model's device, padding all PAD_TOKEN, and no column of
-    nothing but padding. Raises UserError unless both are integers (B, T), rows are real tokens and
-    then padding, and real tokens are ids that the model and the tokenizer have."""
-    ids, masks = input_ids, attention_masks
-    if ids.dim() != 2 or ids.shape != masks.shape or not len(ids):
-        raise UserError(f"input_ids {tuple(ids.shape)} and attention_masks {tuple(masks.shape)} "
-                        "must both be (B, T) with B at least 1")
-    if ids.is_floating_point() or ids.dtype == torch.bool or masks.is_floating_point():
-        raise UserError(f"input_ids are {ids.dtype} and attention_masks {masks.dtype}, expected "
-                        "integers")
-    device = model.transformer.wte.weight.device
-    ids, masks = ids.to(device, torch.int64), masks.to(device, torch.int64)
-    lengths = masks.sum(1)  # (B,)
-    real = torch.arange(ids.size(1), device=device) < lengths[:, None]  # (B, T)
-    if not torch.equal(masks, real.long()) or lengths.min() < 1:
-        raise UserError("every row of attention_masks must be ones, at least one, and then zeros")
-    least, most = int(ids[real].min()), int(ids[real].max())
-    vocab_size = min(model.config.vocab_size, N_VOCAB)
-    if least < 0 or most >= vocab_size:
-        raise UserError(f"input_ids holds ids from {least} to {most}, expected 0 to "
-                        f"{vocab_size - 1}")
-    T = int(lengths.max())
-    return ids.where(real, PAD_TOKEN)[:, :T], masks[:, :T]
+def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
+    """The log-probability, in nats, of each token given those before it, as `generate` samples at
+    temperature 1: (B, T - 1) float32 for input_ids (B, T), 0 for padding. Differentiable; holds few
+    rows of logits at a time. Raises UserError for an invalid batch, ValueError past block_size."""
+    def score(x: Tensor, targets: Tensor) -> Tensor:  # (N, C), (N,) -> (N,)
+        return -F.cross_entropy(model.lm_head(x)[:, :N_VOCAB].float(), targets, reduction="none")
 
-
-def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
-    """Raises UserError unless prompts of these lengths can grow by a token, if any is asked for."""
-    if not isinstance(max_steps, numbers.Integral) or max_steps < 0:
-        raise UserError(f"max_steps is {max_steps!r:.60}, expected a whole number, 0 or above")
-    longest = max(lengths)
-    if longest + min(max_steps, 1) > block_size:
-        raise UserError(f"prompt {lengths.index(longest) + 1} of {len(lengths)} has {longest} "
-                        f"tokens; the context is {block_size} and must hold the answer too: "
-                        "shorten it")
-
-
-# ---------------------------------------------------------------- scoring
-
-
-def logprobs(model: GPT, input_ids: torch.Tensor, attention_masks: torch.Tensor) -> torch.Tensor:
-    """The log-probability, in nats, of every token but the first given those before it: (B, T - 1)
-    float32 for input_ids (B, T), 0 where the token is padding. One forward pass; gradients flow if
-    they are enabled. At temperature 1, this is what `generate` draws from: ids beyond the
-    tokenizer's have probability zero.
-
-    Logits exist for a few rows at a time only; a backward pass computes them once more. Raises
-    UserError for a batch that `generate` would not take either, ValueError past block_size.
-    """
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T')
     x = model.hidden_states(ids)[:, :-1]  # (B, T' - 1, C)
     keep = masks[:, 1:].bool()  # (B, T' - 1)
     rows = LOSS_ROWS_CPU if x.device.type == "cpu" else LOSS_ROWS_GPU
-    picked = [checkpoint(picked_logprobs, model, *part, use_reentrant=False,
-                         preserve_rng_state=False) if torch.is_grad_enabled() else
-              picked_logprobs(model, *part)
-              for part in zip(x[keep].split(rows), ids[:, 1:][keep].split(rows), strict=True)]
+    parts = zip(x[keep].split(rows), ids[:, 1:][keep].split(rows), strict=True)
+    picked = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+              if torch.is_grad_enabled() else score(*part) for part in parts]
     scores = torch.zeros(keep.shape, device=x.device).masked_scatter(keep, torch.cat(picked))
     return F.pad(scores, (0, input_ids.size(1) - ids.size(1)))  # (B, T - 1)
 
 
-def picked_logprobs(model: GPT, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log softmax(head(x))[target] of rows x (N, C) and targets (N,): (N,) float32."""
-    logits = model.lm_head(x)[:, :N_VOCAB].float()  # (N, V)
-    return -F.cross_entropy(logits, targets, reduction="none")
-
-
 # ---------------------------------------------------------------- the command line
-
-ENDINGS = {"stop": "ended by <|endoftext|>", "length": "ended by --max-steps",
-           "context": "cut: the context is full"}
-
-
 @dataclass(frozen=True)
-class InferenceConfig:
-    prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
-    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name")
-    prompts_file: str | None = flag(None, "a file with one prompt a line")
-    chat: bool = flag(False, "a conversation instead of prompts")
-    json: bool = flag(False, "one JSON object a line, with tokens and their log-probabilities")
-    raw: bool = flag(False, "give the prompts to a fine-tuned model without its template")
-    temperature: float = flag(0.8, "0 takes the likeliest token", minimum=0)
-    top_k: int = flag(0, "only the k likeliest tokens; 0: all", minimum=0)
-    top_p: float = flag(1.0, "only the likeliest tokens with this probability together; 1: all",
-                       minimum=0)
-    repetition_penalty: float = flag(1.0, "above 1: tokens that are there become less likely")
-    max_steps: int = flag(128, "most tokens of an answer", minimum=1)
-    batch_size: int = flag(8, "prompts that are continued at once", minimum=1)
-    seed: int = flag(0, "of the samples", minimum=0, below=2**63)
+class SamplingConfig:
+    """The options that inference.py and chat.py share."""
+
+    checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
+    raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
+    temperature: float = flag(0.8, "0 takes the most likely token", minimum=0)
+    top_k: int = flag(0, "keep the k most likely tokens; 0: all", minimum=0)
+    top_p: float = flag(1.0, "keep the most likely tokens with total probability p", minimum=0)
+    repetition_penalty: float = flag(1.0, "above 1: tokens already in the text are less likely")
+    max_steps: int = flag(128, "maximum number of new tokens", minimum=1)
+    seed: int = flag(0, "seed of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "of the weights; auto: bfloat16 on CUDA, float32 elsewhere")
 
+    def load(self) -> tuple[GPT, SamplingParams, bool]:
+        """The model prepared for sampling, how to sample, whether to apply the prompt template."""
+        params = SamplingParams(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        if sys.stdout is None:
+            raise UserError("standard output is closed, expected a terminal, pipe or file")
+        device, folder = pick_device(self.device), find_checkpoint(self.checkpoint)
+        use_template = not self.raw and read_prompt_template(folder) is not None
+        model = load_model(folder, device)
+        check_vocabulary(model, self.checkpoint)
+        return prepare_to_sample(model, pick_dtype(self.dtype, device)), params, use_template
+
+
+@dataclass(frozen=True)
+class InferenceConfig(SamplingConfig):
+    prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
+    prompts_file: str | None = flag(None, "text file with one prompt per line")
+    json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")
+    batch_size: int = flag(8, "prompts per batch", minimum=1)
+
 
 def read_prompts(config: InferenceConfig) -> list[str]:
-    """The prompts from the one place they were given in. Raises UserError for none or an empty."""
+    """The prompts, from arguments, --prompts-file or standard input. Raises UserError."""
     if config.prompts and config.prompts_file:
         raise UserError("prompts given both as arguments and with --prompts-file: choose one")
-    if config.prompts:
-        prompts = list(map(repair, config.prompts))
-    elif config.prompts_file:
-        prompts = lines(Path(config.prompts_file).read_bytes(), config.prompts_file)
+    if config.prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
+        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in config.prompts]
+    if config.prompts_file:
+        data = Path(config.prompts_file).read_bytes()
     else:
         if sys.stdin is not None and sys.stdin.isatty():
-            print("one prompt a line, then Ctrl-D:", file=sys.stderr)
-        prompts = [] if sys.stdin is None else lines(sys.stdin.buffer.read(), "standard input")
-    if not prompts:
-        raise UserError("no prompt given: as arguments, with --prompts-file or on standard input")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise UserError(f"prompt {number} of {len(prompts)} is empty")
-    return prompts
-
-
-def lines(data: bytes, source: str) -> list[str]:
-    """The lines of a text in UTF-8, whatever ends them on the system it comes from, but for empty
-    ones at its end. Not `splitlines`, which also cuts at characters like U+2028. Raises
-    UserError."""
+            print("one prompt per line, then Ctrl-D:", file=sys.stderr)
+        data = b"" if sys.stdin is None else sys.stdin.buffer.read()
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is no UTF-8: {error}") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
-    return text.split("\n") if text else []
+        raise UserError(f"{config.prompts_file or 'stdin'} is not UTF-8: {error}") from None
+    return text.split("\n") if text else []  # `str.splitlines` would also split at U+2028
 
 
-def check_config(config: InferenceConfig) -> SamplingParams:
-    """How tokens are chosen. Raises UserError for settings that have no meaning, alone or
-    together."""
-    if config.chat and (config.prompts or config.prompts_file or config.json):
-        raise UserError("--chat reads what is typed: it takes no prompts, --prompts-file or --json")
-    if config.chat and config.batch_size != InferenceConfig.batch_size:
-        raise UserError("--chat answers one message at a time: --batch-size has no meaning")
-    if sys.stdout is None:
-        raise UserError("standard output is closed: there is nowhere to print to")
-    if config.chat and sys.stdin is None:
-        raise UserError("--chat reads standard input, which is closed")
-    return SamplingParams(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+def respond(model: GPT, config: InferenceConfig, params: SamplingParams, prompts: list[str],
+            rows: list[list[int]], seeds: list[int]) -> None:
+    """Generates and prints the responses to one batch of prompts, given as text and as ids."""
+    def print_tokens(row: int, ids: list[int]) -> None:
+        print(decoder.feed([i for i in ids if i != EOT_TOKEN]), end="", flush=True)
 
-
-def respond(model: GPT, config: InferenceConfig, choice: SamplingParams, prompts: list[str],
-            texts: list[str]) -> None:
-    """Continues the texts that were made of the prompts, some at a time, and prints what comes; of
-    a single one, every token as it comes."""
-    rows = encode_prompts(texts)
-    check_room(list(map(len, rows)), config.max_steps, model.config.block_size)  # of all, first
-    seeds = row_seeds(texts, config.seed)
-    is_streamed = len(texts) == 1 and not config.json
-    for start in range(0, len(texts), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        batch, decoder = pad_rows(rows[part]), StreamDecoder()
-        if is_streamed:
-            print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
-        output = generate(model, *batch, max_steps=config.max_steps, seed=seeds[part],
-                          on_tokens=printing(decoder, [], []) if is_streamed else None,
-                          **dataclasses.asdict(choice))
-        if is_streamed:
-            print(decoder.flush(), end="")
-        show(model, config, prompts[part], batch[1], *output, is_streamed)
-
-
-def show(model: GPT, config: InferenceConfig, prompts: list[str], prompt_masks: torch.Tensor,
-         output_ids: torch.Tensor, output_masks: torch.Tensor, is_streamed: bool) -> None:
-    """Prints the results of some prompts, but for what was streamed already."""
-    responses = decode_generation(output_ids, output_masks, prompt_masks)
-    rows = generated_rows(output_ids, output_masks, prompt_masks)
-    lengths = prompt_masks.sum(1).tolist()
-    reasons = finish_reasons(output_ids, output_masks, prompt_masks, config.max_steps)
-    if config.json:
-        with torch.no_grad():
-            scores = logprobs(model, output_ids, output_masks).tolist()
-    for i, prompt in enumerate(prompts):
+    decoder, stream = StreamDecoder(), len(rows) == 1 and not config.json
+    if stream:
+        print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
+    ids, masks = pad_rows(rows)
+    output = generate(model, ids, masks, max_steps=config.max_steps, seed=seeds,
+                      on_tokens=print_tokens if stream else None, **asdict(params))
+    answers = decode_generation(*output, masks)
+    reasons = finish_reasons(*output, masks, config.max_steps)
+    scores = logprobs(model, *output).tolist() if config.json else None
+    for i, tokens in enumerate(generated_rows(*output, masks)):
+        n, text = len(rows[i]), f"prompt:   {prompts[i]}\nresponse: {answers[i]}"
         if config.json:
-            print(json.dumps({
-                "prompt": prompt, "response": responses[i], "prompt_tokens": lengths[i],
-                "tokens": rows[i], "logprobs": scores[i][lengths[i] - 1 :][: len(rows[i])],
-                "finish_reason": reasons[i]}), flush=True)
-            continue
-        if not is_streamed:
-            print(f"prompt:   {prompt}\nresponse: {responses[i]}", end="")
-        print(f"\n          [{len(rows[i])} tokens, {ENDINGS[reasons[i]]}]\n", flush=True)
-
-
-def printing(decoder: StreamDecoder, tokens: list[int], interrupts: list[int],
-             ) -> Callable[[int, list[int]], None]:
-    """What `generate` calls: notes the new tokens, prints their text, and raises KeyboardInterrupt
-    once there was an interrupt."""
-    def show(row: int, new: list[int]) -> None:
-        tokens.extend(new)
-        print(decoder.feed([token for token in new if token != EOT_TOKEN]), end="", flush=True)
-        if interrupts:
-            raise KeyboardInterrupt
-    return show
+            text = json.dumps({
+                "prompt": prompts[i], "response": answers[i], "prompt_tokens": n, "tokens": tokens,
+                "logprobs": scores[i][n - 1 : n - 1 + len(tokens)], "finish_reason": reasons[i]})
+        else:
+            end = {"stop": "<|endoftext|>", "length": "--max-steps", "context": "a full context"}
+            text = (decoder.flush() if stream else text) + (
+                f"\n          [{len(tokens)} tokens, ended by {end[reasons[i]]}]\n")
+        print(text, flush=True)
 
 
 def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
-    choice = check_config(config)
-    prompts = [] if config.chat else read_prompts(config)
-    device = pick_device(config.device)
-    folder = find_checkpoint(config.checkpoint)
-    use_template = not config.raw and read_prompt_template(folder) is not None
-    model = load_model(folder, device)
-    check_vocabulary(model, config.checkpoint)
-    prepare_to_sample(model, pick_dtype(config.dtype, device))
-    if config.chat:
-        from chat import chat
-
-        chat(model, choice, config.max_steps, config.seed, use_template)
-    else:
-        texts = [format_prompt(prompt) for prompt in prompts] if use_template else prompts
-        respond(model, config, choice, prompts, texts)
+    prompts = read_prompts(config)
+    encode_prompts([prompt.strip() for prompt in prompts])  # refuses blank prompts before loading
+    model, params, use_template = config.load()
+    rows = encode_prompts([format_prompt(p) if use_template else p for p in prompts])
+    seeds = row_seeds(prompts, config.seed)
+    check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
+    for i in range(0, len(rows), config.batch_size):
+        part = slice(i, i + config.batch_size)
+        respond(model, config, params, prompts[part], rows[part], seeds[part])
 
 
 if __name__ == "__main__":

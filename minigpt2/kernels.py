@@ -1,5 +1,11 @@
-"""What makes a trained model sample fast. On a CPU, its weights are packed once into the layout
-that oneDNN's kernels read, instead of being rearranged, or read at a stride, for every token."""
+"""Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU.
+
+On a CPU, `prepare_to_sample` packs each weight once into the layout that oneDNN's kernels read.
+Otherwise every token would repack it, or read it with a stride.
+"""
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -8,12 +14,12 @@ from minigpt2.config import UserError
 from minigpt2.distributed import keep_freed_memory
 from model import GPT
 
-ROWS_HINT = 8  # for how many rows the layout is chosen; any number works
+ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number works
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with a packed weight, for inference: x (..., in) in any floating dtype ->
-    (..., out) in that of the weight, which is float32 or bfloat16. It has no gradient."""
+    """Inference-only nn.Linear with a packed float32 or bfloat16 weight: x (..., in) in any
+    floating dtype -> (..., out) in the weight's dtype. Has no gradient."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
@@ -28,8 +34,8 @@ class PackedLinear(nn.Module):
 
 
 class Float32Head(nn.Module):
-    """A GPU's output head in float16 or bfloat16 whose logits are float32, as the sums of its
-    products are: x (..., C) -> (..., V). It has no gradient."""
+    """Inference-only output head for a GPU: multiplies in float16 or bfloat16 and returns the
+    float32 sums, x (..., C) -> (..., V). Has no gradient."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -42,7 +48,7 @@ class Float32Head(nn.Module):
 
 
 def can_pack(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this build of PyTorch has oneDNN's packed product, and the processor the dtype."""
+    """Whether this build of PyTorch has oneDNN's packed product and the CPU supports the dtype."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn,
                                                                "_linear_pointwise"):
         return False
@@ -51,23 +57,24 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Makes a model ready for `generate` and `logprobs` alone, in place: it can be neither trained
-    nor saved afterwards. On a GPU, its weights become `dtype`.
+    """Prepares a model for `generate` and `logprobs`, in place and for good: afterwards it can be
+    neither trained nor saved.
 
-    On a CPU its linear layers are packed, those of the blocks in `dtype`; embeddings, residual
-    stream, LayerNorms and the attention of single tokens stay float32. Without oneDNN (macOS, say)
-    all stays as it is, in float32. The process keeps the memory that it frees.
+    On a GPU, converts the weights to `dtype`. On a CPU, packs the linear layers, those of the
+    blocks in `dtype`; embeddings, residual stream, LayerNorms and the attention of single tokens
+    stay in float32. Without oneDNN (on macOS, for example) the layers are not packed and only
+    float32 is supported. On a CPU, freed memory stays with the process.
 
-    Logits are float32 everywhere: in bfloat16, GPT-2's, around -100, lie half a unit apart.
-    Raises UserError for a dtype that the processor does not have, ValueError for another one than
-    the model was made ready with before.
+    Logits are float32 everywhere: GPT-2's logits are around -100, where bfloat16 values are 0.5
+    apart. Raises UserError if the CPU does not support `dtype`, ValueError if the model was already
+    prepared in another dtype.
     """
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
-        first = model.transformer.h[0].attn.c_attn
-        done = first.dtype if isinstance(first, PackedLinear) else first.weight.dtype
-        if done != dtype:
-            raise ValueError(f"the model is ready to sample in {done}, and cannot change")
+        c_attn = model.transformer.h[0].attn.c_attn
+        current = c_attn.dtype if isinstance(c_attn, PackedLinear) else c_attn.weight.dtype
+        if current != dtype:
+            raise ValueError(f"the model is already prepared in {current}, cannot use {dtype}")
         return model
     device = model.transformer.wte.weight.device
     if device.type == "cuda" and dtype != torch.float32:
@@ -75,7 +82,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     elif device.type != "cpu":
         model.to(dtype)
     elif dtype != torch.float32 and not can_pack(dtype):
-        raise UserError(f"this processor samples in float32, and not in {str(dtype)[6:]}: use "
+        raise UserError(f"this CPU does not support sampling in {str(dtype)[6:]}: use "
                         "--dtype float32")
     elif can_pack():
         keep_freed_memory()
@@ -86,3 +93,20 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
                 setattr(part, name, PackedLinear(getattr(part, name), dtype))
         model.lm_head = PackedLinear(model.lm_head, torch.float32)
     return model
+
+
+def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Captures a function, after a warm-up call, as a CUDA graph that repeats its work on the same
+    tensors. Captured by hand: torch.compile(mode="reduce-overhead") may do better, but has not been
+    measured against it on a GPU."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: a data loader's thread may pin memory during the capture
+    with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
+        step()
+    return graph
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all captures, since each stream would allocate a workspace."""
+    return torch.cuda.Stream(device)

@@ -1,16 +1,16 @@
-"""Chooses the next token of every row from its logits, with a random stream of the row's own.
+"""Samples the next token of each row from its logits, with one random stream per row.
 
-A token is drawn as the winner of an exponential race: the largest of w_i / E_i, where w_i is the
-weight of token i (its probability, unscaled) and E_i exponential noise, has the distribution of the
-weights (the Gumbel-max trick without its logarithm; Maddison et al. 2014, "A* Sampling", 2.1).
-Unlike the inversion of a distribution function, in which every token's border moves with the
-rounding of all those before it, a race changes its winner only where the first two are equal to
-rounding: a row draws the same tokens alone and in any batch, whose products round differently.
+Tokens are sampled with the Gumbel-max trick in its exponential form (Maddison et al. 2014, "A*
+Sampling", section 2.1): argmax_i w_i / E_i, with independent exponential noise E_i, follows the
+distribution proportional to the weights w_i. This makes sampling batch-invariant. Inverting the
+cumulative distribution would shift the boundary of every token by the rounding of all tokens before
+it; here rounding changes the result only if the two best tokens are tied to within rounding. So a
+row samples the same tokens alone and in any batch, although matrix products round differently.
 
-The noise is a function of (key of the row, number of the draw, token), computed on the device where
-it is used, without a state: a counter-based generator (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"), from SplitMix64 (Steele et al. 2014), which turns key and draw into
-two words, and MurmurHash3's finalizer, which mixes each of them with the token.
+The noise comes from counter-based random numbers (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3"): a stateless function of the row's key, a counter and the token id, computed on
+the device that uses it. SplitMix64 (Steele et al. 2014) turns key and counter into two words;
+MurmurHash3's finalizer mixes each of them with the token id.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ import torch
 from minigpt2.config import UserError
 from minigpt2.tokenizer import N_VOCAB
 
-GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
+SPLITMIX_GAMMA = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64
 SPLITMIX_1, SPLITMIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # 0xBF58..., 0x94D0...
 MURMUR_1, MURMUR_2 = -0x7A143595, -0x3D4D51CB  # 0x85EBCA6B and 0xC2B2AE35, as int32
-GOLDEN_32 = -0x61C8864F  # 0x9E3779B1, as int32
-SEEDS = 2**64
+GOLDEN_32 = -0x61C8864F  # 2**32 / golden ratio, as int32
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen. 1 / 0 / 1 / 1 is the model's own distribution.
+    """How tokens are sampled. 1 / 0 / 1 / 1 is the model's own distribution.
 
-    temperature: 0 takes the likeliest token. top_k: only the k likeliest, 0 all of them (as does a
-    k above the vocabulary). top_p: only the likeliest that together have probability p, at least
-    one (Holtzman et al. 2019). repetition_penalty: divides the positive and multiplies the negative
-    logits of tokens that the row already has (Keskar et al. 2019). Applied in the order penalty,
-    temperature, k, p, as Hugging Face does; equal logits are kept or dropped together.
+    temperature: 0 takes the most likely token. top_k: keeps the k most likely tokens; 0, or more
+    than the vocabulary, keeps all. top_p: keeps the smallest set of most likely tokens with total
+    probability p (nucleus sampling, Holtzman et al. 2019). repetition_penalty: divides the positive
+    and multiplies the negative logits of tokens already in the row (Keskar et al. 2019). Applied in
+    Hugging Face's order: penalty, temperature, k, p. Equal logits are kept or dropped together.
     """
 
     temperature: float
@@ -49,122 +49,132 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        for name, is_good, expected in (
-                ("temperature", lambda x: x >= 0, "0 (the likeliest token) or above"),
+        for name, is_valid, expected in (
+                ("temperature", lambda x: x >= 0, "at least 0"),
                 ("top_k", lambda x: x >= 0 and isinstance(x, numbers.Integral),
-                 "a whole number, 0 (all tokens) or above"),
-                ("top_p", lambda x: 0 <= x <= 1, "0 (the likeliest token) to 1 (all)"),
-                ("repetition_penalty", lambda x: x > 0, "1 (none) or another number above 0")):
+                 "an integer of at least 0 (0: all tokens)"),
+                ("top_p", lambda x: 0 <= x <= 1, "0 to 1 (1: all tokens)"),
+                ("repetition_penalty", lambda x: x > 0, "above 0 (1: no penalty)")):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not (is_good(value) and value < float("inf")):
-                raise UserError(f"{name} is {value!r:.60}, expected {expected}, and finite")
+            if not (isinstance(value, numbers.Real) and is_valid(value) and value < float("inf")):
+                raise UserError(f"{name} is {value!r:.60}, expected a finite number, {expected}")
 
 
-def choose(logits: torch.Tensor, choice: SamplingParams, keys: torch.Tensor, draw: torch.Tensor,
+def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, counter: torch.Tensor,
            seen: torch.Tensor | None = None) -> torch.Tensor:
-    """One token a row (B,) from logits (B, V). `keys` (B,) int64 name the rows' streams, `draw`
-    (B,) int64 says which draw of its stream is a row's next. `seen` (B, V') marks the tokens that
-    are penalized. Ids that the tokenizer does not have (a padded vocabulary) are never chosen."""
+    """Samples one token per row: logits (B, V) -> (B,) int64.
+
+    keys (B,) int64 identify the rows' random streams; counter (B,) or () int64 is the position in
+    each stream. seen (B, V') bool marks the tokens to penalize. Ids beyond the tokenizer's (a
+    padded vocabulary) are never sampled.
+    """
     logits = logits[:, :N_VOCAB].float()  # (B, V')
     if seen is not None:
-        penalized = torch.where(logits > 0, logits / choice.repetition_penalty,
-                                logits * choice.repetition_penalty)
+        penalized = torch.where(logits > 0, logits / params.repetition_penalty,
+                                logits * params.repetition_penalty)
         largest = torch.finfo(torch.float32).max
         logits = torch.where(seen, penalized.clamp(-largest, largest), logits)
-    if choice.temperature == 0:
+    if params.temperature == 0:
         return logits.argmax(-1)
-    weights = weights_of(keep_top_k(logits, choice.top_k), choice.temperature)
-    weights = keep_top_p(weights, choice.top_p)
-    return (weights / exponential_noise(keys, draw, weights.size(1))).argmax(-1)
+    weights = unnormalized_probs(keep_top_k(logits, params.top_k), params.temperature)
+    weights = keep_top_p(weights, params.top_p)
+    token_ids = torch.arange(weights.size(1), device=logits.device, dtype=torch.int32)  # (V',)
+    return (weights / exponential_noise(keys, counter, token_ids)).argmax(-1)
+
+
+def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Marks the tokens of each row of ids (B, T), padding excluded: (B, V') bool for `sample`."""
+    seen = torch.zeros(len(ids), min(vocab_size, N_VOCAB), dtype=torch.bool, device=ids.device)
+    for marks, row, length in zip(seen, ids, lengths.tolist(), strict=True):
+        marks[row[:length]] = True
+    return seen
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The logits (B, V), -inf for all but the k largest of a row and what equals the last of
-    them."""
+    """Sets all logits (B, V) but the k largest of each row, and ties with the last, to -inf."""
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     return logits
 
 
-def weights_of(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The probabilities (B, V) of logits (B, V), scaled so that the largest is 1: no temperature,
-    however small, overflows."""
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # a smaller one would be 0
+def unnormalized_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, so that no temperature
+    overflows."""
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # float32 would round to 0
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
 
 
 def keep_top_p(weights: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The weights (B, V), 0 for the least of a row that have at most 1 - p of their sum
-    together."""
+    """Sets the smallest weights (B, V) of each row to 0, up to a fraction 1 - p of their sum."""
     if top_p < 1:
         ascending = sort_rows(weights)  # (B, V)
-        below = ascending.cumsum(-1)
-        dropped = (below <= (1 - top_p) * below[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
-        dropped = dropped.clamp(max=weights.size(-1) - 1)  # never all
+        cumulative = ascending.cumsum(-1)
+        dropped = (cumulative <= (1 - top_p) * cumulative[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
+        dropped = dropped.clamp(max=weights.size(-1) - 1)  # keep at least one token
         weights = weights * (weights >= ascending.gather(-1, dropped))
     return weights
 
 
 def sort_rows(x: torch.Tensor) -> torch.Tensor:
-    """The rows of x (B, V) in ascending order. On a CPU by NumPy, 15 times as fast as PyTorch."""
+    """Sorts each row of x (B, V), ascending. On a CPU, NumPy is 15 times as fast as PyTorch."""
     if x.device.type == "cpu":
         return torch.from_numpy(np.sort(x.numpy(), axis=-1))
     return x.sort(-1).values
 
 
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
-    """The seed of every row: its own where there is one for each; else `seed`, plus the number of
-    times that the row's prompt came before. Raises UserError."""
+    """One seed per row. From a single seed, the n-th repetition of a prompt gets seed + n. Raises
+    UserError for invalid seeds or a wrong number of them."""
     if isinstance(seed, list | tuple):
         seeds = list(seed)
     else:
-        seeds, before = [seed] * len(prompts), Counter()
+        seeds, repetitions = [seed] * len(prompts), Counter()
         for i, prompt in enumerate(prompts if isinstance(seed, numbers.Integral) else ()):
-            seeds[i] += before[prompt]
-            before[prompt] += 1
+            seeds[i] += repetitions[prompt]
+            repetitions[prompt] += 1
     if len(seeds) != len(prompts) or not all(
-            isinstance(one, numbers.Integral) and 0 <= one < SEEDS for one in seeds):
+            isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
         shown = " ".join(repr(seed)[:60].split())
-        raise UserError(f"seed is {shown}, expected a whole number of at least 0 and below 2^64, "
-                        "or a list with one for every row")
+        raise UserError(f"seed is {shown}, expected an integer from 0 to 2**64 - 1, or a list with "
+                        "one for each row")
     return list(map(int, seeds))
 
 
 def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> torch.Tensor:
-    """Names of the rows' random streams (B,) int64: 64 bits of a hash of prompt and seed."""
+    """The keys (B,) int64 of the rows' random streams: 64 bits of a hash of prompt and seed."""
     digests = [hashlib.sha256(repr((seed, prompt)).encode()).digest()
                for prompt, seed in zip(prompts, seeds, strict=True)]
     return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
 
 
-def exponential_noise(keys: torch.Tensor, draw: torch.Tensor, size: int) -> torch.Tensor:
-    """Noise (B, size) float32, exponentially distributed with mean 1: a function of keys (B,) and
-    draw (B,), both int64, and of the column."""
-    words = splitmix64(keys, draw).view(torch.int32).view(-1, 2)  # (B, 2)
-    x = torch.arange(size, device=keys.device, dtype=torch.int32) * GOLDEN_32  # (size,)
-    x = murmur_finalizer(x ^ words[:, :1])  # (B, size)
-    x = murmur_finalizer(x ^ words[:, 1:])
-    uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], fine towards 0
-    # neither 0, with which any token would win, nor 1, with which none could
+def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
+                      token_ids: torch.Tensor) -> torch.Tensor:
+    """Counter-based exponential noise with mean 1: keys (B,) int64, counter (B,) or () int64,
+    token_ids (V,) int32 -> (B, V) float32."""
+    words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
+    x = fmix32((token_ids * GOLDEN_32) ^ words[:, :1])  # (B, V)
+    x = fmix32(x ^ words[:, 1:])
+    uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], with full precision near 0
+    # exclude 0, with which any token would be sampled, and 1, with which none could be
     return uniform.clamp_(2**-32, 1 - 2**-24).neg_().log1p_().neg_()
 
 
-def murmur_finalizer(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer (Appleby) of every int32 of x."""
-    x = shift_xor(x, 16).mul_(MURMUR_1)
-    x = shift_xor(x, 13).mul_(MURMUR_2)
-    return shift_xor(x, 16)
+def fmix32(x: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finalizer (Appleby), element-wise on int32."""
+    x = xor_shift_right(x, 16).mul_(MURMUR_1)
+    x = xor_shift_right(x, 13).mul_(MURMUR_2)
+    return xor_shift_right(x, 16)
 
 
-def splitmix64(seed: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """The output number `draw`, from 0 on, of SplitMix64 started with `seed`; all (B,) int64."""
-    z = seed + (draw + 1) * GOLDEN  # sums and products wrap
-    z = shift_xor(z, 30) * SPLITMIX_1
-    z = shift_xor(z, 27) * SPLITMIX_2
-    return shift_xor(z, 31)
+def splitmix64(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+    """Output number `counter` (from 0) of SplitMix64 with the given seed, element-wise on int64."""
+    z = seed + (counter + 1) * SPLITMIX_GAMMA  # sums and products wrap around
+    z = xor_shift_right(z, 30) * SPLITMIX_1
+    z = xor_shift_right(z, 27) * SPLITMIX_2
+    return xor_shift_right(z, 31)
 
 
-def shift_xor(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z ^ (z >> bits) of integers as if they were unsigned."""
-    kept = 2 ** (8 * z.element_size() - bits) - 1
-    return (z >> bits).bitwise_and_(kept).bitwise_xor_(z)
+def xor_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """z ^ (z >> bits), with z taken as unsigned."""
+    mask = 2 ** (8 * z.element_size() - bits) - 1
+    return (z >> bits).bitwise_and_(mask).bitwise_xor_(z)

@@ -41,4 +41,4 @@ python inference.py --checkpoint "$out/finetune" --device cpu --temperature 0.3 
 
 step "done: $out"
 echo "loss graphs: $out/pretrain_loss.png and $out/finetune_loss.png"
-echo "ask more:    $(command -v python) inference.py --checkpoint $out/finetune --chat"
+echo "ask more:    $(command -v python) chat.py --checkpoint $out/finetune"

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one."""
+"""Tests that need a GPU; skipped without one."""
 
 import copy
 import dataclasses
@@ -6,7 +6,15 @@ import dataclasses
 import pytest
 import torch
 from helpers.common import CPU_LAUNCH, TINY
-from helpers.generation import LONG, PROMPTS, WAYS, ragged, rows_of, sample, sharp_model
+from helpers.generation import (
+    LONG,
+    PROMPTS,
+    SAMPLING_OPTIONS,
+    random_batch,
+    rows_of,
+    run_generate,
+    sharp_model,
+)
 from helpers.training import losses, tiny
 
 import inference
@@ -15,7 +23,7 @@ from minigpt2.distributed import Launch
 from minigpt2.kernels import prepare_to_sample
 from trainer import train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def gpu_launch() -> Launch:
@@ -26,13 +34,13 @@ def gpu_launch() -> Launch:
     ({"dtype": "float32", "compile": False}, 1e-3), ({"dtype": "float32", "compile": True}, 1e-3),
     ({"dtype": "bfloat16", "compile": False}, 0.05), ({"dtype": "bfloat16", "compile": True}, 0.05),
     ({"dtype": "float16", "compile": False}, 0.05), ({"dtype": "float16", "compile": True}, 0.05)])
-def test_ten_updates_are_those_of_the_cpu(corpus, tmp_path, changes, tolerance):
+def test_ten_steps_match_the_cpu(corpus, tmp_path, changes, tolerance):
     train(tiny(corpus, tmp_path / "cpu"), CPU_LAUNCH)
     train(tiny(corpus, tmp_path / "gpu", device="cuda", **changes), gpu_launch())
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=tolerance)
 
 
-def test_the_training_loss_needs_no_fp32_copy_of_all_logits():
+def test_the_training_loss_does_not_hold_all_logits_in_float32():
     torch.manual_seed(0)
     model = sharp_model(TINY).cuda().train()
     idx = torch.randint(0, 50257, (512, 32), device="cuda")  # 16,384 rows: 3.3 GB of fp32 logits
@@ -45,28 +53,28 @@ def test_the_training_loss_needs_no_fp32_copy_of_all_logits():
 
 @pytest.mark.parametrize("device", range(max(torch.cuda.device_count(), 1)))
 @pytest.mark.parametrize("max_steps", [12, 150])
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_text_is_that_of_the_cpu(way, max_steps, device, monkeypatch):
-    """Eager and in graphs, over several spans of the cache, with rows that end and are let go."""
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_generated_tokens_match_the_cpu(options, max_steps, device, monkeypatch):
+    """Without and with graphs, over several spans of the cache, with rows that finish early."""
     model = sharp_model(LONG, seed=1)
-    ids, masks = ragged([3, 100, 40, 200], seed=5)
-    free = rows_of(*sample(model, ids, masks, 150, **way))
-    monkeypatch.setattr(inference, "EOT_TOKEN", free[3][200 + 20])
+    ids, masks = random_batch([3, 100, 40, 200], seed=5)
+    full = rows_of(*run_generate(model, ids, masks, 150, **options))
+    monkeypatch.setattr(inference, "EOT_TOKEN", full[3][200 + 20])
     batch = torch.cat([ids, ids[[3] * 5]]), torch.cat([masks, masks[[3] * 5]])
     on_gpu = copy.deepcopy(model).to(f"cuda:{device}")
-    told, options = [], way | {"seed": [0] * 9}
-    expected = rows_of(*sample(model, *batch, max_steps, **options))
-    got = sample(on_gpu, *batch, max_steps, **options,
-                 on_tokens=lambda row, tokens: told.append((row, tokens)))
+    reported, options = [], options | {"seed": [0] * 9}
+    expected = rows_of(*run_generate(model, *batch, max_steps, **options))
+    got = run_generate(on_gpu, *batch, max_steps, **options,
+                       on_tokens=lambda row, tokens: reported.append((row, tokens)))
     assert rows_of(*(tensor.cpu() for tensor in got)) == expected
     for row, length in enumerate(batch[1].sum(1).tolist()):
-        assert sum((tokens for r, tokens in told if r == row), []) == expected[row][length:]
+        assert sum((tokens for r, tokens in reported if r == row), []) == expected[row][length:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_prepared_model_has_float32_logits_close_to_the_cpu(dtype):
     model = sharp_model(LONG, seed=1)
-    ids, masks = ragged([3, 100, 40], seed=5)
+    ids, masks = random_batch([3, 100, 40], seed=5)
     with torch.no_grad():
         expected = logprobs(model, ids, masks)
         prepared = prepare_to_sample(copy.deepcopy(model).cuda(), dtype)
@@ -77,7 +85,7 @@ def test_a_prepared_model_has_float32_logits_close_to_the_cpu(dtype):
     assert output.max() < 50257
 
 
-def test_sampling_in_a_deterministic_run():
+def test_sampling_while_deterministic_algorithms_are_required():
     torch.use_deterministic_algorithms(True)
     try:
         model = sharp_model().cuda()

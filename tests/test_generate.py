@@ -1,3 +1,6 @@
+"""`generate`, batches and log-probabilities against Hugging Face and against simpler code."""
+
+import dataclasses
 import random
 from contextlib import contextmanager
 
@@ -6,11 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.common import TINY, user_error
-from helpers.generation import LONG, PROMPTS, WAYS, ragged, rows_of, sample, sharp_model
+from helpers.generation import (
+    LONG,
+    PROMPTS,
+    SAMPLING_OPTIONS,
+    SMALL_VOCAB,
+    random_batch,
+    rows_of,
+    run_generate,
+    sharp_model,
+)
 
 import inference
 from inference import (
-    Continuation,
+    DecodingBatch,
     decode_generation,
     finish_reasons,
     generate,
@@ -21,8 +33,9 @@ from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, N_VOCAB, encode
 from model import GPT, GPTConfig
 
 
-def alone(model, prompt: str, max_steps: int, **options) -> list[int]:
-    return rows_of(*sample(model, *tokenize_batch_input([prompt]), max_steps, **options))[0]
+def generate_alone(model, prompt: str, max_steps: int, **options) -> list[int]:
+    """The token ids of a batch of one."""
+    return rows_of(*run_generate(model, *tokenize_batch_input([prompt]), max_steps, **options))[0]
 
 
 def test_prompts_are_right_padded_with_0():
@@ -34,12 +47,12 @@ def test_prompts_are_right_padded_with_0():
         assert mask.tolist() == [1] * length + [0] * (max(lengths) - length)
 
 
-def test_end_of_text_written_in_a_prompt_is_text():
+def test_endoftext_in_a_prompt_is_plain_text():
     ids, masks = tokenize_batch_input([f"a{EOT_TEXT}"])
     assert EOT_TOKEN not in ids and masks.sum() == ids.size(1) == 8
 
 
-def test_output_has_the_layout_of_the_input():
+def test_output_is_right_padded_like_the_input():
     input_ids, masks = tokenize_batch_input(PROMPTS)
     output, output_masks = generate(sharp_model(), input_ids, masks, 1.0, 9)
     assert output.shape == output_masks.shape and output.dtype == output_masks.dtype == torch.int64
@@ -49,123 +62,130 @@ def test_output_has_the_layout_of_the_input():
         assert output[i, length:].eq(0).all()
         assert output[i, :prompt_length].tolist() == encode(PROMPTS[i])
         assert prompt_length < length <= prompt_length + 9
-    assert output_masks[:, -1].any()  # no column of nothing but padding
+    assert output_masks[:, -1].any()  # no column of only padding
 
 
 # ------------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_row_is_the_same_alone_and_in_any_batch(way):
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_a_row_is_the_same_alone_and_in_any_batch(options):
     model = sharp_model()
-    expected = [alone(model, prompt, 12, **way) for prompt in PROMPTS]
+    expected = [generate_alone(model, prompt, 12, **options) for prompt in PROMPTS]
     for order in ([0, 1, 2], [2, 0, 1], [1, 2]):
         batch = tokenize_batch_input([PROMPTS[i] for i in order])
-        assert rows_of(*sample(model, *batch, 12, **way)) == [expected[i] for i in order]
+        rows = rows_of(*run_generate(model, *batch, 12, **options))
+        assert rows == [expected[i] for i in order]
 
 
-def random_cases() -> list[tuple[list[int], int]]:
-    """(lengths of the prompts, max_steps): 1 to 16 rows of 1 to 1,023 tokens, the shortest and the
-    longest among them."""
-    chance = random.Random(6)
-    cases = [([1], 40), ([1023], 5), ([1, 1023, 500, 1000], 30)]
+def random_cases() -> list[tuple[int, list[int], int]]:
+    """(vocab_size, prompt lengths, max_steps): 1 to 16 rows of 1 to 1,023 tokens, including the
+    shortest and the longest."""
+    rng = random.Random(6)
+    cases = [(50257, [1, 40, 9], 12), (512, [1], 40), (512, [1023], 5),
+             (512, [1, 1023, 500, 1000], 30)]
     for rows in (2, 5, 11, 16):
-        cases.append(([chance.randint(1, 1023) for _ in range(rows)], chance.randint(1, 12)))
-    cases.append(([chance.randint(1, 40) for _ in range(16)], 60))
-    return cases
+        lengths = [rng.randint(1, 1023) for _ in range(rows)]
+        cases.append((512, lengths, rng.randint(1, 12)))
+    return [*cases, (512, [rng.randint(1, 40) for _ in range(16)], 60)]
 
 
-@pytest.mark.parametrize("lengths, max_steps", random_cases(), ids=lambda x: str(x)[:24])
-def test_random_batches_are_hugging_faces_and_our_own_without_batch_or_cache(lengths, max_steps):
+@pytest.mark.parametrize("vocab_size, lengths, max_steps", random_cases(),
+                         ids=lambda x: str(x)[:24])
+def test_random_batches_match_hugging_face_and_single_rows_without_a_cache(vocab_size, lengths,
+                                                                           max_steps):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from minigpt2.checkpoint import to_gpt2_layout
-    model = sharp_model(LONG, seed=len(lengths))
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=1024, n_embd=16, n_layer=2, n_head=2)).eval()
-    theirs.load_state_dict(to_gpt2_layout(model), strict=False)
-    ids, masks = ragged(lengths, seed=max_steps)
-    output, output_masks = generate(model, ids, masks, 0.0, max_steps)
+    config = dataclasses.replace(LONG, vocab_size=vocab_size)
+    model = sharp_model(config, seed=len(lengths) + 1)
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=1024, n_embd=16,
+                                           n_layer=2, n_head=2)).eval()
+    reference.load_state_dict(to_gpt2_layout(model), strict=False)
+    ids, masks = random_batch(lengths, max_steps, vocab_size - 1)
+    greedy = rows_of(*generate(model, ids, masks, 0.0, max_steps))
     sampled = rows_of(*generate(model, ids, masks, 1.0, max_steps, top_p=0.95, seed=3))
     for i, length in enumerate(lengths):
         prompt = ids[i : i + 1, :length]
         ones = torch.ones_like(prompt)
-        expected = theirs.generate(prompt, attention_mask=ones, do_sample=False, pad_token_id=0,
-                                   max_new_tokens=min(max_steps, 1024 - length))[0].tolist()
-        row = output[i][output_masks[i].bool()]
-        assert row.tolist() == expected
-        with torch.no_grad():  # the comparison means something: no ties within rounding
-            top = model(row[None])[0][0, length - 1 : -1].topk(2).values
+        expected = reference.generate(prompt, attention_mask=ones, do_sample=False, pad_token_id=0,
+                                      max_new_tokens=min(max_steps, 1024 - length))[0].tolist()
+        assert greedy[i] == expected
+        with torch.no_grad():  # no ties within rounding, which would make the comparison random
+            top = model(torch.tensor([expected]))[0][0, length - 1 : -1].topk(2).values
         assert (top[:, 0] - top[:, 1]).min() > 1e-4
-        bare = generate(model, prompt, ones, 0.0, max_steps, use_cache=False)
-        assert bare[0][0].tolist() == expected
-        bare = generate(model, prompt, ones, 1.0, max_steps, top_p=0.95, seed=3, use_cache=False)
-        assert bare[0][0].tolist() == sampled[i]
+        no_cache = generate(model, prompt, ones, 0.0, max_steps, use_cache=False)
+        assert no_cache[0][0].tolist() == expected
+        no_cache = generate(model, prompt, ones, 1.0, max_steps, top_p=0.95, seed=3,
+                            use_cache=False)
+        assert no_cache[0][0].tolist() == sampled[i]
 
 
-def test_the_ids_in_padded_places_do_not_matter():
+def test_ids_in_padding_do_not_matter():
     model = sharp_model()
     input_ids, masks = tokenize_batch_input(PROMPTS)
     expected = rows_of(*generate(model, input_ids, masks, 0.0, 12))
     for pad in (EOT_TOKEN, 11, -100, 2**40):
         padded = torch.where(masks.bool(), input_ids, pad)
         assert rows_of(*generate(model, padded, masks, 0.0, 12)) == expected
-    wider = torch.cat([masks, torch.zeros(3, 4, dtype=torch.long)], 1)  # columns of padding only
+    wider = torch.cat([masks, torch.zeros(3, 4, dtype=torch.long)], 1)  # columns of only padding
     ids = torch.cat([input_ids, torch.full((3, 4), 7)], 1)
     assert rows_of(*generate(model, ids, wider, 0.0, 12)) == expected
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.3, 3.0])
-def test_a_repetition_penalty_is_hugging_faces(penalty, tmp_path):
+def test_the_repetition_penalty_matches_hugging_face(penalty, tmp_path):
     from transformers import GPT2LMHeadModel
 
     from minigpt2.checkpoint import save_checkpoint
     model = sharp_model()
-    theirs = GPT2LMHeadModel.from_pretrained(save_checkpoint(tmp_path, 0, model)).eval()
+    reference = GPT2LMHeadModel.from_pretrained(save_checkpoint(tmp_path, 0, model)).eval()
     got = rows_of(*generate(model, *tokenize_batch_input(PROMPTS), 0.0, 12,
                             repetition_penalty=penalty))
     for prompt, row in zip(PROMPTS, got, strict=True):
         ids = torch.tensor([encode(prompt)])
-        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                   max_new_tokens=12, pad_token_id=EOT_TOKEN,
-                                   repetition_penalty=penalty)
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                      max_new_tokens=12, pad_token_id=EOT_TOKEN,
+                                      repetition_penalty=penalty)
         assert row == expected[0].tolist()
 
 
 def test_generated_tokens_follow_the_softmax():
-    """The streams of many rows together: one prompt, many draws of its next token, chi-square over
-    5 tokens and the rest."""
-    config = GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    """4,000 rows with one prompt and different seeds: chi-square over 5 tokens and all others."""
+    config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
     model = sharp_model(config, seed=3)
     with torch.no_grad():
         model.lm_head.weight[5:].zero_()
         model.lm_head.weight[:5].normal_(std=4)
-        probs = model(torch.tensor([[15496]]))[0][0, -1].softmax(0)
-    batch, counts = torch.full((500, 1), 15496), torch.zeros(6, dtype=torch.long)
+        probs = model(torch.tensor([[21]]))[0][0, -1].softmax(0)
+    batch, counts = torch.full((500, 1), 21), torch.zeros(6, dtype=torch.long)
     for seed in range(0, 4000, 500):
         output, _ = generate(model, batch, torch.ones_like(batch), 1.0, 1, seed=seed)
         counts += torch.bincount(output[:, 1].clamp(max=5), minlength=6)
     expected = torch.cat([probs[:5], probs[5:].sum()[None]]) * 4000
     kept = expected > 5
+    assert kept.sum() >= 3
+    # 20.5 is the 0.999 quantile for 5 degrees of freedom
     assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < 20.5
 
 
 def test_a_padded_vocabulary_is_not_sampled():
-    """Ids that the tokenizer does not have, likeliest of all."""
+    """Even if ids beyond the tokenizer's have the largest logits."""
     wide = sharp_model(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
     model = sharp_model()
     with torch.no_grad():
-        for ours, theirs in zip(wide.parameters(), model.parameters(), strict=True):
-            ours[: len(theirs)] = theirs
+        for padded, p in zip(wide.parameters(), model.parameters(), strict=True):
+            padded[: len(p)] = p
         wide.transformer.wte.weight[50257:] = 50 * wide.transformer.wte.weight[:47].sign()
     batch = tokenize_batch_input(PROMPTS)
     with torch.no_grad():
         assert wide(batch[0])[0].argmax(-1).min() >= N_VOCAB
-    for way in WAYS:
-        assert rows_of(*sample(wide, *batch, 12, **way)) == rows_of(
-            *sample(model, *batch, 12, **way))
+    for options in SAMPLING_OPTIONS:
+        expected = rows_of(*run_generate(model, *batch, 12, **options))
+        assert rows_of(*run_generate(wide, *batch, 12, **options)) == expected
     torch.testing.assert_close(logprobs(wide, *batch), logprobs(model, *batch))
     foreign = batch[0].clone()
-    foreign[0, 0] = N_VOCAB  # the model has it, the tokenizer has not
+    foreign[0, 0] = N_VOCAB  # an id of the model, not of the tokenizer
     for call in (logprobs, lambda *batch: generate(*batch, 1.0, 3)):
         assert "50257" in user_error(call, wide, foreign, batch[1])
 
@@ -175,15 +195,15 @@ def test_a_padded_vocabulary_is_not_sampled():
 
 def test_seeds():
     model = sharp_model()
-    first = alone(model, PROMPTS[0], 12, temperature=1.0, seed=1)
-    second = alone(model, PROMPTS[0], 12, temperature=1.0, seed=2)
-    assert alone(model, PROMPTS[0], 12, temperature=1.0, seed=1) == first != second
-    assert alone(model, PROMPTS[0], 4, temperature=1.0, seed=1) == first[
+    first = generate_alone(model, PROMPTS[0], 12, temperature=1.0, seed=1)
+    second = generate_alone(model, PROMPTS[0], 12, temperature=1.0, seed=2)
+    assert generate_alone(model, PROMPTS[0], 12, temperature=1.0, seed=1) == first != second
+    assert generate_alone(model, PROMPTS[0], 4, temperature=1.0, seed=1) == first[
         : len(encode(PROMPTS[0])) + 4]
     state = torch.get_rng_state()
     batch = tokenize_batch_input([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=1))
-    assert [rows[0], rows[2]] == [first, second]  # given again: the next seed
+    assert [rows[0], rows[2]] == [first, second]  # a repeated prompt gets the next seed
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=[2, 0, 1]))
     assert [rows[0], rows[2]] == [second, first]
     for same in (np.int64(1), list(np.array([1, 1, 2])), (1, 1, 2)):
@@ -191,14 +211,14 @@ def test_seeds():
         assert [rows[0], rows[2]] == [first, second]
     assert torch.equal(torch.get_rng_state(), state)
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=1 + 2**32))
-    assert rows[0] not in (first, second)  # no bit of a seed is lost
+    assert rows[0] not in (first, second)  # seeds have 64 bits
     for seed in (-1, [1, 2], [1, 2, -3], [], 0.5, [0.5, 1, 2], "123", b"123", 2**64, None,
                  torch.tensor([1, 2, 3]), np.zeros((30, 30), int)):
         assert "seed" in user_error(generate, model, *batch, 1.0, 12, seed=seed)
 
 
-def test_streams_differ_by_prompt_and_from_token_to_token(tiny_model):
-    """With a model to which all tokens are the same, a row is its noise."""
+def test_streams_differ_between_prompts_seeds_and_positions(tiny_model):
+    """With equal logits, the noise alone selects the tokens."""
     with torch.no_grad():
         tiny_model.transformer.wte.weight.zero_()
     ids = torch.tensor([[1], [2], [1]])
@@ -207,7 +227,7 @@ def test_streams_differ_by_prompt_and_from_token_to_token(tiny_model):
     assert len(tokens) == 90 and len(set(tokens)) > 85
 
 
-def test_without_a_cache_there_is_none(tiny_model, monkeypatch):
+def test_use_cache_false_allocates_no_cache(tiny_model, monkeypatch):
     monkeypatch.setattr(inference, "KVCache", None)
     batch = tokenize_batch_input(PROMPTS)
     assert generate(tiny_model, *batch, 1.0, 5, use_cache=False)[0].size(1) > batch[0].size(1)
@@ -215,8 +235,8 @@ def test_without_a_cache_there_is_none(tiny_model, monkeypatch):
         generate(tiny_model, *batch, 1.0, 5)
 
 
-def test_padding_is_not_seen(tiny_model):
-    """A repetition penalty is for what the row has: with PAD_TOKEN's logit the only one."""
+def test_the_repetition_penalty_ignores_padding(tiny_model):
+    """PAD_TOKEN has the largest logit and is not penalized before it is generated."""
     batch = tokenize_batch_input(["a b c d e f", "a"])
     with torch.no_grad():
         tiny_model.transformer.ln_f.weight.zero_()
@@ -230,83 +250,85 @@ def test_padding_is_not_seen(tiny_model):
 # ------------------------------------------------------------------------------- ends of rows
 
 
-class Chain(GPT):
-    """Follows every token by the one that a table names, whatever came before; notes the number of
-    rows of every pass."""
+class ChainModel(GPT):
+    """Predicts the next token from the last one alone, by a table made of chains of ids; other
+    tokens repeat. Records the number of rows of each forward pass."""
 
-    def __init__(self, *rows: list[int], config: GPTConfig = TINY):
+    def __init__(self, *chains: list[int], config: GPTConfig = TINY):
         super().__init__(config)
-        self.lm_head, self.rows = Following(config.vocab_size, rows), []
+        self.lm_head, self.batch_sizes = ChainHead(config.vocab_size, chains), []
 
     def hidden_states(self, idx, cache=None, positions=None):
-        self.rows.append(len(idx))
+        self.batch_sizes.append(len(idx))
         return idx[..., None]
 
 
-class Following(torch.nn.Module):
-    def __init__(self, vocab_size: int, rows: tuple[list[int], ...]):
+class ChainHead(torch.nn.Module):
+    def __init__(self, vocab_size: int, chains: tuple[list[int], ...]):
         super().__init__()
         self.vocab_size = vocab_size
-        self.table = {a: b for row in rows for a, b in zip(row, row[1:], strict=False)}
+        self.table = {a: b for chain in chains for a, b in zip(chain, chain[1:], strict=False)}
 
     def forward(self, x):
         wanted = torch.tensor([[self.table.get(int(token), int(token))] for token in x[:, 0]])
         return torch.zeros(len(x), self.vocab_size).scatter(1, wanted, 100.0)
 
 
-def test_rows_stop_at_end_of_text_each_on_its_own():
+def test_each_row_stops_at_its_own_endoftext():
     a, c, d = (encode(prompt)[-1] for prompt in ("a", "b c", "d"))
-    model = Chain([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
+    model = ChainModel([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
     input_ids, masks = tokenize_batch_input(["a", "b c", "d"])
     output, output_masks = generate(model, input_ids, masks, 1.0, 6)
     new = [row[int(mask.sum()) :] for row, mask in zip(rows_of(output, output_masks), masks,
                                                        strict=True)]
     assert new == [[5, EOT_TOKEN], [7, 8, 9, EOT_TOKEN], [EOT_TOKEN]]
     assert finish_reasons(output, output_masks, masks, 6) == ["stop"] * 3
-    # nobody waits for max_steps, and once half of the rows have finished they cost nothing
-    assert model.rows == [3, 3, 1, 1]
-    answers = decode_generation(output, output_masks, prompt_masks=masks)
-    assert answers == ["&", "()*", ""]
+    # stops before max_steps, and drops finished rows once they are at least half
+    assert model.batch_sizes == [3, 3, 1, 1]
+    responses = decode_generation(output, output_masks, prompt_masks=masks)
+    assert responses == ["&", "()*", ""]
     assert decode_generation(output, output_masks) == ["a&", "b c()*", "d"]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_rows_that_are_let_go_leave_the_others_as_they_were(way, monkeypatch):
-    """Rows of unequal length that end at different times, of a real model with a real cache: with
-    what a few of its tokens are called taken as the end."""
-    model = sharp_model(LONG, seed=1)
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_dropping_finished_rows_does_not_change_the_others(options, monkeypatch):
+    """With a real model and cache, rows of unequal length that finish at different times: one of
+    the generated ids stands in for <|endoftext|>."""
+    model = sharp_model(SMALL_VOCAB, seed=1)
     lengths = [3, 40, 9, 1, 25, 17]
-    ids, masks = ragged(lengths, seed=2)
-    free = [row[length:] for row, length in zip(rows_of(*sample(model, ids, masks, 30, **way)),
-                                                lengths, strict=True)]
-    monkeypatch.setattr(inference, "EOT_TOKEN", free[1][7])
+    ids, masks = random_batch(lengths, 2, 511)
+    full = [row[length:] for row, length in
+            zip(rows_of(*run_generate(model, ids, masks, 30, **options)), lengths, strict=True)]
+    end = next(token for i, token in enumerate(full[1]) if i >= 7 and token not in full[1][:i]
+               and any(token not in row for row in full))
+    monkeypatch.setattr(inference, "EOT_TOKEN", end)
     kept = []
-    keep = Continuation.keep
-    monkeypatch.setattr(Continuation, "keep", lambda self, rows: (
-        keep(self, rows), kept.append(len(rows))))
-    # most are one row, which ends early, again and again
+    keep_rows = DecodingBatch.keep_rows
+    monkeypatch.setattr(DecodingBatch, "keep_rows", lambda self, rows: (
+        keep_rows(self, rows), kept.append(len(rows))))
+    # half of the batch is one row, which finishes early, repeated
     ids, masks = torch.cat([ids[[1] * 6], ids]), torch.cat([masks[[1] * 6], masks])
-    new = [row[int(mask.sum()) :] for row, mask in zip(
-        rows_of(*sample(model, ids, masks, 30, seed=[0] * 12, **way)), masks, strict=True)]
-    cut = [row[: row.index(free[1][7]) + 1] if free[1][7] in row else row for row in free]
-    assert new == [cut[1]] * 6 + cut and max(map(len, new)) == 30
+    output = run_generate(model, ids, masks, 30, seed=[0] * 12, **options)
+    new = [row[int(mask.sum()) :] for row, mask in zip(rows_of(*output), masks, strict=True)]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in full]
+    assert new == [expected[1]] * 6 + expected and max(map(len, new)) == 30
     assert kept and kept[0] <= 6
 
 
-def test_one_of_two_rows_goes_on_alone():
+def test_one_of_two_rows_continues_alone():
     a, b = (encode(prompt)[-1] for prompt in ("a", "b"))
-    model = Chain([a, EOT_TOKEN], [b, 5, 6, EOT_TOKEN])
+    model = ChainModel([a, EOT_TOKEN], [b, 5, 6, EOT_TOKEN])
     generate(model, *tokenize_batch_input(["a", "b"]), 0.0, 9)
-    assert model.rows == [2, 1, 1]
+    assert model.batch_sizes == [2, 1, 1]
 
 
 def test_max_steps_and_the_context_end_a_row():
-    model = Chain()
+    model = ChainModel()
     batch = tokenize_batch_input(["a", " b" * 29])
     output, masks = generate(model, *batch, 0.0, 3)
-    assert masks.sum(1).tolist() == [4, 32]  # the second row is full: 32 is the context
-    assert len(model.rows) == 3
-    assert finish_reasons(output, masks, batch[1], 3) == ["length", "length"]  # nothing was cut
+    assert masks.sum(1).tolist() == [4, 32]  # the second row fills the context of 32
+    assert len(model.batch_sizes) == 3
+    assert finish_reasons(output, masks, batch[1], 3) == ["length", "length"]  # not cut
     output, masks = generate(model, *batch, 0.0, 4)
     assert masks.sum(1).tolist() == [5, 32]
     assert finish_reasons(output, masks, batch[1], 4) == ["length", "context"]
@@ -318,7 +340,7 @@ def test_max_steps_and_the_context_end_a_row():
     assert finish_reasons(output, masks, batch[1], 0) == ["length", "length"]
 
 
-def test_more_steps_than_the_context_holds_are_no_burden(tiny_model):
+def test_max_steps_may_exceed_the_context(tiny_model):
     ids, masks = tokenize_batch_input(["a b c", "a"])
     output = generate(tiny_model, ids, masks, 1.0, 10**30)[0]
     assert output.size(1) == TINY.block_size
@@ -328,127 +350,141 @@ def test_more_steps_than_the_context_holds_are_no_burden(tiny_model):
 # ------------------------------------------------------------------------------- streaming
 
 
-def test_tokens_are_told_as_they_come():
+def test_on_tokens_receives_tokens_as_they_come():
     a, c, d = (encode(prompt)[-1] for prompt in ("a", "b c", "d"))
-    model = Chain([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
-    batch, told = tokenize_batch_input(["a", "b c", "d"]), []
-    generate(model, *batch, 1.0, 6, on_tokens=lambda row, tokens: told.append((row, tokens)))
-    assert told == [(0, [5]), (1, [7]), (2, [EOT_TOKEN]), (0, [EOT_TOKEN]), (1, [8]), (1, [9]),
+    model = ChainModel([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
+    batch, reported = tokenize_batch_input(["a", "b c", "d"]), []
+    generate(model, *batch, 1.0, 6, on_tokens=lambda row, tokens: reported.append((row, tokens)))
+    assert reported == [(0, [5]), (1, [7]), (2, [EOT_TOKEN]), (0, [EOT_TOKEN]), (1, [8]), (1, [9]),
                     (1, [EOT_TOKEN])]
 
 
-def test_an_interrupt_ends_it_at_once(tiny_model):
-    told = []
+def test_an_exception_in_on_tokens_stops_generation(tiny_model):
+    reported = []
 
     def interrupt(row: int, tokens: list[int]) -> None:
-        told.extend(tokens)
-        if len(told) == 3:
+        reported.extend(tokens)
+        if len(reported) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generate(tiny_model, *tokenize_batch_input(["a"]), 1.0, 20, on_tokens=interrupt)
-    assert told == alone(tiny_model, "a", 3, temperature=1.0)[1:]
+    assert reported == generate_alone(tiny_model, "a", 3, temperature=1.0)[1:]
 
 
-# ------------------------------------------------------------------------------- as on a GPU
+# ------------------------------------------------------------------------------- GPU schedule
 
 
-class Graphs:
-    """A stand-in for CUDA's: takes a step down instead of making it, and repeats it on the tensors
-    that it was taken down with, which must still be those in use."""
+class FakeGraphs:
+    """Simulates the GPU schedule and CUDA graphs on a CPU: a capture records a step without running
+    it, and a replay runs it on the recorded tensors, which must still be the ones in use."""
 
     def __init__(self, monkeypatch):
-        self.spans, self.rows, self.replays, self.eager = [], [], 0, 0
-        self.step, start = Continuation.step, Continuation.__init__
+        self.spans, self.batch_sizes, self.replays, self.warmups = [], [], 0, 0
+        self.capturing = None
+        step, init = DecodingBatch.step, DecodingBatch.__init__
         graphs = self
 
         class Graph:
             def replay(self):
-                assert places(self.continuation) == self.places
-                graphs.step(self.continuation)
+                assert addresses(self.batch) == self.addresses
+                step(self.batch)
                 graphs.replays += 1
 
         @contextmanager
-        def graph(new, stream, capture_error_mode):
-            def take_down(rows: Continuation) -> None:
-                assert self.eager, "nothing was warmed up"
-                new.continuation, new.places = rows, places(rows)
-                self.spans.append(rows.cache.span)
-                self.rows.append(len(rows.row))
-                self.eager = 0
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Continuation, "step", take_down)
-                yield
+        def capture(graph, stream, capture_error_mode):
+            self.capturing = graph
+            yield
+            self.capturing = None
 
-        def eagerly(rows: Continuation) -> None:
-            self.eager += 1
-            self.step(rows)
+        def step_or_record(batch: DecodingBatch) -> None:
+            if self.capturing is None:
+                self.warmups += 1
+                step(batch)
+                return
+            assert self.warmups, "captured without a warm-up"
+            self.capturing.batch, self.capturing.addresses = batch, addresses(batch)
+            self.spans.append(batch.cache.span)
+            self.batch_sizes.append(len(batch.row))
+            self.warmups = 0
 
-        def starting(rows: Continuation, *arguments) -> None:
-            monkeypatch.setattr(Continuation, "span_of", lambda rows, length: -(-length // 128)
-                                * 128)
-            start(rows, *arguments)
-            rows.on_gpu, rows.uses_graphs = True, arguments[4] >= inference.GRAPH_STEPS
+        def init_as_on_gpu(batch: DecodingBatch, *arguments) -> None:
+            init(batch, *arguments)
+            batch.on_gpu, batch.span_multiple = True, inference.SPAN_GPU
+            batch.use_graphs = arguments[4] >= inference.MIN_GRAPH_STEPS and arguments[6]
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "graph", graph)
-        monkeypatch.setattr(Continuation, "step", eagerly)
-        monkeypatch.setattr(Continuation, "__init__", starting)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(DecodingBatch, "step", step_or_record)
+        monkeypatch.setattr(DecodingBatch, "__init__", init_as_on_gpu)
 
 
-def places(rows: Continuation) -> list:
-    tensors = [rows.row, rows.lengths, rows.prompt_lengths, rows.keys, rows.ends, rows.finished,
-               rows.finite, rows.logits, rows.output_ids, rows.cache.k, rows.cache.v,
-               rows.cache.rows, *([] if rows.seen is None else [rows.seen])]
-    return [rows.cache.span, *(tensor.data_ptr() for tensor in tensors)]
+def addresses(batch: DecodingBatch) -> list:
+    """The memory that a step of the batch reads and writes, and the cache's span."""
+    tensors = [value for owner in (batch, batch.cache) for value in vars(owner).values()
+               if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 14
+    return [batch.cache.span, *(tensor.data_ptr() for tensor in tensors)]
 
 
-@pytest.mark.parametrize("ending", [False, True])
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_schedule_of_a_gpu_gives_the_same(way, ending, monkeypatch):
-    """Graphs, replayed between looks 16 steps apart, of a cache whose span grows by 128; with rows
-    that end, and are let go, on the way."""
-    model = sharp_model(LONG, seed=1)
+@pytest.mark.parametrize("with_endings", [False, True])
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_the_gpu_schedule_generates_the_same_tokens(options, with_endings, monkeypatch):
+    """Graphs, syncs every 16 steps and a span that grows by 128. One row fills the context; with
+    endings, rows also finish early and are dropped."""
+    model = sharp_model(dataclasses.replace(SMALL_VOCAB, block_size=340), seed=1)
     lengths = [3, 100, 40, 200]
-    ids, masks = ragged(lengths, seed=5)
-    free = rows_of(*sample(model, ids, masks, 150, **way))
-    if ending:
-        monkeypatch.setattr(inference, "EOT_TOKEN", free[3][200 + 20])
+    ids, masks = random_batch(lengths, 5, 511)
+    full = rows_of(*run_generate(model, ids, masks, 150, **options))
+    if with_endings:
+        new, others = full[3][200:], full[0][3:] + full[1][100:] + full[2][40:]
+        end = next(token for i, token in enumerate(new)
+                   if i >= 20 and token not in new[:i] and token not in others)
+        monkeypatch.setattr(inference, "EOT_TOKEN", end)
         ids, masks = torch.cat([ids, ids[[3] * 5]]), torch.cat([masks, masks[[3] * 5]])
-    told, options = [], way | {"seed": [0] * len(ids)}
-    expected = rows_of(*sample(model, ids, masks, 150, **options))
-    graphs = Graphs(monkeypatch)
-    got = rows_of(*sample(model, ids, masks, 150, **options,
-                          on_tokens=lambda row, tokens: told.append((row, tokens))))
+    reported, options = [], options | {"seed": [0] * len(ids)}
+    expected = rows_of(*run_generate(model, ids, masks, 150, **options))
+    graphs = FakeGraphs(monkeypatch)
+    got = rows_of(*run_generate(model, ids, masks, 150, **options,
+                                on_tokens=lambda row, tokens: reported.append((row, tokens))))
     assert got == expected
     for row, length in enumerate(masks.sum(1).tolist()):
-        assert sum((tokens for r, tokens in told if r == row), []) == expected[row][length:]
-    assert max(len(tokens) for _, tokens in told) == 16
+        assert sum((tokens for r, tokens in reported if r == row), []) == expected[row][length:]
+    assert max(len(tokens) for _, tokens in reported) == 16
     assert graphs.spans[0] == 256 and set(graphs.spans) <= {256, 384, 128}
-    assert graphs.replays > (5 if ending else 140)
-    assert graphs.rows[0] == len(ids) and (len(set(graphs.rows)) > 1) == ending
+    assert graphs.replays > (5 if with_endings else 140)
+    assert graphs.batch_sizes[0] == len(ids)
+    assert (len(set(graphs.batch_sizes)) > 1) == with_endings
 
 
-def test_logits_that_were_not_finite_between_two_looks(monkeypatch):
-    model = sharp_model(LONG, seed=1)
-    batch = ragged([3, 10], seed=5)
-    Graphs(monkeypatch)
+def test_the_gpu_schedule_without_a_cache(monkeypatch):
+    model = sharp_model(dataclasses.replace(SMALL_VOCAB, block_size=32), seed=1)
+    batch = random_batch([3, 25], 5, 511)
+    expected = rows_of(*generate(model, *batch, 1.0, 20))
+    FakeGraphs(monkeypatch)
+    assert rows_of(*generate(model, *batch, 1.0, 20, use_cache=False)) == expected
+
+
+def test_non_finite_logits_between_two_syncs_are_found(monkeypatch):
+    model = sharp_model(SMALL_VOCAB, seed=1)
+    batch = random_batch([3, 10], 5, 511)
+    FakeGraphs(monkeypatch)
     passes = []
 
-    def poisoned(module, inputs, logits):
+    def nan_in_pass_5(module, inputs, logits):
         passes.append(1)
         return logits * float("nan") if len(passes) == 5 else logits
 
-    model.lm_head.register_forward_hook(poisoned)
+    model.lm_head.register_forward_hook(nan_in_pass_5)
     assert "not finite" in user_error(generate, model, *batch, 1.0, 100)
 
 
-def test_few_tokens_are_worth_no_graph(monkeypatch):
-    model = sharp_model(LONG, seed=1)
-    batch = ragged([3, 10], seed=5)
+def test_short_generations_use_no_graphs(monkeypatch):
+    model = sharp_model(SMALL_VOCAB, seed=1)
+    batch = random_batch([3, 10], 5, 511)
     expected = rows_of(*generate(model, *batch, 1.0, 63))
-    graphs = Graphs(monkeypatch)
+    graphs = FakeGraphs(monkeypatch)
     assert rows_of(*generate(model, *batch, 1.0, 63)) == expected and graphs.replays == 0
     assert len(rows_of(*generate(model, *batch, 1.0, 64))) == 2 and graphs.replays > 50
 
@@ -456,10 +492,10 @@ def test_few_tokens_are_worth_no_graph(monkeypatch):
 # ------------------------------------------------------------------------------- scoring
 
 
-def test_logprobs_are_those_of_a_softmax_and_their_gradients(monkeypatch):
-    monkeypatch.setattr(inference, "LOSS_ROWS_CPU", 5)  # several blocks
+def test_logprobs_and_their_gradients_match_a_log_softmax(monkeypatch):
+    monkeypatch.setattr(inference, "LOSS_ROWS_CPU", 5)  # several parts
     model = sharp_model().train()
-    ids, masks = ragged([9, 1, 14], seed=0)
+    ids, masks = random_batch([9, 1, 14], seed=0)
     upstream = torch.randn(3, ids.size(1) - 1)
     scores = logprobs(model, ids, masks)
     assert scores.shape == (3, ids.size(1) - 1) and scores.dtype == torch.float32
@@ -478,9 +514,9 @@ def test_logprobs_are_those_of_a_softmax_and_their_gradients(monkeypatch):
     assert -scores[0, :8].mean().item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_logprobs_depend_on_no_padding():
+def test_logprobs_do_not_depend_on_padding():
     model = sharp_model()
-    ids, masks = ragged([9, 1, 14], seed=0)
+    ids, masks = random_batch([9, 1, 14], seed=0)
     with torch.no_grad():
         scores = logprobs(model, ids, masks)
         for pad in (5, -100, 2**40):
@@ -489,7 +525,7 @@ def test_logprobs_depend_on_no_padding():
         assert torch.equal(logprobs(model, ids.int(), masks.bool()), scores)
         assert logprobs(model, ids[:, :1], masks[:, :1]).shape == (3, 0)
         wide = logprobs(model, F.pad(ids, (0, 60), value=3), F.pad(masks, (0, 60)))
-        assert torch.equal(wide, F.pad(scores, (0, 60)))  # columns of padding beyond the context
+        assert torch.equal(wide, F.pad(scores, (0, 60)))  # padding beyond the context
         row = logprobs(model, ids[:1, :9], masks[:1, :9])
     torch.testing.assert_close(scores[:1, :8], row)
     assert scores[0, 8:].eq(0).all()
@@ -499,14 +535,14 @@ def test_logprobs_depend_on_no_padding():
 # ------------------------------------------------------------------------------- bad input
 
 
-def test_bad_prompts_and_settings():
+def test_invalid_prompts_and_settings():
     model = sharp_model()
     assert "no prompt" in user_error(tokenize_batch_input, [])
     assert "prompt 2 of 3 is empty" in user_error(tokenize_batch_input, ["a", "", "b"])
     batch = tokenize_batch_input(["a", " b" * 32])
     message = user_error(generate, model, *batch, 1.0, 5)
     assert "prompt 2 of 2 has 32 tokens" in message and "context is 32" in message
-    assert generate(model, *batch, 1.0, 0)[1].sum(1).tolist() == [1, 32]  # nothing to add
+    assert generate(model, *batch, 1.0, 0)[1].sum(1).tolist() == [1, 32]  # no room is needed
     assert "33 tokens" in user_error(generate, model, *tokenize_batch_input([" b" * 33]), 1.0, 0)
     ids, masks = tokenize_batch_input(["a b c", "d"])
     assert "temperature" in user_error(generate, model, ids, masks, -0.1, 5)
@@ -526,24 +562,24 @@ def test_bad_prompts_and_settings():
         assert "max_steps" in user_error(generate, model, ids, masks, 1.0, steps)
     small = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=1, n_head=1, n_embd=8))
     assert "0 to 99" in user_error(generate, small, ids, masks, 1.0, 5)
-    assert "one text" in user_error(tokenize_batch_input, "abc")
+    assert "single string" in user_error(tokenize_batch_input, "abc")
     for wrong in (-1, 50257):
         foreign = ids.clone()
         foreign[0, 1] = wrong
         assert str(wrong) in user_error(generate, model, foreign, masks, 1.0, 5)
 
 
-def test_other_integers_and_masks_are_taken_as_they_are_meant():
+def test_other_integer_dtypes_and_bool_masks():
     model = sharp_model()
     ids, masks = tokenize_batch_input(PROMPTS)
     expected = generate(model, ids, masks, 0.0, 6)
     for other in ((ids.int(), masks), (ids, masks.bool()), (ids.short(), masks.int()),
                   (ids.to(torch.uint16), masks.to(torch.uint8))):
-        for ours, theirs in zip(generate(model, *other, 0.0, 6), expected, strict=True):
-            assert torch.equal(ours, theirs) and ours.dtype == torch.int64
+        for got, tensor in zip(generate(model, *other, 0.0, 6), expected, strict=True):
+            assert torch.equal(got, tensor) and got.dtype == torch.int64
 
 
-def test_a_model_that_diverged_is_refused(tiny_model):
+def test_non_finite_logits_are_refused(tiny_model):
     with torch.no_grad():
         tiny_model.transformer.ln_f.weight[0] = float("nan")
     message = user_error(generate, tiny_model, *tokenize_batch_input(["a"]), 1.0, 3)
@@ -551,14 +587,14 @@ def test_a_model_that_diverged_is_refused(tiny_model):
 
 
 def test_top_k_of_0_or_above_the_vocabulary_keeps_all(tiny_model):
-    expected = alone(tiny_model, "a", 8, temperature=1.0)
+    expected = generate_alone(tiny_model, "a", 8, temperature=1.0)
     for top_k in (0, 50257, 10**12):
-        assert alone(tiny_model, "a", 8, temperature=1.0, top_k=top_k) == expected
-    assert alone(tiny_model, "a", 8, temperature=1.0, top_k=1) == alone(tiny_model, "a", 8)
+        assert generate_alone(tiny_model, "a", 8, temperature=1.0, top_k=top_k) == expected
+    greedy = generate_alone(tiny_model, "a", 8)
+    assert generate_alone(tiny_model, "a", 8, temperature=1.0, top_k=1) == greedy
 
 
-def test_the_mean_of_what_is_left_out(tiny_model):
-    """A loss that an evaluation could use: the summed log-probabilities are the summed loss."""
+def test_summed_logprobs_are_the_summed_loss(tiny_model):
     ids, masks = tokenize_batch_input(PROMPTS)
     with torch.no_grad():
         logits, _ = tiny_model(ids)

@@ -1,12 +1,15 @@
+"""The command line of inference.py: prompts in, text or JSON lines out."""
+
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
 
 import pytest
 import torch
-from helpers.common import ROOT, TINY, assert_user_error, main_error, run_script, script_env
+from helpers.common import ROOT, TINY, assert_user_error, main_error, script_env
 
 import inference
 from inference import generate
@@ -18,29 +21,34 @@ SCRIPT = ROOT / "inference.py"
 SIZES = GPTConfig(block_size=64, vocab_size=TINY.vocab_size, n_layer=1, n_head=2, n_embd=16)
 
 
-@pytest.fixture
-def base(tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
     torch.manual_seed(0)
-    return save_checkpoint(tmp_path / "base", 1, GPT(SIZES))
+    return save_checkpoint(tmp_path_factory.mktemp("base"), 1, GPT(SIZES))
 
 
-@pytest.fixture
-def tuned(tmp_path):
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
     torch.manual_seed(0)
-    return save_checkpoint(tmp_path / "tuned", 1, GPT(SIZES), prompt_template="alpaca")
+    return save_checkpoint(tmp_path_factory.mktemp("tuned"), 1, GPT(SIZES),
+                           prompt_template="alpaca")
+
+
+def stdin_of(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data))
 
 
 def run(*arguments, stdin: str = "") -> str:
-    """What the script prints, run in this process."""
+    """Runs the script in this process and returns what it prints."""
     argv = ["inference.py", "--device", "cpu", "--max-steps", 5, *arguments]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr("sys.argv", list(map(str, argv)))
-        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        patch.setattr("sys.stdin", stdin_of(stdin.encode()))
         inference.main()
     return printed.getvalue()
 
 
-def test_prompts_from_arguments_a_file_and_standard_input_are_the_same(base, tmp_path):
+def test_prompts_from_arguments_a_file_and_standard_input_give_the_same(base, tmp_path):
     prompts = ["Hello there", "wörld {} %s"]
     printed = run("--checkpoint", base, *prompts)
     assert all(f"prompt:   {prompt}\n" in printed for prompt in prompts)
@@ -48,18 +56,29 @@ def test_prompts_from_arguments_a_file_and_standard_input_are_the_same(base, tmp
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     assert run("--checkpoint", base, "--prompts-file", file) == printed
-    assert run_script(SCRIPT, "--device", "cpu", "--max-steps", 5, "--checkpoint", base,
-                      stdin="\n".join(prompts)).stdout == printed
     assert run("--checkpoint", base, stdin="\n".join(prompts)) == printed
     assert run("--checkpoint", base.parent / "latest", *prompts) == printed
     assert run("--checkpoint", base, *prompts, "--seed", 1) != printed
 
 
-def test_batches_streaming_and_json_change_no_text(base):
+@pytest.mark.slow
+def test_the_script_with_real_streams(base):
+    """Standard input and output are pipes, then both closed."""
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--max-steps", "5", "--checkpoint", base]
+    prompts = ["Hello there", "wörld {} %s"]
+    piped = subprocess.run(command, input="\n".join(prompts).encode(), capture_output=True,
+                           env=script_env(), check=True)
+    assert piped.stdout.decode() == run("--checkpoint", base, *prompts)
+    closed = subprocess.run(["bash", "-c", " ".join(map(str, command)) + " <&- >&-"],
+                            capture_output=True, text=True, env=script_env())
+    assert_user_error(closed, "no prompt given")
+
+
+def test_batch_size_streaming_and_json_do_not_change_the_text(base):
     prompts = ["one", "two three four", "one", "five", "six"]
     printed = run("--checkpoint", base, *prompts)
     assert run("--checkpoint", base, *prompts, "--batch-size", 2) == printed
-    assert run(*prompts[:2], "--checkpoint", base, *prompts[2:]) == printed  # on both sides
+    assert run(*prompts[:2], "--checkpoint", base, *prompts[2:]) == printed  # flags in between
     alone = run("--checkpoint", base, "two three four")  # streamed
     assert alone in printed
     objects = [json.loads(line) for line in
@@ -67,10 +86,10 @@ def test_batches_streaming_and_json_change_no_text(base):
     assert printed == "".join(
         f"prompt:   {prompt}\nresponse: {one['response']}\n          [5 tokens, ended by "
         "--max-steps]\n\n" for prompt, one in zip(prompts, objects, strict=True))
-    assert objects[0]["response"] != objects[2]["response"]  # given again: the next seed
+    assert objects[0]["response"] != objects[2]["response"]  # repeated: the next seed
 
 
-def test_json_says_tokens_their_log_probabilities_and_why_it_ended(tuned):
+def test_json_has_tokens_logprobs_and_the_finish_reason(tuned):
     prompt = "What is it?"
     text = format_prompt(prompt)
     used = len(encode(text))
@@ -90,13 +109,13 @@ def test_json_says_tokens_their_log_probabilities_and_why_it_ended(tuned):
     short = json.loads(run("--checkpoint", tuned, prompt, "--json", "--max-steps", 3))
     assert short["finish_reason"] == "length" and short["tokens"] == full["tokens"][:3]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("inference.EOT_TOKEN", short["tokens"][2])  # the third token as the end
+        patch.setattr("inference.EOT_TOKEN", short["tokens"][2])  # the third token
         stopped = json.loads(run("--checkpoint", tuned, prompt, "--json"))
     assert stopped["finish_reason"] == "stop" and stopped["tokens"] == short["tokens"]
     assert stopped["response"] == decode(short["tokens"][:2])
 
 
-def test_how_tokens_are_chosen_is_handed_on(base, monkeypatch, capsys):
+def test_sampling_options_reach_generate(base, monkeypatch, capsys):
     given = {}
     monkeypatch.setattr(inference, "generate", lambda model, ids, masks, **options: (
         given.update(options), generate(model, ids, masks, **options))[1])
@@ -111,7 +130,7 @@ def test_how_tokens_are_chosen_is_handed_on(base, monkeypatch, capsys):
                      "max_steps": 4, "seed": [7]}
 
 
-def test_weights_in_bfloat16_and_in_float32(base):
+def test_dtype_of_the_weights(base):
     greedy = ["--checkpoint", base, "Hello there", "--temperature", 0, "--json"]
     single, half = (json.loads(run(*greedy, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
     assert single == json.loads(run(*greedy))
@@ -120,7 +139,7 @@ def test_weights_in_bfloat16_and_in_float32(base):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path, end):
+def test_only_newlines_separate_prompts(base, tmp_path, end):
     text = f"\ufeffone \u2028 line{end}another\x0cone{end}{end}"
     (tmp_path / "prompts.txt").write_bytes(text.encode())
     printed = run("--checkpoint", base, "--prompts-file", tmp_path / "prompts.txt")
@@ -128,15 +147,7 @@ def test_a_prompt_is_a_line_and_nothing_else_ends_one(base, tmp_path, end):
     assert printed.count("prompt:") == 2 and run("--checkpoint", base, stdin=text) == printed
 
 
-def test_closed_streams(base):
-    for closed, words in (("<&-", "no prompt given"), ("--chat <&-", "is closed"),
-                          ("--chat >&-", "is closed"), ("a >&-", "is closed")):
-        done = subprocess.run(["bash", "-c", f"{sys.executable} {SCRIPT} --checkpoint {base} "
-                               f"{closed}"], capture_output=True, text=True, env=script_env())
-        assert_user_error(done, words)
-
-
-def texts_given_to_the_model(monkeypatch, capsys, *arguments) -> list[str]:
+def prompts_of_generate(monkeypatch, capsys, *arguments) -> list[str]:
     seen = []
 
     def spy(model, input_ids, masks, **options):
@@ -152,9 +163,9 @@ def texts_given_to_the_model(monkeypatch, capsys, *arguments) -> list[str]:
     return seen
 
 
-def test_the_template_is_applied_by_itself(base, tuned, monkeypatch, capsys):
+def test_the_prompt_template_is_applied_unless_raw(base, tuned, monkeypatch, capsys):
     def given(*arguments):
-        return texts_given_to_the_model(monkeypatch, capsys, *arguments)
+        return prompts_of_generate(monkeypatch, capsys, *arguments)
 
     assert given("--checkpoint", tuned, "What is {x}?") == [format_prompt("What is {x}?")]
     assert given("--checkpoint", tuned, "--raw", "What is {x}?") == ["What is {x}?"]
@@ -177,26 +188,28 @@ def test_the_template_is_applied_by_itself(base, tuned, monkeypatch, capsys):
     (["--checkpoint", "BASE", "a", "--repetition-penalty", "0"], ["repetition_penalty is 0"]),
     (["--checkpoint", "BASE", "a", "--batch-size", "0"], ["--batch-size"]),
     (["--checkpoint", "BASE", "a", "--device", "cpu", "--dtype", "float16"], ["float16"]),
-    (["--checkpoint", "BASE", "--chat", "a"], ["--chat"]),
-    (["--checkpoint", "BASE", "--chat", "--json"], ["--chat"]),
-    (["--checkpoint", "BASE", "--chat", "--batch-size", "2"], ["--batch-size"]),
-    (["--checkpoint", "BASE", "--chat", "--prompts-file", "x"], ["--chat"]),
 ])
-def test_bad_input(base, arguments, words, monkeypatch, capsys):
+def test_invalid_input(base, arguments, words, monkeypatch, capsys):
     argv = [argument.replace("BASE", str(base)) for argument in arguments]
     message = main_error(inference.main, argv, monkeypatch, capsys)
     for word in words:
         assert word in message
 
 
-def test_no_prompt_at_all(base):
-    assert_user_error(run_script(SCRIPT, "--checkpoint", base, check=False), "no prompt")
+@pytest.mark.parametrize("stdin, words", [
+    (b"", "no prompt"), (None, "no prompt"), (b"caf\xe9\n", "stdin is not UTF-8")])
+def test_invalid_standard_input(base, stdin, words, monkeypatch, capsys):
+    """None: closed."""
+    monkeypatch.setattr("sys.stdin", None if stdin is None else stdin_of(stdin))
+    assert words in main_error(inference.main, ["--checkpoint", base], monkeypatch, capsys)
 
 
-def test_standard_input_that_is_no_text(base):
-    result = subprocess.run([sys.executable, SCRIPT, "--checkpoint", base], input=b"caf\xe9\n",
-                            capture_output=True, env=script_env())
-    assert result.returncode == 2 and b"standard input is no UTF-8" in result.stderr
-    result = subprocess.run([sys.executable, SCRIPT, "--checkpoint", base, "--json", b"caf\xe9"],
-                            capture_output=True, env=script_env())
-    assert json.loads(result.stdout)["prompt"] == "caf\ufffd"
+def test_closed_standard_output(base, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    message = main_error(inference.main, ["--checkpoint", base, "a"], monkeypatch, capsys)
+    assert "standard output is closed" in message
+
+
+def test_an_argument_that_is_not_utf8(base):
+    printed = run("--checkpoint", base, "--json", os.fsdecode(b"caf\xe9"))
+    assert json.loads(printed)["prompt"] == "caf\ufffd"

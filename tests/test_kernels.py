@@ -1,25 +1,26 @@
+"""Packed weights against plain layers."""
+
 import copy
 
 import pytest
 import torch
 import torch.nn as nn
 from helpers.common import user_error
-from helpers.generation import PROMPTS, WAYS, rows_of, sample, sharp_model
+from helpers.generation import PROMPTS, SAMPLING_OPTIONS, rows_of, run_generate, sharp_model
 
 from inference import generate, logprobs, tokenize_batch_input
 from minigpt2 import kernels
 from minigpt2.kernels import PackedLinear, can_pack, prepare_to_sample
 from model import GPT, GPTConfig
 
-needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no bfloat16 here")
+needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="the CPU has no bfloat16")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
-    pytest.param(dtype, tolerance, marks=pytest.mark.skipif(not can_pack(dtype), reason="not here"))
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2))])
-def test_a_packed_product_is_that_of_a_linear_layer(dtype, tolerance):
-    """Any number of rows, sizes that no block divides, with and without bias, exactly as precise
-    as its dtype."""
+    (torch.float32, 2e-6), pytest.param(torch.bfloat16, 1e-2, marks=needs_bfloat16)])
+@pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN")
+def test_packed_linear_matches_linear(dtype, tolerance):
+    """For any number of rows, odd sizes, with and without bias, to the precision of the dtype."""
     torch.manual_seed(0)
     for inputs, outputs, bias in ((768, 2304, True), (33, 77, True), (64, 50257, False)):
         linear = nn.Linear(inputs, outputs, bias=bias)
@@ -32,21 +33,20 @@ def test_a_packed_product_is_that_of_a_linear_layer(dtype, tolerance):
             assert (got - exact).norm() < tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_prepared_model_writes_the_same(way):
-    model = sharp_model()
-    expected = rows_of(*sample(model, *tokenize_batch_input(PROMPTS), 12, **way))
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_a_prepared_model_generates_the_same_tokens(options):
+    model, batch = sharp_model(), tokenize_batch_input(PROMPTS)
+    expected = rows_of(*run_generate(model, *batch, 12, **options))
     with torch.no_grad():
-        scores = logprobs(model, *tokenize_batch_input(PROMPTS))
-    assert prepare_to_sample(model) is model is prepare_to_sample(model)  # twice is once
-    assert rows_of(*sample(model, *tokenize_batch_input(PROMPTS), 12, **way)) == expected
+        scores = logprobs(model, *batch)
+    assert prepare_to_sample(model) is model is prepare_to_sample(model)  # twice is fine
+    assert rows_of(*run_generate(model, *batch, 12, **options)) == expected
     with torch.no_grad():
-        torch.testing.assert_close(logprobs(model, *tokenize_batch_input(PROMPTS)), scores,
-                                   atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(logprobs(model, *batch), scores, atol=1e-4, rtol=1e-5)
 
 
 @needs_bfloat16
-def test_bfloat16_is_of_the_blocks_alone():
+def test_bfloat16_is_used_in_the_blocks_only():
     torch.manual_seed(0)
     plain = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)).eval()
     model = prepare_to_sample(copy.deepcopy(plain), torch.bfloat16)
@@ -64,23 +64,23 @@ def test_bfloat16_is_of_the_blocks_alone():
     assert logprobs(model, ids[:, :1], ones[:, :1]).shape == (2, 0)
 
 
-def test_a_model_is_prepared_from_any_dtype_and_once():
+def test_a_model_is_prepared_once_from_any_dtype():
     batch = tokenize_batch_input(PROMPTS)
     model = prepare_to_sample(sharp_model().bfloat16())
     assert generate(model, *batch, 0.0, 3)[0].shape[0] == 3
     if can_pack(torch.bfloat16):
-        with pytest.raises(ValueError, match="ready to sample in torch"):
+        with pytest.raises(ValueError, match="already prepared in torch"):
             prepare_to_sample(model, torch.bfloat16)
 
 
-def test_a_prepared_model_cannot_be_trained_by_mistake():
+def test_a_prepared_model_cannot_be_trained():
     model = prepare_to_sample(sharp_model())
     ids = torch.randint(0, 50257, (2, 8))
     with pytest.raises(RuntimeError, match="does not require grad"):
         model(ids, ids)[1].backward()
 
 
-def test_without_onednn_the_layers_stay(monkeypatch):
+def test_without_onednn_the_layers_are_not_packed(monkeypatch):
     monkeypatch.setattr(kernels, "can_pack", lambda dtype=None: False)
     model = sharp_model()
     assert type(prepare_to_sample(model).lm_head) is nn.Linear
@@ -88,5 +88,5 @@ def test_without_onednn_the_layers_stay(monkeypatch):
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_a_dtype_that_the_processor_has_not():
-    assert "not in float16" in user_error(prepare_to_sample, sharp_model(), torch.float16)
+def test_an_unsupported_dtype_is_refused():
+    assert "sampling in float16" in user_error(prepare_to_sample, sharp_model(), torch.float16)

@@ -1,4 +1,4 @@
-"""Models whose greedy choice is never a near tie, prompts for them, and rows of their output."""
+"""Models whose greedy token is never a near tie, prompts for them, and rows of their output."""
 
 import torch
 
@@ -9,12 +9,14 @@ from model import GPT, GPTConfig
 
 PROMPTS = ["The quick brown fox", "Hello", "It was the best of times, it was the worst of times"]
 LONG = GPTConfig(block_size=1024, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
-WAYS = [{"temperature": 0.0}, {"temperature": 1.0},
-        {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}]
+# 50 times as fast as LONG; for tests without text
+SMALL_VOCAB = GPTConfig(block_size=1024, vocab_size=512, n_layer=2, n_head=2, n_embd=16)
+SAMPLING_OPTIONS = [{"temperature": 0.0}, {"temperature": 1.0},
+                    {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}]
 
 
 def sharp_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
-    """Weights large enough that the likeliest token leads by far more than rounding."""
+    """A model with weights so large that its most likely token leads by far more than rounding."""
     torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():
@@ -24,18 +26,21 @@ def sharp_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
     return model
 
 
-def sample(model, ids, masks, max_steps: int, *, temperature: float = 0.0, **options):
+def run_generate(model, ids, masks, max_steps: int, *, temperature: float = 0.0, **options):
+    """`generate`, greedy by default, with the temperature among the options."""
     return generate(model, ids, masks, temperature, max_steps, **options)
 
 
 def rows_of(output, masks) -> list[list[int]]:
+    """The token ids of each row, without padding."""
     return [ids[mask.bool()].tolist() for ids, mask in zip(output, masks, strict=True)]
 
 
-def ragged(lengths: list[int], seed: int, pads: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of random tokens with random tokens in the padded places, and columns of padding."""
+def random_batch(lengths: list[int], seed: int, vocab_size: int = N_VOCAB - 1,
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of random ids, with random ids in the padding, and three columns of only padding."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), max(lengths) + (3 if pads else 0))
-    ids = torch.randint(0, N_VOCAB - 1, shape, generator=generator)
+    shape = (len(lengths), max(lengths) + 3)
+    ids = torch.randint(0, vocab_size, shape, generator=generator)
     masks = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
     return ids, masks
