@@ -1,1 +1,1 @@
-"""Benchmarks, one subject a script; each compares A and B in turn inside one run."""
+"""Benchmarks, one script per subject. Each compares A with B, alternating within one run."""

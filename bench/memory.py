@@ -1,123 +1,183 @@
-"""Measures what a training step and a checkpoint cost beside the time they compute."""
+"""Memory: bytes per rank by formula, and the micro-batches that fit; how long a checkpoint stalls.
 
-import itertools
+    python bench/memory.py --log image/logs/bench_memory.jsonl    # one minute
+
+In the comments N = micro_batch_size * sequence_length rows, C n_embd, H n_head, V vocab_size, and
+e bytes per element of the compute dtype (2 under autocast, 4 in float32).
+"""
+
+import functools
+import pathlib
+import statistics
+import sys
 import tempfile
-from pathlib import Path
+import time
+from dataclasses import dataclass
 
 import torch
 
-from bench.harness import BenchConfig, Contestant, in_turn, record, seconds
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from bench.harness import BenchConfig, record, run_bench
+from bench.train import ADAMW, SIZES
+from minigpt2 import loss as head
 from minigpt2.checkpoint import save_checkpoint
-from minigpt2.distributed import Launch, autocast, start
-from minigpt2.memory import largest_micro_batch_for, memory_per_rank, saved_bytes
+from minigpt2.distributed import Launch
 from minigpt2.optimizer import make_optimizer
 from minigpt2.resume import CheckpointWriter, TrainState, training_state
 from model import GPT, PRESETS, GPTConfig
 
-CARDS, SHARE = (24, 32, 80, 141), 512  # GB = 10**9 bytes; micro-batches are powers of two up to it
-SAVED_SIZES, SAVED_SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=256), (4, 256)
-STEP_SIZES, STEP_LENGTH = PRESETS["gpt2"], 1024
-BASELINE = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=32)
+# CUDA context, NCCL and cuBLAS buffers; and the share of a card that is lost to fragmentation
+RESERVE_BYTES, RESERVE_SHARE = 1_500_000_000, 0.05
+CARDS = (24, 32, 80, 141)  # 10**9 bytes
 
 
-def memory_of_preset(config: BenchConfig, name: str) -> None:
-    """Computed: bytes a rank of 8 in bfloat16, compiled, as the trainer's defaults are on a GPU."""
-    sizes, ways = PRESETS[name], {"plain": {}, "sharded": {"shard_optimizer": True},
-                                  "sharded_checkpointed": {"shard_optimizer": True,
-                                                           "activation_checkpointing": True}}
-    setting = {"sequence_length": 1024, "dtype": torch.bfloat16, "world_size": 8, "compiled": True}
-    plans = {way: memory_per_rank(sizes, micro_batch_size=1, **setting, **options)
-             for way, options in ways.items()}
-    state = {way: plan.weights + plan.gradients + plan.optimizer for way, plan in plans.items()}
-    largest = {f"{way}_{card}gb": largest_micro_batch_for(sizes, card * 10**9, share=SHARE,
-                                                          **setting, **options)
-               for way, options in ways.items() for card in CARDS}
-    record(config, "memory", model=name, state_bytes=state["plain"],
-           state_bytes_sharded=state["sharded"],
-           activation_bytes_per_sequence=plans["plain"].activations,
-           activation_bytes_per_sequence_checkpointed=plans["sharded_checkpointed"].activations,
-           **largest)
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a training step after the first one."""
+
+    weights: int  # float32, and copies in the autocast dtype
+    gradients: int
+    optimizer: int  # moments; if they are sharded, of the rank with most
+    activations: int  # saved for backward; proportional to the micro-batch
+    loss: int  # head, logits and their gradients
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
 
 
-def measure_saved(config: BenchConfig, dtype: torch.dtype) -> None:
-    """What autograd keeps below the head, with the weights cast for it, against the formula."""
-    model, (batch, length) = GPT(SAVED_SIZES), SAVED_SHAPE
-    tokens = torch.zeros(SAVED_SHAPE, dtype=torch.long)
-    with autocast(tokens.device, dtype):
-        measured = saved_bytes(model, lambda: model.hidden_states(tokens))
-    plan = memory_per_rank(SAVED_SIZES, micro_batch_size=batch, sequence_length=length, dtype=dtype,
-                           device_type="cpu")
-    computed = plan.activations - tokens.nbytes + plan.weights - plan.gradients  # no targets there
-    record(config, "kept for backward", dtype=str(dtype).removeprefix("torch."),
-           computed_bytes=computed, measured_bytes=measured, ratio=measured / computed)
+@functools.cache
+def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(sizes).named_parameters()}
 
 
-def make_updates(sizes: GPTConfig, batch: int, length: int, dtype: torch.dtype):
-    """In a process of its own: an update of two micro-steps, as the trainer makes it."""
-    start("cpu")
-    model = GPT(sizes)
-    optimizer = make_optimizer(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    tokens = torch.zeros(2, batch, length, dtype=torch.long)
+def moment_bytes(sizes: GPTConfig, world_size: int = 1, muon: bool = False) -> int:
+    """Optimizer moments of the rank with most: 8 bytes per parameter (AdamW), or 4 for the matrices
+    of the blocks (Muon). ZeroRedundancyOptimizer assigns whole tensors, group by group and largest
+    first, each to the rank with the fewest parameters so far."""
+    def order(item: tuple[str, torch.Size]) -> tuple[bool, bool, int]:
+        return not has_muon(*item), len(item[1]) < 2, -item[1].numel()
 
-    def update() -> float:
-        for _ in range(2):
-            with autocast(tokens.device, dtype):
-                loss = model(*tokens, reduction="sum", return_logits=False)[1]
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-    return update
+    def has_muon(name: str, shape: torch.Size) -> bool:
+        return muon and name.startswith("transformer.h.") and len(shape) == 2
+
+    counts, moments = [0] * world_size, [0] * world_size
+    for name, shape in sorted(parameter_shapes(sizes).items(), key=order):
+        rank = counts.index(min(counts))
+        counts[rank] += shape.numel()
+        moments[rank] += shape.numel() * (4 if has_muon(name, shape) else 8)
+    return max(moments)
 
 
-def measure_step(config: BenchConfig) -> None:
-    """The peak of a process that trains, against that of one with hardly a model, and the sum."""
-    peaks = []
-    for sizes, batch, length in ((BASELINE, 1, 16), (STEP_SIZES, 1, STEP_LENGTH),
-                                 (STEP_SIZES, 2, STEP_LENGTH)):
-        process = Contestant(make_updates, sizes, batch, length, torch.bfloat16)
-        process.step(), process.step()
-        peaks.append(process.stop())
-    for batch, peak in enumerate(peaks[1:], 1):
-        plan = memory_per_rank(STEP_SIZES, micro_batch_size=batch, sequence_length=STEP_LENGTH,
-                               dtype=torch.bfloat16, device_type="cpu")
-        record(config, "peak of a process", micro_batch_size=batch, baseline_bytes=peaks[0],
-               computed_bytes=plan.total, measured_bytes=peak,
-               ratio=(peak - peaks[0]) / plan.total)
+def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length: int,
+                    dtype: torch.dtype, world_size: int = 1, shard_optimizer: bool = False,
+                    activation_checkpointing: bool = False, compiled: bool = False,
+                    device_type: str = "cuda") -> Memory:
+    """What a rank holds while it trains. DDP's gradients are views of its buckets and count once.
+    Temporary tensors of backward are left out: when they exist, the loss and some activations are
+    freed. `compiled` changes the loss only; compiled blocks save slightly less than this."""
+    N, C, e = micro_batch_size * sequence_length, sizes.n_embd, dtype.itemsize
+    shapes = parameter_shapes(sizes)
+    total = sum(map(torch.Size.numel, shapes.values()))
+    # Autocast casts the weights and biases of all linear layers once per forward pass
+    cast = 0 if dtype == torch.float32 else e * sum(
+        shape.numel() for name, shape in shapes.items() if ".attn." in name or ".mlp." in name)
+    # Saved by a block, per row:                              bytes
+    #   ln_1, ln_2: float32 inputs (the residual stream)      2 x 4C
+    #               float32 mean and 1 / std                  2 x 8
+    #   c_attn:     input                                     eC
+    #   attention:  q, k, v, output (the input of c_proj)     3eC + eC
+    #               float32 logsumexp of every head           4H
+    #   c_fc:       input                                     eC
+    #   gelu:       input, output (the input of c_proj)       4eC + 4eC
+    block = N * (8 * C + 14 * e * C + 16 + 4 * sizes.n_head)
+    residual = N * 4 * C  # the input of a block, part of the above
+    activations = N * 16 + residual + N * 8  # int64 inputs and targets; ln_f
+    if activation_checkpointing:  # the input of every block, and one recomputed block
+        activations += sizes.n_layer * residual + block - residual
+    else:
+        activations += sizes.n_layer * block
+    return Memory(weights=4 * total + cast, gradients=4 * total, activations=activations,
+                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1),
+                  loss=loss_bytes(sizes, N, dtype, compiled, device_type))
+
+
+def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool,
+               device_type: str) -> int:
+    """The peak of `linear_cross_entropy` for N rows with a target."""
+    C, V, e, on_cpu = sizes.n_embd, sizes.vocab_size, dtype.itemsize, device_type == "cpu"
+    hidden = N * C * (4 + e)  # output of ln_f in float32, and cast
+    if compiled:  # logits and their gradient (the float32 softmax is fused); head and its gradient
+        V += -V % head.HEAD_MULTIPLE if device_type == "cuda" else 0
+        return hidden + 2 * e * N * V + 2 * e * V * C
+    if dtype == torch.float16:  # float32: log-softmax, its gradient, the logits' gradient
+        return hidden + 12 * N * V + e * V * C
+    V += -V % head.HEAD_MULTIPLE
+    rows = min(head.LOSS_ROWS_CPU if on_cpu else head.LOSS_ROWS_GPU, N)
+    softmax_rows = min(head.SOFTMAX_ROWS_CPU if on_cpu else head.SOFTMAX_ROWS_GPU, N)
+    # Gradient of the rows; the cast head and its float32 gradient; a block of logits; its float32
+    # scores and probabilities; its share of the head's gradient, which a CPU adds up in float32
+    return (hidden + e * N * C + (e + 4) * V * C + e * rows * V + 8 * softmax_rows * V
+            + (e + (4 if e < 4 and on_cpu else 0)) * V * C)
+
+
+def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, *, share: int, **setting) -> int:
+    """The largest divisor of `share` (sequences per rank and step) that fits on a card beside the
+    reserve; 0 if none does. `setting` goes to `memory_per_rank`."""
+    usable = card_bytes * (1 - RESERVE_SHARE) - RESERVE_BYTES
+    return max((size for size in range(1, share + 1) if share % size == 0
+                and memory_per_rank(sizes, micro_batch_size=size, **setting).total <= usable),
+               default=0)
+
+
+def measure_checkpoint(config: BenchConfig, name: str, sizes: GPTConfig) -> None:
+    """How long training waits for a checkpoint written in place, and for the copy that a thread
+    writes."""
+    model, launch = GPT(sizes), Launch(0, 1, torch.device("cpu"))
+    optimizer, scaler = make_optimizer(model, **ADAMW), torch.amp.GradScaler("cpu", enabled=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # creates the moments
+    here, copied = [], []
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(
+            pathlib.Path(folder), launch, {}, keep_last=1, keep_every=0, saved_step=None) as writer:
+        for step in range(config.rounds + 1):
+            first, second = TrainState(2 * step), TrainState(2 * step + 1)
+            t0 = time.perf_counter()
+            state = training_state(first, optimizer, scaler, launch)
+            save_checkpoint(writer.out_dir, first.step, model, training_state=state, keep_last=1)
+            t1 = time.perf_counter()
+            writer.save(second, model, optimizer, scaler)
+            copied.append(time.perf_counter() - t1)
+            here.append(t1 - t0)
+            writer.wait()
+    here, copied = statistics.median(here[1:]), statistics.median(copied[1:])
+    record(config, "checkpoint", model=name, written_here_s=here, copied_s=copied,
+           ratio=here / copied)
 
 
 def bench_memory(config: BenchConfig) -> None:
-    for name in PRESETS:
-        memory_of_preset(config, name)
-    for dtype in (torch.float32, torch.bfloat16):
-        measure_saved(config, dtype)
-    measure_step(config)
+    """The formula for a rank of 8 in bfloat16, compiled, like the trainer's defaults on a GPU."""
+    setting = {"sequence_length": 1024, "dtype": torch.bfloat16, "world_size": 8, "compiled": True}
+    options = {"plain": {}, "sharded": {"shard_optimizer": True},
+               "sharded_checkpointed": {"shard_optimizer": True, "activation_checkpointing": True}}
+    for name, sizes in PRESETS.items():
+        plain, sharded, checkpointed = (
+            memory_per_rank(sizes, micro_batch_size=1, **setting, **extra)
+            for extra in options.values())
+        record(config, "memory", model=name,
+               state_bytes=plain.weights + plain.gradients + plain.optimizer,
+               state_bytes_sharded=sharded.weights + sharded.gradients + sharded.optimizer,
+               activation_bytes_per_sequence=plain.activations,
+               activation_bytes_per_sequence_checkpointed=checkpointed.activations,
+               **{f"{option}_{card}gb": largest_micro_batch_for(sizes, card * 10**9, share=512,
+                                                                **setting, **extra)
+                  for option, extra in options.items() for card in CARDS})
+    measure_checkpoint(config, "tiny" if config.quick else "gpt2",
+                       SIZES["tiny"] if config.quick else PRESETS["gpt2"])
 
 
-def bench_checkpoint(config: BenchConfig) -> None:
-    """Until training may go on: written here and now, and copied for the thread that writes it."""
-    model = GPT(PRESETS["gpt2"])
-    optimizer = make_optimizer(model, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # the moments
-    optimizer.zero_grad(set_to_none=True)
-    launch, scaler = Launch(0, 1, torch.device("cpu")), torch.amp.GradScaler("cpu", enabled=False)
-    with tempfile.TemporaryDirectory() as name:
-        out_dir, steps = Path(name), itertools.count()
-        with CheckpointWriter(out_dir, launch, {}, keep_last=1, keep_every=0,
-                              saved_step=None) as writer:
-            def here() -> None:
-                progress = TrainState(step=next(steps))
-                state = training_state(progress, optimizer, scaler, launch)
-                save_checkpoint(out_dir, progress.step, model, training_state=state, keep_last=1)
-
-            def copied() -> float:
-                waited = seconds(lambda: writer.save(TrainState(step=next(steps)), model, optimizer,
-                                                     scaler))
-                writer.wait()
-                return waited
-
-            taken = in_turn(config.rounds, here=lambda: seconds(here), copied=copied)
-    record(config, "checkpoint", model="gpt2", written_here_s=taken["here"],
-           copied_s=taken["copied"], ratio=taken["here"] / taken["copied"])
+if __name__ == "__main__":
+    run_bench(bench_memory, BenchConfig, __doc__)
