@@ -8,7 +8,9 @@ Sampling is greedy; `same_tokens` says whether both implementations agree.
 
 import itertools
 import pathlib
+import statistics
 import sys
+import time
 import zlib
 
 import torch
@@ -58,6 +60,24 @@ def make_decoding(way: str, sizes: GPTConfig, prompts: torch.Tensor, new_tokens:
     return step
 
 
+def make_growth(way: str, sizes: GPTConfig, batch: int, early: int, late: int) -> Step:
+    """Generates a text of full length and returns the cost of a token around position `late` over
+    that around `early`, each the median of 16."""
+    torch.manual_seed(0)
+    model, times = prepare_to_sample(GPT(sizes)), []
+    prompts = zipf_tokens(batch).view(batch, 1)
+
+    def step() -> float:
+        times.clear()
+        generate(model, prompts, torch.ones_like(prompts), 1.0, late + 16, top_k=2,
+                 on_tokens=lambda row, ids: times.append(time.perf_counter()) if row == 0 else None)
+        assert len(times) == late + 16, "the row sampled <|endoftext|>"
+        cost = {at: statistics.median(times[i + 1] - times[i] for i in range(at - 8, at + 8))
+                for at in (early, late)}
+        return cost[late] / cost[early]
+    return step
+
+
 def make_validation(way: str, sizes: GPTConfig, tokens: torch.Tensor, shape: Shape,
                     dtype: torch.dtype) -> Step:
     """The mean loss of a batch of `shape`."""
@@ -98,6 +118,11 @@ def bench_decode(config: BenchConfig) -> None:
         ("124M", (1, 8, 32), (32, 512), 128, DTYPES, EVAL_SHAPE))
     prompts = [zipf_tokens(batch * length).view(batch, length)
                for batch, length in itertools.product(batches, lengths)]
+    early, late = (9, 24) if config.quick else (16, 900)
+    for batch in batches:
+        growth = compare(("ours",), 4, make_growth, SIZES[name], batch, early, late)["ours"]
+        record(config, "growth", model=name, batch=batch, early=early, late=late,
+               ratio=statistics.median(growth.results[1:]))
     for ids in prompts:
         first, forward = compare(("first_token", "forward"), config.rounds + 1, make_decoding,
                                  SIZES[name], ids, 1).values()

@@ -1,4 +1,4 @@
-"""One GPU: training throughput, MFU and peak memory by micro-batch, and sampling.
+"""One GPU: throughput, MFU and peak memory by micro-batch; attention backends; sampling.
 
     python bench/gpu.py --log image/logs/bench_gpu.jsonl    # eight minutes
     python bench/gpu.py --quick                             # also runs on a CPU
@@ -9,18 +9,22 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.decode import measure_decoding
 from bench.harness import BenchConfig, alternate, compare, record, run_bench
 from bench.train import SIZES, Shape, make_training, zipf_tokens
-from minigpt2.config import UserError
+from minigpt2.config import UserError, first_line
 from minigpt2.distributed import device_time
 from minigpt2.metrics import flops_per_token, peak_flops
 from model import GPT
 
 STEPS = 12  # per micro-batch size; the first one compiles
+BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH)
 
 
 def device_seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -45,6 +49,27 @@ def measure_micro_batch(config: BenchConfig, way: str, name: str, shape: Shape,
            of_measured_matmul=flops / matmul_flops, peak_bytes=timing.peak)
 
 
+def measure_attention(config: BenchConfig, shape: Shape, device: torch.device) -> None:
+    """Forward and backward pass of causal attention, 12 heads of 64, by every backend."""
+    q, k, v = (torch.randn(shape[0], 12, shape[1], 64, device=device, dtype=torch.bfloat16,
+                           requires_grad=True) for _ in range(3))
+    gradient = torch.randn_like(q)
+
+    def attend() -> None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(y, (q, k, v), gradient)
+
+    for backend in BACKENDS:
+        try:
+            with sdpa_kernel(backend):
+                duration = device_seconds(attend, device)
+        except RuntimeError as error:  # no kernel on this card, or out of memory
+            print(f"attention with {backend.name}: {first_line(error)}")
+            continue
+        record(config, "gpu attention", backend=backend.name, batch=shape[0],
+               sequence_length=shape[1], ms=1000 * duration)
+
+
 def bench_gpu(config: BenchConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not config.quick:
@@ -65,6 +90,7 @@ def bench_gpu(config: BenchConfig) -> None:
         ways = ("ours", "textbook") if B == micro_batches[len(micro_batches) // 2] else ("ours",)
         for way in ways:
             measure_micro_batch(config, way, name, (B, T), device, matmul_flops)
+    measure_attention(config, (micro_batches[-1], T), device)
     for batch, prompt in decoded:
         measure_decoding(config, name, zipf_tokens(batch * prompt).view(batch, prompt), new_tokens,
                          torch.bfloat16, str(device))

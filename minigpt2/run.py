@@ -42,7 +42,7 @@ from minigpt2.distributed import (
 )
 from minigpt2.faults import StopRequest, agree, count_skipped
 from minigpt2.graphs import check_image, draw_runs
-from minigpt2.memory import find_micro_batch, moment_bytes
+from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import flops_per_token, peak_flops, run_metadata, start_log
 from minigpt2.progress import progress_bar
 from minigpt2.resume import (
@@ -152,7 +152,7 @@ class Run:
             self.micro_batch_size = find_micro_batch(
                 model, micro_batch_sizes, launch=launch, dtype=self.dtype, compiled=compiled,
                 sequence_length=sequence_length,
-                optimizer_bytes=0 if self.is_resumed else moment_bytes(model.config, ranks))
+                optimizer_bytes=0 if self.is_resumed else optimizer_bytes(model, ranks))
             self.metadata["micro_batch_size"] = self.micro_batch_size
         self.train_model = data_parallel(model, launch)
         self.summary = (f"{model.num_parameters():,} parameters, "
