@@ -35,8 +35,8 @@ def permutation(n: int, *stream: int) -> np.ndarray:
 
 @dataclass
 class TokenLoader:
-    """Batches of one split of a corpus. Raises UserError for shards that do not match the manifest,
-    that are too short for one window, or that hold ids beyond vocab_size.
+    """Batches of one split of a corpus. Raises UserError if a shard does not match the manifest or
+    holds ids beyond vocab_size, or if no shard has enough tokens for one window.
 
     `total_batch_size` is a multiple of micro_batch_size * sequence_length * world_size (checked by
     `distributed.count_micro_steps`).

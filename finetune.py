@@ -48,20 +48,21 @@ class FinetuneConfig(RunConfig):
     epochs: int = flag(2, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
-        16, "rows per rank and micro-step; auto: the most that fit into memory", minimum=1)
+        16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
     max_lr: float = flag(5e-5, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
-    warmup_fraction: float = flag(0.03, "of the steps, for linear warm-up", minimum=0, below=1)
-    weight_decay: float = flag(0.0, "of matrices and embeddings", minimum=0)
-    val_fraction: float = flag(0.05, "of the rows, held out for validation: at least one row",
+    warmup_fraction: float = flag(0.03, "linear warm-up, as a fraction of all steps",
+                                  minimum=0, below=1)
+    weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
+    val_fraction: float = flag(0.05, "fraction of rows held out for validation, at least one",
                                minimum=0, below=1)
     eval_interval: int = flag(100, "steps between validations", minimum=1)
-    save_interval: int = flag(200, "steps between checkpoints, besides those of the epochs",
+    save_interval: int = flag(200, "steps between checkpoints, in addition to one per epoch",
                               minimum=1)
     keep_last: int = flag(3, "newest checkpoints to keep, beside the one with the lowest "
                              "validation loss; 0: all", minimum=0)
     compile: bool | None = flag(False, "torch.compile the training step (off by default: rows "
-                                       "differ in length, and new shapes compile anew)")
+                                       "differ in length, and new shapes recompile)")
 
 
 # A resumed run may not change which rows a step sees
@@ -140,7 +141,7 @@ def global_batch(examples: list[Example], step: int, batch_size: int, epochs: in
 
 def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows -> inputs, right-padded with PAD_TOKEN, and targets, each (B, T) int64. Exactly the
-    response tokens are targets; lengths decide, since a pad id is also a real token."""
+    response tokens are targets, found by length: PAD_TOKEN is also a real id."""
     T = max(len(prompt) + len(response) for prompt, response in rows) - 1
     inputs = torch.full((len(rows), T), PAD_TOKEN)  # (B, T)
     targets = torch.full((len(rows), T), IGNORE_INDEX)  # (B, T)
@@ -194,7 +195,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     launch.print0(f"{summary}; {len(train_rows):,} to train on, {len(val_rows):,} held out")
 
     # 2. The number of steps, and the optimizer
-    epoch_ends = [-(-epoch * len(train_rows) // config.batch_size)  # rounded up, in whole numbers
+    epoch_ends = [-(-epoch * len(train_rows) // config.batch_size)  # ceiling division
                   for epoch in range(1, config.epochs + 1)]
     max_steps = epoch_ends[-1]
     optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,

@@ -277,11 +277,11 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     model's device and right-padded: prompt and new tokens, <|endoftext|> included.
 
     For temperature, top_k, top_p and repetition_penalty see `SamplingParams`. The random stream of
-    a row depends only on its prompt and seed, so in float32 its tokens do too, up to ties within
-    rounding. `seed` is one per row, or one for all: repetition n of a prompt then uses seed + n.
-    `use_cache=False`, a reference, runs the whole row for each token. on_tokens(row, ids) is called
-    with new tokens; an exception ends generation. Raises UserError for an invalid batch or setting,
-    a prompt that leaves no room in the context, and non-finite logits."""
+    a row depends only on its prompt and seed: in float32 its tokens are batch-invariant, except for
+    ties within rounding. `seed` is one per row, or one for all: repetition n of a prompt then uses
+    seed + n. `use_cache=False`, a reference, recomputes the row for each token. on_tokens(row, ids)
+    is called with new tokens; an exception ends generation. Raises UserError for an invalid batch or
+    setting, a prompt that leaves no room in the context, and non-finite logits."""
     params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
     device, lengths, block_size = ids.device, masks.sum(1), model.config.block_size
@@ -292,7 +292,7 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     if max_steps == 0:
         return ids, masks
     output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))  # (B, longest + 1)
-    # a training run that samples may have required deterministic algorithms for itself
+    # training may run with --deterministic; generation does not need it
     with allow_nondeterministic(), torch.cuda.device(device if device.type == "cuda" else -1):
         batch = DecodingBatch(model, params, output_ids, lengths, max_steps, keys, use_cache)
         while batch.sync(on_tokens):
@@ -327,14 +327,14 @@ class SamplingConfig:
 
     checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
     raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
-    temperature: float = flag(0.8, "0 takes the most likely token", minimum=0)
+    temperature: float = flag(0.8, "sampling temperature; 0: greedy", minimum=0)
     top_k: int = flag(0, "keep the k most likely tokens; 0: all", minimum=0)
     top_p: float = flag(1.0, "keep the most likely tokens with total probability p", minimum=0)
     repetition_penalty: float = flag(1.0, "above 1: tokens already in the text are less likely")
     max_steps: int = flag(128, "maximum number of new tokens", minimum=1)
     seed: int = flag(0, "seed of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Dtype = flag("auto", "of the weights; auto: bfloat16 on CUDA, float32 elsewhere")
+    dtype: Dtype = flag("auto", "of the weights; auto: bfloat16 (or float16) on CUDA, else float32")
 
     def load(self) -> tuple[GPT, SamplingParams, bool]:
         """The model prepared for sampling, how to sample, whether to apply the prompt template."""

@@ -61,19 +61,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
+    def forward(self, x, cache=None, positions=None, attn_mask=None):
         """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with `inference.KVCache`,
-        positions (B, 1) and its attention mask `visible` (B, 1, 1, span)."""
+        positions (B, 1) and its attention mask `attn_mask` (B, 1, 1, span)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         if cache is not None:
             cache.write(self.layer, k, v, positions)
-        if visible is None:  # training, or prefill of a prompt
+        if attn_mask is None:  # training, or prefill of a prompt
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         else:  # one new token per row attends to the row's cache
             k, v = cache.read(self.layer)  # (B, H, span, D)
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=visible).to(q.dtype)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=attn_mask).to(q.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -95,8 +95,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, visible)
+    def forward(self, x, cache=None, positions=None, attn_mask=None):
+        x = x + self.attn(self.ln_1(x), cache, positions, attn_mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -153,14 +153,14 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
-        places = torch.arange(T, device=idx.device) if positions is None else positions
-        x = self.transformer.wte(idx) + self.transformer.wpe(places)  # (B, T, C)
-        visible = None if positions is None else cache.visible(positions)  # (B, 1, 1, span)
+        position_ids = torch.arange(T, device=idx.device) if positions is None else positions
+        x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
+        attn_mask = None if positions is None else cache.visible(positions)  # (B, 1, 1, span)
         # Nothing in a block is random: recomputation needs no generator state
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
             x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute
-                 else block(x, cache, positions, visible))
+                 else block(x, cache, positions, attn_mask))
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, *,

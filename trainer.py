@@ -1,8 +1,8 @@
 """Pre-trains a GPT-2 on token shards, in one process or under torchrun.
 
     python trainer.py --data-dir pretrain_data/pydocs --out-dir out/small --n-layer 4 --n-head 4 \\
-        --n-embd 256 --block-size 256 --sequence-length 256 --micro-batch-size 8 \\
-        --total-batch-size 4096 --max-lr 3e-3 --warmup-steps 20                    # a laptop's CPU
+        --n-embd 128 --block-size 256 --sequence-length 256 --micro-batch-size 8 \\
+        --total-batch-size 4096 --max-lr 3e-3 --warmup-steps 20 --max-steps 500    # a laptop's CPU
     python trainer.py                                                              # one GPU
     torchrun --standalone --nproc-per-node=8 trainer.py                            # eight GPUs
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=1 \\
@@ -51,7 +51,7 @@ class TrainerConfig(RunConfig):
     zero_init: bool = flag(False, "initialize c_proj to 0: every block starts as the identity")
     total_batch_size: int = flag(524_288, "tokens per step, over all ranks", minimum=1)  # 2**19
     micro_batch_size: int | Literal["auto"] = flag(
-        32, "sequences per rank and micro-step; auto: the most that fit into memory", minimum=1)
+        32, "sequences per rank and micro-step; auto: the largest that fits", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
     max_steps: int | None = flag(None, "optimizer steps (default: one epoch)", minimum=1)
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: Muon for the blocks' matrices, "
@@ -62,14 +62,14 @@ class TrainerConfig(RunConfig):
     min_lr: float = flag(6e-5, "learning rate after the last step", minimum=0)
     muon_lr: float = flag(6e-3, "Muon's learning rate after the warm-up; decays in proportion to "
                                 "--max-lr", minimum=0)
-    weight_decay: float = flag(0.1, "of matrices and embeddings", minimum=0)
+    weight_decay: float = flag(0.1, "weight decay of matrices and embeddings", minimum=0)
     beta1: float = flag(0.9, "AdamW's decay of the mean gradient", minimum=0, below=1)
     beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
-    eval_tokens: int = flag(10_485_760, "validate on the first so many tokens", minimum=1)
-    sample_prompt: str = flag("Hello, I'm a language model,", "continued at every validation",
-                              may_be_empty=True)
-    sample_steps: int = flag(32, "tokens of that sample; 0: no samples", minimum=0)
+    eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
+    sample_prompt: str = flag("Hello, I'm a language model,", "prompt to sample at every validation; "
+                              "empty: none", may_be_empty=True)
+    sample_steps: int = flag(32, "tokens per sample; 0: no samples", minimum=0)
 
 
 # A resumed run may not change the model, the optimizer, which windows a step sees, or what is
@@ -120,7 +120,7 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     def micro_steps(micro_batch_size: int) -> int:
         return count_micro_steps(
             config.total_batch_size, micro_batch_size=micro_batch_size,
-            row=config.sequence_length, world_size=launch.world_size, flag="--total-batch-size")
+            sequence_length=config.sequence_length, world_size=launch.world_size, flag="--total-batch-size")
 
     if config.micro_batch_size != "auto":
         micro_steps(config.micro_batch_size)
@@ -130,7 +130,7 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
 
 
 def make_loader(config: TrainerConfig, launch: Launch, split: str, vocab_size: int) -> TokenLoader:
-    """A loader of one window a micro-step, until the micro-batch is known."""
+    """A loader; `micro_batch_size` is set once it is chosen."""
     return TokenLoader(Path(config.data_dir), split, sequence_length=config.sequence_length,
                        micro_batch_size=1, total_batch_size=config.total_batch_size,
                        vocab_size=vocab_size, seed=config.seed, rank=launch.rank,
@@ -222,7 +222,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 with run.gradient_sync(micro_step == grad_accum_steps - 1):
                     with autocast(device, run.dtype):
                         _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-                    # Mean over the global batch: DDP averages over ranks what is summed here
+                    # Mean over the global batch; DDP averages over ranks, hence world_size
                     loss = loss * (launch.world_size / config.total_batch_size)
                     run.scaler.scale(loss).backward()
                 loss_sum += loss.detach()

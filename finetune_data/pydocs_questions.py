@@ -31,7 +31,7 @@ class QuestionsConfig:
 def main() -> None:
     config = parse_config(QuestionsConfig, description=__doc__)
     pairs = list(filter(None, map(question_and_answer, read_documents())))
-    answers = dict(reversed(pairs))  # of the same question, the first one
+    answers = dict(reversed(pairs))  # keep the first answer to a repeated question
     rows = [{"instruction": question, "input": "", "output": answer}
             for question, answer in answers.items()]
     random.Random(SHUFFLE_SEED).shuffle(rows)

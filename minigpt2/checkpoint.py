@@ -34,7 +34,7 @@ STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
-FIXED_SETTINGS = {  # what config.json must say, if it says anything
+FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
@@ -101,7 +101,7 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
         torch.save(training_state, folder / TRAINING_STATE_FILE)
     sums = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
-    mode = (folder / CONFIG_FILE).stat().st_mode  # safetensors makes files private
+    mode = (folder / CONFIG_FILE).stat().st_mode  # safetensors creates files with mode 0600
     for path in folder.iterdir():
         path.chmod(mode)
         with open(path, "rb") as file:
@@ -164,7 +164,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return checkpoints[-1]
     if folder.exists():
         raise UserError(f"{folder} is not a checkpoint, it has neither {CONFIG_FILE} nor folders "
-                        "step_NNNNNN: train one with trainer.py, or give a GPT-2 on the hub")
+                        "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2")
     return download_checkpoint(str(path))
 
 
@@ -173,8 +173,8 @@ def download_checkpoint(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "model*.safetensors"]))
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"checkpoint {name} does not exist here, and the Hugging Face hub did not "
-                        f"provide it ({first_line(error)})") from None
+        raise UserError(f"checkpoint {name} is not a local folder, and the Hugging Face hub "
+                        f"did not provide it ({first_line(error)})") from None
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -51,13 +52,16 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
 
     Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
     these `| None`, and tuple[str, ...] for a positional argument with any number of values. --help
-    lists the flags of `cls` before those of its base classes. Flags cannot be abbreviated.
+    lists the flags of `cls` before those of its base classes. `--max-lr` and `--max_lr` are the
+    same; flags cannot be abbreviated.
     """
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(cls), own_fields_first(cls)
     for field in fields:
         add_argument(parser, field, hints[field.name])
+    argv = [re.sub(r"^--[a-z0-9_]+", lambda m: m[0].replace("_", "-"), word)
+            for word in (sys.argv[1:] if argv is None else argv)]  # --max_lr is --max-lr
     values = vars(parser.parse_intermixed_args(argv))  # accepts flags between positionals
     for field in fields:
         name, value = flag_name(field.name), values[field.name]
@@ -106,7 +110,7 @@ def int_or_word(text: str, words: tuple[str, ...]) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a whole number nor {' nor '.join(words)}") from None
+            f"{text!r}, expected an integer or {' or '.join(words)}") from None
 
 
 def flag_name(field_name: str) -> str:
@@ -148,7 +152,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str) -> int:
-    """Prints an error and returns the exit status. Other ranks than 0 wait first: if rank 0 fails
+    """Prints an error and returns the exit status. Ranks other than 0 wait first: if rank 0 fails
     too, torchrun stops them before they print."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":

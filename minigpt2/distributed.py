@@ -23,12 +23,12 @@ from minigpt2.loss import IGNORE_INDEX
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# How long a rank waits for a live one: rank 0 verifies and reads checkpoints, 19 GB for gpt2-xl,
-# from disks that may be slow. Lost ranks are noticed sooner (faults.py).
+# Timeout of collectives: rank 0 may read a checkpoint of 19 GB from a slow disk while others wait.
+# Lost ranks are noticed sooner (faults.py).
 TIMEOUT_MINUTES = 30
 # Parameters of glibc's mallopt (malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-EXACT_ENOUGH = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
+MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
 
@@ -76,10 +76,10 @@ class Launch:
 
     def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
         """Raises UserError, on every rank, if one of the facts differs between ranks."""
-        everyones = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
-        for rank, theirs in enumerate(everyones):
-            for name in sorted(everyones[0].keys() | theirs.keys()):
-                first, other = everyones[0].get(name), theirs.get(name)
+        all_facts = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
+        for rank, others in enumerate(all_facts):
+            for name in sorted(all_facts[0].keys() | others.keys()):
+                first, other = all_facts[0].get(name), others.get(name)
                 if first != other:
                     raise UserError(f"{name} differs: {first!r:.80} on rank 0, {other!r:.80} on "
                                     f"rank {rank}; start all nodes with the same code, flags, "
@@ -122,7 +122,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
 
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory. By default it returns every large tensor to the system, which
-    hands it out again page by page, zeroed (measured in docs/benchmarks.md)."""
+    hands it out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
     mallopt = c_function("mallopt")
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
@@ -150,12 +150,12 @@ def use_fastest_exact_matmul() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
     exact = a.double() @ b.double()
-    if (a @ b - exact).norm() > EXACT_ENOUGH * exact.norm():
+    if (a @ b - exact).norm() > MAX_MATMUL_ERROR * exact.norm():
         torch.set_float32_matmul_precision("highest")
 
 
 def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
-    """The key-value store through which ranks meet: torchrun's, or one hosted by rank 0."""
+    """The rendezvous store: torchrun's, or one hosted by rank 0."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                          is_master=may_host and not hosted, timeout=timeout,
@@ -178,7 +178,7 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         store.set(f"seen/{rank}", offer["attempt"])
         return offer["attempt"]
     others = range(1, world_size)
-    for other in others:  # clear an earlier attempt's
+    for other in others:  # clear replies of an earlier attempt
         store.set(f"seen/{other}", "")
     while not all(store.get(f"seen/{other}").decode() == mine for other in others):
         hellos = {other: store.get(f"hello/{other}").decode() for other in others}
@@ -193,11 +193,11 @@ def stop() -> None:
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """"auto" is CUDA if available, else the CPU; MPS must be asked for. Raises UserError."""
+    """"auto" is CUDA if available, else the CPU; MPS only on request. Raises UserError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UserError(f"--device {device} is none of auto, cpu, cuda, cuda:N and mps")
+        raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device(device)
     if picked.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -286,7 +286,7 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
     """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T).
 
     Summed in float64, so that world size and micro-batch do not change it, and run eagerly, since
-    other shapes would only make the compiler compile again. `should_stop` is checked after every
+    other shapes would trigger recompilation. `should_stop` is checked after every
     batch; if it is true on any rank, the result is None on all ranks."""
     summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
     with torch.compiler.set_stance("force_eager"):
@@ -311,23 +311,23 @@ def device_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def count_micro_steps(total: int, *, micro_batch_size: int, row: int, world_size: int,
-                           flag: str) -> int:
-    """The gradient-accumulation steps of one step: total / (micro_batch_size * row * world_size).
+def count_micro_steps(total: int, *, micro_batch_size: int, sequence_length: int, world_size: int,
+                      flag: str) -> int:
+    """The micro-steps of one step: total / (micro_batch_size * sequence_length * world_size).
 
-    `total` is the global batch set by `flag`, in tokens with row = sequence_length or in examples
-    with row = 1. Raises UserError naming the nearest values that divide evenly.
+    `total` is the global batch in tokens, set by `flag`. Raises UserError naming the nearest values
+    that divide evenly.
     """
-    per_micro_step = micro_batch_size * row * world_size
+    per_micro_step = micro_batch_size * sequence_length * world_size
     if total % per_micro_step == 0 and total > 0:
         return total // per_micro_step
     below = total // per_micro_step * per_micro_step
     totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
-    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {row} x "
-               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
+    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x "
+               f"{sequence_length} x {world_size} ranks = {per_micro_step}; nearest that do: {flag} "
                + " or ".join(totals))
-    if total % (row * world_size) == 0 and total > 0:
-        rows = total // (row * world_size)  # every divisor of this is a valid micro-batch
+    if total % (sequence_length * world_size) == 0 and total > 0:
+        rows = total // (sequence_length * world_size)  # every divisor of this is a valid micro-batch
         nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
                       key=lambda d: abs(d - micro_batch_size))
         message += f", or --micro-batch-size {nearest}"

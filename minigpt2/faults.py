@@ -1,5 +1,5 @@
-"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses. Every fault ends in one
-line, all ranks decide alike, and no rank waits forever for another."""
+"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses. Every fault is
+reported in one line, all ranks take the same decision, and no rank waits forever."""
 
 import contextlib
 import math
@@ -100,8 +100,8 @@ class LostRankError(UserError):
 
 
 class RankMonitor:
-    """A thread that ends this process when another rank fails or falls silent, or when its torchrun
-    is gone. Without it NCCL would wait for half an hour, and an orphaned rank forever.
+    """A thread that ends this process when another rank fails or sends no heartbeat, or when its
+    torchrun is killed. Without it NCCL would wait for half an hour, and an orphaned rank forever.
 
     Every rank increments a counter in torchrun's store once a second and reads the others'. Clocks
     are not compared, so that a slow rank is not mistaken for a lost one.
@@ -123,7 +123,7 @@ class RankMonitor:
         """Starts to watch the other ranks as well. A collective."""
         if launch.world_size > 1:
             self.rank, self.world_size = launch.rank, launch.world_size
-            # A fresh prefix hides keys of earlier attempts; an own connection, since the process
+            # A fresh prefix hides keys of earlier attempts; a separate connection, since the process
             # group's may be blocked
             prefix = launch.broadcast(secrets.token_hex(8))
             store = connect_store(timedelta(seconds=SILENT_SECONDS))
@@ -145,7 +145,7 @@ class RankMonitor:
         return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
 
     def run(self) -> None:
-        last, heard, looked = [], [], time.monotonic()
+        last, last_heartbeat, last_poll = [], [], time.monotonic()
         while not self.leaving.wait(HEARTBEAT_SECONDS):
             if self.parent not in (None, os.getppid()):
                 self.end(f"the torchrun that started rank {self.rank} was killed. {RESUME_HINT}")
@@ -160,19 +160,20 @@ class RankMonitor:
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
             now = time.monotonic()
-            if not last or now - looked > 5 * HEARTBEAT_SECONDS:
-                # First look, or this process was suspended, and perhaps the others too
-                last, heard = [-1] * self.world_size, [now] * self.world_size
-            heard = [now if count != before else since
-                     for count, before, since in zip(counts, last, heard, strict=True)]
-            last, looked = counts, now
-            if now - min(heard) > SILENT_SECONDS:
-                self.end(f"rank {heard.index(min(heard))} is lost: no heartbeat for "
+            if not last or now - last_poll > 5 * HEARTBEAT_SECONDS:
+                # First poll, or this process was suspended, perhaps with all others: reset the timers
+                last, last_heartbeat = [-1] * self.world_size, [now] * self.world_size
+            last_heartbeat = [now if count != before else since for count, before, since in
+                              zip(counts, last, last_heartbeat, strict=True)]
+            last, last_poll = counts, now
+            oldest = min(last_heartbeat)
+            if now - oldest > SILENT_SECONDS:
+                self.end(f"rank {last_heartbeat.index(oldest)} is lost: no heartbeat for "
                          f"{SILENT_SECONDS:.0f} s (killed, or its node is down). {RESUME_HINT}")
 
     def end(self, why: str, status: int = 1) -> None:
-        """Ends this process, whatever its other threads wait for, unless it is leaving anyway. A
-        user's mistake on one rank gives every rank the exit status 2."""
+        """Exits at once, even if other threads are blocked; no effect during a normal exit. A user's
+        mistake on one rank gives every rank exit status 2."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
@@ -183,7 +184,7 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
-    """This process as a rank of the run, from joining the others to leaving them (see
+    """Joins the process group, monitors the other ranks, and leaves the group at the end (see
     `distributed.start`). Raises UserError for out of memory and lost ranks, in place of PyTorch's
     errors."""
     with RankMonitor() as monitor:
@@ -206,8 +207,8 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 
 def agree(loss_sum: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
           launch: Launch) -> tuple[float, float, bool]:
-    """What all ranks must know before they make a step: the loss (mean over ranks of `loss_sum`
-    ()), the gradient norm, and whether any rank was asked to stop.
+    """Returns, on all ranks and before the optimizer's step: the loss (mean over ranks of
+    `loss_sum` ()), the gradient norm, and whether any rank was asked to stop.
 
     One small all-reduce, and the one host synchronization of a step. The gradients are all-reduced
     already, so that all ranks reach the same decision.
@@ -222,8 +223,8 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
     """The number of consecutive skipped steps after `step`, whose loss and gradient norm are the
     same on all ranks. Raises UserError, on all of them, after MAX_SKIPPED.
 
-    The float16 scaler starts too high on purpose and halves at every overflow: while it can still
-    halve, an overflow of the gradients alone is neither counted nor reported.
+    The float16 scaler starts too high on purpose and halves at every overflow: while its scale is
+    at least 1, an overflow of the gradients alone is neither counted nor reported.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
@@ -232,6 +233,6 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
     before = [path for path in list_checkpoints(out_dir) if step_of(path) <= step - skipped]
-    good = f"the last checkpoint before them is {before[-1]}" if before else "none is older"
+    good = f"the last checkpoint before them is {before[-1]}" if before else "there is no earlier one"
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
                     f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")

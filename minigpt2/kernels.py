@@ -57,7 +57,7 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Prepares a model for `generate` and `logprobs`, in place and for good: afterwards it can be
+    """Prepares a model for `generate` and `logprobs`, in place, irreversibly: afterwards it can be
     neither trained nor saved.
 
     On a GPU, converts the weights to `dtype`. On a CPU, packs the linear layers, those of the

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-IGNORE_INDEX = -100  # a target that carries no loss
+IGNORE_INDEX = -100  # a target ignored by the loss
 # Rows of logits held at a time by the eager loss. 512 x 50257 bf16 is 51 MB, beyond which a CPU
 # gains nothing; a GPU needs larger products: 4096 rows take 0.4 GB, all 32 x 1024 take 3.3 GB.
 LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096

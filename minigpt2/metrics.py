@@ -44,7 +44,7 @@ def flops_per_token(model: GPT, sequence_length: int) -> int:
 
 
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
-    """Returns what reproduces a run, flat and JSON-serializable: settings, versions, git commit,
+    """Returns what is needed to reproduce a run, flat and JSON-serializable: settings, versions, git commit,
     SHA-256 of the code and of `data` (a manifest, as canonical JSON), world size, device name."""
     root = Path(__file__).resolve().parents[1]
     code = b"".join(path.read_bytes() for folder in (root, root / "minigpt2")
@@ -103,7 +103,7 @@ class RunLog:
         line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
-            while line:  # an almost full disk takes a part; only the next write raises
+            while line:  # an almost full disk accepts a part; the next write raises
                 line = line[self.file.write(line):]
         except OSError as error:
             error.filename = str(self.path)
@@ -118,7 +118,8 @@ class RunLog:
                 getattr(self.mirror, method)(*arguments)
         except OSError as error:
             self.mirror = None
-            print(f"TensorBoard or W&B failed ({first_line(error)}), use {self.path}", flush=True)
+            print(f"TensorBoard or W&B failed ({first_line(error)}): logging only to "
+                  f"{self.path}", flush=True)
 
     def close(self) -> None:
         self.file.close()
@@ -171,7 +172,7 @@ def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict, te
 
 class TensorBoardMirror:
     """Copies the numbers of a run log to event files in OUT_DIR/tensorboard, named train/loss,
-    val/loss, ... With a W&B project, W&B follows these files. Needs no network."""
+    val/loss, ... With a W&B project, W&B uploads these files."""
 
     def __init__(self, out_dir: Path, start_step: int, project: str | None, metadata: dict):
         from torch.utils.tensorboard import SummaryWriter  # optional
@@ -214,6 +215,6 @@ def start_wandb(project: str, folder: Path, metadata: dict):
     wandb.tensorboard.unpatch()  # of an earlier run in this process
     # like wandb.init(sync_tensorboard=True), which needs 10 s to guess the root folder
     wandb.tensorboard.patch(save=False, root_logdir=str(folder))
-    run.define_metric("global_step")  # an axis that can go back, unlike W&B's own step: this keeps
+    run.define_metric("global_step")  # unlike W&B's own step, this axis may decrease: it keeps
     run.define_metric("*", step_metric="global_step")  # the steps repeated after a restart
     return run

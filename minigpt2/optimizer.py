@@ -120,23 +120,23 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     `shard` splits the optimizer state over ranks (ZeRO stage 1, Rajbhandari et al. 2020); it needs
     a process group."""
     named = list(model.named_parameters())  # a tied weight occurs once
-    of_muon = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
+    muon_params = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
     rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if of_muon:
-        groups.insert(0, {"params": of_muon, "weight_decay": weight_decay, "muon": True,
+    if muon_params:
+        groups.insert(0, {"params": muon_params, "weight_decay": weight_decay, "muon": True,
                           "momentum": MUON_MOMENTUM, "lr": muon_lr, "lr_scale": muon_lr / lr})
     # fused: one kernel instead of a dozen passes over memory per parameter
     options = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
-    kind = Muon if of_muon else torch.optim.AdamW
+    optimizer_class = Muon if muon_params else torch.optim.AdamW
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
 
-        return ZeroRedundancyOptimizer(groups, kind, **options)
-    return kind(groups, **options)
+        return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
+    return optimizer_class(groups, **options)
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:

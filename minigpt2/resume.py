@@ -129,7 +129,7 @@ class CheckpointWriter:
         return step_folder(self.out_dir, self.saved_step)
 
     def poll(self) -> None:
-        """Raises UserError as soon as it is known that a checkpoint could not be written."""
+        """Raises UserError if the pending checkpoint has failed; does not block."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
@@ -169,7 +169,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
     it is damaged, or if a rank does not see the folder.
     """
     folder = saved = None
-    mapped = launch.device.type != "cpu"  # on a CPU the optimizer keeps these very tensors
+    mapped = launch.device.type != "cpu"  # on a CPU the optimizer would keep memory-mapped tensors
     if launch.is_master:
         holds_run = list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
@@ -206,10 +206,10 @@ def newest_intact(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None
             damaged.append(folder)
             continue
         for other in damaged:
-            aside = other.with_name(f"{other.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            renamed = other.with_name(f"{other.name}.damaged")
+            shutil.rmtree(renamed, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):
-                os.replace(other, aside)
+                os.replace(other, renamed)
         return folder, saved
     if damaged:
         raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} is intact: restore "
@@ -230,8 +230,8 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
                             "restore them, or start in another --out-dir")
         if name in fixed:
             raise UserError(f"--resume: {folder} was trained with {flag_name(name)} "
-                            f"{before[name]}, not {metadata[name]}: give that again, or start "
-                            "in another --out-dir")
+                            f"{before[name]}, not {metadata[name]}: restore that value, or "
+                            "start in another --out-dir")
     for name in changed:
         if name != "resume":
             launch.print0(f"--resume: {name} was {before[name]}, is now {metadata[name]}")

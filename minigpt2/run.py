@@ -1,16 +1,15 @@
-"""A training run: what all training scripts do alike.
+"""A training run: what all training scripts share.
 
-A script keeps in sight what makes it its own: its batches, the forward and backward pass, how the
-loss is normalized, what is validated, the schedule. A `Run` does the rest: it finds the checkpoint
-to resume from, holds the folder's lock, logs, validates and saves when due, clips and steps, skips
-non-finite steps, measures throughput, and leaves on a signal. The script calls it; it calls nothing
-of the script.
+Each script defines its batches, forward and backward pass, loss normalization, validation and
+schedule. A `Run` does the rest: it finds the checkpoint to resume from, locks the folder, logs,
+decides when to validate and save, clips gradients, skips non-finite steps, measures throughput, and
+stops on a signal. The script calls the `Run`, never the reverse.
 
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png", data=manifest,
               fixed=FIXED_ON_RESUME)
     raw_model = load_model(run.checkpoint) if run.is_resumed else GPT(sizes)
     optimizer = make_optimizer(raw_model, ...)
-    model = run.prepare(raw_model, optimizer, max_steps, ...)  # in DDP where there are ranks
+    model = run.prepare(raw_model, optimizer, max_steps, ...)  # in DDP if world_size > 1
     with run:
         while True:
             if run.eval_due():
@@ -70,7 +69,7 @@ class RunConfig:
                              "validation loss; 0: all", minimum=0)
     keep_every: int = flag(0, "also keep the checkpoints of every N-th step; 0: none", minimum=0)
     log_interval: int = flag(1, "steps between records of the run log", minimum=1)
-    seed: int = flag(1337, "of weights, data order and samples", minimum=0, below=2**63)
+    seed: int = flag(1337, "random seed of weights, data order and samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile the training step (default: on CUDA)")
@@ -81,7 +80,7 @@ class RunConfig:
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
     tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
     wandb: str | None = flag(None, "also log to this Weights & Biases project")
-    loss_graph: str | None = flag(None, "PNG of the loss (default: in --out-dir)")
+    loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)")
 
 
 class Run:
@@ -95,9 +94,9 @@ class Run:
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
                  **extra_metadata):
-        """`label` names the run in the progress bar, `graph` its image in --out-dir, `data` the
-        data (its SHA-256 goes into every checkpoint), `fixed` the settings that a resumed run may
-        not change. Raises UserError, on all ranks, before anything is written."""
+        """`label`: name in the progress bar. `graph`: file name of the loss graph. `data`: manifest,
+        whose SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run may not
+        change. Raises UserError before the run writes anything."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
         self.label, self.prompt_template = label, prompt_template
         self.out_dir = Path(config.out_dir)
@@ -128,9 +127,9 @@ class Run:
                 milestones: Iterable[int] = ()) -> torch.nn.Module:
         """Restores the training state, compiles, chooses the micro-batch, wraps the model in DDP.
 
-        `micro_batch_sizes` are those allowed, largest first; with `--micro-batch-size auto` the
-        first that fits into memory is taken, else the first. The weights are validated and saved
-        after max_steps and after each of the `milestones`. Returns the module to train with.
+        `micro_batch_sizes`: allowed sizes, largest first; `--micro-batch-size auto` picks the first
+        that fits, otherwise the first is used. The weights are validated and saved after max_steps
+        and after each of the `milestones`. Returns the module to train with.
         Raises UserError when the checkpoint is past max_steps (set by max_steps_flag), is of
         another model, or when no micro-batch fits.
         """
@@ -142,7 +141,7 @@ class Run:
         if self.is_resumed:
             self.state = restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
                                  seed=config.seed, max_steps=max_steps, flag=max_steps_flag)
-            self.saved = None  # its moments take twice the memory of the weights
+            self.saved = None  # free it: the moments are twice the size of the weights
         compiled = should_compile(config.compile, launch)
         if compiled:
             model.compile()  # in place: parameter names stay as they are
@@ -286,12 +285,12 @@ class Run:
             self.paused_at = device_time(self.launch.device)
 
     def report(self, elapsed: float) -> None:
-        """The last line of a run; of one that reached its last step also the loss graph."""
+        """Prints the last line; draws the loss graph if the run reached its last step."""
         if self.stopping:
             print(self.stop.report(self.step, self.max_steps, self.writer.folder))
             return
         draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
                   f"{self.label.capitalize()} loss")
         print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
-              f"{self.writer.folder}, graph {self.image}; of {elapsed:,.0f} s, "
-              f"{self.overhead_s / elapsed:.1%} went into validation and checkpoints")
+              f"{self.writer.folder}, graph {self.image}; validation and checkpoints took "
+              f"{self.overhead_s / elapsed:.1%} of {elapsed:,.0f} s")

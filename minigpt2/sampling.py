@@ -91,7 +91,7 @@ def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> to
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Sets all logits (B, V) but the k largest of each row, and ties with the last, to -inf."""
+    """Keeps the k largest logits (B, V) of each row and ties with the k-th; the others become -inf."""
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     return logits
@@ -175,6 +175,6 @@ def splitmix64(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
 
 
 def xor_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z ^ (z >> bits), with z taken as unsigned."""
+    """z ^ (z >> bits), treating z as unsigned."""
     mask = 2 ** (8 * z.element_size() - bits) - 1
     return (z >> bits).bitwise_and_(mask).bitwise_xor_(z)

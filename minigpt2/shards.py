@@ -69,7 +69,7 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
 
 
 def shard_error(path: Path, problem: str) -> UserError:
-    return UserError(f"shard {path} {problem}: delete it and run the command that wrote it again")
+    return UserError(f"shard {path} {problem}: delete it and rerun the command that wrote it")
 
 
 def write_record(path: Path, record: dict) -> None:
@@ -90,7 +90,7 @@ def read_record(path: Path) -> dict:
                 raise ValueError(f"{tokens!r} tokens in {name!r}, split {split!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # also: not JSON, not UTF-8
         raise UserError(f"{path} is not the record of a corpus ({error!r}): delete the folder and "
-                        "run the command that wrote it again") from None
+                        "rerun the command that wrote it") from None
     return record
 
 
@@ -104,8 +104,8 @@ def read_manifest(data_dir: Path) -> dict:
     if (data_dir / MANIFEST).is_file():
         return read_record(data_dir / MANIFEST)
     if (data_dir / PROGRESS).exists():
-        raise UserError(f"data folder {data_dir} is unfinished: run the command that began it "
-                        "again to resume")
+        raise UserError(f"data folder {data_dir} is unfinished: rerun the command that created "
+                        "it to resume")
     names = sorted(entry.name for entry in data_dir.iterdir())
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]

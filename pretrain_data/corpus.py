@@ -244,7 +244,7 @@ def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
 
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 61)  # the most that Windows can wait for
+    return min(cores or 1, 61)  # ProcessPoolExecutor's limit on Windows
 
 
 def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
@@ -284,6 +284,6 @@ def verify_corpus(out_dir: Path) -> None:
             bad.append(str(path))
     if bad:
         raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: delete them "
-                        "and run the command that wrote them again, which rebuilds only those: "
+                        "and rerun the command that wrote them, which rebuilds only those: "
                         f"rm -f {' '.join(bad)}")
     print(f"{out_dir} is intact: {len(entries)} shards match their checksums")

@@ -1,7 +1,7 @@
 """The documentation in every Python environment of this project, as documents.
 
 Python's language reference (`pydoc_data`), and the docstrings of the standard library, NumPy and
-PyTorch: about two million tokens of English prose without a download, the corpus of the demo. The
+PyTorch: about 2.8 million tokens of English prose without a download, the corpus of the demo. The
 sources are parsed with `ast` and never imported.
 """
 

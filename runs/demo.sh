@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole life of a small GPT-2 on a CPU, in about ten minutes on two cores:
+# A small GPT-2 from corpus to answers on a CPU, in about ten minutes on two cores:
 # corpus -> pre-training -> loss graph -> instruction tuning -> loss graph -> answers.
 #   bash runs/demo.sh [output folder; default: a new one under out/]
 set -euo pipefail
@@ -9,7 +9,7 @@ source "$(dirname "$0")/setup.sh" requirements.txt
 start=$SECONDS
 step() { echo; echo "== [$((SECONDS - start)) s] $1"; }
 
-dtype=float32  # bfloat16 takes half the time where the processor supports it natively
+dtype=float32  # bfloat16 is faster where the processor supports it natively
 if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
 
 step "1/5 a corpus: the documentation of Python, NumPy and PyTorch on this machine"

@@ -2,7 +2,7 @@
 # The fast recipe: GPT-2 124M with Muon on the blocks' matrices, a linear decay to 0, and blocks that
 # start as the identity.
 #   bash runs/fast.sh [number of GPUs] [further flags of trainer.py]
-# Stopped or killed, the same command resumes. The learning rates are the best of a 16M proxy
+# If interrupted, rerun the same command to resume. The learning rates are the best of a 16M proxy
 # (docs/benchmarks.md); they were not tried at 124M.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt

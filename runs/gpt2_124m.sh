@@ -2,7 +2,7 @@
 # GPT-2 124M from scratch: FineWeb, pre-training on 8 GPUs, instruction tuning, two answers.
 #   bash runs/gpt2_124m.sh [number of GPUs]
 # Needs a network and 40 GB of disk; on smaller GPUs lower --micro-batch-size.
-# Stopped or killed, the same command resumes every stage.
+# If interrupted, rerun the same command to resume.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 gpus=${1:-8}
@@ -10,12 +10,11 @@ out=out/gpt2_124m
 
 python pretrain_data/fineweb_downloader.py --out-dir pretrain_data/fineweb
 torchrun --standalone --nproc-per-node="$gpus" trainer.py --data-dir pretrain_data/fineweb \
-  --out-dir "$out/pretrain" --loss-graph image/pretrain_loss.png --resume
+  --out-dir "$out/pretrain" --resume
 
 python finetune_data/alpaca_downloader.py
 torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \
-  --data finetune_data/alpaca.json --out-dir "$out/finetune" \
-  --loss-graph image/finetune_loss.png --resume
+  --data finetune_data/alpaca.json --out-dir "$out/finetune" --resume
 
 python inference.py --checkpoint "$out/finetune" \
   "What are the places I can visit in New York?" "Who was the first president of the United States?"

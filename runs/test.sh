@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, checks the style, and runs the test suite in two processes: CPU only, no network but for
-# packages.
+# Sets up, checks the style, and runs the test suite in two processes: CPU only, no network except
+# to install packages.
 #   bash runs/test.sh                  # everything
 #   bash runs/test.sh -m "not slow"    # the fast tests: after every edit
 #   bash runs/test.sh -n 0 tests/test_run.py    # one file, in one process
