@@ -118,7 +118,7 @@ def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tenso
         raise UserError("each row of attention_masks must be ones (at least one), then zeros")
     T, vocab_size = int(lengths.max()), min(model.config.vocab_size, N_VOCAB)
     ids = ids.where(is_token, PAD_TOKEN)[:, :T]
-    low, high = map(int, ids.aminmax())
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise UserError(f"input_ids range from {low} to {high}, expected 0 to {vocab_size - 1}")
     return ids, masks[:, :T]

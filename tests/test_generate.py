@@ -78,7 +78,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(options):
         assert rows == [expected[i] for i in order]
 
 
-def random_cases() -> list[tuple[int, list[int], int]]:
+def random_cases() -> list:
     """(vocab_size, prompt lengths, max_steps): 1 to 16 rows of 1 to 1,023 tokens, including the
     shortest and the longest."""
     rng = random.Random(6)
@@ -87,7 +87,8 @@ def random_cases() -> list[tuple[int, list[int], int]]:
     for rows in (2, 5, 11, 16):
         lengths = [rng.randint(1, 1023) for _ in range(rows)]
         cases.append((512, lengths, rng.randint(1, 12)))
-    return [*cases, (512, [rng.randint(1, 40) for _ in range(16)], 60)]
+    lengths = [rng.randint(1, 40) for _ in range(16)]
+    return [*cases, pytest.param(512, lengths, 60, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("vocab_size, lengths, max_steps", random_cases(),
