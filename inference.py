@@ -280,8 +280,8 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     a row depends only on its prompt and seed: in float32 its tokens are batch-invariant, except for
     ties within rounding. `seed` is one per row, or one for all: repetition n of a prompt then uses
     seed + n. `use_cache=False`, a reference, recomputes the row for each token. on_tokens(row, ids)
-    is called with new tokens; an exception ends generation. Raises UserError for an invalid batch or
-    setting, a prompt that leaves no room in the context, and non-finite logits."""
+    is called with new tokens; an exception ends generation. Raises UserError for an invalid batch
+    or setting, a prompt that leaves no room in the context, and non-finite logits."""
     params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
     device, lengths, block_size = ids.device, masks.sum(1), model.config.block_size

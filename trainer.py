@@ -67,8 +67,8 @@ class TrainerConfig(RunConfig):
     beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
     eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
-    sample_prompt: str = flag("Hello, I'm a language model,", "prompt to sample at every validation; "
-                              "empty: none", may_be_empty=True)
+    sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation; empty: "
+                              "no samples", may_be_empty=True)
     sample_steps: int = flag(32, "tokens per sample; 0: no samples", minimum=0)
 
 
@@ -120,7 +120,8 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     def micro_steps(micro_batch_size: int) -> int:
         return count_micro_steps(
             config.total_batch_size, micro_batch_size=micro_batch_size,
-            sequence_length=config.sequence_length, world_size=launch.world_size, flag="--total-batch-size")
+            sequence_length=config.sequence_length, world_size=launch.world_size,
+            flag="--total-batch-size")
 
     if config.micro_batch_size != "auto":
         micro_steps(config.micro_batch_size)

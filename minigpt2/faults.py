@@ -123,8 +123,8 @@ class RankMonitor:
         """Starts to watch the other ranks as well. A collective."""
         if launch.world_size > 1:
             self.rank, self.world_size = launch.rank, launch.world_size
-            # A fresh prefix hides keys of earlier attempts; a separate connection, since the process
-            # group's may be blocked
+            # A fresh prefix hides keys of earlier attempts; a separate connection, because that of
+            # the process group may be blocked
             prefix = launch.broadcast(secrets.token_hex(8))
             store = connect_store(timedelta(seconds=SILENT_SECONDS))
             self.store = dist.PrefixStore(prefix, store)
@@ -161,7 +161,7 @@ class RankMonitor:
                 self.end(failed[1:], int(failed[0]))
             now = time.monotonic()
             if not last or now - last_poll > 5 * HEARTBEAT_SECONDS:
-                # First poll, or this process was suspended, perhaps with all others: reset the timers
+                # First poll, or this process was suspended, perhaps with all others: reset
                 last, last_heartbeat = [-1] * self.world_size, [now] * self.world_size
             last_heartbeat = [now if count != before else since for count, before, since in
                               zip(counts, last, last_heartbeat, strict=True)]
@@ -172,8 +172,8 @@ class RankMonitor:
                          f"{SILENT_SECONDS:.0f} s (killed, or its node is down). {RESUME_HINT}")
 
     def end(self, why: str, status: int = 1) -> None:
-        """Exits at once, even if other threads are blocked; no effect during a normal exit. A user's
-        mistake on one rank gives every rank exit status 2."""
+        """Exits at once, even if other threads are blocked; no effect during a normal exit. A
+        user's mistake on one rank gives every rank exit status 2."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
@@ -233,6 +233,6 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
     before = [path for path in list_checkpoints(out_dir) if step_of(path) <= step - skipped]
-    good = f"the last checkpoint before them is {before[-1]}" if before else "there is no earlier one"
+    good = f"the last checkpoint before them is {before[-1]}" if before else "none is earlier"
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
                     f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")

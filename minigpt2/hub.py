@@ -45,7 +45,8 @@ class RetryPolicy:
                           and not isinstance(error, LocalEntryNotFoundError))
                 if attempt == self.max_retries or absent or status in PERMANENT:
                     raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
-                                    "check the network, --revision and access rights, then rerun to resume") from None
+                                    "check the network, --revision and access rights, then rerun "
+                                    "to resume") from None
                 delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
                 print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
                 time.sleep(delay)

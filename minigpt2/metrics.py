@@ -44,7 +44,7 @@ def flops_per_token(model: GPT, sequence_length: int) -> int:
 
 
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
-    """Returns what is needed to reproduce a run, flat and JSON-serializable: settings, versions, git commit,
+    """Returns what is needed to reproduce a run, as a flat JSON object: settings, versions, commit,
     SHA-256 of the code and of `data` (a manifest, as canonical JSON), world size, device name."""
     root = Path(__file__).resolve().parents[1]
     code = b"".join(path.read_bytes() for folder in (root, root / "minigpt2")

@@ -94,9 +94,9 @@ class Run:
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
                  **extra_metadata):
-        """`label`: name in the progress bar. `graph`: file name of the loss graph. `data`: manifest,
-        whose SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run may not
-        change. Raises UserError before the run writes anything."""
+        """`label`: name in the progress bar. `graph`: file name of the loss graph. `data`: its
+        SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run may not change.
+        Raises UserError before the run writes anything."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
         self.label, self.prompt_template = label, prompt_template
         self.out_dir = Path(config.out_dir)

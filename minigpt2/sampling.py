@@ -91,7 +91,7 @@ def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> to
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Keeps the k largest logits (B, V) of each row and ties with the k-th; the others become -inf."""
+    """Keeps the k largest logits (B, V) of each row and ties with the k-th; others become -inf."""
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     return logits

@@ -50,7 +50,7 @@ def test_values_and_defaults():
     (["--folder", ""], "--folder is empty"),
     (["--kind", "c"], "invalid choice"),
     (["--mode", "z"], "invalid choice"),
-    (["--size", "Auto"], "--size: 'Auto' is neither a whole number nor auto"),
+    (["--size", "Auto"], "--size: 'Auto', expected an integer or auto"),
     (["--size", "1.5"], "neither a whole number nor auto"),
     (["--size", ""], "neither a whole number nor auto"),
     (["--size", "0"], "at least 1 and less than 100"),

@@ -235,8 +235,8 @@ def test_defaults_are_the_missions():
 @pytest.mark.parametrize("world_size, steps", [(1, 16), (2, 8), (8, 2)])
 def test_accumulation_is_computed_for_every_launch_form(world_size, steps):
     """One process included, where the earlier repo trained on a batch 16 times too small."""
-    assert count_micro_steps(2**19, micro_batch_size=32, sequence_length=1024, world_size=world_size,
-                                  flag="--total-batch-size") == steps
+    assert count_micro_steps(2**19, micro_batch_size=32, sequence_length=1024,
+                             world_size=world_size, flag="--total-batch-size") == steps
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
