@@ -62,8 +62,8 @@ def measure_encoders(config: DataBenchConfig, texts: list[str]) -> None:
 
 
 def make_bare_loop(texts: list[str]) -> harness.Step:
-    encoding = load_tokenizer()
-    return lambda: sum(len(encoding.encode_ordinary(text)) + 1 for text in texts)
+    encode = load_tokenizer().encode_ordinary
+    return lambda: sum(len(encode(text)) + 1 for text in texts)
 
 
 def measure_shards(config: DataBenchConfig, texts: list[str], path: pathlib.Path) -> None:
@@ -82,8 +82,7 @@ def measure_shards(config: DataBenchConfig, texts: list[str], path: pathlib.Path
                 "shard_tokens": min(SHARD_TOKENS, tokens // 3)})
 
         taken = alternate(config.rounds, bare=bare, shards=shards)
-        for loop in loops:
-            loop.shutdown()
+        [loop.shutdown() for loop in loops]
         record(config, "tokenise", workers=workers, documents=len(texts), tokens=tokens,
                bare_tokens_per_sec=tokens / taken["bare"], ratio=taken["bare"] / taken["shards"],
                shards_tokens_per_sec=tokens / taken["shards"])
@@ -101,7 +100,7 @@ def bench_data(config: DataBenchConfig) -> None:
     texts = load_texts(config)
     measure_encoders(config, texts)
     with tempfile.TemporaryDirectory() as name:
-        path = pathlib.Path(name) / "documents.parquet"  # like FineWeb's: zstd, groups of 1000 rows
+        path = pathlib.Path(name) / "documents.parquet"  # like FineWeb's: zstd, groups of 1000
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd",
                                     row_group_size=1000)
         measure_shards(config, texts, path)

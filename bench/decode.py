@@ -1,9 +1,7 @@
-"""Sampling against Hugging Face's `generate`, and validation against a textbook forward pass.
+"""Greedy sampling against Hugging Face's `generate`; validation against a textbook forward pass.
 
     python bench/decode.py --quick                                # smoke test, half a minute
     python bench/decode.py --log image/logs/bench_decode.jsonl    # 50 minutes
-
-Sampling is greedy; `same_tokens` says whether both implementations agree.
 """
 
 import itertools
@@ -24,8 +22,7 @@ from minigpt2.distributed import Launch, autocast, mean_loss, start
 from minigpt2.kernels import prepare_to_sample
 from model import GPT, GPTConfig
 
-# A model with random weights repeats one token. With these factors it does not, and its rounding
-# errors stay as small as those of a trained model.
+# Random weights repeat one token; scaled like this they do not, and round like trained weights
 PROJECTION_SCALE, OTHER_SCALE = 10.0, 2.0
 EVAL_SHAPE, QUICK_EVAL_SHAPE = (8, 1024), (2, 128)  # (B, T)
 
@@ -61,17 +58,14 @@ def make_decoding(way: str, sizes: GPTConfig, prompts: torch.Tensor, new_tokens:
 
 
 def make_growth(way: str, sizes: GPTConfig, batch: int, early: int, late: int) -> Step:
-    """Generates a text of full length and returns the cost of a token around position `late` over
-    that around `early`, each the median of 16."""
+    """In one long text, the cost of a token at `late` over that at `early`, medians of 16."""
     torch.manual_seed(0)
-    model, times = prepare_to_sample(GPT(sizes)), []
-    prompts = zipf_tokens(batch).view(batch, 1)
+    model, times, prompts = prepare_to_sample(GPT(sizes)), [], zipf_tokens(batch).view(batch, 1)
 
     def step() -> float:
         times.clear()
         generate(model, prompts, torch.ones_like(prompts), 1.0, late + 16, top_k=2,
                  on_tokens=lambda row, ids: times.append(time.perf_counter()) if row == 0 else None)
-        assert len(times) == late + 16, "the row sampled <|endoftext|>"
         cost = {at: statistics.median(times[i + 1] - times[i] for i in range(at - 8, at + 8))
                 for at in (early, late)}
         return cost[late] / cost[early]

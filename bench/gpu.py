@@ -51,13 +51,12 @@ def measure_micro_batch(config: BenchConfig, way: str, name: str, shape: Shape,
 
 def measure_attention(config: BenchConfig, shape: Shape, device: torch.device) -> None:
     """Forward and backward pass of causal attention, 12 heads of 64, by every backend."""
-    q, k, v = (torch.randn(shape[0], 12, shape[1], 64, device=device, dtype=torch.bfloat16,
-                           requires_grad=True) for _ in range(3))
-    gradient = torch.randn_like(q)
+    (B, T), options = shape, {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    qkv = [torch.randn(B, 12, T, 64, **options) for _ in range(3)]
 
     def attend() -> None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(y, (q, k, v), gradient)
+        y = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        torch.autograd.grad(y, qkv, y.detach())
 
     for backend in BACKENDS:
         try:
@@ -66,8 +65,8 @@ def measure_attention(config: BenchConfig, shape: Shape, device: torch.device) -
         except RuntimeError as error:  # no kernel on this card, or out of memory
             print(f"attention with {backend.name}: {first_line(error)}")
             continue
-        record(config, "gpu attention", backend=backend.name, batch=shape[0],
-               sequence_length=shape[1], ms=1000 * duration)
+        record(config, "gpu attention", backend=backend.name, batch=B, sequence_length=T,
+               ms=1000 * duration)
 
 
 def bench_gpu(config: BenchConfig) -> None:

@@ -35,7 +35,6 @@ CARDS = (24, 32, 80, 141)  # 10**9 bytes
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank at the peak of a training step after the first one."""
-
     weights: int  # float32, and copies in the autocast dtype
     gradients: int
     optimizer: int  # moments; if they are sharded, of the rank with most

@@ -3,9 +3,8 @@
     python bench/recipes.py --data-dir DIR --log image/logs/bench_recipes.jsonl    # one hour
 
 Both recipes train a small GPT-2, with several learning rates on the first seed and with the best
-one on the others; `gpt2`, the defaults, on 2M tokens, `fast` on half of them. Each core trains one
-model at a time. The same command resumes an interrupted benchmark. image/logs/recipes holds
-metrics.jsonl of the runs with the best learning rates.
+one on the others; `gpt2`, the defaults, on 2M tokens, `fast` on half of them. The same command
+resumes. image/logs/recipes holds metrics.jsonl of the runs with the best learning rates.
 """
 
 import os
@@ -26,14 +25,12 @@ PROXY = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "sequence_
          "micro_batch_size": 16, "total_batch_size": 4096, "warmup_steps": 40, "device": "cpu",
          "dtype": "bfloat16", "eval_tokens": 65_536, "sample_steps": 0, "keep_last": 1}
 TINY = {"n_layer": 1, "n_head": 1, "n_embd": 32, "eval_tokens": 4096}  # for --quick
-RECIPES = {"gpt2": {}, "fast": {"optimizer": "muon", "schedule": "linear", "zero_init": True,
-                                "min_lr": 0.0}}
+RECIPES = {"gpt2": {},
+           "fast": {"optimizer": "muon", "schedule": "linear", "zero_init": True, "min_lr": 0.0}}
 STEPS = {"gpt2": 488, "fast": 244}  # 2.0M tokens, and half of them
-TRIALS = {
-    "gpt2": [{"max_lr": lr, "min_lr": lr / 10} for lr in (7.5e-4, 1.5e-3, 3e-3, 6e-3)],
-    "fast": [{"max_lr": lr, "muon_lr": muon_lr}
-             for lr, muon_lr in ((6e-3, 6e-3), (1.2e-2, 6e-3), (1.2e-2, 1.2e-2))],
-}
+TRIALS = {"gpt2": [{"max_lr": lr, "min_lr": lr / 10} for lr in (7.5e-4, 1.5e-3, 3e-3, 6e-3)],
+          "fast": [{"max_lr": lr, "muon_lr": muon_lr}
+                   for lr, muon_lr in ((6e-3, 6e-3), (1.2e-2, 6e-3), (1.2e-2, 1.2e-2))]}
 SEEDS = (1, 2, 3)
 LOGS = pathlib.Path(__file__).resolve().parents[1] / "image" / "logs" / "recipes"
 

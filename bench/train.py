@@ -3,9 +3,8 @@
     python bench/train.py --quick                               # smoke test, one minute
     python bench/train.py --log image/logs/bench_train.jsonl    # 25 minutes
 
-The textbook step is that of nanoGPT and build-nanogpt: all logits at once; eager and with PyTorch's
-defaults on a CPU; compiled, with fused AdamW and a vocabulary of 50304 on a GPU. It runs on our
-`GPT`, whose blocks and default loss are the textbook's.
+The textbook step is that of nanoGPT, on our `GPT`: all logits at once; eager and with PyTorch's
+defaults on a CPU; compiled, with fused AdamW and a vocabulary of 50304 on a GPU.
 """
 
 import dataclasses
@@ -17,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from bench.harness import BenchConfig, Step, compare, record, run_bench, run_script, seconds
+from bench.harness import BenchConfig, Step, compare, record, run_bench
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.config import UserError
 from minigpt2.distributed import autocast, start
-from minigpt2.metrics import flops_per_token, read_log
+from minigpt2.metrics import flops_per_token
 from minigpt2.optimizer import make_optimizer
 from model import GPT, GPTConfig
 
@@ -35,7 +34,7 @@ ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def zipf_tokens(count: int) -> torch.Tensor:
-    """Random token ids whose frequencies follow Zipf's law, like those of text: (count,) int64."""
+    """Random ids (count,) int64 whose frequencies follow Zipf's law, like those of text."""
     return (50257 ** torch.rand(count, generator=torch.Generator().manual_seed(0))).long()
 
 
@@ -54,8 +53,8 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
     model = (as_hugging_face(model) if way == "hugging_face" else model).to(device)
     optimizer = make_optimizer(model, **ADAMW)
     if way != "ours":  # the same parameter groups; on a CPU PyTorch's default kernels
-        options = {"foreach": None, "fused": on_gpu or None}
-        optimizer = torch.optim.AdamW([group | options for group in optimizer.param_groups])
+        optimizer = torch.optim.AdamW([group | {"foreach": None, "fused": on_gpu or None}
+                                       for group in optimizer.param_groups])
     if compiled:
         model.compile()
     (B, T), window = shape, shape[0] * shape[1] + 1
@@ -112,27 +111,6 @@ def measure_training(config: BenchConfig, kind: str, name: str, dtype: torch.dty
            threads=torch.get_num_threads(), **figures)
 
 
-def measure_run(config: BenchConfig, name: str) -> None:
-    """The overhead and the start-up of trainer.py on the embedded corpus, with one checkpoint and
-    the 124M recipe's share of validation, 4 % of the training tokens."""
-    (steps, tokens), sizes = (4, 1024) if config.quick else (40, 8192), SIZES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        data, out = pathlib.Path(folder, "data"), pathlib.Path(folder, "run")
-        run_script("pretrain_data/pydocs_corpus.py",
-                   {"out_dir": data, "shard_tokens": 100_000, "max_tokens": 600_000})
-        wall = seconds(lambda: run_script("trainer.py", {
-            "data_dir": data, "out_dir": out, "device": "cpu", "dtype": "bfloat16",
-            "n_layer": sizes.n_layer, "n_head": sizes.n_head, "n_embd": sizes.n_embd,
-            "sequence_length": 128, "micro_batch_size": tokens // 128, "total_batch_size": tokens,
-            "max_steps": steps, "eval_interval": steps, "eval_tokens": steps * tokens // 50,
-            "sample_steps": 0}))
-        [end] = read_log(out / "metrics.jsonl")["end"].values()
-    record(config, "run", model=name, updates=steps, tokens_per_update=tokens,
-           seconds=end["seconds"], beside_updates_s=end["overhead_s"],
-           share=end["overhead_s"] / end["seconds"])
-    record(config, "start", model=name, cache="no compiler", seconds=wall - end["seconds"])
-
-
 def bench_train(config: BenchConfig) -> None:
     names, shape, loss_shape, peak_shape = (
         (("tiny",), QUICK_SHAPE, QUICK_SHAPE, QUICK_PEAK_SHAPE) if config.quick else
@@ -143,7 +121,6 @@ def bench_train(config: BenchConfig) -> None:
         measure_training(config, "losses", names[0], dtype, loss_shape, LOSS_STEPS,
                          (*WAYS, "other_seed"))
         measure_training(config, "training memory", names[0], dtype, peak_shape, 3, WAYS[:2])
-    measure_run(config, names[0])
 
 
 if __name__ == "__main__":

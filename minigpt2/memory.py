@@ -9,20 +9,14 @@ from pathlib import Path
 
 import torch
 
+from minigpt2 import distributed
 from minigpt2.config import UserError
-from minigpt2.distributed import (
-    M_MMAP_MAX,
-    Launch,
-    autocast,
-    c_function,
-    keep_freed_memory,
-    trim_memory,
-)
+from minigpt2.distributed import Launch, autocast
 from model import GPT
 
-# Memory that a trial must leave free: on a GPU for evaluation and sampling; on a CPU for the
-# fragmentation of later steps, a share of what is available (it was seen to cost up to 20 %)
-HEADROOM_BYTES, HEADROOM_SHARE = 512 * 2**20, 0.2
+# What a trial leaves free: on a GPU for evaluation and sampling; on a CPU, as a share of the
+# available memory, for fragmentation, which added up to 20 % over the steps of a run
+HEADROOM_BYTES, HEADROOM_SHARE = 512 * 2**20, 0.25
 OUT_OF_MEMORY_MESSAGES = (
     "out of memory",  # CUDA, MPS, NCCL, Triton
     "DefaultCPUAllocator",  # "can't allocate memory: you tried to allocate N bytes"
@@ -45,8 +39,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
-    """Upper estimate of AdamW's two float32 moments on one of `ranks` that shard them: an equal
-    share, or the largest tensor, because ZeroRedundancyOptimizer assigns whole tensors."""
+    """Estimates AdamW's moments on one of `ranks` that shard them, 8 bytes per parameter: an equal
+    share, but at least the largest tensor, since ZeroRedundancyOptimizer assigns whole tensors."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     return 8 * max(-(-sum(sizes) // ranks), *sizes)
 
@@ -55,14 +49,20 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank.
 
-    Each trial runs a forward and a backward pass on random tokens, beside existing gradients,
+    A trial is a forward and a backward pass on random tokens, beside existing gradients,
     `optimizer_bytes` for moments that do not exist yet, and some headroom. All ranks must call
-    this, with the model on its device, possibly compiled, but not yet in DDP. Gradients are None
-    afterwards, and the random state is preserved. Raises UserError if no candidate fits."""
-    with limited_address_space(launch.device):
+    this, before the model is wrapped in DDP. It leaves no gradients and preserves the random state.
+    Raises UserError if no candidate fits."""
+    device = launch.device
+    with limited_address_space(device):
         for size in candidates:
-            fits = try_step(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
-            free_memory(model, launch.device)
+            fits = try_step(model, size, sequence_length, device, dtype, optimizer_bytes)
+            model.zero_grad(set_to_none=True)
+            gc.collect()  # the frames of an error may hold tensors in a reference cycle
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            elif device.type == "cpu":
+                distributed.trim_memory()
             failed_ranks = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()
             if compiled and (failed_ranks or launch.world_size > 1):
                 # Compile the next size for itself, not for dynamic shapes. Under DDP the compiler
@@ -71,17 +71,18 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
             if not failed_ranks:
                 return size
     advice = "" if model.checkpoint_activations else "--activation-checkpointing or "
-    raise UserError(f"a micro-batch of {candidates[-1]} x {sequence_length} tokens does not fit "
-                    f"into the memory of {launch.device}: try {advice}shorter sequences")
+    raise UserError(f"not even a micro-batch of {candidates[-1]} x {sequence_length} tokens fits "
+                    f"into the memory of {device}: try {advice}shorter sequences")
 
 
 def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
              dtype: torch.dtype, optimizer_bytes: int) -> bool:
     """Whether a micro-step of `size` sequences fits. Leaves gradients behind."""
-    headroom = HEADROOM_BYTES if device.type == "cuda" else 0
+    on_gpu = device.type == "cuda"
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for autotuning
-            ballast = torch.empty(optimizer_bytes + headroom, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device] if on_gpu else []):  # autotuning draws random numbers
+            ballast = torch.empty(optimizer_bytes + (HEADROOM_BYTES if on_gpu else 0),
+                                  dtype=torch.uint8, device=device)
             for parameter in model.parameters():  # as in every micro-step but the first
                 parameter.grad = torch.zeros_like(parameter)
             generator = torch.Generator().manual_seed(0)
@@ -98,20 +99,10 @@ def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
     return True
 
 
-def free_memory(model: GPT, device: torch.device) -> None:
-    """Returns the memory of a trial to the device, for other processes too."""
-    model.zero_grad(set_to_none=True)
-    gc.collect()  # the frames of an error may hold tensors in a reference cycle
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "cpu":
-        trim_memory()
-
-
 @contextlib.contextmanager
 def limited_address_space(device: torch.device) -> Iterator[None]:
-    """On a Linux CPU: limits this process to its share of the available memory. Without a limit,
-    Linux grants more memory than there is, and kills the process that uses it."""
+    """On a Linux CPU: limits this process to the available memory, less some headroom. Without a
+    limit, Linux grants more memory than there is, and kills the process that uses it."""
     if device.type != "cpu" or sys.platform != "linux":
         yield
         return
@@ -122,14 +113,15 @@ def limited_address_space(device: torch.device) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         free = min(free, max(soft - used, 0))
-    mallopt = c_function("mallopt") or (lambda *_: None)
-    mallopt(M_MMAP_MAX, 65_536)  # glibc's default: a freed tensor returns its address space
+    # Undo keep_freed_memory meanwhile, or a failed trial would keep its address space
+    mallopt = distributed.c_function("mallopt") or (lambda *_: None)
+    mallopt(distributed.M_MMAP_MAX, 65_536)  # glibc's default
     resource.setrlimit(resource.RLIMIT_AS, (used + int((1 - HEADROOM_SHARE) * free), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        keep_freed_memory()
+        distributed.keep_freed_memory()
 
 
 def available_bytes() -> int:

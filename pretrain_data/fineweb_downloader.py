@@ -6,8 +6,8 @@
     python pretrain_data/fineweb_downloader.py --verify --out-dir DIR
 
 Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized.
---files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain text, one
-document per file. For ready-made shards, see pretokenized_downloader.py.
+--files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain
+text, one document per file. For ready-made shards, see pretokenized_downloader.py.
 
 The same command resumes an interrupted build; a larger --max-tokens extends a finished one. If
 --verify finds damaged shards, delete them and run the command again to rebuild them.

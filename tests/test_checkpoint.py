@@ -383,7 +383,7 @@ def test_config_that_is_not_gpt2(saved, changes, word):
 
 
 def test_paths_that_are_not_checkpoints(tmp_path, saved):
-    assert "does not exist" in user_error(load_model, tmp_path / "a" / "b" / "none")
+    assert "is not a local folder" in user_error(load_model, tmp_path / "a" / "b" / "none")
     (tmp_path / "empty").mkdir()
     assert "config.json" in user_error(load_model, tmp_path / "empty")
     assert "is not a checkpoint" in user_error(load_model, saved / "model.safetensors")

@@ -51,8 +51,8 @@ def test_values_and_defaults():
     (["--kind", "c"], "invalid choice"),
     (["--mode", "z"], "invalid choice"),
     (["--size", "Auto"], "--size: 'Auto', expected an integer or auto"),
-    (["--size", "1.5"], "neither a whole number nor auto"),
-    (["--size", ""], "neither a whole number nor auto"),
+    (["--size", "1.5"], "expected an integer or auto"),
+    (["--size", ""], "expected an integer or auto"),
     (["--size", "0"], "at least 1 and less than 100"),
     (["--size", "100"], "less than 100"),
 ])
