@@ -1,37 +1,42 @@
-"""Ranks of a real gloo run as processes that a test can kill: forked from a server that has loaded
-torch once, so that a start costs a fraction of a second, not four. torchrun itself is the subject
-of other tests; here only its environment variables are given."""
+"""Ranks of a real gloo run as processes that a test can kill.
 
+They are forked from a server that has loaded torch (`preload`), so that a start takes a fraction of
+a second instead of four, and get torchrun's environment variables. torchrun itself is tested
+elsewhere. Hooks, the functions below up to `Ranks`, inject faults into a rank or record its work.
+"""
+
+import importlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401, as the next: what a run loads on its way
 import torch
-import torch._dynamo
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import finetune
 import model
 import trainer
 from dataloader import TokenLoader
-from helpers import toy_script
+from helpers import held_trainer, toy_script
 from minigpt2 import faults, run
 from minigpt2.config import run_main
 
+# For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
+NO_WAIT = {"minigpt2.config.LATER_RANKS_WAIT": 0.0}
 MAINS = {"trainer": trainer.main, "finetune": finetune.main, "toy": toy_script.main}
 
 
-def run_rank(script: str, argv: list[str], environment: dict, output: Path,
+def run_rank(script: str, argv: list[str], environment: dict[str, str], output: Path,
              hooks: dict[str, object]) -> None:
-    """In the forked process: becomes one rank of `script`, after every hook, a function below, was
-    called with its argument."""
+    """In the forked process: calls every hook with its argument, then becomes a rank of `script`
+    with its output in a file."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -43,98 +48,126 @@ def run_rank(script: str, argv: list[str], environment: dict, output: Path,
     run_main(MAINS[script])
 
 
-def note_windows(folder: Path) -> None:
-    """Appends which (shard, first token) every micro-step of this process reads."""
+# ----------------------------------------------------------------------------------- hooks
+
+
+def constants(values: dict[str, object]) -> None:
+    """Sets constants, named as "minigpt2.faults.SILENT_SECONDS"."""
+    for path, value in values.items():
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
+        setattr(importlib.import_module(module), name, value)
+
+
+def hold(after_and_until: tuple[int, Path]) -> None:
+    """See `held_trainer.hold`."""
+    held_trainer.hold(*after_and_until)
+
+
+def limit_memory(extra: int) -> None:
+    """Lets this process allocate only so many bytes more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + extra
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def record_windows(folder: Path) -> None:
+    """Appends the (shard, first token) pairs that every micro-step of this rank reads."""
     real = TokenLoader.batch
 
     def batch(self, step, micro_step):
         first = (step * self.windows_per_step
                  + (micro_step * self.world_size + self.rank) * self.micro_batch_size)
         places = [self.locate(first + i) for i in range(self.micro_batch_size)]
-        with open(folder / f"windows_{self.rank}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps([step, places]) + "\n")
+        append_json(folder / f"windows_{self.rank}.jsonl", [step, places])
         return real(self, step, micro_step)
 
     TokenLoader.batch = batch
 
 
-def silent_seconds(seconds: float) -> None:
-    faults.SILENT_SECONDS = seconds
+def record_heartbeats(folder: Path) -> None:
+    """Appends a byte to heartbeats_RANK whenever the monitor of this rank has read the others."""
+    real = faults.RankMonitor.heartbeat
+
+    def heartbeat(self):
+        result = real(self)
+        with open(folder / f"heartbeats_{self.rank}", "ab") as file:
+            file.write(b".")
+        return result
+
+    faults.RankMonitor.heartbeat = heartbeat
 
 
-def poison(of_rank: dict[int, list[int]]) -> None:
-    """Makes the loss of the given micro-steps of this rank not a number."""
-    real, steps = model.linear_cross_entropy, of_rank.get(int(os.environ["RANK"]), [])
+def inject_nan(micro_steps_of: dict[int, list[int]]) -> None:
+    """Makes the loss NaN in the given micro-steps, by rank."""
+    real, chosen = model.linear_cross_entropy, micro_steps_of.get(int(os.environ["RANK"]), [])
     count = iter(range(10**9))
 
-    def poisoned_loss(x, weight, targets):
+    def nan_loss(x, weight, targets):
         loss = real(x, weight, targets)
-        return loss * float("nan") if torch.is_grad_enabled() and next(count) in steps else loss
+        return loss * float("nan") if torch.is_grad_enabled() and next(count) in chosen else loss
 
-    model.linear_cross_entropy = poisoned_loss
+    model.linear_cross_entropy = nan_loss
 
 
-def slow_graph(seconds: float) -> None:
-    """Makes rank 0 take its time at the end."""
+def delay_graph(seconds: float) -> None:
+    """Makes rank 0 slow at the end of the run."""
     real = run.draw_runs
     run.draw_runs = lambda *arguments: (time.sleep(seconds), real(*arguments))
 
 
-def out_of_memory(of_rank: int) -> None:
-    """Makes the third micro-step of a rank fail for want of memory."""
+def out_of_memory(rank: int) -> None:
+    """Makes the third micro-step of one rank run out of memory."""
     real, count = model.linear_cross_entropy, iter(range(10**9))
 
     def failing_loss(x, weight, targets):
-        mine = int(os.environ["RANK"]) == of_rank and torch.is_grad_enabled()
-        if mine and next(count) == 2:
+        chosen = int(os.environ["RANK"]) == rank and torch.is_grad_enabled()
+        if chosen and next(count) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(x, weight, targets)
 
     model.linear_cross_entropy = failing_loss
 
 
-def mark_evaluations(folder: Path) -> None:
-    """Makes a file when the first validation of a rank has begun."""
+def mark_validation(folder: Path) -> None:
+    """Creates validation_RANK when the rank has read five validation batches."""
     real = TokenLoader.eval_batches
 
     def eval_batches(self, max_tokens):
         for number, batch in enumerate(real(self, max_tokens)):
             if number == 5:
-                (folder / f"evaluation_{self.rank}").touch()
+                (folder / f"validation_{self.rank}").touch()
             yield batch
 
     TokenLoader.eval_batches = eval_batches
 
 
-def note_moments(folder: Path) -> None:
-    """Writes how many bytes of optimizer state this process holds at the end."""
-    real, made = trainer.make_optimizer, []
+def record_optimizer_bytes(folder: Path) -> None:
+    """Writes the bytes of optimizer state that this rank holds at the end of the run."""
+    real, optimizers = trainer.make_optimizer, []
 
     def make_optimizer(*arguments, **options):
-        made.append(real(*arguments, **options))
-        return made[-1]
+        optimizers.append(real(*arguments, **options))
+        return optimizers[-1]
 
-    def note(self):
-        state = getattr(made[0], "optim", made[0]).state.values()
-        held = sum(v.nbytes for values in state for k, v in values.items() if k != "step")
-        (folder / f"moments_{os.environ['RANK']}.txt").write_text(str(held), encoding="utf-8")
+    def record(self):
+        states = getattr(optimizers[0], "optim", optimizers[0]).state.values()
+        held = sum(v.nbytes for state in states for k, v in state.items() if k != "step")
+        (folder / f"bytes_{os.environ['RANK']}.txt").write_text(str(held), encoding="utf-8")
 
     trainer.make_optimizer = make_optimizer
-    faults.Launch.barrier = note  # what every rank calls at its end
+    faults.Launch.barrier = record  # called by every rank at its end
 
 
-def note_collectives(folder: Path) -> None:
-    """Appends what this process reduces: every bucket of gradients, with its bytes and how many
-    parameters had their gradients by then, and the elements of every other reduction."""
-    name, ready = folder / f"collectives_{os.environ['RANK']}.jsonl", []
+def record_collectives(folder: Path) -> None:
+    """Appends the reductions of this rank: every gradient bucket, with its bytes and the number of
+    parameters whose gradients were ready by then, and the size of every other all-reduce."""
+    path, ready = folder / f"collectives_{os.environ['RANK']}.jsonl", []
     real_parallel, real_reduce = run.data_parallel, torch.distributed.all_reduce
 
-    def note(**event) -> None:
-        with open(name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-
     def hook(group, bucket):
-        note(bucket=bucket.index(), bytes=bucket.buffer().nbytes, ready=len(ready))
+        append_json(path, {"bucket": bucket.index(), "bytes": bucket.buffer().nbytes,
+                           "ready": len(ready)})
         return default_hooks.allreduce_hook(group, bucket)
 
     def data_parallel(module, launch):
@@ -145,15 +178,23 @@ def note_collectives(folder: Path) -> None:
         return wrapped
 
     def all_reduce(tensor, *arguments, **options):
-        note(elements=tensor.numel())
+        append_json(path, {"elements": tensor.numel()})
         return real_reduce(tensor, *arguments, **options)
 
-    def noted_loss(x, weight, targets, real=model.linear_cross_entropy):
-        ready.clear()  # a new micro-step
+    def loss_of_new_micro_step(x, weight, targets, real=model.linear_cross_entropy):
+        ready.clear()
         return real(x, weight, targets)
 
     run.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
-    model.linear_cross_entropy = noted_loss
+    model.linear_cross_entropy = loss_of_new_micro_step
+
+
+def append_json(path: Path, value) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+# ------------------------------------------------------------------------------- processes
 
 
 def free_port() -> int:
@@ -163,12 +204,12 @@ def free_port() -> int:
 
 
 def fork_server() -> multiprocessing.context.BaseContext:
-    """A context whose server has this file loaded; it needs to be told where that is."""
-    context, here = multiprocessing.get_context("forkserver"), Path(__file__).parents[1]
+    """A multiprocessing context whose server has loaded `preload`."""
+    context, tests = multiprocessing.get_context("forkserver"), Path(__file__).parents[1]
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{here}:{here.parent}"
+    os.environ["PYTHONPATH"] = f"{tests}:{tests.parent}"
     try:
-        context.set_forkserver_preload(["helpers.ranks"])
+        context.set_forkserver_preload(["helpers.preload"])
         multiprocessing.forkserver.ensure_running()
     finally:
         os.environ.pop("PYTHONPATH")
@@ -177,9 +218,12 @@ def fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
+STARTED: list["Ranks"] = []
+
+
 class Ranks:
-    """The processes of one launch. Their output is appended to files named `rank_N.txt`; `also`
-    holds further flags for one rank only."""
+    """The processes of one launch. The output of rank N is appended to FOLDER/rank_N.txt; `also`
+    holds further flags, by rank."""
 
     def __init__(self, world_size: int, script: str, argv: list[str], folder: Path,
                  also: dict[int, list[str]] | None = None, **hooks):
@@ -197,14 +241,16 @@ class Ranks:
             self.processes.append(context.Process(target=run_rank, args=arguments))
         for process in self.processes:
             process.start()
+        STARTED.append(self)
 
     def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to the given ranks, by default to all."""
         for rank in ranks or range(len(self.processes)):
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, number)
 
     def wait(self, seconds: float = 120) -> list[int]:
-        """Exit codes by rank; what has not ended by then is killed, and its code is None."""
+        """Exit codes by rank; None for a rank still running after so many seconds, then killed."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -221,11 +267,17 @@ class Ranks:
         return all(process.exitcode is not None for process in self.processes)
 
 
-def wait_until(condition, ranks: "Ranks | None" = None, seconds: float = 60) -> None:
-    """Looks every few milliseconds until something is so, or the ranks have ended."""
+def kill_all() -> None:
+    """Kills all ranks that are still running."""
+    while STARTED:
+        STARTED.pop().wait(0)
+
+
+def wait_until(condition, ranks: Ranks | None = None, seconds: float = 120) -> None:
+    """Polls until the condition is true or all ranks have ended; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         if ranks is not None and ranks.done():
             return
-        assert time.monotonic() < end, "did not happen in time"
+        assert time.monotonic() < end, f"did not happen within {seconds} s"
         time.sleep(0.002)

@@ -1,12 +1,13 @@
-"""A tiny run of trainer.py: its configuration, its command line, and what it left behind."""
+"""A tiny run of trainer.py: its configuration, its command line, and comparisons of runs."""
 
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import torch
 
-from helpers.common import ROOT
+from helpers.common import ROOT, make_corpus
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
 from minigpt2.metrics import read_log
 from trainer import TrainerConfig
@@ -15,17 +16,23 @@ SCRIPT = ROOT / "trainer.py"
 STEPS = 10
 
 
-def tiny(corpus, out_dir, **changes) -> TrainerConfig:
-    """Ten updates of 8 windows of 16 tokens."""
+def tiny_corpus(folder: Path) -> Path:
+    """700 validation tokens and 3 training shards of 62 windows of 16 tokens. Only 50 distinct ids
+    occur, so the loss falls within ten steps."""
+    return make_corpus(folder, [700, 1003, 1000, 1001], high=50)
+
+
+def tiny(corpus: Path, out_dir: Path, **changes) -> TrainerConfig:
+    """Ten steps of 8 windows of 16 tokens."""
     options = {"data_dir": str(corpus), "out_dir": str(out_dir), "n_layer": 2, "n_head": 2,
                "n_embd": 16, "block_size": 32, "sequence_length": 16, "total_batch_size": 128,
                "micro_batch_size": 4, "max_steps": STEPS, "warmup_steps": 3, "max_lr": 1e-2,
-               "min_lr": 1e-3, "eval_interval": 5, "save_interval": 5, "sample_steps": 2,
-               "device": "cpu"} | changes
+               "min_lr": 1e-3, "eval_interval": 5, "eval_tokens": 160, "save_interval": 5,
+               "sample_steps": 0, "device": "cpu"} | changes
     return TrainerConfig(**options)
 
 
-def flags(config: TrainerConfig) -> list[str]:
+def flags(config) -> list[str]:
     """The command line that gives this configuration."""
     argv = []
     for field in dataclasses.fields(config):
@@ -36,42 +43,53 @@ def flags(config: TrainerConfig) -> list[str]:
     return argv
 
 
-def trace(out_dir, *columns) -> list[tuple]:
+def trace(out_dir: Path, *columns: str) -> list[tuple]:
+    """The given columns of the train records, by step."""
     return [tuple(record[c] for c in columns)
             for _, record in sorted(read_log(out_dir / "metrics.jsonl")["train"].items())]
 
 
-def losses(out_dir) -> list[float]:
+def losses(out_dir: Path) -> list[float]:
     return [loss for loss, in trace(out_dir, "loss")]
 
 
-def interrupted(whole, out, at: int):
-    """A copy of a run as if it had been killed some updates after its checkpoint `at`."""
-    shutil.copytree(whole, out)
-    for folder in list_checkpoints(out):
-        if folder.name > f"step_{at:06d}":
-            shutil.rmtree(folder)
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+def num_records(out_dir: Path) -> int:
+    """Complete lines in the run log."""
+    path = out_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def interrupted(run: Path, out_dir: Path, at: int) -> Path:
+    """Copies a run to out_dir as if it had been killed two steps after checkpoint `at`, while it
+    wrote a line of its log."""
+    shutil.copytree(run, out_dir, ignore=lambda _, names: [
+        name for name in names if name.startswith("step_") and name > f"step_{at:06d}"])
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] < at + 2]
-    (out / "metrics.jsonl").write_text("".join(kept) + kept[-1][:20])
+    (out_dir / "metrics.jsonl").write_text("".join(kept) + kept[-1][:20])
+    return out_dir
 
 
-def final_state(out_dir) -> dict:
+def final_state(out_dir: Path) -> dict:
     return load_training_state(list_checkpoints(out_dir)[-1])
 
 
-def curves(out_dir) -> dict:
-    """What is logged of every step, but for the speed."""
+def curves(out_dir: Path) -> dict:
+    """The train and val records, without the measured speed."""
     log = read_log(out_dir / "metrics.jsonl")
     return {kind: {step: {name: value for name, value in record.items()
                           if name not in ("tokens_per_sec", "mfu")}
                    for step, record in log[kind].items()} for kind in ("train", "val")}
 
 
-def assert_same_run(a, b) -> None:
-    """Weights, optimizer state, progress and curves, bit for bit."""
-    for p, q in zip(load_model(a).parameters(), load_model(b).parameters(), strict=True):
+def assert_same_model(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal weights, optimizer state, progress, generators and curves, bit for bit."""
+    assert_same_model(load_model(a), load_model(b))
     states = [final_state(out_dir) for out_dir in (a, b)]
     assert states[0]["progress"] == states[1]["progress"]
     moments = [state["optimizer"]["state"] for state in states]
