@@ -604,7 +604,7 @@ def test_a_failed_download_is_reported_and_the_next_run_resumes(tmp_path):
     second = "sample/10BT/001_00000.parquet"
     with serve(repos, gone={second}) as (environment, _):
         environment |= {"HF_HOME": str(tmp_path / "hf")}
-        assert_user_error(run_module(*arguments, env=environment, check=False), second, "again")
+        assert_user_error(run_module(*arguments, env=environment, check=False), second, "rerun to resume")
         assert "unfinished" in user_error(read_manifest, tmp_path / "out")
     with serve(repos) as (environment, _):
         result = run_module(*arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")})

@@ -187,7 +187,7 @@ def damage(corpus, change) -> str:
     path = corpus / "shard_000002.npy"
     change(path)
     message = user_error(loader, corpus)
-    assert "shard_000002.npy" in message and "delete it and run the command" in message
+    assert "shard_000002.npy" in message and "delete it and rerun the command" in message
     return message
 
 

@@ -1,8 +1,12 @@
 """The whole life of a very small model through the command line, as the README tells it."""
 
+import dataclasses
+import importlib
+import inspect
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -56,21 +60,48 @@ def tracked_files() -> list[str]:
                           check=True).stdout.split()
 
 
-def test_readme_names_every_script_and_only_flags_that_exist():
+def script_flags() -> dict[str, set[str]]:
+    """The flags of every script, by path."""
+    flags = {}
+    for path in (name for name in tracked_files() if name.endswith(".py") and "tests/" not in name):
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        for value in vars(module).values():
+            if inspect.isclass(value) and value.__module__ == module.__name__ and (
+                    value.__name__.endswith("Config") and value.__name__ != "GPTConfig"):
+                fields = {field.name.replace("_", "-") for field in dataclasses.fields(value)}
+                flags[path] = flags.get(path, {"help", "no-compile"}) | fields
+    return flags
+
+
+def test_every_file_is_described():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in tracked_files():
-        if name.endswith((".py", ".sh")) and not name.startswith("tests/"):
-            assert f"`{name}`" in readme, f"README.md does not say what {name} is"
-    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in tracked_files()
-                      if name.endswith(".py"))
-    launchers = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
+    described = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    for path in map(Path, tracked_files()):
+        if path.suffix in (".py", ".sh") and path.parts[0] != "tests" and path.stem != "__init__":
+            assert f"| `{path}` |" in described, f"docs/development.md does not say what {path} is"
+            assert re.search(rf"\b{path.stem}\b", readme), f"README.md does not name {path}"
+    for path in re.findall(r"^\| `([\w/.]+)` \|", described, re.MULTILINE):
+        assert (ROOT / path).exists(), path
+
+
+def test_docs_and_shell_scripts_use_only_flags_that_exist():
+    """A command's flags are those of the script it runs; flags elsewhere are those of any script."""
+    flags = script_flags()
+    every = set().union(*flags.values())
+    of_others = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
                  "rdzv-id", "max-restarts", "nodes"}  # torchrun's and sbatch's
-    for shown in ["README.md", "runs/demo.sh", "runs/gpt2_124m.sh", "runs/slurm.sh"]:
-        text = re.sub("(?m)^#SBATCH .*", "", (ROOT / shown).read_text("utf-8"))
-        for flag in re.findall(r"(?<=\s)--([a-z][a-z-]+)", text):
-            field = flag.replace("-", "_").removeprefix("no_")
-            known = flag in launchers or re.search(rf"^    {field}: ", sources, re.MULTILINE)
-            assert known or flag in ("quiet", "help", "raw", "edu"), f"{shown} shows --{flag}"
+    checked = 0
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runs/*.sh")):
+        if path.name in ("LOG.md", "setup.sh"):  # the past, and pip's flags
+            continue
+        text = re.sub("(?m)^#SBATCH .*", "", path.read_text(encoding="utf-8"))
+        for line in text.replace("\\\n", " ").splitlines():
+            scripts = [name for name in flags if re.search(rf"(^|\s){name}\s", line)]
+            known = flags[scripts[0]] if len(scripts) == 1 else every
+            for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", line):
+                checked += 1
+                assert flag.replace("_", "-") in known | of_others, f"{path}: --{flag} in {line}"
+    assert checked > 100
 
 
 def test_committed_figures_can_be_redrawn(tmp_path):

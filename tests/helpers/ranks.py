@@ -29,7 +29,7 @@ from minigpt2 import faults, run
 from minigpt2.config import run_main
 
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
-NO_WAIT = {"minigpt2.config.LATER_RANKS_WAIT": 0.0}
+NO_WAIT = {"minigpt2.config.RANK_DELAY_S": 0.0}
 MAINS = {"trainer": trainer.main, "finetune": finetune.main, "toy": toy_script.main}
 
 
