@@ -24,6 +24,7 @@ def download(tmp_path, environment: dict, *arguments, check: bool = True):
                       env=environment | {"HF_HOME": str(tmp_path / "hf")})
 
 
+@pytest.mark.slow
 def test_download_with_the_real_client(tmp_path):
     """All 52,002 rows, then a second run that has nothing to do and no server."""
     with serve(hub(tmp_path, 52_002)) as (environment, _):
@@ -41,6 +42,7 @@ def test_download_with_the_real_client(tmp_path):
     assert path.read_text() == "[]"
 
 
+@pytest.mark.slow
 def test_network_faults_do_not_change_the_file(tmp_path):
     """The `datasets` client with dropped connections, truncated bodies and error statuses."""
     files, written = hub(tmp_path, 52_002), {}
@@ -53,6 +55,7 @@ def test_network_faults_do_not_change_the_file(tmp_path):
     assert written["clean"] == written["faulty"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repos, words", [
     (lambda tmp: hub(tmp, 100), ["100 rows", "52,002"]),
     (lambda tmp: hub(tmp, 52_002, columns=("instruction", "answer")), ["answer", "output"]),

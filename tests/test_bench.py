@@ -67,6 +67,7 @@ def make_death(name: str):
     return lambda: os._exit(3)
 
 
+@pytest.mark.slow
 def test_contestants_are_processes_that_alternate(quick):
     timings = compare(("a", "b"), 3, make_counter, 9)
     pids = {name: {int(value // 1000) for value in timing.results}
@@ -122,6 +123,7 @@ def test_data(tmp_path, quick):
     assert figures["tokenise"][0]["documents"] == 400
 
 
+@pytest.mark.slow
 def test_training_compares_equal_losses(tmp_path, quick):
     for dtype in bench_train.DTYPES:
         bench_train.measure_training(quick, "losses", "tiny", dtype, (2, 32), 3,
@@ -139,6 +141,7 @@ def test_training_compares_equal_losses(tmp_path, quick):
         speed["ours_tokens_per_sec"] / speed["textbook_tokens_per_sec"])
 
 
+@pytest.mark.slow
 def test_the_training_step_needs_less_memory_than_the_textbooks(tmp_path, quick):
     bench_train.measure_training(quick, "training memory", "tiny", torch.float32, (32, 32), 2,
                                  ("ours", "textbook"))

@@ -286,6 +286,7 @@ def test_a_corpus_without_a_training_shard_is_refused(tmp_path):
 # ---------------------------------------------------------------------------- unusual documents
 
 
+@pytest.mark.slow
 def test_pathological_documents_do_not_affect_others(tmp_path):
     texts = ["before", " " * 2_000_000 + "x", "a" * 5_000_000, "\n" * 700_000, "\x00" * 1000, "",
              "lone \ud800 surrogate", "日" * 300_000, "a line " * 200_000, "after"]
@@ -344,6 +345,7 @@ def test_large_row_groups_are_split_into_parts(tmp_path):
 # ---------------------------------------------------------------------------- kill and resume
 
 
+@pytest.mark.slow
 def test_kill_at_20_random_times_gives_the_same_bytes(tmp_path):
     """kill -9 during start, tokenizing, writing and finishing. Each run resumes where the previous
     one was killed, with another number of workers; none starts over."""
@@ -493,6 +495,7 @@ def test_kill_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_p
     assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_and_the_next_run_resumes(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
@@ -557,6 +560,7 @@ def fineweb(tmp_path) -> dict:
             "data/other.parquet": parquet_bytes(tmp_path, ["not in the sample"])}
 
 
+@pytest.mark.slow
 def test_download_from_the_hub(tmp_path):
     """The real huggingface_hub client against a local server; downloaded files are deleted."""
     repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path),
@@ -581,6 +585,7 @@ def test_download_from_the_hub(tmp_path):
     assert_user_error(absent, "HuggingFaceFW/fineweb")
 
 
+@pytest.mark.slow
 def test_network_faults_do_not_change_the_bytes(tmp_path):
     """Dropped connections, error statuses, truncated bodies and corrupt content are all retried."""
     repos = {"datasets/HuggingFaceFW/fineweb": fineweb(tmp_path)}
@@ -604,7 +609,8 @@ def test_a_failed_download_is_reported_and_the_next_run_resumes(tmp_path):
     second = "sample/10BT/001_00000.parquet"
     with serve(repos, gone={second}) as (environment, _):
         environment |= {"HF_HOME": str(tmp_path / "hf")}
-        assert_user_error(run_module(*arguments, env=environment, check=False), second, "rerun to resume")
+        assert_user_error(run_module(*arguments, env=environment, check=False), second,
+                          "rerun to resume")
         assert "unfinished" in user_error(read_manifest, tmp_path / "out")
     with serve(repos) as (environment, _):
         result = run_module(*arguments, env=environment | {"HF_HOME": str(tmp_path / "hf")})
@@ -614,6 +620,7 @@ def test_a_failed_download_is_reported_and_the_next_run_resumes(tmp_path):
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
 
 
+@pytest.mark.slow
 def test_pretokenized_shards(tmp_path):
     tokens = np.random.RandomState(0).randint(0, 50257, 4000)
     files = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": llmc_bytes(part)

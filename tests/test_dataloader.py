@@ -22,7 +22,7 @@ def loader(data_dir, *, split="train", micro_batch_size=2, rows=8, rank=0, world
 
 
 def global_batch(data_dir, step, micro_batch_size, world_size, rows=8) -> torch.Tensor:
-    """The inputs of one update, put together from every rank's micro-batches."""
+    """The inputs of one step, collected from every rank's micro-batches."""
     ranks = [loader(data_dir, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size,
                     rows=rows) for rank in range(world_size)]
     return torch.cat([ranks[rank].batch(step, micro_step)[0]
@@ -30,7 +30,7 @@ def global_batch(data_dir, step, micro_batch_size, world_size, rows=8) -> torch.
                       for rank in range(world_size)])
 
 
-def test_targets_are_the_inputs_one_further(corpus):
+def test_targets_are_the_inputs_shifted_by_one(corpus):
     inputs, targets = loader(corpus).batch(0, 0)
     assert inputs.shape == targets.shape == (2, T) and inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -40,7 +40,7 @@ def test_targets_are_the_inputs_one_further(corpus):
     assert targets[0].tolist() == stored[start + 1 : start + T + 1].tolist()
 
 
-def test_every_window_once_per_epoch_in_another_order_each_epoch(corpus):
+def test_every_epoch_visits_each_window_once_in_a_new_order(corpus):
     data = loader(corpus)
     windows = data.windows_per_epoch
     assert windows == 3 * 62
@@ -69,7 +69,7 @@ def test_batch_is_a_pure_function_of_its_arguments(corpus):
 
 @pytest.mark.parametrize("micro_batch_size, world_size", [(8, 1), (1, 1), (2, 2), (1, 8), (2, 4)])
 def test_global_batch_does_not_depend_on_its_split(corpus, micro_batch_size, world_size):
-    for step in (0, 22, 23, 24):  # an epoch ends inside step 23: 186 windows, 8 an update
+    for step in (0, 22, 23, 24):  # an epoch ends inside step 23: 186 windows, 8 per step
         expected = global_batch(corpus, step, 8, 1)
         assert torch.equal(global_batch(corpus, step, micro_batch_size, world_size), expected)
 
@@ -120,7 +120,7 @@ def test_the_stream_is_the_batches_in_order(corpus, micro_steps):
     assert len(moved) in (6 * micro_steps, 6 * micro_steps + 2)  # at most one batch ahead
 
 
-def test_an_error_of_the_thread_that_prepares_arrives(tmp_path):
+def test_an_error_in_the_prefetch_thread_is_raised(tmp_path):
     data = make_corpus(tmp_path / "d", [100, 400])
     write_shard(data / "shard_000001.npy", np.full(400, 60_000, dtype=np.uint16))
     assert "60000" in user_error(next, loader(data).stream(0, 1, lambda tensor: tensor))
@@ -138,7 +138,7 @@ def test_foreign_shards_give_the_same_batches(corpus, tmp_path, form):
         assert all(torch.equal(a[1], b[1]) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_formats_are_told_apart_by_content(tmp_path):
+def test_the_format_is_detected_from_the_content(tmp_path):
     tokens = np.arange(1000, dtype=np.uint16)
     path = tmp_path / "misleading.npy"
     write_shard(path, tokens)
@@ -178,7 +178,7 @@ def test_missing_and_empty_folders(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": [{}]}', '{"shards": [3]}'])
-def test_a_manifest_that_is_none(corpus, text):
+def test_an_invalid_manifest(corpus, text):
     (corpus / "manifest.json").write_text(text)
     assert "manifest.json" in user_error(loader, corpus)
 
@@ -228,7 +228,7 @@ def test_ids_out_of_range_are_named(tmp_path):
     assert "60000" in message and "shard_000001.npy" in message and "50257" in message
 
 
-def test_a_split_without_a_window(tmp_path):
+def test_a_split_shorter_than_a_window(tmp_path):
     data = make_corpus(tmp_path / "d", [5, 10, 12])
     message = user_error(loader, data)
     assert "--sequence-length" in message and "train" in message
@@ -239,7 +239,7 @@ def test_a_split_without_a_window(tmp_path):
     assert "0 val shards" in user_error(loader, data, split="val")
 
 
-def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
+def test_an_interrupted_shard_write_leaves_no_shard(tmp_path, monkeypatch):
     path = tmp_path / "a.npy"
     write_shard(path, np.arange(10, dtype=np.uint16))
 

@@ -1,4 +1,4 @@
-"""The whole life of a very small model through the command line, as the README tells it."""
+"""A tiny model from text to answers on the command line, and what the docs say about scripts."""
 
 import dataclasses
 import importlib
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 from helpers.common import ROOT, TINY_FLAGS, assert_user_error, run_script, run_torchrun
 
 from finetune_data import alpaca_downloader
@@ -19,6 +20,7 @@ SENTENCES = ["The cat sat on the mat and slept.", "A dog ran over the hill to th
              "Rain fell all night on the old roof.", "She read the letter twice and smiled."]
 
 
+@pytest.mark.slow
 def test_from_parquet_to_an_answer(tmp_path):
     table = pyarrow.table({"text": [f"{a} {b} {c}" for a in SENTENCES for b in SENTENCES
                                     for c in SENTENCES]})
@@ -85,7 +87,7 @@ def test_every_file_is_described():
 
 
 def test_docs_and_shell_scripts_use_only_flags_that_exist():
-    """A command's flags are those of the script it runs; flags elsewhere are those of any script."""
+    """Flags in a command belong to its script; flags mentioned elsewhere, to any script."""
     flags = script_flags()
     every = set().union(*flags.values())
     of_others = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
@@ -104,6 +106,7 @@ def test_docs_and_shell_scripts_use_only_flags_that_exist():
     assert checked > 100
 
 
+@pytest.mark.slow
 def test_committed_figures_can_be_redrawn(tmp_path):
     for image in (ROOT / "image").glob("*_loss.png"):
         log = ROOT / "image" / "logs" / f"{image.stem}.jsonl"
@@ -111,6 +114,7 @@ def test_committed_figures_can_be_redrawn(tmp_path):
         assert (tmp_path / image.name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_default_paths_do_not_depend_on_the_current_folder():
     for name, folder in (("trainer.py", "pretrain_data/fineweb"),
                          ("finetune.py", "finetune_data/alpaca.json"),

@@ -60,10 +60,10 @@ def assert_one_line(text: str, *words: str) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_and_stops_both(corpus, tmp_path):
-    """Three times, by three signals; the run resumed each time equals an undisturbed one."""
+    """Three times, by three signals; the run resumed each time equals an uninterrupted one."""
     whole, out = (tiny(corpus, tmp_path / name, max_steps=12, save_interval=1000, resume=True,
                        eval_interval=1000, micro_batch_size=2) for name in ("whole", "out"))
-    ranks = Ranks(2, "trainer", flags(whole), tmp_path / "undisturbed")
+    ranks = Ranks(2, "trainer", flags(whole), tmp_path / "uninterrupted")
     assert ranks.wait() == [0, 0], ranks.output()
     for attempt, name in enumerate(["SIGTERM", "SIGINT", "SIGUSR1"], 1):
         released = tmp_path / name

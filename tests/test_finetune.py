@@ -67,10 +67,10 @@ def losses(out) -> list[float]:
     return [records[step]["loss"] for step in sorted(records)]
 
 
-# ------------------------------------------------------------------------------ the labels
+# ----------------------------------------------------------------------------- the targets
 
 
-def test_labels_are_the_response_and_its_end_on_every_row():
+def test_targets_are_the_response_and_endoftext():
     examples, _ = make_examples(ROWS, 128)
     inputs, targets = collate(examples)
     longest = max(len(prompt) + len(response) for prompt, response in examples)
@@ -78,23 +78,23 @@ def test_labels_are_the_response_and_its_end_on_every_row():
     for i, (row, (prompt, response)) in enumerate(zip(ROWS, examples, strict=True)):
         length = len(prompt) + len(response) - 1
         labels = targets[i][targets[i] != IGNORE_INDEX].tolist()
-        assert labels[-1] == EOT_TOKEN  # the model is taught to stop
+        assert labels[-1] == EOT_TOKEN  # the model learns to stop
         assert decode(labels[:-1]) == row["output"]
         assert decode(inputs[i, : len(prompt)].tolist()) == format_prompt(row["instruction"],
                                                                          row["input"])
         assert inputs[i, :length].tolist() == (prompt + response)[:-1]
         assert inputs[i, length:].eq(0).all() and targets[i, length:].eq(IGNORE_INDEX).all()
-        assert targets[i, len(prompt) - 1] == response[0]  # not shifted: position p predicts p + 1
+        assert targets[i, len(prompt) - 1] == response[0]  # position p predicts token p + 1
         assert targets[i, : len(prompt) - 1].eq(IGNORE_INDEX).all()
 
 
-def test_a_response_that_contains_the_pad_id_keeps_its_label():
+def test_pad_ids_inside_a_response_are_targets():
     prompt, response = [5, 6], [0, 0, 7, EOT_TOKEN]  # 0 is "!": a token like any other
     _, targets = collate([(prompt, response), ([1] * 9, [2])])
     assert targets[0].tolist() == [IGNORE_INDEX, 0, 0, 7, EOT_TOKEN] + [IGNORE_INDEX] * 4
 
 
-def test_rows_are_measured_in_tokens():
+def test_row_lengths_are_counted_in_tokens():
     long = {"instruction": "x", "input": "", "output": "日本 " * 40}  # few characters, many tokens
     text = {"instruction": "x", "input": "", "output": "word " * 60}  # more characters, fewer
     examples, summary = make_examples([long, text, {**text, "output": " \n"}], 128)
@@ -108,7 +108,7 @@ def test_rows_are_measured_in_tokens():
 # ------------------------------------------------------------------------ order and splits
 
 
-def test_validation_rows_are_held_out_at_random_and_fixed():
+def test_the_split_is_random_and_decided_by_the_seed():
     examples, _ = make_examples(ROWS, 128)
     trained, held_out = split_rows(examples, 0.2, seed=3)
     assert len(held_out) == 6 and sorted(trained + held_out) == sorted(examples)
@@ -118,7 +118,7 @@ def test_validation_rows_are_held_out_at_random_and_fixed():
     assert "--val-fraction" in user_error(split_rows, examples[:1], 0.1, 0)
 
 
-def test_every_row_once_an_epoch_in_another_order():
+def test_every_epoch_visits_each_row_once_in_a_new_order():
     examples, _ = make_examples(ROWS, 128)
     epochs = 3
     steps = math.ceil(epochs * len(examples) / 7)
@@ -141,6 +141,7 @@ def test_losses_do_not_depend_on_the_micro_batch(base, rows_file, tmp_path, micr
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(base, rows_file, tmp_path):
     arguments = ["--checkpoint", base, "--data", rows_file, "--batch-size", 8, "--max-lr", 0.01,
                  "--val-fraction", 0.1, "--device", "cpu", "--micro-batch-size", 2]
@@ -152,8 +153,8 @@ def test_two_processes_give_the_losses_of_one(base, rows_file, tmp_path):
     assert val[0][7]["loss"] == pytest.approx(val[1][7]["loss"], abs=1e-5)
 
 
-def test_the_loss_is_that_of_the_response_tokens_by_hand(base, rows_file, tmp_path):
-    """The first update's loss from log-probabilities, one unpadded row at a time."""
+def test_the_first_loss_equals_one_computed_row_by_row(base, rows_file, tmp_path):
+    """From log-probabilities, one unpadded row at a time."""
     train(tiny(base, rows_file, tmp_path / "out", micro_batch_size=3), CPU_LAUNCH)
     model = load_model(base)
     examples, _ = make_examples(read_rows(rows_file), 128)
@@ -168,7 +169,7 @@ def test_the_loss_is_that_of_the_response_tokens_by_hand(base, rows_file, tmp_pa
     assert losses(tmp_path / "out")[0] == pytest.approx(total / count, abs=1e-4)
 
 
-def test_a_batch_without_targets_changes_nothing():
+def test_a_batch_without_targets_has_zero_gradients():
     torch.manual_seed(0)
     model = GPT(SIZES)
     inputs, targets = collate([FILLER])
@@ -199,8 +200,10 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
          for step in range(7)])
 
 
-def test_compiled_steps_and_sparse_logs_change_no_loss(base, rows_file, tmp_path, monkeypatch):
-    """Rows of many lengths: the compiler sees dynamic shapes, and validation stays eager."""
+@pytest.mark.slow
+def test_compiling_and_the_log_interval_do_not_change_the_losses(base, rows_file, tmp_path,
+                                                                 monkeypatch):
+    """Rows of many lengths compile with dynamic shapes; validation stays eager."""
     counter, real = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=counter))
     train(tiny(base, rows_file, tmp_path / "eager"), CPU_LAUNCH)
@@ -213,7 +216,7 @@ def test_compiled_steps_and_sparse_logs_change_no_loss(base, rows_file, tmp_path
     assert log["end"][7]["seconds"] > log["end"][7]["overhead_s"] > 0
 
 
-def test_a_run_that_left_only_a_log_is_begun_again(base, rows_file, tmp_path):
+def test_resume_with_only_a_log_starts_from_scratch(base, rows_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 99, "kind": "train", "loss": 1}\n')
     assert "--resume" in user_error(train, tiny(base, rows_file, tmp_path / "out"), CPU_LAUNCH)
@@ -221,8 +224,8 @@ def test_a_run_that_left_only_a_log_is_begun_again(base, rows_file, tmp_path):
     assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == list(range(7))
 
 
-def test_epochs_are_counted_in_whole_numbers(base, tmp_path, monkeypatch):
-    """7 x (29 / 7) is a little more than 29 in floating point: an update without rows."""
+def test_the_last_batch_of_fractional_epochs_is_not_empty(base, tmp_path, monkeypatch):
+    """In floating point, 7 x (29 / 7) exceeds 29, which would give a step without rows."""
     rows = [{"instruction": f"q {i}", "output": f"a {i}"} for i in range(30)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     train(tiny(base, tmp_path / "rows.json", tmp_path / "out", epochs=7, batch_size=7,
@@ -230,7 +233,7 @@ def test_epochs_are_counted_in_whole_numbers(base, tmp_path, monkeypatch):
     assert sorted(read_log(tmp_path / "out" / "metrics.jsonl")["train"]) == list(range(29))
 
 
-def test_a_micro_batch_larger_than_the_batch_is_lowered(base, rows_file, tmp_path, capsys):
+def test_a_micro_batch_larger_than_the_batch_is_lowered_to_it(base, rows_file, tmp_path, capsys):
     train(tiny(base, rows_file, tmp_path / "a", micro_batch_size=64), CPU_LAUNCH)
     assert "--micro-batch-size 64" in capsys.readouterr().out
     train(tiny(base, rows_file, tmp_path / "b", micro_batch_size=8), CPU_LAUNCH)
@@ -247,18 +250,19 @@ def test_gradients_are_clipped(base, rows_file, tmp_path, monkeypatch):
     assert seen == [0.25] * 7
 
 
-def test_a_model_of_another_tokenizer_is_refused(rows_file, tmp_path, monkeypatch, capsys):
+def test_a_model_with_another_vocabulary_is_refused(rows_file, tmp_path, monkeypatch, capsys):
     sizes = GPTConfig(block_size=64, vocab_size=100, n_layer=1, n_head=1, n_embd=8)
     other = save_checkpoint(tmp_path / "other", 1, GPT(sizes))
     message = user_error(train, tiny(other, rows_file, tmp_path / "out"), CPU_LAUNCH)
     assert "100 ids" in message and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_it_learns_to_answer_and_to_stop(tmp_path):
-    """The whole point, in small: a model that has seen its rows often enough repeats them."""
+    """A tiny model, trained on five rows until it repeats them."""
     from inference import decode_generation, generate, tokenize_batch_input
-    rows = [{"instruction": f"What colour is {thing}?", "input": "", "output": f"It is {colour}."}
-            for thing, colour in [("snow", "white"), ("grass", "green"), ("the sky", "blue"),
+    rows = [{"instruction": f"What color is {thing}?", "input": "", "output": f"It is {color}."}
+            for thing, color in [("snow", "white"), ("grass", "green"), ("the sky", "blue"),
                                   ("blood", "red"), ("coal", "black")]]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     torch.manual_seed(0)
@@ -349,9 +353,11 @@ def assert_same_tuning(a, b) -> None:
     assert read_log(a / "metrics.jsonl")["val"] == read_log(b / "metrics.jsonl")["val"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_again_and_again_it_ends_as_if_undisturbed(base, rows_file, tmp_path, world_size):
-    """After every checkpoint but one of every update; the order of rows, too, is gone on with."""
+def test_a_run_killed_4_times_ends_bit_equal_to_an_uninterrupted_one(base, rows_file, tmp_path,
+                                                                     world_size):
+    """Killed at four of its checkpoints. The order of the rows continues, too."""
     argv = ["--checkpoint", str(base), "--data", str(rows_file), "--batch-size", "4",
             "--micro-batch-size", "2", "--max-lr", "0.01", "--val-fraction", "0.1", "--device",
             "cpu", "--epochs", "3", "--save-interval", "1", "--eval-interval", "3", "--resume"]
@@ -371,7 +377,8 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(base, rows_file, tmp_p
     assert read_prompt_template(out) == "alpaca"
 
 
-def test_a_signal_saves_and_another_number_of_ranks_goes_on(base, rows_file, tmp_path):
+@pytest.mark.slow
+def test_a_signal_saves_and_another_number_of_ranks_resumes(base, rows_file, tmp_path):
     changes = {"batch_size": 4, "epochs": 6, "save_interval": 1000, "eval_interval": 1000}
     train(tiny(base, rows_file, tmp_path / "whole", **changes), CPU_LAUNCH)
     out = tmp_path / "out"
@@ -389,8 +396,8 @@ def test_a_signal_saves_and_another_number_of_ranks_goes_on(base, rows_file, tmp
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-def test_resume_refuses_what_would_change_the_rows_and_lists_the_rest(base, rows_file, tmp_path,
-                                                                      capsys):
+def test_resume_refuses_settings_that_change_the_rows_and_prints_others(base, rows_file, tmp_path,
+                                                                        capsys):
     out = tmp_path / "out"
     train(tiny(base, rows_file, out), CPU_LAUNCH)
     other = tmp_path / "other.json"
@@ -400,7 +407,7 @@ def test_resume_refuses_what_would_change_the_rows_and_lists_the_rest(base, rows
                           ({"data": str(other)}, "the data are not")):
         again = tiny(base, rows_file, out, resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)
-    for epochs in (1, 3):  # the last batch of an epoch number that was is short
+    for epochs in (1, 3):  # the last batch of an epoch may be short
         again = tiny(base, rows_file, out, resume=True, epochs=epochs)
         assert "--epochs 2" in user_error(train, again, CPU_LAUNCH)
     capsys.readouterr()
@@ -408,6 +415,7 @@ def test_resume_refuses_what_would_change_the_rows_and_lists_the_rest(base, rows
     assert "max_lr was 0.01, is now 0.001" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_auto_finds_a_micro_batch_for_the_longest_rows(base, rows_file, tmp_path, monkeypatch):
     train(tiny(base, rows_file, tmp_path / "whole"), CPU_LAUNCH)
     real, seen = GPT.forward, []

@@ -73,6 +73,7 @@ def test_the_largest_that_fits_is_found_and_nothing_is_left(dtype):
     assert all(map(torch.equal, weights, model.parameters()))
 
 
+@pytest.mark.slow
 def test_when_nothing_fits_the_flags_that_help_are_named():
     model = limited(0)
     error = user_error(find, model)
@@ -146,7 +147,7 @@ def test_every_size_is_compiled_for_itself():
     compiled = len(dynamic)
     tokens = torch.zeros(2, 4, 32, dtype=torch.long)
     model(*tokens, reduction="sum", return_logits=False)[1].backward()
-    assert len(dynamic) == compiled  # training goes on with what the trial has compiled
+    assert len(dynamic) == compiled  # training uses what the trial compiled
 
 
 REAL = """

@@ -39,12 +39,12 @@ def assert_same_gradients(got, expected, tolerance=1e-6):
 @pytest.mark.parametrize("preset, count", [
     ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
     ("gpt2-xl", 1_557_611_200)])
-def test_parameter_counts_are_openais(preset, count):
+def test_parameter_counts_match_openai(preset, count):
     with torch.device("meta"):
         assert GPT(PRESETS[preset]).num_parameters() == count
 
 
-def test_defaults_are_the_papers():
+def test_defaults_match_the_paper():
     assert GPTConfig() == GPTConfig(1024, 50257, 12, 12, 768)
 
 
@@ -104,7 +104,7 @@ def test_sequence_past_block_size_is_refused():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("rows, softmax_rows", [(1, 16), (5, 2), (512, 16), (512, 1)])
-def test_blockwise_loss_is_the_plain_loss(reduction, rows, softmax_rows, monkeypatch):
+def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, monkeypatch):
     monkeypatch.setattr("minigpt2.loss.LOSS_ROWS_CPU", rows)
     monkeypatch.setattr("minigpt2.loss.SOFTMAX_ROWS_CPU", softmax_rows)
     model = small_model()
@@ -125,7 +125,7 @@ def test_blockwise_loss_is_the_plain_loss(reduction, rows, softmax_rows, monkeyp
 
 @pytest.mark.parametrize("vocab_size", [11, 128, 131])  # padded to 128, 128 and 256
 @pytest.mark.parametrize("scale", [1.0, 1e3])  # of probabilities that are 0 and 1 in float32, too
-def test_a_head_padded_for_speed_changes_nothing(vocab_size, scale):
+def test_a_padded_head_gives_the_same_loss(vocab_size, scale):
     torch.manual_seed(0)
     x = (scale * torch.randn(6, 8)).requires_grad_()
     weight = torch.randn(vocab_size, 8, requires_grad=True)
@@ -184,7 +184,7 @@ def test_bf16_autocast_stays_close_to_fp32():
         assert F.cosine_similarity(got[name].flatten(), grad.flatten(), dim=0) > 0.99, name
 
 
-def test_cached_decoding_of_unequal_rows_is_one_full_forward():
+def test_cached_decoding_equals_a_full_forward_pass():
     model = small_model().eval()
     lengths = torch.tensor([3, 9, 6])
     full, _ = random_batch(3)  # (3, 12)
@@ -197,13 +197,13 @@ def test_cached_decoding_of_unequal_rows_is_one_full_forward():
         rows = torch.arange(3)
         got = model.lm_head(hidden[rows, lengths - 1])
         assert torch.allclose(got, expected[rows, lengths - 1], atol=1e-5)
-        for step in range(3):  # each row goes on over its own pads
+        for step in range(3):  # each row continues over its own padding
             at = lengths + step
             hidden = model.hidden_states(full[rows, at][:, None], cache, at[:, None])
             assert torch.allclose(model.lm_head(hidden[:, 0]), expected[rows, at], atol=1e-5)
 
 
-def test_compiled_training_step_is_the_eager_one_and_evaluation_does_not_recompile():
+def test_a_compiled_step_equals_the_eager_one_and_evaluation_does_not_recompile():
     model = small_model()
     inputs, targets = random_batch(4)
     targets[1, :7] = IGNORE_INDEX
@@ -229,7 +229,7 @@ def test_compiled_training_step_is_the_eager_one_and_evaluation_does_not_recompi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
-def test_checkpointed_activations_change_memory_and_no_number(backend, dtype):
+def test_activation_checkpointing_saves_memory_with_equal_gradients(backend, dtype):
     inputs, targets = random_batch(4)
     losses, found, saved = [], [], []
     for on in (False, True):
@@ -254,7 +254,7 @@ def test_checkpointed_activations_change_memory_and_no_number(backend, dtype):
     assert saved[1] < saved[0] / 2
 
 
-def test_checkpointing_leaves_cached_decoding_and_evaluation_alone(monkeypatch):
+def test_activation_checkpointing_is_off_in_decoding_and_evaluation(monkeypatch):
     def refused(*arguments, **options):
         raise AssertionError("checkpoint without gradients, or with a cache")
 

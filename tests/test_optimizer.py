@@ -20,13 +20,13 @@ GPT2 = {"warmup_steps": 715, "max_steps": 19073, "max_lr": 6e-4, "min_lr": 6e-5}
 
 
 @pytest.mark.parametrize("step, lr", [
-    (0, 6e-4 / 715),  # not 0: the first update counts
+    (0, 6e-4 / 715),  # not 0: the first step has a learning rate
     (356, 6e-4 * 357 / 715),
     (714, 6e-4), (715, 6e-4),  # end of warm-up, begin of the cosine
     (715 + (19073 - 715) // 2, (6e-4 + 6e-5) / 2),  # middle
     (715 + (19073 - 715) // 4, 6e-5 + 0.5 * (1 + math.cos(math.pi / 4)) * 5.4e-4),
     (19072, 6e-5), (19073, 6e-5), (30000, 6e-5)])
-def test_schedule_by_hand(step, lr):
+def test_cosine_schedule_by_hand(step, lr):
     assert cosine_lr(step, **GPT2) == pytest.approx(lr, rel=1e-4)
 
 
@@ -54,7 +54,7 @@ def test_only_matrices_and_embeddings_decay():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_first_update_by_hand():
+def test_first_adamw_step_by_hand():
     """AdamW's first step moves every weight by lr towards -sign(gradient), after the decay."""
     model = torch.nn.Linear(2, 1)
     with torch.no_grad():
@@ -69,13 +69,13 @@ def test_first_update_by_hand():
 
 @pytest.mark.parametrize("step, lr", [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.6), (100, 0.2),
                                       (1000, 0.2)])
-def test_a_line_down_by_hand(step, lr):
+def test_linear_schedule_by_hand(step, lr):
     assert linear_lr(step, warmup_steps=10, max_steps=100, max_lr=1.0,
                      min_lr=0.2) == pytest.approx(lr)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 32)])
-def test_the_iteration_makes_matrices_nearly_orthogonal(shape):
+def test_newton_schulz_makes_matrices_nearly_orthogonal(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e4])[: shape[0], None, None]
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
@@ -88,7 +88,7 @@ def test_the_iteration_makes_matrices_nearly_orthogonal(shape):
 
 
 def muon_by_hand(weight, grads, lr, weight_decay):
-    """Two updates of one matrix, by the paper's text: q, k, v apart, singular values exact."""
+    """Two steps of one matrix as the paper defines them: q, k and v separately, exact SVD."""
     momentum = torch.zeros_like(weight)
     for grad in grads:
         momentum = 0.95 * momentum + 0.05 * grad
@@ -103,7 +103,7 @@ def muon_by_hand(weight, grads, lr, weight_decay):
     return weight
 
 
-def test_muon_updates_by_hand(monkeypatch):
+def test_muon_steps_by_hand(monkeypatch):
     def exactly(matrices):
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
         return u @ v
@@ -132,14 +132,14 @@ def test_muon_updates_by_hand(monkeypatch):
         assert torch.allclose(p, expected, atol=1e-5), name
 
 
-def test_muons_rate_follows_the_other():
+def test_the_muon_learning_rate_follows_the_schedule():
     optimizer = make_optimizer(GPT(TINY), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
                                muon_lr=0.4)
     set_lr(optimizer, 0.05)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.05, 0.05]
 
 
-def test_a_muon_state_comes_back():
+def test_muon_state_round_trip():
     torch.manual_seed(0)
     options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     model = GPT(TINY)

@@ -5,6 +5,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from helpers.common import run_script, user_error
 
 from finetune_data import pydocs_questions
@@ -82,6 +83,7 @@ def test_topics_are_parsed(tmp_path):
     assert "topics" in user_error(lambda: list(read_topics(tmp_path / "none.py")))
 
 
+@pytest.mark.slow
 def test_the_scripts_in_this_environment(tmp_path, monkeypatch):
     """pydocs_corpus.py from the command line; pydocs_questions.py in this process, without reading
     the documents again."""

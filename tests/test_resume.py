@@ -1,4 +1,4 @@
-"""Interrupted runs end bit-equal to undisturbed ones: killed, moved to another number of ranks,
+"""Interrupted runs end bit-equal to uninterrupted ones: killed, moved to another number of ranks,
 resumed past damaged checkpoints. And which checkpoints are kept."""
 
 import dataclasses
@@ -37,7 +37,7 @@ from trainer import train
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_killed_20_times_ends_as_if_undisturbed(corpus, tmp_path, world_size):
+def test_a_run_killed_20_times_ends_bit_equal_to_an_uninterrupted_one(corpus, tmp_path, world_size):
     """Killed in turn at a random instant, just after it has saved a checkpoint, and while it writes
     one. Every process is held after 4 steps, so that no kill comes after the last step."""
     config = tiny(corpus, tmp_path / "whole", max_steps=66, micro_batch_size=2, save_interval=3,
