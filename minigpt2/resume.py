@@ -233,7 +233,10 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
                             f"{before[name]}, not {metadata[name]}: restore that value, or "
                             "start in another --out-dir")
     for name in changed:
-        if name != "resume":
+        if name == "checkpoint":
+            launch.print0(f"--resume: --checkpoint {metadata[name]} is ignored, the run started "
+                          f"from {before[name]}")
+        elif name != "resume":
             launch.print0(f"--resume: {name} was {before[name]}, is now {metadata[name]}")
 
 

@@ -412,7 +412,9 @@ def test_resume_refuses_settings_that_change_the_rows_and_prints_others(base, ro
         assert "--epochs 2" in user_error(train, again, CPU_LAUNCH)
     capsys.readouterr()
     train(tiny(tmp_path / "gone", rows_file, out, resume=True, max_lr=1e-3), CPU_LAUNCH)
-    assert "max_lr was 0.01, is now 0.001" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "max_lr was 0.01, is now 0.001" in printed
+    assert f"--checkpoint {tmp_path / 'gone'} is ignored" in printed
 
 
 @pytest.mark.slow
