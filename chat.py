@@ -47,7 +47,7 @@ class Conversation:
     def turns_with(self, message: str) -> list[list[int]]:
         """The turns that the model sees: a new one with the message, after as many earlier ones as
         leave room for a response. Raises UserError if the message alone fills the context."""
-        start = "\n" if self.turns else ""  # of plain text
+        start = "\n" if self.turns else ""  # plain text only
         turn = encode(format_prompt(message) if self.use_template else start + message)
         if len(turn) >= self.block_size:
             raise UserError(f"the message has {len(turn)} tokens; the context is {self.block_size},"

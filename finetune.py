@@ -5,9 +5,9 @@
     torchrun --standalone --nproc-per-node=8 finetune.py --checkpoint out/pretrain
 
 The loss is over the tokens of the response and its final <|endoftext|>: the model learns to answer
-and to stop, not to repeat questions. Writes OUT_DIR/step_NNNNNN/ after every epoch and every
---save-interval steps, marked with the prompt template, OUT_DIR/metrics.jsonl and, at the end, the
-loss graph. SIGTERM, SIGINT and SIGUSR1 save and stop the run; --resume continues it.
+and to stop, not to repeat questions. Writes OUT_DIR/step_NNNNNN/ (with the name of the prompt
+template) after every epoch and every --save-interval steps, OUT_DIR/metrics.jsonl and, at the end,
+the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --resume continues it.
 """
 
 import json
@@ -59,7 +59,7 @@ class FinetuneConfig(RunConfig):
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(200, "steps between checkpoints, in addition to one per epoch",
                               minimum=1)
-    keep_last: int = flag(3, "newest checkpoints to keep, beside the one with the lowest "
+    keep_last: int = flag(3, "newest checkpoints to keep, plus the one with the lowest "
                              "validation loss; 0: all", minimum=0)
     compile: bool | None = flag(False, "torch.compile the training step (off by default: rows "
                                        "differ in length, and new shapes recompile)")
@@ -84,7 +84,7 @@ def read_rows(path: Path) -> list[dict]:
         raise UserError(f"cannot read --data {path} ({error}): make it with "
                         "finetune_data/alpaca_downloader.py or pydocs_questions.py") from None
     except (ValueError, RecursionError, pyarrow.ArrowException) as error:
-        raise UserError(f"--data {path} is no JSON list, JSON Lines or parquet file: "
+        raise UserError(f"--data {path} is not a JSON list, JSON Lines or parquet file: "
                         f"{first_line(error)}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -113,8 +113,8 @@ def make_examples(rows: list[dict], block_size: int) -> tuple[list[Example], str
             long += 1
         else:
             examples.append((prompt, response))
-    return examples, (f"{len(examples):,} of {len(rows):,} rows ({empty:,} without an answer and "
-                      f"{long:,} over {block_size} tokens left out)")
+    return examples, (f"{len(examples):,} of {len(rows):,} rows (left out: {empty:,} without an "
+                      f"answer and {long:,} over {block_size} tokens)")
 
 
 def split_rows(examples: list[Example], val_fraction: float,
@@ -140,8 +140,8 @@ def global_batch(examples: list[Example], step: int, batch_size: int, epochs: in
 
 
 def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> inputs, right-padded with PAD_TOKEN, and targets, each (B, T) int64. Exactly the
-    response tokens are targets, found by length: PAD_TOKEN is also a real id."""
+    """Rows -> inputs, right-padded with PAD_TOKEN, and targets, each (B, T) int64. Only response
+    tokens are targets, found by length because PAD_TOKEN is also a real id."""
     T = max(len(prompt) + len(response) for prompt, response in rows) - 1
     inputs = torch.full((len(rows), T), PAD_TOKEN)  # (B, T)
     targets = torch.full((len(rows), T), IGNORE_INDEX)  # (B, T)

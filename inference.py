@@ -34,8 +34,8 @@ from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode
 from model import GPT, GPTConfig
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
-# On a GPU: steps between two waits of the host; cache slots are read in multiples of SPAN_GPU, each
-# with its own CUDA graph; below MIN_GRAPH_STEPS, graphs do not pay off
+# On a GPU: steps between two host syncs; attention reads a multiple of SPAN_GPU cache slots, with
+# one CUDA graph per multiple; below MIN_GRAPH_STEPS, graphs do not pay off
 STEPS_PER_SYNC_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 128, 64
 
 
@@ -212,7 +212,7 @@ class DecodingBatch:
         self.counter += 1
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
-        self.output_ids[self.row, self.lengths] = token  # a finished row: in its padding
+        self.output_ids[self.row, self.lengths] = token  # finished rows: into padding
         self.lengths += ~self.finished
         self.finished |= (token == EOT_TOKEN) | (self.lengths >= self.max_lengths)
 
@@ -242,7 +242,7 @@ class DecodingBatch:
             self.longest = min(self.longest + 1, self.output_ids.size(1) - 1)
 
     def sync(self, on_tokens: Callable[[int, list[int]], None] | None) -> bool:
-        """Reports new tokens and drops finished rows once they are at least half; returns whether
+        """Reports new tokens, drops finished rows once they are half of the batch; returns whether
         unfinished rows remain. The only place where the host waits for a GPU."""
         if not self.finite:
             raise UserError("logits are not finite: use an earlier checkpoint, or dtype float32")
@@ -334,7 +334,7 @@ class SamplingConfig:
     max_steps: int = flag(128, "maximum number of new tokens", minimum=1)
     seed: int = flag(0, "seed of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Dtype = flag("auto", "of the weights; auto: bfloat16 (or float16) on CUDA, else float32")
+    dtype: Dtype = flag("auto", "weight dtype; auto: bfloat16 (or float16) on CUDA, else float32")
 
     def load(self) -> tuple[GPT, SamplingParams, bool]:
         """The model prepared for sampling, how to sample, whether to apply the prompt template."""

@@ -6,12 +6,12 @@
     python trainer.py                                                              # one GPU
     torchrun --standalone --nproc-per-node=8 trainer.py                            # eight GPUs
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=1 \\
-        --rdzv-endpoint=HOST:29500 --max-restarts=3 trainer.py --resume            # on each of two
+        --rdzv-endpoint=HOST:29500 --max-restarts=3 trainer.py --resume            # each of 2 nodes
 
 The defaults are GPT-2 124M on FineWeb: 2**19 tokens a step, AdamW, one epoch. Writes
 OUT_DIR/step_NNNNNN/, OUT_DIR/latest and OUT_DIR/best (see minigpt2/checkpoint.py),
-OUT_DIR/metrics.jsonl, OUT_DIR/samples.jsonl and, at the end, the loss graph. SIGTERM, SIGINT and
-SIGUSR1 save and stop the run; --resume continues from the newest intact checkpoint.
+OUT_DIR/metrics.jsonl, OUT_DIR/samples.jsonl and, at the end, the loss graph. SIGTERM, SIGINT,
+SIGUSR1 and SIGHUP save and stop the run; --resume continues from the newest intact checkpoint.
 """
 
 import dataclasses
@@ -60,11 +60,11 @@ class TrainerConfig(RunConfig):
     warmup_steps: int = flag(715, "steps of linear warm-up", minimum=0)
     max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(6e-5, "learning rate after the last step", minimum=0)
-    muon_lr: float = flag(6e-3, "Muon's learning rate after the warm-up; decays in proportion to "
-                                "--max-lr", minimum=0)
+    muon_lr: float = flag(6e-3, "Muon's learning rate after the warm-up; same schedule as AdamW's",
+                          minimum=0)
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings", minimum=0)
-    beta1: float = flag(0.9, "AdamW's decay of the mean gradient", minimum=0, below=1)
-    beta2: float = flag(0.95, "AdamW's decay of the mean squared gradient", minimum=0, below=1)
+    beta1: float = flag(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)
+    beta2: float = flag(0.95, "AdamW's decay rate of the second moment", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
     eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
     sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation; empty: "
@@ -88,7 +88,7 @@ def model_config(config: TrainerConfig) -> GPTConfig:
         raise UserError(f"{error}: change --n-embd or --n-head") from None
     if config.sequence_length > sizes.block_size:
         raise UserError(f"--sequence-length {config.sequence_length} is longer than --block-size "
-                        f"{sizes.block_size}: lower the one or raise the other")
+                        f"{sizes.block_size}: lower it or raise --block-size")
     return sizes
 
 
@@ -107,8 +107,8 @@ def optimizer_for(model: GPT, config: TrainerConfig, shard: bool) -> torch.optim
     if not uses_muon and config.muon_lr != TrainerConfig.muon_lr:
         raise UserError("--muon-lr needs --optimizer muon: add that, or leave --muon-lr out")
     if uses_muon and config.max_lr == 0:
-        raise UserError("--max-lr is 0, expected a positive number: with --optimizer muon, Muon's "
-                        "learning rate decays in proportion to it")
+        raise UserError("--max-lr is 0, expected a positive number: with --optimizer muon, the "
+                        "schedule scales --muon-lr by lr / --max-lr")
     return make_optimizer(model, lr=config.max_lr, betas=(config.beta1, config.beta2),
                           eps=config.eps, weight_decay=config.weight_decay,
                           muon_lr=config.muon_lr if uses_muon else None, shard=shard)
@@ -139,7 +139,7 @@ def make_loader(config: TrainerConfig, launch: Launch, split: str, vocab_size: i
 
 
 def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int:
-    """The steps of one pass over the training shards; windows that do not fill a step are left."""
+    """The full steps in one pass over the shards; prints how many windows are left over."""
     steps, left = divmod(loader.windows_per_epoch, loader.windows_per_step)
     if steps == 0:
         tokens = loader.windows_per_epoch * config.sequence_length
@@ -151,7 +151,7 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
 
 
 def can_sample(config: TrainerConfig, sizes: GPTConfig, launch: Launch) -> bool:
-    """Whether there is a sample prompt that leaves room in the context; says so if it does not."""
+    """Whether to sample. Prints a line if the sample prompt leaves no room in the context."""
     if not config.sample_prompt or config.sample_steps == 0:
         return False
     num_tokens = tokenize_batch_input([config.sample_prompt])[0].size(1)

@@ -31,9 +31,9 @@ SHARD_TOKENS = 5_000_000  # FineWeb's shards have 100M; a sample should fill sev
 @dataclass(frozen=True)
 class DataBenchConfig(BenchConfig):
     files: str | None = flag(None, "documents, as a quoted glob or a folder (default: the "
-                                   "embedded corpus)")
-    max_documents: int = flag(40_000, "use at most so many (with --quick: 1000)", minimum=1)
-    workers: int = flag(2, "most processes that tokenize", minimum=1)
+                                   "demo's corpus)")
+    max_documents: int = flag(40_000, "maximum number (with --quick: 1000)", minimum=1)
+    workers: int = flag(2, "maximum number of tokenizing processes", minimum=1)
 
 
 def load_texts(config: DataBenchConfig) -> list[str]:
@@ -46,7 +46,7 @@ def load_texts(config: DataBenchConfig) -> list[str]:
 
 
 def measure_encoders(config: DataBenchConfig, texts: list[str]) -> None:
-    """tiktoken's arrays, and gigatoken if it is installed, against tiktoken's lists."""
+    """tiktoken to arrays, and gigatoken if installed, against tiktoken to lists."""
     reference = load_tokenizer().encode_ordinary
     encoders = {"tiktoken_array": load_encoder("tiktoken")}
     try:
@@ -83,7 +83,7 @@ def measure_shards(config: DataBenchConfig, texts: list[str], path: pathlib.Path
 
         taken = alternate(config.rounds, bare=bare, shards=shards)
         [loop.shutdown() for loop in loops]
-        record(config, "tokenise", workers=workers, documents=len(texts), tokens=tokens,
+        record(config, "tokenize", workers=workers, documents=len(texts), tokens=tokens,
                bare_tokens_per_sec=tokens / taken["bare"], ratio=taken["bare"] / taken["shards"],
                shards_tokens_per_sec=tokens / taken["shards"])
 

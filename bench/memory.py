@@ -1,4 +1,4 @@
-"""Memory: bytes per rank by formula, and the micro-batches that fit; how long a checkpoint stalls.
+"""Memory: bytes per rank by formula, and the micro-batches that fit; checkpoint stalls.
 
     python bench/memory.py --log image/logs/bench_memory.jsonl    # one minute
 
@@ -37,7 +37,7 @@ class Memory:
     """Bytes of one rank at the peak of a training step after the first one."""
     weights: int  # float32, and copies in the autocast dtype
     gradients: int
-    optimizer: int  # moments; if they are sharded, of the rank with most
+    optimizer: int  # moments; if sharded, of the rank with the most
     activations: int  # saved for backward; proportional to the micro-batch
     loss: int  # head, logits and their gradients
 
@@ -53,7 +53,7 @@ def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
 
 
 def moment_bytes(sizes: GPTConfig, world_size: int = 1, muon: bool = False) -> int:
-    """Optimizer moments of the rank with most: 8 bytes per parameter (AdamW), or 4 for the matrices
+    """Moments of the rank with the most: 8 bytes per parameter (AdamW), or 4 for the matrices
     of the blocks (Muon). ZeroRedundancyOptimizer assigns whole tensors, group by group and largest
     first, each to the rank with the fewest parameters so far."""
     def order(item: tuple[str, torch.Size]) -> tuple[bool, bool, int]:
@@ -123,7 +123,7 @@ def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool,
 
 
 def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, *, share: int, **setting) -> int:
-    """The largest divisor of `share` (sequences per rank and step) that fits on a card beside the
+    """The largest divisor of `share` (sequences per rank and step) that fits on a card besides the
     reserve; 0 if none does. `setting` goes to `memory_per_rank`."""
     usable = card_bytes * (1 - RESERVE_SHARE) - RESERVE_BYTES
     return max((size for size in range(1, share + 1) if share % size == 0
@@ -132,8 +132,8 @@ def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, *, share: int, **
 
 
 def measure_checkpoint(config: BenchConfig, name: str, sizes: GPTConfig) -> None:
-    """How long training waits for a checkpoint written in place, and for the copy that a thread
-    writes."""
+    """How long training waits when a checkpoint is written in place, and when a thread writes it
+    from a copy."""
     model, launch = GPT(sizes), Launch(0, 1, torch.device("cpu"))
     optimizer, scaler = make_optimizer(model, **ADAMW), torch.amp.GradScaler("cpu", enabled=False)
     for parameter in model.parameters():

@@ -47,7 +47,7 @@ def train_recipe(config: RecipesConfig, recipe: str, trial: dict, seed: int) -> 
     """Trains, unless that is done already; returns the final validation loss."""
     steps = 4 if config.quick else STEPS[recipe]
     rates = [f"{name}{value:g}" for name, value in trial.items() if name != "min_lr"]
-    name = "_".join([recipe, f"{steps}updates", *rates, f"seed{seed}"])
+    name = "_".join([recipe, f"{steps}steps", *rates, f"seed{seed}"])
     log = pathlib.Path(config.out_dir) / name / "metrics.jsonl"
 
     def final_loss() -> float | None:

@@ -93,13 +93,13 @@ def as_hugging_face(model: GPT) -> torch.nn.Module:
 
 def measure_training(config: BenchConfig, kind: str, name: str, dtype: torch.dtype, shape: Shape,
                      steps: int, ways: tuple[str, ...]) -> None:
-    """Speed, losses and peak memory of whole steps. Losses differ by their largest relative
+    """Speed, losses and peak memory of whole steps. `loss_differs_from_*` is the largest relative
     difference."""
     (B, T), tokens = shape, zipf_tokens(steps * (shape[0] * shape[1] + 1))
     timings = compare(ways, steps, make_training, SIZES[name], shape, dtype, tokens)
     ours, textbook = timings["ours"], timings["textbook"]
     gflops = B * T / ours.seconds * flops_per_token(GPT(SIZES[name]), T) / 1e9
-    figures = {"gflops": gflops, "memory_ratio": ours.peak / textbook.peak, "updates": steps,
+    figures = {"gflops": gflops, "memory_ratio": ours.peak / textbook.peak, "steps": steps,
                "first": ours.results[0], "last": ours.results[-1]}
     differ = "differ_from" if kind == "losses" else "loss_differs_from"
     for way, timing in timings.items():

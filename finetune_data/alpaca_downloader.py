@@ -44,7 +44,7 @@ class AlpacaConfig:
 
 
 def is_complete(path: pathlib.Path, dataset: HubDataset) -> bool:
-    """Whether `path` already holds the data set. Raises UserError if it holds something else."""
+    """Whether `path` already holds the dataset. Raises UserError if it holds something else."""
     if not path.exists():
         return False
     try:

@@ -1,1 +1,1 @@
-"""The machinery that the scripts share, one subject a file."""
+"""The machinery that the scripts share, one subject per file."""

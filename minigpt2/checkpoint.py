@@ -2,7 +2,7 @@
 
     OUT_DIR/latest, OUT_DIR/best            text files with the name of a checkpoint
     OUT_DIR/step_000200/config.json         } for GPT2LMHeadModel.from_pretrained: GPT-2's own
-    OUT_DIR/step_000200/model.safetensors   } tensor layout, fp32, tied head, no padding
+    OUT_DIR/step_000200/model.safetensors   } tensor layout, float32, tied head, no padding
     OUT_DIR/step_000200/vocab.json ...      for AutoTokenizer.from_pretrained
     OUT_DIR/step_000200/training_state.pt   see resume.py; tensors and plain values only
     OUT_DIR/step_000200/SHA256SUMS          checksums of these files, for `sha256sum -c`
@@ -110,7 +110,7 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """Returns the parameters under GPT-2's names and in GPT-2's layout, fp32, on the CPU. Raises
+    """Returns the parameters under GPT-2's names and in GPT-2's layout, float32, on the CPU. Raises
     ValueError for a model whose weights `prepare_to_sample` has packed."""
     tensors = {
         name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach()
@@ -196,7 +196,7 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
-    """Returns the model of a checkpoint (see `find_checkpoint`), fp32, in evaluation mode. Raises
+    """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode. Raises
     UserError for a damaged file, a setting that differs from GPT-2's, and a tensor that is missing,
     unknown, or of another shape than config.json implies."""
     folder = find_checkpoint(path)
@@ -286,7 +286,7 @@ def load_training_state(folder: Path, mapped: bool = False) -> dict:
     UserError if the file is damaged or holds anything but tensors and plain values."""
     path = folder / TRAINING_STATE_FILE
     try:
-        if not zipfile.is_zipfile(path):  # torch.load would try its format before version 1.6
+        if not zipfile.is_zipfile(path):  # else torch.load tries its pre-1.6 format
             raise pickle.UnpicklingError("not a zip archive")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

@@ -26,7 +26,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
-    """A user's mistake, in one line: what, got, expected, and the command or flag that fixes it."""
+    """A user error, in one line: what, got, expected, and the command or flag that fixes it."""
 
 
 def flag(default, help: str, *, minimum: float | None = None, below: float = math.inf,

@@ -34,7 +34,7 @@ POLL_SECONDS = 0.05  # between two reads of the store while ranks find each othe
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of the run; rank 0 of 1 outside torchrun."""
+    """Rank, world size and device of this process; rank 0 of 1 outside torchrun."""
 
     rank: int  # among all processes of all nodes
     world_size: int
@@ -145,7 +145,7 @@ def use_fastest_exact_matmul() -> None:
     """Uses oneDNN for float32 matrix products on a CPU; on AMD it is about twice as fast as MKL.
 
     PyTorch does so only under "medium" precision, with which some processors (Intel's with AMX)
-    round to bfloat16. A trial product detects that, and "highest" stays in force there."""
+    round to bfloat16. A trial product detects that and restores "highest"."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)

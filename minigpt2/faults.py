@@ -1,5 +1,5 @@
 """Fault tolerance: signals, lost ranks, out of memory, non-finite losses. Every fault is
-reported in one line, all ranks take the same decision, and no rank waits forever."""
+reported in one line, all ranks make the same decision, and no rank waits forever."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ from minigpt2.memory import is_out_of_memory
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 REPEAT_SECONDS = 3.0  # torchrun forwards a Ctrl-C that the terminal has sent to us already
 HEARTBEAT_SECONDS = 1.0
-SILENT_SECONDS = 30.0  # without a heartbeat for so long, a rank counts as lost
+SILENT_SECONDS = 30.0  # a rank with no heartbeat for this long is lost
 MAX_SKIPPED = 3  # consecutive steps
 RESUME_HINT = "--resume continues from the newest checkpoint"
 
@@ -51,7 +51,7 @@ class IgnoreBrokenPipe:
 
 
 class StopRequest:
-    """While entered, records that a signal asked this process to stop instead of dying from it.
+    """While entered, a stop signal is recorded instead of killing this process.
     The training loop checks `requested()` once a step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
@@ -63,7 +63,7 @@ class StopRequest:
         return self.name is not None
 
     def flag(self, device: torch.device) -> torch.Tensor:
-        """() fp32, 1 if this process was asked to stop; to be summed over all ranks."""
+        """() float32, 1 if this process was asked to stop; to be summed over all ranks."""
         return torch.full((), float(self.requested()), device=device)
 
     def report(self, step: int, max_steps: int, folder: Path) -> str:
@@ -173,7 +173,7 @@ class RankMonitor:
 
     def end(self, why: str, status: int = 1) -> None:
         """Exits at once, even if other threads are blocked; no effect during a normal exit. A
-        user's mistake on one rank gives every rank exit status 2."""
+        user error on one rank gives every rank exit status 2."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
@@ -233,6 +233,6 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
     before = [path for path in list_checkpoints(out_dir) if step_of(path) <= step - skipped]
-    good = f"the last checkpoint before them is {before[-1]}" if before else "none is earlier"
+    good = f"the last checkpoint before them is {before[-1]}" if before else "no earlier checkpoint"
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
                     f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")

@@ -1,4 +1,4 @@
-"""Downloads data set files from the Hugging Face hub at a pinned commit.
+"""Downloads dataset files from the Hugging Face hub at a pinned commit.
 
 `huggingface_hub` lists and downloads. This file adds retries for unattended runs, checks each file
 against the size and SHA-256 that the hub lists, and reports errors in one line.

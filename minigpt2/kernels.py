@@ -97,8 +97,8 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
 
 def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Captures a function, after a warm-up call, as a CUDA graph that repeats its work on the same
-    tensors. Captured by hand: torch.compile(mode="reduce-overhead") may do better, but has not been
-    measured against it on a GPU."""
+    tensors. torch.compile(mode="reduce-overhead") may do better; the two were not compared on a
+    GPU."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: a data loader's thread may pin memory during the capture
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):

@@ -4,22 +4,21 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100  # a target ignored by the loss
-# Rows of logits held at a time by the eager loss. 512 x 50257 bf16 is 51 MB, beyond which a CPU
+# Rows of logits held at a time by the eager loss. 512 x 50257 bfloat16 is 51 MB, beyond which a CPU
 # gains nothing; a GPU needs larger products: 4096 rows take 0.4 GB, all 32 x 1024 take 3.3 GB.
 LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096
-# Rows whose fp32 softmax is computed at once: on a CPU, what fits into its caches (6 MB)
+# Rows whose float32 softmax is computed at once: on a CPU, what fits into its caches (6 MB)
 SOFTMAX_ROWS_CPU, SOFTMAX_ROWS_GPU = 16, 1024
 HEAD_MULTIPLE = 128  # fast kernels need aligned rows: 50257 is padded to 50304
 
 
-
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
                          targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy () fp32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,).
+    """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,).
 
     Rows whose target is IGNORE_INDEX are left out. Eager code computes a few rows of logits at a
     time. Under torch.compile all logits are computed in the compute dtype, since the compiler fuses
-    the fp32 softmax. float16 takes that path too: its gradients must be scaled before they are
+    the float32 softmax. float16 takes that path too: its gradients must be scaled before they are
     computed, and LinearCrossEntropy computes them in the forward pass."""
     device_type, V = x.device.type, len(weight)
     autocast = torch.is_autocast_enabled(device_type)
@@ -45,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_grad: bool):
-        """x (N, C) in the compute dtype, weight (V, C) fp32, targets (N,) all valid; () fp32."""
+        """x (N, C) in the compute dtype, weight (V, C) float32, valid targets (N,); () float32."""
         (N, C), V, device = x.shape, len(weight), x.device
         on_gpu = device.type != "cpu"
         block_rows = min(LOSS_ROWS_GPU if on_gpu else LOSS_ROWS_CPU, max(N, 1))
@@ -65,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, len(block), softmax_rows):
                 low = logits[first : first + softmax_rows, :V]
                 target = targets[start + first :][: len(low), None]
-                scores, probs = all_scores[: len(low)], all_probs[: len(low)]  # fp32
+                scores, probs = all_scores[: len(low)], all_probs[: len(low)]  # float32
                 torch.softmax(scores.copy_(low), dim=-1, out=probs)
                 # the largest probability is at least 1 / V, so that its logarithm is accurate
                 logsumexp = scores.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()

@@ -15,7 +15,7 @@ from minigpt2.distributed import Launch, autocast
 from model import GPT
 
 # What a trial leaves free: on a GPU for evaluation and sampling; on a CPU, as a share of the
-# available memory, for fragmentation, which added up to 20 % over the steps of a run
+# available memory, for fragmentation, which took up to 20 % during a run
 HEADROOM_BYTES, HEADROOM_SHARE = 512 * 2**20, 0.25
 OUT_OF_MEMORY_MESSAGES = (
     "out of memory",  # CUDA, MPS, NCCL, Triton
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
-    """Estimates AdamW's moments on one of `ranks` that shard them, 8 bytes per parameter: an equal
+    """Estimates AdamW's moments per rank, 8 bytes per parameter, sharded over `ranks`: an equal
     share, but at least the largest tensor, since ZeroRedundancyOptimizer assigns whole tensors."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     return 8 * max(-(-sum(sizes) // ranks), *sizes)
@@ -49,8 +49,8 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank.
 
-    A trial is a forward and a backward pass on random tokens, beside existing gradients,
-    `optimizer_bytes` for moments that do not exist yet, and some headroom. All ranks must call
+    A trial runs forward and backward on random tokens while memory is held for gradients, for
+    moments that do not exist yet (`optimizer_bytes`) and for some headroom. All ranks must call
     this, before the model is wrapped in DDP. It leaves no gradients and preserves the random state.
     Raises UserError if no candidate fits."""
     device = launch.device

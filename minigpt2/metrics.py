@@ -197,7 +197,7 @@ class TensorBoardMirror:
 
 def start_wandb(project: str, folder: Path, metadata: dict):
     """Starts or resumes the W&B run with the id in OUT_DIR/wandb_id; it follows the event files in
-    `folder`. Waits for the server up to 40 s here and 60 s in `finish`. Raises UserError."""
+    `folder`. Waits for the server here, and up to 60 s in `finish`. Raises UserError."""
     import wandb  # optional
     out_dir, id_file = folder.parent, folder.parent / "wandb_id"
     if not id_file.exists():

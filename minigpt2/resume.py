@@ -40,9 +40,9 @@ STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_
 
 @dataclass
 class TrainState:
-    """The state of a run beside its weights and its optimizer; "progress" in training_state.pt."""
+    """The state of a run besides its weights and its optimizer; "progress" in training_state.pt."""
 
-    step: int = 0  # steps made, skipped ones included
+    step: int = 0  # steps taken, skipped ones included
     val_loss: float | None = None  # of the current weights; None until they are validated
     best_loss: float = math.inf  # lowest validation loss of a checkpoint
     best_step: int | None = None  # the step of that checkpoint
@@ -54,7 +54,7 @@ class TrainState:
 
 def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
                    scaler: torch.amp.GradScaler, launch: Launch) -> dict:
-    """What a checkpoint holds beside the model; complete on rank 0. A collective: rank 0 gathers
+    """What a checkpoint holds besides the model; complete on rank 0. A collective: rank 0 gathers
     every rank's generators and its part of a sharded optimizer."""
     return {"progress": dataclasses.asdict(state),
             "optimizer": optimizer_state(optimizer, launch.is_master),
@@ -199,7 +199,7 @@ def newest_intact(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None
             saved = load_training_state(folder, mapped)
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
-            for _ in read_tensors(folder):  # the first read finds a truncated file without sums
+            for _ in read_tensors(folder):  # finds a truncated file even without SHA256SUMS
                 break
         except (UserError, OSError) as error:
             print(f"--resume: skipping {folder.name}: {first_line(error)}", flush=True)
@@ -221,7 +221,7 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
                    launch: Launch) -> None:
     """Prints what differs from the run that wrote the checkpoint. Raises UserError for a setting
     in `fixed`, which a resumed run may not change."""
-    before = saved["facts"]  # of an older version, it lacks newer settings
+    before = saved["facts"]  # older versions lack newer settings
     changed = sorted(name for name in metadata.keys() & before.keys()
                      if metadata[name] != before[name])
     for name in changed:
@@ -259,7 +259,7 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
         load_optimizer_state(optimizer, saved["optimizer"])
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"--resume: the optimizer state in {folder} does not fit this model or "
-                        f"optimizer ({error}): rm -r {folder} resumes from the previous one"
+                        f"optimizer ({error}): rm -r {folder} to resume from the previous one"
                         ) from None
     if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
         scaler.load_state_dict(saved["scaler"])

@@ -65,7 +65,7 @@ class RunConfig:
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
     eval_interval: int = flag(500, "steps between validations", minimum=1)
     save_interval: int = flag(1000, "steps between checkpoints", minimum=1)
-    keep_last: int = flag(5, "newest checkpoints to keep, beside the one with the lowest "
+    keep_last: int = flag(5, "newest checkpoints to keep, plus the one with the lowest "
                              "validation loss; 0: all", minimum=0)
     keep_every: int = flag(0, "also keep the checkpoints of every N-th step; 0: none", minimum=0)
     log_interval: int = flag(1, "steps between records of the run log", minimum=1)
@@ -87,7 +87,7 @@ class Run:
     """One run of a training script, from resume to the closing line (see the module's docstring).
 
     Public state: `is_resumed`, `checkpoint` (the folder resumed from, or None), `step` (optimizer
-    steps made so far), `dtype` (of autocast), `scaler` (gradient scaler, enabled in float16),
+    steps taken so far), `dtype` (of autocast), `scaler` (gradient scaler, enabled in float16),
     `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`.
     """
 
@@ -130,8 +130,8 @@ class Run:
         `micro_batch_sizes`: allowed sizes, largest first; `--micro-batch-size auto` picks the first
         that fits, otherwise the first is used. The weights are validated and saved after max_steps
         and after each of the `milestones`. Returns the module to train with.
-        Raises UserError when the checkpoint is past max_steps (set by max_steps_flag), is of
-        another model, or when no micro-batch fits.
+        Raises UserError if the checkpoint is past max_steps (set by max_steps_flag) or belongs to
+        another model, or if no micro-batch fits.
         """
         config, launch = self.config, self.launch
         self.model, self.optimizer = model.train(), optimizer
@@ -231,7 +231,7 @@ class Run:
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     **figures) -> None:
-        """Clips the gradients, makes the optimizer's step, and logs it.
+        """Clips the gradients, takes the optimizer step, and logs it.
 
         loss_sum () is this rank's loss, scaled so that its mean over ranks is the loss of the
         global batch; `tokens` are those of all ranks, in sequences of sequence_length (for MFU);

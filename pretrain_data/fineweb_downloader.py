@@ -7,7 +7,7 @@
 
 Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized.
 --files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain
-text, one document per file. For ready-made shards, see pretokenized_downloader.py.
+text, one document per file. For pre-tokenized shards, see pretokenized_downloader.py.
 
 The same command resumes an interrupted build; a larger --max-tokens extends a finished one. If
 --verify finds damaged shards, delete them and run the command again to rebuild them.
@@ -36,7 +36,7 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 @dataclass(frozen=True)
 class FineWebConfig:
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
-                                     "named after the data set)")
+                                     "named after the dataset)")
     shard_tokens: int = flag(100_000_000, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
@@ -52,7 +52,7 @@ class FineWebConfig:
 
 
 def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy) -> Source:
-    """The 10BT sample of a data set on the hub, one unit per file. A file is in `scratch` from when
+    """The 10BT sample of a dataset on the hub, one unit per file. A file is in `scratch` from when
     it is opened until it is released. Raises UserError."""
     files = [file for file in list_files(repo, commit, SAMPLE_FOLDER, retry)
              if file.path.endswith(".parquet")]
@@ -72,7 +72,7 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy
 def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
     if config.files and config.edu:
-        raise UserError("--files and --edu exclude each other: omit one of them")
+        raise UserError("--files and --edu are mutually exclusive: omit one")
     name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
     scratch = out_dir / ".download"

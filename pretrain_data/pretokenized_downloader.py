@@ -1,4 +1,4 @@
-"""Downloads FineWeb as ready-made token shards in llm.c's format, 20 GB (kjj0/fineweb10B-gpt2).
+"""Downloads FineWeb as pre-tokenized shards in llm.c's format, 20 GB (kjj0/fineweb10B-gpt2).
 
     python pretrain_data/pretokenized_downloader.py                      # 10 billion tokens
     python pretrain_data/pretokenized_downloader.py --max-tokens 1000000000

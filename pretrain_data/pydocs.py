@@ -1,4 +1,4 @@
-"""The documentation in every Python environment of this project, as documents.
+"""The documentation installed with Python, NumPy and PyTorch, as documents.
 
 Python's language reference (`pydoc_data`), and the docstrings of the standard library, NumPy and
 PyTorch: about 2.8 million tokens of English prose without a download, the corpus of the demo. The

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The fast recipe: GPT-2 124M with Muon on the blocks' matrices, a linear decay to 0, and blocks that
-# start as the identity.
+# The fast recipe: GPT-2 124M with Muon on the blocks' matrices, a linear decay to 0, and blocks
+# that start as the identity.
 #   bash runs/fast.sh [number of GPUs] [further flags of trainer.py]
 # If interrupted, rerun the same command to resume. The learning rates are the best of a 16M proxy
 # (docs/benchmarks.md); they were not tried at 124M.

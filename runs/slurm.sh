@@ -2,7 +2,7 @@
 #SBATCH --job-name=minigpt2 --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --exclusive
 #SBATCH --time=24:00:00 --signal=USR1@300 --open-mode=append
 # Pre-training on several nodes under SLURM, from the repository's root:
-#   sbatch runs/slurm.sh [flags of trainer.py; --data-dir and --out-dir on a disk that all nodes see]
+#   sbatch runs/slurm.sh [flags of trainer.py; --data-dir and --out-dir on a shared disk]
 # Five minutes before its time limit the job saves and stops (SIGUSR1); the same sbatch resumes it.
 # After a lost rank all ranks restart from the newest checkpoint, up to three times.
 set -euo pipefail

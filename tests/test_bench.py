@@ -68,7 +68,7 @@ def make_death(name: str):
 
 
 @pytest.mark.slow
-def test_contestants_are_processes_that_alternate(quick):
+def test_variants_alternate_in_processes_of_their_own(quick):
     timings = compare(("a", "b"), 3, make_counter, 9)
     pids = {name: {int(value // 1000) for value in timing.results}
             for name, timing in timings.items()}
@@ -78,7 +78,7 @@ def test_contestants_are_processes_that_alternate(quick):
         assert timing.seconds > 0 and timing.peak > 50e6
 
 
-def test_a_failing_contestant_ends_the_benchmark(quick):
+def test_a_failing_variant_ends_the_benchmark(quick):
     with pytest.raises(ValueError, match="as told"):
         compare(("a",), 3, make_counter, 2)
     assert "a benchmark process died" in user_error(compare, ("a",), 1, make_death)
@@ -118,9 +118,9 @@ def test_data(tmp_path, quick):
                                    log=quick.log)
     bench_data.bench_data(config)
     figures = records_of(tmp_path / "log.jsonl")
-    assert {"encoder equality", "encoder", "tokenise", "loader"} <= set(figures)
+    assert {"encoder equality", "encoder", "tokenize", "loader"} <= set(figures)
     assert all(found["different"] == 0 for found in figures["encoder equality"])
-    assert figures["tokenise"][0]["documents"] == 400
+    assert figures["tokenize"][0]["documents"] == 400
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_activations_are_what_autograd_keeps(sizes, batch, length, dtype):
     measured = saved_bytes(model, hidden)
     assert measured == pytest.approx(plain.activations - targets + casts, rel=0.05)
 
-    # with checkpointing: the inputs of all blocks, and while one is done again, that one
+    # with checkpointing: the inputs of all blocks, and the block being recomputed
     x = torch.zeros(batch, length, sizes.n_embd, requires_grad=True)
 
     def block():
@@ -74,7 +74,7 @@ def test_a_whole_step_allocates_what_is_computed(dtype, checkpointing, tmp_path)
     plan = computed(sizes, batch, length, dtype, activation_checkpointing=checkpointing)
     measured = allocator_peak(step, tmp_path / "trace.json")
     expected = plan.activations + plan.loss + plan.weights - plan.gradients
-    # one block done again and the loss are counted together, and do not meet
+    # the formula counts the loss and one recomputed block; both never exist at once
     assert (0.85 if checkpointing else 0.95) * expected < measured < 1.05 * expected
 
 
@@ -93,7 +93,7 @@ def test_gradients_and_moments_are_the_real_ones():
 
 
 @pytest.mark.parametrize("muon_lr", [None, 1e-3])
-def test_moments_are_those_that_an_update_makes(muon_lr):
+def test_moments_are_those_of_a_real_step(muon_lr):
     model = GPT(SMALL)
     optimizer = make_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
                                muon_lr=muon_lr)

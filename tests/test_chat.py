@@ -124,7 +124,7 @@ def test_messages_and_commands(tuned, monkeypatch, capsys):
     first, second = (Conversation(True, 1024, STEPS) for _ in range(2))
     expected = [expected_response(first, message) for message in (
         "What is a list?", "And a tuple?", "One\n  two", "/exit")]
-    expected += ["temperature 0", "(temperature is -1.0, expected a finite number, at least 0)",
+    expected += ["temperature 0", "(temperature is -1.0, expected a finite number of at least 0)",
                  "(/temperature hot: expected a number of at least 0)", "temperature 0.7",
                  "(unknown /what: see /help)", chat.HELP, "(conversation cleared)",
                  expected_response(second, "What is a list?", 0.7),

@@ -54,7 +54,7 @@ def imported_by(tree: ast.Module) -> frozenset[str]:
 
 
 def import_errors(name: str, imported: frozenset[str]) -> list[str]:
-    """What the import rules say against a module called `name` that imports these."""
+    """How a module called `name` with these imports violates the import rules."""
     ours = {one for one in imported if one in MODULES}
     folder = name.partition(".")[0] if "." in name else ""
     if name == "model":
@@ -74,7 +74,7 @@ def import_errors(name: str, imported: frozenset[str]) -> list[str]:
 
 
 def with_all_imports(name: str) -> set[str]:
-    """The top-level names that importing a module of ours imports, by whatever way."""
+    """The top-level names that importing a module of ours imports, directly or not."""
     seen, waiting, found = set(), [name], set()
     while waiting:
         one = waiting.pop()
@@ -223,7 +223,7 @@ def test_configurations_are_frozen_and_every_field_has_help():
                             assert ast.unparse(field.value).startswith("flag("), field.target.id
 
 
-def test_every_file_parses_to_lines_of_at_most_100_columns():
+def test_no_line_is_longer_than_100_columns():
     for path in SOURCES:
         for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
             assert len(line) <= 100, f"{path}: {line}"
@@ -267,7 +267,7 @@ def names_before_the_first_forward_pass(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("path", ["trainer.py", "finetune.py"])
-def test_a_training_loop_is_met_soon(path):
+def test_the_training_loop_is_short_and_near_the_top(path):
     """conventions: at most 25 names before the first forward pass, `train` about 100 lines."""
     tree = parse(Path(path))
     assert len(names_before_the_first_forward_pass(tree)) <= 25

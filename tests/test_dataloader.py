@@ -57,7 +57,7 @@ def test_every_epoch_visits_each_window_once_in_a_new_order(corpus):
 
 def test_batch_is_a_pure_function_of_its_arguments(corpus):
     first, second = loader(corpus), loader(corpus)
-    for step in (29, 3, 0, 17):  # in any order, across the epoch border at step 23
+    for step in (29, 3, 0, 17):  # in any order, across the epoch boundary at step 23
         first.batch(step + 1, 0)
         assert torch.equal(first.batch(step, 1)[0], second.batch(step, 1)[0])
     assert not torch.equal(first.batch(0, 0)[0], loader(corpus, seed=8).batch(0, 0)[0])

@@ -281,7 +281,7 @@ def test_two_nodes_restart_after_a_lost_rank(corpus, tmp_path, node):
 
 @pytest.fixture
 def hosts():
-    """Names of two network namespaces, joined by a virtual cable with the addresses 10.77.0.1 and
+    """Names of two network namespaces, joined by a veth pair with the addresses 10.77.0.1 and
     10.77.0.2; None twice where namespaces cannot be made."""
     names = [f"gpt2-{os.getpid()}-{i}" for i in (1, 2)]
     commands = [command for name in names
@@ -402,7 +402,7 @@ def test_a_hanging_rank_counts_as_lost(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_rank_waits_for_a_slow_one(corpus, tmp_path):
-    """Rank 0 draws for longer than a rank may be silent; a signal during that changes nothing."""
+    """Rank 0 plots for longer than a rank may be silent; a signal during that changes nothing."""
     ranks = Ranks(2, "trainer", flags(tiny(corpus, tmp_path / "out", micro_batch_size=2)),
                   tmp_path / "ranks", constants={"minigpt2.faults.SILENT_SECONDS": 3.0},
                   delay_graph=4.5)
@@ -533,7 +533,7 @@ def test_skipped_steps_are_counted_across_a_resume(corpus, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_overflows_while_the_scaler_lowers_its_scale_are_no_fault(corpus, tmp_path, monkeypatch):
+def test_overflows_while_the_scaler_lowers_its_scale_are_not_a_fault(corpus, tmp_path, monkeypatch):
     """The scale starts 2**20 times too high, so that float16 overflows step after step."""
     real = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(
@@ -626,7 +626,7 @@ def test_a_full_disk_damages_neither_checkpoint_nor_log(corpus, small_disk, fini
 
 @pytest.mark.slow
 def test_out_of_memory_names_the_flag(corpus, tmp_path):
-    """A limit on the address space stands in for a full memory."""
+    """A limit on the address space stands in for full memory."""
     config = tiny(corpus, tmp_path / "out", micro_batch_size=2**13, total_batch_size=2**17,
                   max_steps=1, n_embd=256)
     ranks = Ranks(1, "trainer", flags(config), tmp_path / "ranks", limit_memory=10**9)

@@ -83,7 +83,7 @@ def test_when_nothing_fits_the_flags_that_help_are_named():
     assert "--activation-checkpointing" not in user_error(find, model)
 
 
-def test_another_error_is_not_taken_for_memory(monkeypatch):
+def test_another_error_is_not_mistaken_for_out_of_memory(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("shapes do not match")
 
@@ -92,7 +92,7 @@ def test_another_error_is_not_taken_for_memory(monkeypatch):
         find(GPT(SMALL))
 
 
-def test_a_size_that_fails_on_another_rank_is_given_up_on_this_one():
+def test_a_size_that_fails_on_another_rank_is_rejected_on_this_one():
     others, model = [0.0, 1.0, 0.0], limited(8)
     launch = SimpleNamespace(device=torch.device("cpu"), world_size=2,
                              sum=lambda failed: failed + others.pop(0))

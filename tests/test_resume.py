@@ -75,8 +75,8 @@ def test_a_run_killed_20_times_ends_bit_equal_to_an_uninterrupted_one(corpus, tm
 
 @pytest.mark.slow
 def test_windows_and_losses_do_not_depend_on_the_world_size(tmp_path):
-    """Resumed after every third step at 2, 1, 4 and 2 ranks, across shard borders and, in step 7,
-    the epoch border."""
+    """Resumed after every third step at 2, 1, 4 and 2 ranks, across shard boundaries and, in step
+    7, the epoch boundary."""
     corpus = make_corpus(tmp_path / "data", [700, 323, 320, 321], high=50)  # 59 windows, 8 a step
     config = tiny(corpus, tmp_path / "one", max_steps=12, save_interval=3, eval_interval=3,
                   micro_batch_size=2, keep_last=0)

@@ -28,7 +28,7 @@ from minigpt2.sampling import (
 from minigpt2.tokenizer import N_VOCAB
 
 MODEL_DISTRIBUTION = SamplingParams(1.0)
-ROWS = 16  # per call: the noise of so many full vocabularies fits a CPU's cache
+ROWS = 16  # per call: the noise of this many full vocabularies fits a CPU's cache
 
 
 def weak_keys(n: int, start: int = 0) -> torch.Tensor:

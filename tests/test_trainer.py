@@ -368,7 +368,7 @@ def test_two_runs_are_bit_equal(corpus, tmp_path, finished_run):
 
 
 def test_resuming_twice_is_exact(tmp_path):
-    """5 + 5 + 5 = 15 steps, bit for bit, across shard borders and the epoch border at step 9."""
+    """5 + 5 + 5 = 15 steps, bit for bit, across shard boundaries and an epoch's at step 9."""
     corpus = make_corpus(tmp_path / "data", [200, 203, 200, 201], high=50)  # 3 x 12 windows
     changes = {"max_steps": 15, "total_batch_size": 64, "keep_last": 0, "sample_steps": 2}
     whole = train(tiny(corpus, tmp_path / "whole", **changes), CPU_LAUNCH)

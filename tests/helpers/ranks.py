@@ -65,7 +65,7 @@ def hold(after_and_until: tuple[int, Path]) -> None:
 
 
 def limit_memory(extra: int) -> None:
-    """Lets this process allocate only so many bytes more."""
+    """Lets this process allocate only `extra` more bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + extra
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -250,7 +250,7 @@ class Ranks:
                 os.kill(self.processes[rank].pid, number)
 
     def wait(self, seconds: float = 120) -> list[int]:
-        """Exit codes by rank; None for a rank still running after so many seconds, then killed."""
+        """Exit codes by rank; None for a rank still running after `seconds`, then killed."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -274,7 +274,7 @@ def kill_all() -> None:
 
 
 def wait_until(condition, ranks: Ranks | None = None, seconds: float = 120) -> None:
-    """Polls until the condition is true or all ranks have ended; fails after so many seconds."""
+    """Polls until the condition is true or all ranks have ended; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if ranks is not None and ranks.done():
