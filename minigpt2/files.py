@@ -58,3 +58,14 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
                         "--out-dir") from None
     with lock:
         yield
+
+
+def read_rows(path: Path) -> list[dict]:
+    import json
+
+    import pyarrow.parquet
+    content = path.read_bytes()
+    if content.startswith(b"PAR1"):
+        import pyarrow
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    return [json.loads(line) for line in content.decode().split("\n") if line.strip()]

@@ -118,6 +118,12 @@ def decode(ids: list[int]) -> str:
     return load_tokenizer().decode(ids)
 
 
+def token_byte_counts() -> list[int]:
+    """The bytes of text that each id stands for, by id; 0 for EOT_TOKEN."""
+    text_of = load_tokenizer().decode_single_token_bytes
+    return [len(text_of(token)) for token in range(EOT_TOKEN)] + [0]
+
+
 class StreamDecoder:
     """Decodes ids as they arrive and holds back the bytes of an incomplete character. The results
     of `feed` and the final `flush`, joined, equal `decode` of all ids."""

@@ -1,0 +1,1 @@
+"""The benchmarks that evaluate.py reads, and the script that downloads them."""

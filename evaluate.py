@@ -1,0 +1,228 @@
+"""Evaluates checkpoints: validation loss, HellaSwag, LAMBADA, and any multiple-choice file.
+
+    python eval_data/benchmark_downloader.py                  # HellaSwag and LAMBADA, from the hub
+    python evaluate.py out/pretrain out/finetune gpt2         # a table with one column each
+    python evaluate.py out/pretrain --tasks hellaswag,my_questions.jsonl --limit 500
+    torchrun --standalone --nproc-per-node=8 evaluate.py out/pretrain
+
+Tasks, separated by commas; NAME=FILE reads another file:
+
+    val                 loss, perplexity and bits per byte on the validation shard of --data-dir
+    hellaswag           the file's own contexts, as build-nanogpt scores it
+    hellaswag_harness   the contexts of lm-evaluation-harness (needs the official file)
+    lambada             the last word of each passage
+    FILE                rows of `context`, `choices` and `label`: JSON Lines, JSON or parquet
+
+The numbers do not depend on the number of ranks. The results of a local checkpoint are also written
+to evaluation.json in its folder. No prompt template is applied.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataloader import TokenLoader
+from inference import check_vocabulary
+from minigpt2.benchmarks import (
+    Question,
+    choice_figures,
+    hellaswag,
+    make_question,
+    multiple_choice,
+    read_questions,
+    score,
+    stderr,
+)
+from minigpt2.checkpoint import find_checkpoint, load_model
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, to_device
+from minigpt2.faults import launched
+from minigpt2.files import atomic_write
+from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
+from minigpt2.progress import progress_bar
+from minigpt2.tokenizer import EOT_TOKEN, token_byte_counts
+from model import GPT
+
+ROOT = Path(__file__).resolve().parent
+FILES = {"hellaswag": "hellaswag_val.parquet", "hellaswag_harness": "hellaswag_val.parquet",
+         "lambada": "lambada_test.jsonl"}  # in --eval-dir, as the downloader names them
+RESULTS_FILE = "evaluation.json"
+# Published results of OpenAI's 124M weights: build-nanogpt (hellaswag), lm-evaluation-harness
+# (hellaswag_harness and the last word), the GPT-2 paper, table 3 (the last token)
+PUBLISHED = {"gpt2": {
+    "hellaswag": {"accuracy_summed": 0.2859, "accuracy_per_token": 0.2955},
+    "hellaswag_harness": {"accuracy_summed": 0.2892, "accuracy_per_character": 0.3114},
+    "lambada": {"accuracy_last_word": 0.3256, "perplexity_per_word": 40.06,
+                "accuracy_last_token": 0.4599}}}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    checkpoints: tuple[str, ...] = flag((), "folders, OUT_DIRs of runs, or hub names",
+                                        positional=True)
+    tasks: str = flag("val,hellaswag,lambada", "what to evaluate, see above")
+    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "token shards, for val")
+    eval_dir: str = flag(str(ROOT / "eval_data"), "folder of the downloaded benchmarks")
+    eval_tokens: int = flag(10_485_760, "tokens of the validation split, for val", minimum=1)
+    limit: int | None = flag(None, "only the first rows of each benchmark", minimum=1)
+    batch_tokens: int = flag(8192, "tokens per batch and rank", minimum=1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
+
+
+def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
+                       dtype: torch.dtype) -> dict[str, float]:
+    """The mean loss over the first targets of the validation split, in nats per token, and in bits
+    per byte of their text. <|endoftext|>, which is no text, is left out of both sums of the latter.
+    """
+    T = model.config.block_size
+    loader = TokenLoader(Path(config.data_dir), "val", sequence_length=T,
+                         micro_batch_size=max(1, config.batch_tokens // T), total_batch_size=T,
+                         vocab_size=model.config.vocab_size, seed=0, rank=launch.rank,
+                         world_size=launch.world_size)
+    byte_counts = torch.tensor(token_byte_counts()).to(launch.device)  # (N_VOCAB,)
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens; those of <|endoftext|>, bytes
+    batches = list(loader.eval_batches(config.eval_tokens))
+    for batch in progress_bar(len(batches), 0, "val", enabled=launch.is_master,
+                              over=batches):
+        inputs, targets = (to_device(x, launch.device) for x in batch)  # (B, T) each
+        with torch.no_grad(), autocast(launch.device, dtype):
+            x, targets = model.hidden_states(inputs).flatten(0, 1), targets.flatten()
+            ends = targets.where(targets == EOT_TOKEN, IGNORE_INDEX)
+            nats, end_nats = (linear_cross_entropy(x, model.lm_head.weight, t).item()
+                              for t in (targets, ends))
+        valid = targets[targets != IGNORE_INDEX]
+        sums += torch.tensor([nats, len(valid), end_nats, byte_counts[valid].sum().item()],
+                             dtype=torch.float64)
+    nats, tokens, end_nats, num_bytes = launch.sum(sums).tolist()
+    if not num_bytes:
+        raise UserError(f"--data-dir {config.data_dir}: the validation split holds no text")
+    return {"loss": nats / tokens, "perplexity": math.exp(nats / tokens), "tokens": int(tokens),
+            "bits_per_byte": (nats - end_nats) / (math.log(2) * num_bytes), "bytes": int(num_bytes)}
+
+
+def hellaswag_harness(row: dict) -> Question:
+    """A row of HellaSwag as lm-evaluation-harness renders it: with the activity as a heading, the
+    second sentence capitalized, and WikiHow's marks removed."""
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    if not all(isinstance(row.get(key), str) for key in ("activity_label", "ctx_a", "ctx_b")):
+        raise ValueError("activity_label, ctx_a and ctx_b are not all there, which the harness's "
+                         "form needs: use the official file, or the task hellaswag")
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return multiple_choice({"context": clean(context), "label": row.get("label"),
+                            "choices": [clean(ending) for ending in row.get("endings") or ()]})
+
+
+def lambada(row: dict) -> Question:
+    """A row of LAMBADA: the last word, after the last space, is the only choice."""
+    context, space, word = str(row.get("text") or "").rpartition(" ")
+    if not space or not context or not word:
+        raise ValueError("expected a `text` that ends with a space and a word")
+    return make_question([context], [word], 0)
+
+
+RENDERERS = {"hellaswag": hellaswag, "hellaswag_harness": hellaswag_harness, "lambada": lambada}
+
+
+def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
+    """LAMBADA: accuracy of the whole last word (lm-evaluation-harness) and of its last token (the
+    GPT-2 paper's), and the perplexity per word, exp of the mean negative log-probability."""
+    n, figures = len(scores), {}
+    for name, hits in (("accuracy_last_word", scores[:, 1]), ("accuracy_last_token", scores[:, 2])):
+        figures |= {name: hits.mean().item(), f"{name}_stderr": stderr(hits.mean().item(), n)}
+    perplexity = math.exp(-scores[:, 0].mean().item())
+    deviation = scores[:, 0].std().item() if n > 1 else math.nan
+    return figures | {"perplexity_per_word": perplexity, "rows": n,
+                      "perplexity_per_word_stderr": perplexity * deviation / math.sqrt(n)}
+
+
+def parse_tasks(config: EvaluateConfig) -> dict[str, Path | None]:
+    """Task names and their files; None for val. Raises UserError for one that does not exist."""
+    tasks = {}
+    for word in config.tasks.split(","):
+        name, _, file = word.strip().partition("=")
+        if name == "val":
+            tasks[name] = None
+            continue
+        default = Path(config.eval_dir) / FILES[name] if name in FILES else Path(name)
+        path = Path(file) if file else default
+        if not path.is_file():
+            fix = ("download it with eval_data/benchmark_downloader.py, or give NAME=FILE"
+                   if name in FILES else f"expected a file, val, or one of {', '.join(FILES)}")
+            raise UserError(f"--tasks {word}: {path} does not exist: {fix}")
+        tasks[name if name in FILES or file else path.stem] = path
+    return tasks
+
+
+def evaluate(model: GPT, config: EvaluateConfig, tasks: dict[str, Path | None],
+             launch: Launch) -> dict[str, dict[str, float]]:
+    """The figures of every task."""
+    results, dtype = {}, pick_dtype(config.dtype, launch.device)
+    for name, path in tasks.items():
+        if path is None:
+            results[name] = validation_figures(model, config, launch, dtype)
+            continue
+        questions = read_questions(path, RENDERERS.get(name, multiple_choice), config.limit,
+                                   model.config.block_size)
+        pairs = [pair for question in questions for pair in question.pairs]
+        scores = score(model, pairs, launch, dtype, config.batch_tokens, name)
+        results[name] = (last_word_figures(scores) if name == "lambada" else
+                         choice_figures(questions, scores))
+    return results
+
+
+def write_results(folder: Path, results: dict) -> None:
+    """Adds results to evaluation.json of a checkpoint; those of other tasks stay."""
+    path = folder / RESULTS_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with atomic_write(path, text=True) as file:
+        file.write(json.dumps(before | results, indent=1) + "\n")
+
+
+def table(results: dict[str, dict]) -> str:
+    """One row per figure, one column per checkpoint: value, and standard error if there is one."""
+    names = list(dict.fromkeys((task, figure) for tasks in results.values()
+                               for task, figures in tasks.items() for figure in figures
+                               if not figure.endswith("_stderr")))
+    rows = [["", *results]]
+    for task, figure in names:
+        cells = []
+        for tasks in results.values():
+            value = tasks.get(task, {}).get(figure)
+            error = tasks.get(task, {}).get(f"{figure}_stderr")
+            digits = "," if isinstance(value, int) else ".4f"
+            cells.append(("" if value is None else f"{value:{digits}}")
+                         + (f" +- {error:.4f}" if error is not None else ""))
+        rows.append([f"{task} {figure}", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                     .rstrip() for row in rows)
+
+
+def main() -> None:
+    config = parse_config(EvaluateConfig, description=__doc__)
+    if not config.checkpoints:
+        raise UserError("no checkpoint given: python evaluate.py out/pretrain")
+    tasks, results = parse_tasks(config), {}
+    with launched(config.device) as launch:
+        for name in config.checkpoints:
+            model = load_model(find_checkpoint(name), launch.device)
+            check_vocabulary(model, name)
+            results[name] = evaluate(model, config, tasks, launch)
+            if Path(name).exists() and launch.is_master:
+                write_results(find_checkpoint(name), results[name])
+            if name in PUBLISHED:
+                results[f"{name}, published"] = {
+                    task: figures for task, figures in PUBLISHED[name].items() if task in tasks}
+        launch.print0(table(results))
+
+
+if __name__ == "__main__":
+    run_main(main)

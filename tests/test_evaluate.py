@@ -1,0 +1,312 @@
+"""Evaluation: the arithmetic by hand, scores against Hugging Face, any number of ranks."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from helpers.common import CPU_LAUNCH, main_error, make_corpus, user_error, write_shard
+from helpers.hub_server import run_module, serve
+from helpers.ranks import Ranks
+
+import evaluate
+from eval_data import benchmark_downloader
+from evaluate import (
+    EvaluateConfig,
+    hellaswag_harness,
+    lambada,
+    last_word_figures,
+    validation_figures,
+)
+from inference import logprobs, pad_rows
+from minigpt2.benchmarks import (
+    Question,
+    choice_figures,
+    hellaswag,
+    multiple_choice,
+    read_questions,
+    score,
+)
+from minigpt2.checkpoint import save_checkpoint
+from minigpt2.tokenizer import EOT_TOKEN, decode, encode
+from model import GPT, GPTConfig
+
+SIZES = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=16)
+STORIES = [{"ctx": f"The {a} went to the {b}. There it", "label": str(i % 4), "ind": i,
+            "endings": [f"slept{' very' * n} well.", "ate a fish and a loaf of bread.", "sang.",
+                        f"met {i} other animals, all of them older."]}
+           for i, (a, b, n) in enumerate((a, b, n) for a in ("cat", "old dog") for b in
+                                         ("forest", "sea") for n in range(4))]
+PASSAGES = [{"text": f"She had {n} apples{' and pears' * n} and gave them to {name}"}
+            for n in range(5) for name in ("John", "Maximiliana", "the\nking")]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(SIZES).eval()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pairs_of(questions: list[Question]) -> list:
+    return [pair for question in questions for pair in question.pairs]
+
+
+# ------------------------------------------------------------------------------ by hand
+
+
+def test_the_three_accuracies_by_hand():
+    """Four choices: the sum, the mean per token and the mean per character prefer three of them."""
+    question = Question([([1], [2] * n) for n in (1, 4, 8, 2)], label=0, characters=[2, 9, 16, 40])
+    scores = torch.zeros(4, 3, dtype=torch.float64)
+    scores[:, 0] = torch.tensor([-4.0, -6.0, -6.4, -5.0])
+    # sum: choice 0 (-4); per token: -4, -1.5, -0.8, -2.5: choice 2;
+    # per character: -2, -0.67, -0.4, -0.125: choice 3
+    for label, name in ((0, "accuracy_summed"), (2, "accuracy_per_token"),
+                        (3, "accuracy_per_character")):
+        one = Question(question.pairs, label, question.characters)
+        figures = choice_figures([one, question], torch.cat([scores, scores]))
+        expected = {"accuracy_summed": 0.5, "accuracy_per_token": 0.0,
+                    "accuracy_per_character": 0.0} | ({name: 0.5} if label else {name: 1.0})
+        assert {key: figures[key] for key in expected} == expected
+        assert figures["rows"] == 2
+    assert figures["accuracy_summed_stderr"] == pytest.approx(math.sqrt(0.25 / 1))
+
+
+def test_last_word_figures_by_hand():
+    scores = torch.tensor([[-1.0, 1, 1], [-2.0, 0, 1], [-6.0, 0, 0]], dtype=torch.float64)
+    figures = last_word_figures(scores)
+    assert figures["accuracy_last_word"] == pytest.approx(1 / 3)
+    assert figures["accuracy_last_token"] == pytest.approx(2 / 3)
+    assert figures["perplexity_per_word"] == pytest.approx(math.exp(3))
+    assert figures["accuracy_last_word_stderr"] == pytest.approx(
+        np.std([1, 0, 0], ddof=1) / math.sqrt(3))
+    assert figures["perplexity_per_word_stderr"] == pytest.approx(
+        math.exp(3) * np.std([1, 2, 6], ddof=1) / math.sqrt(3))
+
+
+def test_continuations_carry_their_space():
+    question = hellaswag(STORIES[0])
+    context, continuation = question.pairs[1]
+    assert decode(context) == STORIES[0]["ctx"] and decode(continuation)[:5] == " ate "
+    assert context + continuation == encode(STORIES[0]["ctx"] + " " + STORIES[0]["endings"][1])
+    assert question.label == 0 and question.characters[1] == len("ate a fish and a loaf of bread.")
+    (context, word), = lambada(PASSAGES[2]).pairs  # the last word is what follows the last space
+    assert decode(word) == " the\nking" and decode(context).endswith("gave them to")
+    asked = multiple_choice({"context": "Q: 2+2?\nA:\n", "choices": ["4", "5"], "label": 0})
+    assert decode(asked.pairs[0][0]) == "Q: 2+2?\nA:" and decode(asked.pairs[0][1]) == "\n4"
+    sentences = multiple_choice({"context": "", "choices": ["It is.", "It are."], "label": 0})
+    assert sentences.pairs[0] == ([EOT_TOKEN], encode("It is."))
+    blanks = multiple_choice({"context": ["Ann hit Bob. Ann", "Ann hit Bob. Bob"], "label": 1,
+                              "choices": ["cried."] * 2})
+    assert [decode(context)[-3:] for context, _ in blanks.pairs] == ["Ann", "Bob"]
+
+
+def test_the_harness_form_of_hellaswag():
+    row = {"activity_label": "Baking", "ctx_a": "A man [header] How to bake [title] Mix.",
+           "ctx_b": "he  stirs", "label": "1", "endings": ["now. [step] Wait.", "it."]}
+    question = hellaswag_harness(row)
+    assert decode(question.pairs[0][0]) == "Baking: A man How to bake. Mix. He stirs"
+    assert decode(question.pairs[0][1]) == " now. Wait." and question.characters == [10, 3]
+
+
+# --------------------------------------------------------------------- scores of the model
+
+
+def test_scores_match_hugging_face_and_our_own_logprobs(model, tmp_path):
+    from transformers import GPT2LMHeadModel
+    reference = GPT2LMHeadModel.from_pretrained(save_checkpoint(tmp_path, 1, model)).eval()
+    pairs = pairs_of([hellaswag(row) for row in STORIES] + [lambada(row) for row in PASSAGES])
+    scores = score(model, pairs, CPU_LAUNCH, torch.float32, 256, "test")
+    for (context, continuation), (total, greedy, last) in zip(pairs, scores.tolist(), strict=True):
+        ids = torch.tensor([context + continuation])
+        with torch.no_grad():
+            logits = reference(ids).logits[0, len(context) - 1 : -1]  # (continuation, V)
+        target = torch.tensor(continuation)
+        expected = logits.log_softmax(1)[torch.arange(len(target)), target].sum().item()
+        assert total == pytest.approx(expected, abs=1e-4)
+        hits = logits.argmax(1) == target
+        assert (greedy, last) == (float(hits.all()), float(hits[-1]))
+        ours = logprobs(model, *pad_rows([context + continuation]))[0, len(context) - 1 :].sum()
+        assert total == pytest.approx(ours.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_scores_do_not_depend_on_the_batch(model, batch_tokens):
+    pairs = pairs_of([hellaswag(row) for row in STORIES])
+    scores = score(model, pairs, CPU_LAUNCH, torch.float32, batch_tokens, "test")
+    alone = torch.cat([score(model, [pair], CPU_LAUNCH, torch.float32, 100, "test")
+                       for pair in pairs])
+    assert torch.allclose(scores, alone, atol=1e-4)
+
+
+def test_a_greedy_continuation_is_recognized(model):
+    context, continuation = encode("The cat"), []
+    for _ in range(3):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation]))[0][0, -1]
+        continuation.append(logits.argmax().item())
+    wrong = [*continuation[:-1], (continuation[-1] + 1) % 100]
+    middle = [continuation[0], (continuation[1] + 1) % 100]
+    scores = score(model, [(context, continuation), (context, wrong), (context, middle)],
+                   CPU_LAUNCH, torch.float32, 100, "test")
+    assert scores[:, 1].tolist() == [1, 0, 0] and scores[:2, 2].tolist() == [1, 0]
+
+
+def test_a_long_context_is_cut_on_the_left(model):
+    continuation, context = encode(" the end of it"), encode("word " * 200)
+    scores = score(model, [(context, continuation)], CPU_LAUNCH, torch.float32, 100, "test")
+    kept = context[len(context) + len(continuation) - 65 :]  # 64 inputs, and the last target
+    alone = score(model, [(kept, continuation)], CPU_LAUNCH, torch.float32, 100, "test")
+    assert torch.equal(scores, alone)
+
+
+# --------------------------------------------------------------------------- validation loss
+
+
+def test_bits_per_byte_by_hand(tmp_path):
+    """Equal logits: every token costs ln V nats. Documents of more and fewer bytes per token, one
+    of them cut inside a character; <|endoftext|> is left out of both sums."""
+    texts = ["Hello world, hello tokens. " * 5, "日本語の文 🙂", "x"]
+    tokens = [i for text in texts for i in (EOT_TOKEN, *encode(text))]
+    data = make_corpus(tmp_path / "data", [len(tokens) - 3, 500])
+    write_shard(data / "shard_000000.npy", np.array(tokens[:-3], dtype=np.uint16))
+    model = GPT(SIZES).eval()
+    torch.nn.init.zeros_(model.transformer.wte.weight)
+    figures = validation_figures(model, EvaluateConfig(data_dir=str(data)), CPU_LAUNCH,
+                                 torch.float32)
+    targets = tokens[1:-3]
+    text_tokens = [i for i in targets if i != EOT_TOKEN]
+    from minigpt2.tokenizer import load_tokenizer
+    num_bytes = len(load_tokenizer().decode_bytes(text_tokens))
+    nats = math.log(50257)
+    assert figures["loss"] == pytest.approx(nats) and figures["tokens"] == len(targets)
+    assert figures["perplexity"] == pytest.approx(50257, rel=1e-4)
+    assert figures["bytes"] == num_bytes
+    assert figures["bits_per_byte"] == pytest.approx(
+        nats * len(text_tokens) / math.log(2) / num_bytes)
+    fewer = EvaluateConfig(data_dir=str(data), eval_tokens=10)
+    assert validation_figures(model, fewer, CPU_LAUNCH, torch.float32)["tokens"] == 10
+
+
+# ------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture
+def files(tmp_path, model):
+    save_checkpoint(tmp_path / "out", 1, model)
+    make_corpus(tmp_path / "data", [700, 500])
+    write_rows(tmp_path / "stories.jsonl", STORIES)
+    write_rows(tmp_path / "passages.jsonl", PASSAGES)
+    return tmp_path
+
+
+def arguments(files) -> list[str]:
+    return [str(files / "out"), "--data-dir", str(files / "data"), "--device", "cpu", "--tasks",
+            f"val,hellaswag={files / 'stories.jsonl'},lambada={files / 'passages.jsonl'}",
+            "--batch-tokens", "200"]
+
+
+def results_of(files) -> dict:
+    return json.loads((files / "out" / "step_000001" / "evaluation.json").read_text())
+
+
+def test_any_number_of_ranks_gives_the_same_results(files, tmp_path):
+    results = {}
+    for world_size in (1, 2, 3):
+        ranks = Ranks(world_size, "evaluate", arguments(files), tmp_path / f"ranks{world_size}")
+        assert ranks.wait() == [0] * world_size, ranks.output()
+        results[world_size] = results_of(files)
+    one = results[1]
+    assert one["hellaswag"]["rows"] == 16 and one["lambada"]["rows"] == 15
+    assert one["val"]["tokens"] == 699
+    for world_size in (2, 3):
+        other = results[world_size]
+        assert other["hellaswag"] == one["hellaswag"] and other["lambada"] == one["lambada"]
+        assert other["val"] == pytest.approx(one["val"], rel=1e-6)
+    assert "hellaswag accuracy_per_token" in ranks.output()
+
+
+def test_results_of_other_tasks_are_kept(files, monkeypatch, capsys):
+    rows = [{"context": "One, two,", "choices": ["three", "apple"], "label": 0}] * 3
+    path = write_rows(files / "mine.jsonl", rows)
+    for tasks in (f"hellaswag={files / 'stories.jsonl'}", str(path)):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments(files)[:-3], tasks, "--limit",
+                                         "2", str(files / "out" / "latest")])
+        evaluate.main()
+    assert set(results_of(files)) == {"hellaswag", "mine"}
+    assert results_of(files)["hellaswag"]["rows"] == 2 == results_of(files)["mine"]["rows"]
+    header, *rows = capsys.readouterr().out.splitlines()[-5:]
+    assert header.split() == [str(files / "out"), str(files / "out" / "latest")]
+    assert [row.split()[0] for row in rows] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"context": "a", "choices": ["b", "c"]}, ["label is None", "0 to 1"]),
+    ({"context": "a", "choices": ["b", "c"], "label": 2}, ["label is 2"]),
+    ({"context": "a", "choices": ["b", "c"], "label": -1}, ["label is -1"]),
+    ({"context": "a", "choices": ["b", "c"], "label": "x"}, ["label is 'x'"]),
+    ({"context": "a", "choices": ["b", " "], "label": 0}, ["a choice is empty"]),
+    ({"context": "a", "choices": ["b"], "label": 0}, ["two `choices`"]),
+    ({"context": "a", "choices": "bc", "label": 0}, ["two `choices`"]),
+    ({"context": ["a"], "choices": ["b", "c"], "label": 0}, ["one each"]),
+    ({"context": None, "choices": ["b", "c"], "label": 0}, ["must be text"]),
+    ({"context": "a", "choices": ["b", 3], "label": 0}, ["must be text"]),
+    ({"context": "a", "choices": ["b", "c " * 200], "label": 0}, ["tokens", "64"]),
+])
+def test_malformed_rows_are_named(tmp_path, row, words):
+    good = {"context": "a", "choices": ["b", "c"], "label": 0}
+    path = write_rows(tmp_path / "rows.jsonl", [good, row])
+    message = user_error(read_questions, path, multiple_choice, None, 64)
+    for word in ["row 2", *words]:
+        assert word in message
+    assert len(read_questions(path, multiple_choice, 1, 64)) == 1
+
+
+def test_wrong_files_and_tasks(files, monkeypatch, capsys):
+    def error(*changes) -> str:
+        return main_error(evaluate.main, [*arguments(files), *changes], monkeypatch, capsys)
+
+    assert "ends with a space and a word" in error("--tasks", f"lambada={files / 'stories.jsonl'}")
+    assert "two `choices`" in error("--tasks", f"hellaswag={files / 'passages.jsonl'}")
+    assert "ctx_a" in error("--tasks", f"hellaswag_harness={files / 'stories.jsonl'}")
+    assert "benchmark_downloader" in error("--tasks", "hellaswag", "--eval-dir", str(files))
+    assert "nothing.jsonl does not exist" in error("--tasks", "val,nothing.jsonl")
+    write_rows(files / "empty.jsonl", [])
+    assert "no rows" in error("--tasks", str(files / "empty.jsonl"))
+    assert "no checkpoint given" in main_error(evaluate.main, [], monkeypatch, capsys)
+
+
+# ------------------------------------------------------------------------------- downloads
+
+
+def test_benchmarks_are_downloaded_and_verified(tmp_path, monkeypatch):
+    """The real client; the files' own SHA-256, so these are refused and nothing is left behind."""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), tmp_path / "stories.parquet")
+    repos = {"datasets/Rowan/hellaswag": {
+        "data/validation-00000-of-00001.parquet": (tmp_path / "stories.parquet").read_bytes()}}
+    out = tmp_path / "out"
+    with serve(repos) as (environment, _):
+        result = run_module("eval_data.benchmark_downloader", "--out-dir", out, check=False,
+                            env=environment | {"HF_HOME": str(tmp_path / "hf")})
+    assert result.returncode == 2 and "another SHA-256" in result.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "hellaswag_val.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), path)
+    assert len(read_questions(path, hellaswag, None, 64)) == 16
+    benchmark = benchmark_downloader.BENCHMARKS[0]
+    message = user_error(benchmark_downloader.download, benchmark, tmp_path, None)
+    assert "is not the file of Rowan/hellaswag" in message
+    monkeypatch.setattr(benchmark_downloader, "sha256_of", lambda path: benchmark.sha256)
+    benchmark_downloader.download(benchmark, tmp_path, None)
+    assert "already complete" in capsys.readouterr().out
