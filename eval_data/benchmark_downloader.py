@@ -43,7 +43,7 @@ class BenchmarkConfig:
     retries: int = flag(5, "retries of a failed request, with exponential backoff", minimum=0)
 
 
-def download(benchmark: Benchmark, out_dir: pathlib.Path, retry: RetryPolicy) -> None:
+def download_benchmark(benchmark: Benchmark, out_dir: pathlib.Path, retry: RetryPolicy) -> None:
     """Downloads and verifies a file, unless it is there already. Raises UserError."""
     target = out_dir / benchmark.file
     if target.exists():
@@ -69,7 +69,7 @@ def download(benchmark: Benchmark, out_dir: pathlib.Path, retry: RetryPolicy) ->
 def main() -> None:
     config = parse_config(BenchmarkConfig, description=__doc__)
     for benchmark in BENCHMARKS:
-        download(benchmark, pathlib.Path(config.out_dir), RetryPolicy(config.retries))
+        download_benchmark(benchmark, pathlib.Path(config.out_dir), RetryPolicy(config.retries))
 
 
 if __name__ == "__main__":

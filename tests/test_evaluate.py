@@ -305,8 +305,8 @@ def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monke
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), path)
     assert len(read_questions(path, hellaswag, None, 64)) == 16
     benchmark = benchmark_downloader.BENCHMARKS[0]
-    message = user_error(benchmark_downloader.download, benchmark, tmp_path, None)
+    message = user_error(benchmark_downloader.download_benchmark, benchmark, tmp_path, None)
     assert "is not the file of Rowan/hellaswag" in message
     monkeypatch.setattr(benchmark_downloader, "sha256_of", lambda path: benchmark.sha256)
-    benchmark_downloader.download(benchmark, tmp_path, None)
+    benchmark_downloader.download_benchmark(benchmark, tmp_path, None)
     assert "already complete" in capsys.readouterr().out
