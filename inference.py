@@ -27,11 +27,11 @@ from torch.utils.checkpoint import checkpoint
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, allow_nondeterministic, pick_device, pick_dtype
-from minigpt2.kernels import KVCache, capture_graph, prepare_to_sample
+from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import block_sizes
 from minigpt2.sampling import SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
-from model import GPT
+from model import GPT, KVCache
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
 # On a GPU: steps between two host syncs; rows are padded to a multiple of PAD_GPU tokens; attention

@@ -1,7 +1,7 @@
 """One GPU: throughput, MFU and peak memory by micro-batch, with tuned kernels, without cuDNN's
 attention; sampling.
 
-    python bench/gpu.py --log image/logs/bench_gpu.jsonl    # eight minutes
+    python bench/gpu.py --log image/logs/bench_gpu.jsonl    # ten minutes (estimated)
     python bench/gpu.py --quick                             # also runs on a CPU
 
 What a card cannot measure (out of memory, no such kernel or dtype) is one line; the rest goes on.
@@ -48,7 +48,7 @@ def measure_rates(config: BenchConfig, name: str, size: int, copied: int, dtype:
            bound_tokens_per_sec=bound)
     rates = []
     for n, k, m in ((size, size, size), (4 * size, 768, 3072), (4 * size, 3072, 768)):
-        a, b = torch.randn(n, k).to(device, dtype), torch.randn(k, m).to(device, dtype)
+        a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((n, k), (k, m)))
         rates.append(2 * n * k * m / device_seconds(lambda a=a, b=b: a @ b, device))
         record(config, "gpu matmul", n=n, k=k, m=m, dtype=dtype, tflops=rates[-1] / 1e12)
     return rates[0]

@@ -1,5 +1,4 @@
-"""Faster inference: the KV cache, weights packed for oneDNN on a CPU, CUDA graphs and float32
-logits on a GPU.
+"""Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU.
 
 On a CPU, `prepare_to_sample` packs each weight once into the layout that oneDNN's kernels read.
 Otherwise every token would repack it, or read it with a stride.
@@ -13,7 +12,7 @@ import torch.nn as nn
 
 from minigpt2.config import UserError
 from minigpt2.distributed import keep_freed_memory
-from model import GPT, GPTConfig
+from model import GPT
 
 ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number works
 
@@ -94,47 +93,6 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
                 setattr(part, name, PackedLinear(getattr(part, name), dtype))
         model.lm_head = PackedLinear(model.lm_head, torch.float32)
     return model
-
-
-class KVCache:
-    """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
-    slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # Contiguous keys per head, which a CPU reads 1.5 times as fast: (n_layer, B, 2, H, S, D)
-        self.kv = torch.zeros(config.n_layer, batch_size, 2, config.n_head, max_length,
-                              config.head_dim, device=device, dtype=dtype)
-        heads = torch.arange(batch_size * 2 * config.n_head, device=device)
-        self.first = heads.view(batch_size, 2, -1) * max_length  # (B, 2, H), see `locate`
-        self.slots = torch.arange(max_length, device=device)  # (S,)
-        self.span = max_length
-
-    def locate(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For one new token per row at `positions` (B, 1): where each head stores it, as indices
-        (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
-        (B, 1, 1, span) of 0 and -inf."""
-        beyond = self.slots[: self.span] > positions  # (B, span)
-        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.kv.dtype)
-        return (self.first + positions[:, :, None],
-                mask.masked_fill_(beyond, -torch.inf)[:, None, None, :])
-
-    def write(self, layer: int, kv: torch.Tensor, slots: torch.Tensor | None) -> None:
-        """Stores kv (B, T, 2, H, D): whole rows, or one token per row at `slots` (B, 2, H)."""
-        stored = self.kv[layer]  # (B, 2, H, S, D)
-        if slots is None:
-            stored[:, :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
-        else:  # a single kernel
-            stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
-
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of a layer, both (B, H, span, D)."""
-        return self.kv[layer, :, :, :, : self.span].unbind(1)
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Moves the given rows, in ascending order, to the front, and drops the others."""
-        for stored in self.kv:  # layer by layer, so that few bytes are held twice
-            stored[: len(rows)] = stored[rows]
-        self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]
 
 
 def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from helpers.common import TINY
 from helpers.memory import saved_bytes
 
-from minigpt2.kernels import KVCache
 from minigpt2.loss import IGNORE_INDEX, LinearCrossEntropy
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, KVCache
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
