@@ -161,12 +161,12 @@ def split_rows(examples: list[Example], val_fraction: float,
                         f"rows at --val-fraction {val_fraction}: give more rows or lower it")
     contents = [normalize(decode(example[0][0])) for example in examples]
     summary = f"{len(contents) - len(set(contents)):,} repeat another's prompt"
-    trained, held_out = split_by_content(contents, num_val, seed)
-    if not held_out:
+    rarest = min(Counter(contents).values())
+    if rarest > max(num_val, len(examples) // 5):  # so many rows cannot be spared
         summary += ", too many to split by prompt: split by prompt and response"
         contents = [normalize(decode(token_ids(example))) for example in examples]
-        num_val = max(num_val, min(Counter(contents).values()))
-        trained, held_out = split_by_content(contents, num_val, seed)
+        rarest = min(Counter(contents).values())
+    trained, held_out = split_by_content(contents, max(num_val, rarest), seed)
     if not trained:
         raise UserError(f"all {len(examples)} usable rows are equal: give other rows")
     return ([examples[i] for i in trained],
@@ -262,8 +262,9 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
         micro_batch_sizes=micro_batch_sizes(config, num_rows, launch),
         sequence_length=padded_length(examples, block_size, launch))
     B = run.micro_batch_size
-    launch.print0(f"{run.summary}; {max_steps:,} steps of {num_rows} rows, the last of an epoch of "
-                  f"{len(train_rows) - (steps_per_epoch - 1) * num_rows}")
+    left = len(train_rows) % num_rows
+    launch.print0(f"{run.summary}; {max_steps:,} steps of {num_rows} rows"
+                  + (f", the last of an epoch of {left}" if left else ""))
 
     # 3. The loop
     with run:

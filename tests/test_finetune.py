@@ -148,6 +148,10 @@ def test_answers_to_one_prompt_are_split_by_the_answer():
     assert len(held_out) == 2 and held_out[0] == held_out[1] and held_out[0] not in trained
     assert "11 repeat another's prompt, too many to split by prompt" in summary
     assert len(split_rows(make_examples(answers * 3, 128)[0], 0.0, 3)[1]) == 3
+    trained, held_out, summary = split_rows(make_examples(
+        [[(f"Say {n % 9}.", "", str(n))] for n in range(20)], 128)[0], 0.05, 3)  # all repeated
+    assert len(held_out) == 2 and held_out[0][0][0] == held_out[1][0][0]
+    assert not {str(prompt) for [(prompt, _)] in trained} & {str(held_out[0][0][0])}
     equal = make_examples(answers[:1] * 9, 128)[0]
     assert "all 9 usable rows are equal" in user_error(split_rows, equal, 0.2, 3)
 
