@@ -25,15 +25,16 @@ from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_templat
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, allow_nondeterministic, pick_device, pick_dtype
 from minigpt2.kernels import capture_graph, prepare_to_sample
-from minigpt2.loss import LOSS_ROWS_CPU, LOSS_ROWS_GPU
+from minigpt2.loss import block_sizes
 from minigpt2.sampling import SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
-from model import GPT, GPTConfig
+from model import GPT, KVCache
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
-# On a GPU: steps between two host syncs; attention reads a multiple of SPAN_GPU cache slots, with
-# one CUDA graph per multiple; below MIN_GRAPH_STEPS, graphs do not pay off
-STEPS_PER_SYNC_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 128, 64
+# On a GPU: steps between two host syncs; rows are padded to a multiple of PAD_GPU tokens; attention
+# reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
+# graphs do not pay off
+STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
 
 
 # ---------------------------------------------------------------- texts to batches and back
@@ -122,45 +123,21 @@ def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tenso
 
 
 # ---------------------------------------------------------------- prefill, decode, generate
-class KVCache:
-    """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
-    slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # (n_layer, B, H, S, D): contiguous keys per head, which a CPU reads 1.5 times as fast
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.rows = torch.arange(batch_size, device=device)  # (B,)
-        self.slots = torch.arange(max_length, device=device)  # (S,)
-        self.span = max_length
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        """Stores k and v (B, H, T, D): whole rows, or one token per row at `positions` (B, 1)."""
-        for stored, new in ((self.k[layer], k), (self.v[layer], v)):
-            if positions is None:
-                stored[:, :, : new.size(2)] = new
-            else:
-                stored[self.rows, :, positions[:, 0]] = new[:, :, 0].to(stored.dtype)  # (B, H, D)
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and values of a layer, both (B, H, span, D)."""
-        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
-
-    def visible(self, positions: Tensor) -> Tensor:
-        """The additive mask of one new token per row at `positions` (B, 1): 0 or -inf per slot."""
-        beyond = self.slots[: self.span] > positions  # (B, span)
-        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.k.dtype)
-        return mask.masked_fill_(beyond, -torch.inf)[:, None, None, :]  # (B, 1, 1, span)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
-        self.rows = self.rows[: len(rows)]
+def hidden_states(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    """The hidden states (B, T, C) of right-padded rows (B, T). A GPU plans for, and caches memory
+    of, every shape: there, T is padded, so that rows of all lengths have few shapes."""
+    T, longest = ids.size(1), model.config.block_size
+    padding = min(-T % PAD_GPU, max(longest - T, 0)) if on_gpu(ids.device) else 0
+    return model.hidden_states(F.pad(ids, (0, padding), value=PAD_TOKEN), cache)[:, :T]
 
 
 def prefill(model: GPT, input_ids: Tensor, lengths: Tensor, cache: KVCache | None) -> Tensor:
     """Runs rows (B, T) through the model and fills the cache; returns the next logits (B, V)."""
-    x = model.hidden_states(input_ids, cache)  # (B, T, C)
+    x = hidden_states(model, input_ids, cache)  # (B, T, C)
     return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
 
 
@@ -175,10 +152,10 @@ class DecodingBatch:
     place, so that one CUDA graph of a step can be replayed for the next ones."""
 
     def __init__(self, model: GPT, params: SamplingParams, output_ids: Tensor, lengths: Tensor,
-                 max_steps: int, keys: Tensor, use_cache: bool):
+                 longest: int, max_steps: int, keys: Tensor, use_cache: bool):
         device, config = output_ids.device, model.config
         self.model, self.params, self.output_ids, self.graph = model, params, output_ids, None
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu = on_gpu(device)
         self.use_graphs = self.on_gpu and use_cache and max_steps >= MIN_GRAPH_STEPS
         self.span_multiple = SPAN_GPU if self.on_gpu else 1
         self.counter = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled per row
@@ -189,7 +166,7 @@ class DecodingBatch:
         self.lengths, self.keys = lengths.clone(), keys
         self.max_lengths = (lengths + max_steps).clamp(max=config.block_size)
         self.finished = torch.zeros_like(lengths, dtype=torch.bool)
-        self.longest = int(lengths.max())  # an upper bound of lengths, known to the host
+        self.longest = longest  # an upper bound of lengths, known to the host
         self.seen = self.cache = None
         if params.repetition_penalty != 1:
             self.seen = seen_tokens(output_ids, lengths, config.vocab_size)  # (B, V)
@@ -281,17 +258,18 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     or setting, a prompt that leaves no room in the context, and non-finite logits."""
     params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
-    device, lengths, block_size = ids.device, masks.sum(1), model.config.block_size
+    device, block_size, longest = ids.device, model.config.block_size, ids.size(1)
     prompts = list(map(tuple, generated_rows(ids, masks)))
     check_room(list(map(len, prompts)), max_steps, block_size)
     keys = stream_keys(prompts, row_seeds(prompts, seed)).to(device)  # (B,)
     max_steps = min(max_steps, block_size)
     if max_steps == 0:
         return ids, masks
-    output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))  # (B, longest + 1)
+    output_ids = F.pad(ids, (0, min(max_steps, block_size - longest) + 1))  # the last: for padding
     # training may run with --deterministic; generation does not need it
     with allow_nondeterministic(), torch.cuda.device(device if device.type == "cuda" else -1):
-        batch = DecodingBatch(model, params, output_ids, lengths, max_steps, keys, use_cache)
+        batch = DecodingBatch(model, params, output_ids, masks.sum(1), longest, max_steps, keys,
+                              use_cache)
         while batch.sync(on_tokens):
             batch.decode_several()
     T = int(batch.all_lengths.max())
@@ -307,9 +285,9 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(x)[:, :N_VOCAB].float(), targets, reduction="none")
 
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T')
-    x = model.hidden_states(ids)[:, :-1]  # (B, T' - 1, C)
+    x = hidden_states(model, ids)[:, :-1]  # (B, T' - 1, C)
     keep = masks[:, 1:].bool()  # (B, T' - 1)
-    rows = LOSS_ROWS_CPU if x.device.type == "cpu" else LOSS_ROWS_GPU
+    rows, _ = block_sizes(x.device)
     parts = zip(x[keep].split(rows), ids[:, 1:][keep].split(rows), strict=True)
     picked = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
               if torch.is_grad_enabled() else score(*part) for part in parts]

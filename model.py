@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 
 INIT_STD = 0.02
+EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ PRESETS = {  # OpenAI's four sizes, under their hub names
 }
 
 
+def attention(q, k, v, **options) -> torch.Tensor:
+    """Scaled dot-product attention, without cuDNN unless compiled. For every new shape, cuDNN
+    plans for up to a second; and its masked kernels have given wrong text (pytorch#193893)."""
+    if torch.compiler.is_compiling() or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(EAGER_BACKENDS):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -61,19 +72,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None, attn_mask=None):
-        """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with `inference.KVCache`,
-        positions (B, 1) and its attention mask `attn_mask` (B, 1, 1, span)."""
+    def forward(self, x, cache=None, slots=None, attn_mask=None):
+        """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with a `KVCache` and its
+        `slots` (B, 2, H) and mask `attn_mask` (B, 1, 1, span) for the tokens' positions."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         if cache is not None:
-            cache.write(self.layer, k, v, positions)
+            cache.write(self.layer, qkv[:, :, 1:], slots)
         if attn_mask is None:  # training, or prefill of a prompt
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+            y = attention(q, k, v, is_causal=True)  # (B, H, T, D)
         else:  # one new token per row attends to the row's cache
             k, v = cache.read(self.layer)  # (B, H, span, D)
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=attn_mask).to(q.dtype)
+            y = attention(q.to(k.dtype), k, v, attn_mask=attn_mask).to(q.dtype)  # (B, H, 1, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -95,8 +106,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, attn_mask=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, attn_mask)
+    def forward(self, x, cache=None, slots=None, attn_mask=None):
+        x = x + self.attn(self.ln_1(x), cache, slots, attn_mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -146,7 +157,7 @@ class GPT(nn.Module):
                       positions: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden states below the head: idx (B, T) int64 -> (B, T, C).
 
-        With an `inference.KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1;
+        With a `KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1;
         with `positions` (B, 1) as well, it holds one new token per row, at that slot and position.
         Raises ValueError past block_size.
         """
@@ -155,12 +166,12 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
         position_ids = torch.arange(T, device=idx.device) if positions is None else positions
         x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
-        attn_mask = None if positions is None else cache.visible(positions)  # (B, 1, 1, span)
+        slots, attn_mask = (None, None) if positions is None else cache.locate(positions)
         # Nothing in a block is random: recomputation needs no generator state
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
             x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute
-                 else block(x, cache, positions, attn_mask))
+                 else block(x, cache, slots, attn_mask))
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, *,
@@ -188,3 +199,44 @@ class GPT(nn.Module):
         if reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return logits, loss
+
+
+class KVCache:
+    """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
+    slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
+        # Contiguous keys per head, which a CPU reads 1.5 times as fast: (n_layer, B, 2, H, S, D)
+        self.kv = torch.zeros(config.n_layer, batch_size, 2, config.n_head, max_length,
+                              config.head_dim, device=device, dtype=dtype)
+        heads = torch.arange(batch_size * 2 * config.n_head, device=device)
+        self.first = heads.view(batch_size, 2, -1) * max_length  # (B, 2, H), see `locate`
+        self.slots = torch.arange(max_length, device=device)  # (S,)
+        self.span = max_length
+
+    def locate(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For one new token per row at `positions` (B, 1): where each head stores it, as indices
+        (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
+        (B, 1, 1, span) of 0 and -inf."""
+        beyond = self.slots[: self.span] > positions  # (B, span)
+        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.kv.dtype)
+        return (self.first + positions[:, :, None],
+                mask.masked_fill_(beyond, -torch.inf)[:, None, None, :])
+
+    def write(self, layer: int, kv: torch.Tensor, slots: torch.Tensor | None) -> None:
+        """Stores kv (B, T, 2, H, D): whole rows, or one token per row at `slots` (B, 2, H)."""
+        stored = self.kv[layer]  # (B, 2, H, S, D)
+        if slots is None:
+            stored[:, :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
+        else:  # a single kernel
+            stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a layer, both (B, H, span, D)."""
+        return self.kv[layer, :, :, :, : self.span].unbind(1)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Moves the given rows, in ascending order, to the front, and drops the others."""
+        for stored in self.kv:  # layer by layer, so that few bytes are held twice
+            stored[: len(rows)] = stored[rows]
+        self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]

@@ -8,6 +8,7 @@ defaults on a CPU; compiled, with fused AdamW and a vocabulary of 50304 on a GPU
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 import tempfile
@@ -40,10 +41,12 @@ def zipf_tokens(count: int) -> torch.Tensor:
 
 def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
                   tokens: torch.Tensor, seed: int = 0, device: str = "cpu",
-                  compiled: bool = False) -> Step:
-    """A training step on the next `tokens`; it returns the loss. "other_seed" is the textbook with
-    other initial weights."""
-    if way == "ours":  # the trainer's global settings
+                  compiled: bool = False, micro_steps: int = 1) -> Step:
+    """A training step on the next of `tokens`, again and again; it returns the loss. "other_seed"
+    is the textbook with other initial weights; "ours_tuned" and "ours_without_cudnn" are ours with
+    tuned kernels, or without cuDNN's attention."""
+    ours = way.startswith("ours")
+    if ours:  # the trainer's global settings
         start(device)
     torch.manual_seed(seed + (way == "other_seed"))
     on_gpu = torch.device(device).type == "cuda"
@@ -52,30 +55,32 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
     model = GPT(sizes)
     model = (as_hugging_face(model) if way == "hugging_face" else model).to(device)
     optimizer = make_optimizer(model, **ADAMW)
-    if way != "ours":  # the same parameter groups; on a CPU PyTorch's default kernels
+    if not ours:  # the same parameter groups; on a CPU PyTorch's default kernels
         optimizer = torch.optim.AdamW([group | {"foreach": None, "fused": on_gpu or None}
                                        for group in optimizer.param_groups])
     if compiled:
-        model.compile()
+        torch.backends.cuda.enable_cudnn_sdp(way != "ours_without_cudnn")
+        model.compile(options={"coordinate_descent_tuning": way == "ours_tuned"})
     (B, T), window = shape, shape[0] * shape[1] + 1
-    batches = iter(tokens[: len(tokens) // window * window].view(-1, window))
+    batches = itertools.cycle(tokens[: len(tokens) // window * window].view(-1, window))
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if way == "ours":
+        if ours:
             return model(inputs, targets, reduction="sum", return_logits=False)[1] / (B * T)
         if way == "hugging_face":
             return model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         return model(inputs, targets)[1]
 
     def step() -> float:
-        batch = next(batches).to(device)
-        with autocast(torch.device(device), dtype):
-            loss = loss_of(batch[:-1].view(B, T), batch[1:].view(B, T))
-        loss.backward()
+        for batch in itertools.islice(batches, micro_steps):
+            ids = batch.to(device)
+            with autocast(torch.device(device), dtype):
+                loss = loss_of(ids[:-1].view(B, T), ids[1:].view(B, T)) / micro_steps
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return micro_steps * loss.item()  # of the last one
     return step
 
 

@@ -85,9 +85,8 @@ def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, cou
 def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Marks the tokens of each row of ids (B, T), padding excluded: (B, V') bool for `sample`."""
     seen = torch.zeros(len(ids), min(vocab_size, N_VOCAB), dtype=torch.bool, device=ids.device)
-    for marks, row, length in zip(seen, ids, lengths.tolist(), strict=True):
-        marks[row[:length]] = True
-    return seen
+    is_padding = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]  # (B, T)
+    return seen.scatter_(1, ids.where(~is_padding, ids[:, :1]), True)  # instead: the first token
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from helpers.common import TINY
 from helpers.memory import saved_bytes
 
-from inference import KVCache
 from minigpt2.loss import IGNORE_INDEX, LinearCrossEntropy
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, KVCache
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
@@ -103,10 +102,12 @@ def test_sequence_past_block_size_is_refused():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("device", ["CPU", "GPU"])  # how it is computed there
 @pytest.mark.parametrize("rows, softmax_rows", [(1, 16), (5, 2), (512, 16), (512, 1)])
-def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, monkeypatch):
-    monkeypatch.setattr("minigpt2.loss.LOSS_ROWS_CPU", rows)
-    monkeypatch.setattr("minigpt2.loss.SOFTMAX_ROWS_CPU", softmax_rows)
+def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, device, monkeypatch):
+    monkeypatch.setattr("minigpt2.loss.on_cpu", lambda _: device == "CPU")
+    monkeypatch.setattr(f"minigpt2.loss.LOSS_ROWS_{device}", rows)
+    monkeypatch.setattr(f"minigpt2.loss.SOFTMAX_ROWS_{device}", softmax_rows)
     model = small_model()
     inputs, targets = random_batch(4)
     targets[0] = IGNORE_INDEX
@@ -134,14 +135,16 @@ def test_a_padded_head_gives_the_same_loss(vocab_size, scale):
     expected.backward()
     wanted = x.grad.clone(), weight.grad.clone()
     x.grad = weight.grad = None
-    loss = LinearCrossEntropy.apply(x, weight, targets, True)
+    loss = LinearCrossEntropy.apply(x, weight, targets)
     loss.backward()
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert torch.allclose(x.grad, wanted[0], atol=1e-5)
     assert torch.allclose(weight.grad, wanted[1], atol=1e-5 * scale)
 
 
-def test_a_batch_without_targets_has_loss_0_and_finite_gradients():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_batch_without_targets_has_loss_0_and_finite_gradients(on_cpu, monkeypatch):
+    monkeypatch.setattr("minigpt2.loss.on_cpu", lambda _: on_cpu)
     model = small_model()
     inputs, targets = random_batch(2)
     targets[:] = IGNORE_INDEX
