@@ -2,6 +2,7 @@
 
     python inference.py --checkpoint out/finetune "What is a list?" "Name three colors."
     python inference.py --checkpoint gpt2 --max-steps 50 --prompts-file prompts.txt --json
+    echo "What is a list?" | python inference.py --checkpoint out/finetune
     python inference.py --checkpoint gpt2 --unconditional 3    # from <|endoftext|> alone
 
 The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32, a

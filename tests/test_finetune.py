@@ -10,6 +10,7 @@ import torch
 from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
 from helpers.ranks import Ranks, wait_until
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat
 import finetune
@@ -34,7 +35,7 @@ from minigpt2.checkpoint import (
     save_checkpoint,
 )
 from minigpt2.distributed import Launch, mean_loss
-from minigpt2.loss import IGNORE_INDEX
+from minigpt2.loss import IGNORE_INDEX, ROW_MULTIPLE_CPU
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import cosine_lr
 from minigpt2.run import Run
@@ -194,6 +195,28 @@ def test_an_epoch_has_few_shapes():
               for inputs, _ in micro_batches(rows, 16, 1024, on_gpu)}
     assert 8 < len(shapes) <= 16 and {B for B, _ in shapes} == {16}
     assert all(T % 64 == 0 for _, T in shapes) and max(T for _, T in shapes) == 1024
+
+
+class ProductShapes(TorchDispatchMode):
+    """Collects the shapes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.shapes.add(tuple(tuple(x.shape) for x in args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cpu_computes_products_of_few_shapes(base, rows_file, tmp_path):
+    """oneDNN keeps memory for every new shape, so a run with many of them would grow."""
+    with ProductShapes() as products:
+        train(tiny(base, rows_file, tmp_path / "out", batch_size=4, epochs=3), CPU_LAUNCH)
+    rows = {shape[0][0] for shape in products.shapes if 16 in shape[0] and 50304 in shape[1]}
+    assert rows and all(n % ROW_MULTIPLE_CPU == 0 for n in rows)  # of the logits
+    assert len(products.shapes) < 80  # of 21 steps and 8 validations; 193 without padding
 
 
 @pytest.mark.parametrize("pad_to", [1, 64])
