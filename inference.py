@@ -3,12 +3,10 @@
     python inference.py --checkpoint out/finetune "What is a list?" "Name three colors."
     python inference.py --checkpoint gpt2 --max-steps 50 --prompts-file prompts.txt --json
     echo "What is a list?" | python inference.py --checkpoint out/finetune
+    python inference.py --checkpoint gpt2 --unconditional 3    # from <|endoftext|> alone
 
-The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32,
-sampling is batch-invariant: a response depends only on its prompt and seed, not on the rest of the
-batch. A repeated prompt gets the next seed. --json prints prompt, response, prompt_tokens (count),
-tokens (ids of the response), logprobs (in nats, at temperature 1, over the full vocabulary) and
-finish_reason: "stop" (<|endoftext|>), "length" (--max-steps) or "context" (context full).
+The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32, a
+response depends only on its prompt and seed. docs/formats.md describes the output of --json.
 """
 
 import json
@@ -53,9 +51,9 @@ def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
         raise UserError("prompts is a single string, expected a list of strings")
     rows = [encode(prompt) for prompt in prompts]
     if not rows:
-        raise UserError("no prompt given")
+        raise UserError("no prompt given: see --unconditional")
     if [] in rows:
-        raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty")
+        raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: see --unconditional")
     return rows
 
 
@@ -302,7 +300,6 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class SamplingConfig:
     """The options that inference.py and chat.py share."""
-
     checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
     raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
     temperature: float = flag(0.8, "sampling temperature; 0: greedy", minimum=0)
@@ -330,22 +327,23 @@ class SamplingConfig:
 class InferenceConfig(SamplingConfig):
     prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
     prompts_file: str | None = flag(None, "text file with one prompt per line")
+    input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
+    unconditional: int = flag(0, "texts to sample from <|endoftext|>, without prompts", minimum=0)
     json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")
     batch_size: int = flag(8, "prompts per batch", minimum=1)
 
 
 def read_prompts(config: InferenceConfig) -> list[str]:
     """The prompts, from arguments, --prompts-file or standard input. Raises UserError."""
-    if config.prompts and config.prompts_file:
-        raise UserError("prompts given both as arguments and with --prompts-file: choose one")
-    if config.prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
-        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in config.prompts]
-    if config.prompts_file:
-        data = Path(config.prompts_file).read_bytes()
-    else:
-        if sys.stdin is not None and sys.stdin.isatty():
-            print("one prompt per line, then Ctrl-D:", file=sys.stderr)
-        data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    if bool(config.prompts) + bool(config.prompts_file) + bool(config.unconditional) > 1:
+        raise UserError("choose one of prompts as arguments, --prompts-file and --unconditional")
+    prompts = config.prompts or [decode([EOT_TOKEN])] * config.unconditional
+    if prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
+        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in prompts]
+    if not config.prompts_file and sys.stdin is not None and sys.stdin.isatty():
+        print("one prompt per line, then Ctrl-D:", file=sys.stderr)
+    data = (Path(config.prompts_file).read_bytes() if config.prompts_file else
+            b"" if sys.stdin is None else sys.stdin.buffer.read())
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
@@ -386,7 +384,10 @@ def main() -> None:
     prompts = read_prompts(config)
     encode_prompts([prompt.strip() for prompt in prompts])  # refuses blank prompts before loading
     model, params, use_template = config.load()
-    rows = encode_prompts([format_prompt(p) if use_template else p for p in prompts])
+    if config.input and (config.unconditional or not use_template):
+        raise UserError("--input: no template is applied here; write the input into the prompt")
+    rows = [[EOT_TOKEN]] * config.unconditional or encode_prompts(
+        [format_prompt(p, config.input) if use_template else p for p in prompts])
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):

@@ -38,7 +38,8 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:
             axes.plot(*points(log, "train", name), color=color, linewidth=0.8)
             axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[name])
     loss.set_ylabel("cross-entropy, nats per token")
-    handles = dict(zip(*reversed(loss.get_legend_handles_labels()), strict=True))
+    # Not get_legend_handles_labels, which leaves out labels that begin with an underscore
+    handles = {line.get_label(): line for line in loss.lines}
     for text in (loss.set_title(title), *loss.legend(handles.values(), handles.keys()).texts):
         text.set_parse_math(False)  # $ is only a character
     norms = [norm for _, log in logs for norm in points(log, "train", "grad_norm")[1]]

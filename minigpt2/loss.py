@@ -9,6 +9,7 @@ IGNORE_INDEX = -100  # a target ignored by the loss
 LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096
 # Rows whose float32 softmax is computed at once: on a CPU, what fits into its caches (6 MB)
 SOFTMAX_ROWS_CPU, SOFTMAX_ROWS_GPU = 16, 1024
+ROW_MULTIPLE_CPU = 32  # oneDNN prepares, and keeps 10 MB, for each new number of rows
 HEAD_MULTIPLE = 128  # fast kernels need aligned rows: 50257 is padded to 50304
 
 
@@ -29,8 +30,10 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
         logits = F.linear(x, weight)[:, :V]  # (N, V)
         return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     valid = targets != IGNORE_INDEX  # (N,)
-    if on_cpu(x.device):  # prompt and padding rows need no logits
-        x, targets = x[valid], targets[valid]
+    if on_cpu(x.device):  # prompt and padding rows need no logits, beyond what completes a multiple
+        padding = -int(valid.sum()) % ROW_MULTIPLE_CPU
+        x = F.pad(x[valid], (0, 0, 0, padding))
+        targets = F.pad(targets[valid], (0, padding), value=IGNORE_INDEX)
     else:  # to select rows, the host would wait for their number
         x = x.where(valid[:, None], 0)
     loss = LinearCrossEntropy.apply if torch.is_grad_enabled() else loss_without_gradients

@@ -380,6 +380,16 @@ def test_graph_shows_the_logged_values(tmp_path, monkeypatch):
     assert {line.get_color() for line in loss.lines} == {"C0", "C1"}
 
 
+@pytest.mark.parametrize("names", [["_a", "__b"], ["_nolegend_", "b"], ["_", ""], ["a"], ["_a"]])
+def test_every_run_is_in_the_legend(names, tmp_path, monkeypatch):
+    path = write_log(tmp_path / "log.jsonl", [(0, "val", {"loss": 2.5}), (1, "train", {"loss": 2})])
+    runs = [(name, path) for name in names]
+    (axes,) = draw_and_capture(monkeypatch, runs, tmp_path / "x.png", "_title").axes
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == ([f"{name} {kind}" for name in names for kind in ("train", "val")]
+                     if len(names) > 1 else ["train", "val"])
+
+
 def test_graph_of_losses_only_and_of_empty_logs(tmp_path, monkeypatch):
     path = write_log(tmp_path / "log.jsonl", [(0, "val", {"loss": 2.5}), (1, "train", {"loss": 2})])
     (axes,) = draw_and_capture(monkeypatch, [("", path)], tmp_path / "x.png", "t").axes
