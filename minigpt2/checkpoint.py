@@ -281,14 +281,14 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                             "checkpoint") from None
 
 
-def load_training_state(folder: Path, mapped: bool = False) -> dict:
-    """Returns the `training_state` of a checkpoint, on the CPU; `mapped` memory-maps it. Raises
-    UserError if the file is damaged or holds anything but tensors and plain values."""
+def load_training_state(folder: Path) -> dict:
+    """Returns the `training_state` of a checkpoint, memory-mapped: a tensor is read when it is
+    used. Raises UserError if the file is damaged or holds anything but tensors and plain values."""
     path = folder / TRAINING_STATE_FILE
     try:
         if not zipfile.is_zipfile(path):  # else torch.load tries its pre-1.6 format
             raise pickle.UnpicklingError("not a zip archive")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         # torch's message is left out: it advises weights_only=False
         raise UserError(f"{path} is missing, damaged, or holds code, which is never run "

@@ -273,9 +273,14 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model wrapped in DistributedDataParallel; the model itself on a single rank."""
+    """The model wrapped in DistributedDataParallel; the model itself on a single rank.
+
+    DDP makes existing gradients views of its buckets. They must stay (never set to None): without
+    them, micro-steps under `no_sync` would allocate gradients beside the buckets."""
     if launch.world_size == 1:
         return model
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
                                    if launch.device.type == "cuda" else None)
 
@@ -302,6 +307,22 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
     sums = torch.tensor([summed, count, stopped], dtype=torch.float64)
     summed, count, stopped = launch.sum(sums).tolist()
     return None if stopped else summed / count
+
+
+class HostCopy:
+    """A copy of a device tensor in host memory. `read` waits for this copy, but not for work that
+    was queued after it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory
+        self.copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def read(self) -> list:
+        if self.copied:
+            self.copied.synchronize()
+        return self.copy.numpy().tolist()
 
 
 def device_time(device: torch.device) -> float:

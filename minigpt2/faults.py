@@ -206,16 +206,15 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 
 
 def agree(loss_sum: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
-          launch: Launch) -> tuple[float, float, bool]:
-    """Returns, on all ranks and before the optimizer's step: the loss (mean over ranks of
-    `loss_sum` ()), the gradient norm, and whether any rank was asked to stop.
+          launch: Launch) -> torch.Tensor:
+    """What all ranks must agree on in a step, on the device: (3,) float32, the sum of `loss_sum` ()
+    over ranks, how many ranks were asked to stop, and the gradient norm.
 
-    One small all-reduce, and the one host synchronization of a step. The gradients are all-reduced
+    One small all-reduce, and no synchronization with the host. The gradients are all-reduced
     already, so that all ranks reach the same decision.
     """
-    sums = torch.stack([loss_sum, request.flag(launch.device)])  # (2,)
-    loss, stopping = launch.sum(sums).tolist()
-    return loss / launch.world_size, grad_norm.item(), stopping > 0
+    sums = launch.sum(torch.stack([loss_sum, request.flag(launch.device)]))  # (2,)
+    return torch.cat([sums, grad_norm[None]])
 
 
 def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,

@@ -83,7 +83,7 @@ def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
         with torch.random.fork_rng([device] if on_gpu else []):  # autotuning draws random numbers
             ballast = torch.empty(optimizer_bytes + (HEADROOM_BYTES if on_gpu else 0),
                                   dtype=torch.uint8, device=device)
-            for parameter in model.parameters():  # as in every micro-step but the first
+            for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
                 parameter.grad = torch.zeros_like(parameter)
             generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length),

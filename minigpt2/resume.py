@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,14 @@ class TrainState:
 
 
 def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
-                   scaler: torch.amp.GradScaler, launch: Launch) -> dict:
-    """What a checkpoint holds besides the model; complete on rank 0. A collective: rank 0 gathers
-    every rank's generators and its part of a sharded optimizer."""
-    return {"progress": dataclasses.asdict(state),
-            "optimizer": optimizer_state(optimizer, launch.is_master),
-            "scaler": scaler.state_dict(), "rng": launch.gather(rng_state(launch.device))}
+                   scaler: torch.amp.GradScaler, launch: Launch,
+                   copy: Callable[[object, str], object]) -> dict:
+    """A copy of what a checkpoint holds besides the model; complete on rank 0. A collective: rank 0
+    gathers every rank's generators and its part of a sharded optimizer. For `copy` see
+    `optimizer_state`."""
+    rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict(),
+            "rng": launch.gather(rng_state(launch.device))}
+    return {"optimizer": optimizer_state(optimizer, launch, copy), **copy(rest, "state")}
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -95,12 +97,12 @@ class CheckpointWriter:
         if state.step == self.saved_step and state.best_step == best_before:
             return
         self.saved_step = state.step
-        saved = training_state(state, optimizer, scaler, self.launch) | {"facts": self.metadata}
+        self.wait()  # the buffers are in use until then
+        saved = training_state(state, optimizer, scaler, self.launch, self.copy)
         if not self.launch.is_master:
             return
-        self.wait()
+        saved["facts"] = self.metadata
         parameters = self.copy(dict(model.named_parameters()), "model")
-        saved = self.copy(saved, "state")
         if self.launch.device_type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         self.pending = self.thread.submit(
@@ -169,13 +171,12 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
     it is damaged, or if a rank does not see the folder.
     """
     folder = saved = None
-    mapped = launch.device.type != "cpu"  # on a CPU the optimizer would keep memory-mapped tensors
     if launch.is_master:
         holds_run = list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
                             "it, or choose another --out-dir")
-        folder, saved = newest_intact(out_dir, mapped)
+        folder, saved = newest_intact(out_dir)
         if resume and folder is None:
             launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with "
                           "a new log)")
@@ -184,11 +185,11 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
         if not folder.is_dir():
             raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
                             "--out-dir must be a folder that all nodes share")
-        saved = load_training_state(folder, mapped)
+        saved = load_training_state(folder)
     return folder, saved
 
 
-def newest_intact(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None, None]:
+def newest_intact(out_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
     """The newest intact checkpoint with its training state. Newer, damaged ones are renamed
     (.damaged): the resumed run will write those steps again."""
     damaged = []
@@ -196,7 +197,7 @@ def newest_intact(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None
         try:
             verify(folder)
             read_config(folder)
-            saved = load_training_state(folder, mapped)
+            saved = load_training_state(folder)
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
             for _ in read_tensors(folder):  # finds a truncated file even without SHA256SUMS

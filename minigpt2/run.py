@@ -24,15 +24,18 @@ stops on a signal. The script calls the `Run`, never the reverse.
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
 from minigpt2.config import flag
 from minigpt2.distributed import (
     Dtype,
+    HostCopy,
     Launch,
     data_parallel,
     device_time,
@@ -43,6 +46,7 @@ from minigpt2.faults import StopRequest, agree, count_skipped
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import flops_per_token, peak_flops, run_metadata, start_log
+from minigpt2.optimizer import step_if_finite
 from minigpt2.progress import progress_bar
 from minigpt2.resume import (
     CheckpointWriter,
@@ -54,6 +58,8 @@ from minigpt2.resume import (
 )
 from model import GPT
 
+# How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
+STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}
 PER_NODE = ("checkpoint", "data", "data_dir", "device")  # settings that may differ between nodes
 
 
@@ -112,6 +118,7 @@ class Run:
         if self.is_resumed:
             check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
         self.state, self.stopping = TrainState(), False
+        self.unread, self.steps_late = deque(), STEPS_LATE[launch.device_type]
         self.dtype = pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device_type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
@@ -195,11 +202,11 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
-        due = (not self.stopping and self.state.val_loss is None
+        due = (self.state.val_loss is None
                and (self.step in self.milestones or self.step % self.config.eval_interval == 0))
         if due:
             self.pause_clock()
-        return due
+        return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
         """Records the validation loss of the current weights. None, the result of a validation
@@ -213,11 +220,11 @@ class Run:
     def save_or_finish(self) -> bool:
         """Saves a checkpoint if one is due; returns whether the run ends here, after its last step
         or because a signal came. All ranks get the same answer."""
-        finished = self.stopping or self.step >= self.max_steps
         at_interval = self.step > 0 and self.step % self.config.save_interval == 0
-        if finished or at_interval or self.step in self.milestones:
+        if self.stopping or at_interval or self.step in self.milestones:
             self.pause_clock()
             self.writer.save(self.state, self.model, self.optimizer, self.scaler)
+        finished = self.stopping or self.step >= self.max_steps
         if finished:
             self.writer.wait()
         if self.paused_at is not None:
@@ -246,28 +253,39 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                    self.config.grad_clip or math.inf)
-        loss, grad_norm, self.stopping = agree(loss_sum, grad_norm, self.stop, self.launch)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.scaler.step(self.optimizer)
+        numbers = agree(loss_sum, grad_norm, self.stop, self.launch)  # (3,)
+        step_if_finite(self.optimizer, numbers)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        step, state = self.step, self.state
-        state.skipped = count_skipped(state.skipped, step, loss, grad_norm, self.scaler,
-                                      self.out_dir)
-        state.val_loss = None
-        state.step += 1
-        self.tokens += tokens
-        self.flops += tokens * flops_per_token(self.model, sequence_length)
-        if step % self.config.log_interval == 0 or state.skipped:
-            self.log_step(step, loss=loss, lr=lr, grad_norm=grad_norm, **figures)
-        if state.skipped and self.launch.is_master:
-            self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
+        # DDP's gradients are views of its buckets and must stay
+        self.optimizer.zero_grad(set_to_none=self.train_model is self.model)
+        flops = tokens * flops_per_token(self.model, sequence_length)
+        self.unread.append((HostCopy(numbers), tokens, flops, {"lr": lr, **figures}))
+        self.state.val_loss = None
+        self.state.step += 1
+        self.read_steps(all_but=self.steps_late)
         self.writer.poll()
         self.bar.update()
 
+    def read_steps(self, all_but: int = 0) -> None:
+        """Reads the numbers of the steps taken, but for the last `all_but`: whether to stop, which
+        steps were skipped, and what to log."""
+        while len(self.unread) > all_but:
+            step, state = self.step - len(self.unread), self.state
+            numbers, tokens, flops, figures = self.unread.popleft()
+            loss, stopping, grad_norm = numbers.read()
+            loss, self.stopping = loss / self.launch.world_size, stopping > 0
+            state.skipped = count_skipped(state.skipped, step, loss, grad_norm, self.scaler,
+                                          self.out_dir)
+            self.tokens += tokens
+            self.flops += flops
+            if step % self.config.log_interval == 0 or state.skipped:
+                self.log_step(step, loss=loss, grad_norm=grad_norm, **figures)
+            if state.skipped and self.launch.is_master:
+                self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
+
     def log_step(self, step: int, **figures) -> None:
         tokens, flops, t0 = self.tokens, self.flops, self.clock
-        seconds = self.restart_clock() - t0
+        seconds = self.restart_clock(perf_counter()) - t0  # reading has waited for the step
         peak = self.peak_flops and self.peak_flops * self.launch.world_size
         mfu = flops / seconds / peak if peak else None
         if self.launch.is_master:
@@ -279,14 +297,18 @@ class Run:
 
     # ----------------------------------------------------------------------- clock and end
 
-    def restart_clock(self) -> float:
-        """Starts the interval of the next throughput figure; returns the time."""
-        self.clock, self.tokens, self.flops = device_time(self.launch.device), 0, 0
+    def restart_clock(self, now: float | None = None) -> float:
+        """Starts the interval of the next throughput figure, by default when the device has caught
+        up; returns the time."""
+        self.clock = device_time(self.launch.device) if now is None else now
+        self.tokens, self.flops = 0, 0
         return self.clock
 
     def pause_clock(self) -> None:
-        """Validation and saving do not count as training time."""
+        """Validation and saving do not count as training time. All steps are read first: the run
+        may have to stop, and a checkpoint counts skipped steps."""
         if self.paused_at is None:
+            self.read_steps()
             self.paused_at = device_time(self.launch.device)
 
     def report(self, elapsed: float) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import sys
 
 import pytest
@@ -24,6 +25,7 @@ from helpers.training import (
     STEPS,
     assert_same_model,
     assert_same_run,
+    final_state,
     flags,
     interrupted,
     losses,
@@ -48,6 +50,7 @@ from minigpt2.distributed import (
     start,
     use_fastest_exact_matmul,
 )
+from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import set_lr as real_set_lr
 from trainer import TrainerConfig, train
@@ -138,6 +141,23 @@ def test_gradients_are_reduced_once_a_step_and_overlap_with_backward(corpus, tmp
         for buckets in steps[1:]:  # in the first, DDP learns the order of the gradients
             assert len(buckets) > 1 and buckets[0]["ready"] < len(parameters)
         assert sizes == [3, 3]  # of two validations: loss, targets, stop request
+
+
+@pytest.mark.slow
+def test_gradients_lie_in_the_buckets_in_every_micro_step(corpus, tmp_path):
+    """Those accumulated under `no_sync` would otherwise be a second copy, beside DDP's buckets."""
+    config = tiny(corpus, tmp_path / "out", micro_batch_size=2, max_steps=3, n_embd=64)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "ranks",
+                  record_gradients=tmp_path / "ranks")
+    assert ranks.wait() == [0, 0], ranks.output()
+    num_bytes = 4 * load_model(tmp_path / "out").num_parameters()
+    for rank in (0, 1):
+        lines = (tmp_path / "ranks" / f"gradients_{rank}.jsonl").read_text().splitlines()
+        micro_steps = list(map(json.loads, lines))
+        assert len(micro_steps) == 2 * 3
+        for first, last in zip(micro_steps[::2], micro_steps[1::2], strict=True):
+            assert first["gradients"] == last["buckets"] == last["gradients"]
+            assert sum(first["gradients"].values()) == num_bytes
 
 
 @pytest.mark.slow
@@ -491,6 +511,56 @@ def test_only_the_training_step_is_compiled_and_only_once(corpus, tmp_path, fini
     assert losses(tmp_path / "compiled") == pytest.approx(losses(finished_run), abs=1e-5)
 
 
+SYNCHRONIZING = ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_step_waits_for_the_device(optimizer, corpus, tmp_path, monkeypatch):
+    """Calls that wait for a GPU, counted in the steps of a compiled run. The numbers of a step are
+    read once, from a copy in host memory: `numpy` raises an error for a tensor on a device."""
+    calls, counts = [], []
+
+    def counted(place, name):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *arguments, **options: (
+            calls.append(name), real(*arguments, **options))[1])
+
+    def finish_step(self, *arguments, **options):
+        real_finish(self, *arguments, **options)
+        counts.append([*calls])  # of this step, its micro-steps included
+        calls.clear()
+
+    real_finish, real_compile = run.Run.finish_step, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self: real_compile(self, backend=CompileCounter()))
+    monkeypatch.setattr(run.Run, "finish_step", finish_step)
+    for name in (*SYNCHRONIZING, "numpy"):
+        counted(torch.Tensor, name)
+    counted(run, "device_time")
+    train(tiny(corpus, tmp_path / "out", compile=True, optimizer=optimizer, eval_interval=100,
+               save_interval=100), CPU_LAUNCH)
+    assert counts[1:] == [["numpy"]] * (STEPS - 1)
+
+
+@pytest.mark.slow
+def test_reading_numbers_a_step_late_changes_no_run(corpus, tmp_path, monkeypatch):
+    """As on a GPU. A signal then stops the run a step later, and the resumed run is the same."""
+    options = {"resume": True, "log_interval": 3}
+    train(tiny(corpus, tmp_path / "whole", **options), CPU_LAUNCH)
+    monkeypatch.setitem(run.STEPS_LATE, "cpu", 1)
+    train(tiny(corpus, tmp_path / "late", **options), CPU_LAUNCH)
+    assert_same_run(tmp_path / "late", tmp_path / "whole")
+    for steps in (2, 4, 5, 7):  # the numbers of the fifth are read before it is validated and saved
+        with StopRequest() as stop, monkeypatch.context() as patch:
+            patch.setattr(trainer, "set_lr", lambda *arguments: (
+                real_set_lr(*arguments), stop.handle(signal.SIGTERM, None)))
+            train(tiny(corpus, tmp_path / "stopped", **options), CPU_LAUNCH, stop)
+        assert final_state(tmp_path / "stopped")["progress"]["step"] == steps
+    train(tiny(corpus, tmp_path / "stopped", **options), CPU_LAUNCH)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_the_last_weights_are_validated_and_saved_at_any_interval(corpus, tmp_path):
     train(tiny(corpus, tmp_path / "out", max_steps=5, eval_interval=3, save_interval=2,
                keep_last=0), CPU_LAUNCH)
@@ -539,6 +609,7 @@ def test_validation_and_saving_do_not_count_as_training_time(corpus, tmp_path, m
         return slow
 
     monkeypatch.setattr(run, "device_time", lambda device: now[0])
+    monkeypatch.setattr(run, "perf_counter", lambda: now[0])
     for place, name, seconds in ((trainer, "set_lr", 1), (trainer, "mean_loss", 1000),
                                  (run.CheckpointWriter, "save", 1000)):
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
