@@ -140,7 +140,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
             raise
         sys.exit(fail(f"{error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
@@ -154,7 +154,7 @@ def first_line(error: BaseException) -> str:
 def fail(message: str) -> int:
     """Prints an error and returns the exit status. Ranks other than 0 wait first: if rank 0 fails
     too, torchrun stops them before they print."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     if rank != "0":
         time.sleep(RANK_DELAY_S)
         message += f" (rank {rank})"

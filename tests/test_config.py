@@ -134,6 +134,8 @@ def test_rank_0_reports_an_error_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data (rank 3)\n")
     assert delays == [3.0]  # if rank 0 has failed too, torchrun stops this rank meanwhile
+    monkeypatch.setenv("RANK", "")
+    assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data\n") and len(delays) == 1
 
 
 def test_a_closed_pipe_gives_no_traceback():

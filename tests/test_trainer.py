@@ -33,6 +33,7 @@ from helpers.training import (
 from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
+import finetune
 import trainer
 from bench.train import make_training
 from dataloader import TokenLoader
@@ -44,6 +45,7 @@ from minigpt2.distributed import (
     mean_loss,
     pick_device,
     pick_dtype,
+    read_launch,
     should_compile,
     start,
     use_fastest_exact_matmul,
@@ -266,9 +268,49 @@ def test_two_processes_match_one(corpus, tmp_path, finished_run):
     assert len(lines) == 1 + STEPS + 3 + 1  # only rank 0 writes
 
 
+def set_launch(monkeypatch, **changes) -> None:
+    """Sets the variables of a rank that torchrun started, with changes; None: not set."""
+    complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "1234", "LOCAL_WORLD_SIZE": None}
+    for name, value in (complete | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+ONLY = dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+
+
+@pytest.mark.parametrize("changes", [
+    ONLY | {"RANK": "1"}, ONLY | {"RANK": ""}, ONLY | {"WORLD_SIZE": "2"}, ONLY | {"RANK": "0"},
+    ONLY | {"LOCAL_RANK": "1"}, ONLY | {"LOCAL_WORLD_SIZE": "2"}, ONLY | {"WORLD_SIZE": ""},
+    {"RANK": "2"}, {"RANK": "-1"}, {"RANK": None}, {"RANK": "one"}, {"WORLD_SIZE": "0"},
+    {"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"LOCAL_RANK": ""}, {"LOCAL_RANK": "1"},
+    {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "3"},
+    {"MASTER_ADDR": None}, {"MASTER_ADDR": ""}, {"MASTER_PORT": None}, {"MASTER_PORT": "x"}])
+@pytest.mark.parametrize("script", [trainer, finetune])
+def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, script, changes):
+    """RANK=1 alone trained to the end and saved nothing; others were a traceback."""
+    set_launch(monkeypatch, **changes)
+    monkeypatch.setattr("minigpt2.config.RANK_DELAY_S", 0)
+    message = main_error(script.main, ["--out-dir", tmp_path / "out"], monkeypatch, capsys)
+    for name, value in changes.items():
+        assert f"{name} {'not set' if value is None else repr(value)}" in message
+    assert "torchrun" in message and not (tmp_path / "out").exists()
+
+
+def test_complete_launch_variables(monkeypatch):
+    set_launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert read_launch() == (5, 1, 8)
+    set_launch(monkeypatch, **ONLY | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    assert read_launch() == (0, 0, 1)
+    set_launch(monkeypatch, **ONLY | {"MASTER_ADDR": "x", "MASTER_PORT": ""})
+    assert read_launch() == (0, 0, 1)
+
+
 def test_rank_is_not_local_rank(monkeypatch):
-    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
-        monkeypatch.setenv(name, value)
+    set_launch(monkeypatch, RANK="11", LOCAL_RANK="3", WORLD_SIZE="16")
     monkeypatch.setattr("minigpt2.distributed.dist.init_process_group",
                         lambda *arguments, **options: None)
     monkeypatch.setattr("minigpt2.distributed.connect_store", lambda timeout, may_host: HashStore())
@@ -563,7 +605,7 @@ def test_ranks_with_different_settings_name_the_setting(monkeypatch):
 
 
 def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_launch(monkeypatch)
     assert "--device cuda:0" in user_error(start, "cuda:0")
 
 
