@@ -7,7 +7,7 @@
     OUT_DIR/step_000200/training_state.pt   see resume.py; tensors and plain values only
     OUT_DIR/step_000200/SHA256SUMS          checksums of these files, for `sha256sum -c`
 
-nanoGPT's ckpt.pt is read, too. Nothing that can run code is ever loaded.
+Nothing that can run code is ever loaded.
 """
 
 import json
@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,10 +38,9 @@ from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
 INDEX_FILE, TRAINING_STATE_FILE = "model.safetensors.index.json", "training_state.pt"
-LATEST, BEST, NANOGPT_FILE = "latest", "best", "ckpt.pt"
+LATEST, BEST = "latest", "best"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
-CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
 FIXED_SETTINGS = {  # required values of config.json, where present
@@ -51,7 +49,6 @@ FIXED_SETTINGS = {  # required values of config.json, where present
     "add_cross_attention": False, "tie_word_embeddings": True}
 # Other names of gelu_new in transformers, equal up to rounding
 GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
-NANOGPT_ARGUMENTS = {"block_size", *SIZES, "bias", "dropout"}
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
@@ -164,8 +161,7 @@ def list_step_folders(out_dir: Path) -> list[Path]:
 
 def find_checkpoint(path: str | Path) -> Path:
     """Returns the folder of a checkpoint, given that folder, OUT_DIR/latest, OUT_DIR/best, OUT_DIR
-    (its newest) or a name on the Hugging Face hub, which is downloaded. Given nanoGPT's ckpt.pt or
-    its folder, returns that file. Raises UserError."""
+    (its newest) or a name on the Hugging Face hub, which is downloaded. Raises UserError."""
     folder = Path(path)
     if folder.is_file() and folder.name in (LATEST, BEST):
         name = folder.read_text(encoding="utf-8", errors="replace").strip()
@@ -177,13 +173,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return folder
     if checkpoints := list_checkpoints(folder):
         return checkpoints[-1]
-    for file in (folder, folder / NANOGPT_FILE):
-        if file.is_file() and file.suffix == ".pt":
-            return file
     if folder.exists():
         raise UserError(f"{folder} is not a checkpoint, it has neither {CONFIG_FILE} nor folders "
                         "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2 "
-                        "(llm.c exports its .bin files with dev/eval/export_hf.py)")
+                        "(checkpoints of nanoGPT and llm.c: see docs/formats.md)")
     return download_checkpoint(str(path))
 
 
@@ -218,16 +211,15 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode. Raises
     UserError for a damaged file, a setting or a tokenizer that differs from GPT-2's, a tensor that
-    is missing, unknown, or of another shape than the sizes imply, and non-finite weights."""
+    is missing, unknown, or of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
-    if folder.is_file():
-        config, tensors = read_nanogpt(folder)
-    else:
-        verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
-        check_tokenizer(folder)
-        config, tensors = read_config(folder), read_tensors(folder)
+    verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
+    check_tokenizer(folder)
+    config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
-    for file, name, tensor in tensors:
+    for file, name, tensor in read_tensors(folder):
+        if TRANSPOSED.search(name) and tensor.dim() == 2:
+            tensor = tensor.t()
         tensor = tensor.to(device, torch.float32).contiguous()
         if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} has NaN or infinite values: use another checkpoint")
@@ -237,28 +229,24 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
         return model_from_parameters(config, parameters).eval()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder} does not hold the weights of its sizes ({reason:.300}): use "
-                        "another checkpoint") from None
+        raise UserError(f"{folder} does not match its {CONFIG_FILE} ({reason:.300}): use another "
+                        "checkpoint") from None
 
 
 def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]) -> GPT:
     """Returns a GPT that uses these tensors, named as in `GPT.named_parameters`, without a copy.
     Raises RuntimeError for missing and unknown names and for wrong shapes."""
-    model = meta_model(config)
+    with torch.device("meta"):  # allocates nothing, draws no random numbers
+        model = GPT(config)
     tied = {"lm_head.weight": parameters.get("transformer.wte.weight")}
     model.load_state_dict(parameters | tied, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
-def meta_model(config: GPTConfig) -> GPT:
-    with torch.device("meta"):  # allocates nothing, draws no random numbers
-        return GPT(config)
-
-
 def read_config(folder: Path) -> GPTConfig:
     """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
-    settings = read_settings(folder)
+    settings = read_json(folder / CONFIG_FILE)
     if settings.get("activation_function") in GELU_NAMES:
         settings["activation_function"] = "gelu_new"
     try:
@@ -271,10 +259,6 @@ def read_config(folder: Path) -> GPTConfig:
     except ValueError as error:
         raise UserError(f"{folder / CONFIG_FILE} does not describe a GPT-2: {error}") from None
     return config
-
-
-def read_settings(folder: Path) -> dict:
-    return read_json(folder / CONFIG_FILE)
 
 
 def read_json(path: Path) -> dict:
@@ -290,79 +274,44 @@ def read_json(path: Path) -> dict:
 def read_prompt_template(path: str | Path) -> str | None:
     """Returns the template of a fine-tuned model, None for a base model. Raises UserError."""
     folder = find_checkpoint(path)
-    if folder.is_file():
-        return None
-    template = read_settings(folder).get("prompt_template")
+    template = read_json(folder / CONFIG_FILE).get("prompt_template")
     if template not in (None, PROMPT_TEMPLATE):
         raise UserError(f"{folder} has prompt_template {template!r}, expected {PROMPT_TEMPLATE!r}")
     return template
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads, too: model.safetensors, else those in the index. Raises
-    UserError."""
+    """As transformers decides: model.safetensors, else the files in the index. Raises UserError."""
     if (folder / WEIGHTS_FILE).exists():
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).exists():
         raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors "
                         "files are read; transformers' save_pretrained writes them")
     names = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{folder / INDEX_FILE} has no weight_map with file names")
-    return [folder / name for name in sorted(set(names.values()))]
-
-
-def model_name(stored: str) -> str:
-    """The name in GPT of a stored tensor, without the prefixes of DDP and torch.compile, with the
-    one that OpenAI's files lack. The head has the name of wte, to which it is tied."""
-    return "transformer." + re.sub(PREFIXES, "", stored).replace("lm_head", "wte")
+    return [folder / name for name in sorted(set(map(str, names.values())))
+            ] if isinstance(names, dict) else []
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """Yields (file, name, tensor) of every weight, as in GPT; skips OpenAI's causal masks."""
+    """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
+    the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
+    torch.compile, and yields a stored head under the name of wte, to which it is tied."""
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118, not a dict
-                    name = model_name(stored)
-                    if not CAUSAL_MASK.search(name):
-                        tensor = tensors.get_tensor(stored)
-                        is_transposed = TRANSPOSED.search(name) and tensor.dim() == 2
-                        yield file, name, tensor.t() if is_transposed else tensor
+                    name = "transformer." + re.sub(PREFIXES, "", stored).replace("lm_head", "wte")
+                    if not re.search(r"\.attn\.(masked_)?bias$", name):
+                        yield file, name, tensors.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is missing, damaged or truncated ({first_line(error)}): use "
                             "another checkpoint") from None
 
 
-def read_nanogpt(file: Path) -> tuple[GPTConfig, list[tuple[Path, str, torch.Tensor]]]:
-    """The sizes and weights in nanoGPT's ckpt.pt; biases that it lacks are zeros. Raises UserError.
-    nanoGPT computes GELU exactly, not by GPT-2's tanh approximation: a line on stderr says so."""
-    saved = load_torch_file(file, mapped=True)
-    try:
-        arguments, tensors = saved["model_args"], saved["model"].items()
-        if unknown := sorted(arguments.keys() - NANOGPT_ARGUMENTS):
-            raise ValueError(f"GPT-2 has no {', '.join(unknown)}")
-        config = GPTConfig(arguments["block_size"], *(arguments[name] for name in SIZES))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file} is not a checkpoint of nanoGPT ({error!r}): give its ckpt.pt, or "
-                        "a Hugging Face folder") from None
-    weights = {model_name(stored): tensor.clone() for stored, tensor in tensors}
-    if arguments.get("bias") is False:
-        weights |= {name: torch.zeros(parameter.shape) for name, parameter in
-                    meta_model(config).named_parameters() if name.endswith(".bias")}
-    print(f"{file}: nanoGPT computes GELU exactly, this model by GPT-2's tanh approximation: "
-          "logits differ by about 0.001", file=sys.stderr)
-    return config, [(file, *item) for item in weights.items() if not CAUSAL_MASK.search(item[0])]
-
-
 def load_training_state(folder: Path, mapped: bool = False) -> dict:
-    """Returns the `training_state` of a checkpoint, see `load_torch_file`."""
-    return load_torch_file(folder / TRAINING_STATE_FILE, mapped)
-
-
-def load_torch_file(path: Path, mapped: bool) -> dict:
-    """What torch.save wrote, on the CPU; `mapped` memory-maps it. Raises UserError if the file is
-    damaged or holds anything but tensors and plain values."""
+    """Returns the `training_state` of a checkpoint, on the CPU; `mapped` memory-maps it. Raises
+    UserError if the file is damaged or holds anything but tensors and plain values."""
+    path = folder / TRAINING_STATE_FILE
     try:
         if not zipfile.is_zipfile(path):  # else torch.load tries its pre-1.6 format
             raise pickle.UnpicklingError("not a zip archive")
@@ -370,4 +319,4 @@ def load_torch_file(path: Path, mapped: bool) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         # torch's message is left out: it advises weights_only=False
         raise UserError(f"{path} is missing, damaged, or holds code, which is never run "
-                        f"({type(error).__name__}): use another checkpoint") from None
+                        f"({type(error).__name__}): training cannot resume from it") from None

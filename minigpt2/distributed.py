@@ -129,9 +129,8 @@ def read_launch() -> tuple[int, int, int]:
     try:
         rank, local_rank, world_size = (int(given[name] or "") for name in LAUNCH_VARIABLES[:3])
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
-        if world_size > 1:
-            valid &= bool(given["MASTER_ADDR"]) and 0 < int(given["MASTER_PORT"] or "") < 2**16
+        valid = (0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size and
+                 (world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"] or ""))))
     except ValueError:  # not a number
         valid = False
     if not valid:

@@ -28,6 +28,7 @@ from helpers.training import (
     interrupted,
     losses,
     tiny,
+    tiny_corpus,
     trace,
 )
 from torch._dynamo.testing import CompileCounter
@@ -38,7 +39,7 @@ import trainer
 from bench.train import make_training
 from dataloader import TokenLoader
 from minigpt2 import run
-from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, step_of
 from minigpt2.distributed import (
     Launch,
     count_micro_steps,
@@ -627,14 +628,33 @@ def test_a_sample_prompt_that_does_not_fit_is_reported(corpus, tmp_path, capsys)
     ({"max_steps": None, "total_batch_size": 2**14}, ["--total-batch-size"]),
     ({"warmup_steps": -1}, ["--warmup-steps"]),
     ({"preset": "gpt3"}, ["gpt3"]),
+    ({"out_dir": "/dev/null/out"}, ["--out-dir /dev/null/out", "/dev/null is not a folder"]),
+    ({"out_dir": "/dev/null"}, ["--out-dir /dev/null cannot be written"]),
+    ({"loss_graph": "/dev/null/x.png"}, ["--loss-graph /dev/null/x.png cannot be written"]),
 ])
 def test_bad_settings_give_one_line_and_write_nothing(corpus, tmp_path, changes, words, monkeypatch,
                                                       capsys):
-    message = main_error(trainer.main, flags(tiny(corpus, tmp_path / "out", **changes)),
-                         monkeypatch, capsys)
+    config = tiny(corpus, **{"out_dir": tmp_path / "out"} | changes)
+    message = main_error(trainer.main, flags(config), monkeypatch, capsys)
     for word in words:
         assert word in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
+    """Through a resume and a reading of the checkpoint."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "a b[1]*? $x café\nnew line"
+    data = tiny_corpus(tmp_path / f"data {name}")
+    for more in ([], ["--resume", "--max-steps", "2"]):
+        argv = flags(tiny(f"~/{data.name}", f"~/{name}", max_steps=1, warmup_steps=1,
+                          loss_graph=f"~/{name}/graph.png")) + more
+        monkeypatch.setattr(sys, "argv", ["trainer.py", *argv])
+        trainer.main()
+    capsys.readouterr()
+    assert (tmp_path / name / "graph.png").exists()
+    assert [step_of(path) for path in list_checkpoints(tmp_path / name)] == [1, 2]
+    load_model(tmp_path / name)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(corpus, tmp_path, finished_run, monkeypatch,
