@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -255,6 +257,10 @@ def missing_for_compile(device: torch.device) -> str | None:
              "clang" if on_gpu else "clang++")
     if not any(shutil.which(name) for name in names if name):
         return f"a compiler, one of {', '.join(filter(None, names))}"
+    headers = {sysconfig.get_path("include", scheme) + "/Python.h"
+               for scheme in (sysconfig.get_default_scheme(), "posix_prefix")}
+    if sys.platform == "linux" and not any(map(os.path.exists, headers)):
+        return f"{headers.pop()}, on Debian of the package python3-dev"
     return None
 
 

@@ -499,11 +499,14 @@ def test_a_missing_compiler_is_reported(corpus, tmp_path, capsys, monkeypatch):
     assert "torch.compile needs a compiler, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("triton, capability, compiler, missing", [
-    (True, (9, 0), "gcc", None), (False, (9, 0), "gcc", "Triton"),
-    (True, (6, 1), "gcc", "capability 7.0"), (True, (9, 0), None, "a compiler")])
+@pytest.mark.parametrize("triton, capability, compiler, headers, missing", [
+    (True, (9, 0), "gcc", True, None), (False, (9, 0), "gcc", True, "Triton"),
+    (True, (6, 1), "gcc", True, "capability 7.0"), (True, (9, 0), None, True, "a compiler"),
+    (True, (9, 0), "gcc", False, "Python.h")])
 def test_requirements_of_compiling_for_a_gpu(monkeypatch, capsys, triton, capability, compiler,
-                                             missing):
+                                             headers, missing):
+    monkeypatch.setattr("minigpt2.distributed.sys.platform", "linux")
+    monkeypatch.setattr("minigpt2.distributed.os.path.exists", lambda path: headers)
     monkeypatch.setattr("minigpt2.distributed.importlib.util.find_spec",
                         lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
