@@ -47,10 +47,12 @@ PAD_TO_GPU = 64
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from")
+    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from",
+                           is_path=True)
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"),
-                     "rows as JSON, JSON Lines or parquet")
-    out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs")
+                     "rows as JSON, JSON Lines or parquet", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs",
+                        is_path=True)
     epochs: int = flag(2, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(

@@ -300,7 +300,7 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class SamplingConfig:
     """The options that inference.py and chat.py share."""
-    checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
+    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name", is_path=True)
     raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
     temperature: float = flag(0.8, "sampling temperature; 0: greedy", minimum=0)
     top_k: int = flag(0, "keep the k most likely tokens; 0: all", minimum=0)
@@ -326,7 +326,7 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class InferenceConfig(SamplingConfig):
     prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
-    prompts_file: str | None = flag(None, "text file with one prompt per line")
+    prompts_file: str | None = flag(None, "text file with one prompt per line", is_path=True)
     input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
     unconditional: int = flag(0, "texts to sample from <|endoftext|>, without prompts", minimum=0)
     json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")

@@ -25,11 +25,20 @@ from safetensors.torch import save_file
 
 from minigpt2.config import NO_SPACE, UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
-from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY, vocabulary_path
+from minigpt2.tokenizer import (
+    EOT_TEXT,
+    EOT_TOKEN,
+    PROMPT_TEMPLATE,
+    TOKENIZER_FILES,
+    VOCABULARY,
+    check_tokenizer,
+    vocabulary_path,
+)
 from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
-TRAINING_STATE_FILE, LATEST, BEST = "training_state.pt", "latest", "best"
+INDEX_FILE, TRAINING_STATE_FILE = "model.safetensors.index.json", "training_state.pt"
+LATEST, BEST = "latest", "best"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
@@ -38,6 +47,8 @@ FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
+# Other names of gelu_new in transformers, equal up to rounding
+GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
@@ -164,14 +175,16 @@ def find_checkpoint(path: str | Path) -> Path:
         return checkpoints[-1]
     if folder.exists():
         raise UserError(f"{folder} is not a checkpoint, it has neither {CONFIG_FILE} nor folders "
-                        "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2")
+                        "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2 "
+                        "(checkpoints of nanoGPT and llm.c: see docs/formats.md)")
     return download_checkpoint(str(path))
 
 
 def download_checkpoint(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download  # slow to import, rarely needed
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "model*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[
+            CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]))
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"checkpoint {name} is not a local folder, and the Hugging Face hub "
                         f"did not provide it ({first_line(error)})") from None
@@ -197,16 +210,19 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode. Raises
-    UserError for a damaged file, a setting that differs from GPT-2's, and a tensor that is missing,
-    unknown, or of another shape than config.json implies."""
+    UserError for a damaged file, a setting or a tokenizer that differs from GPT-2's, a tensor that
+    is missing, unknown, or of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
     verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
+    check_tokenizer(folder)
     config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
         if TRANSPOSED.search(name) and tensor.dim() == 2:
             tensor = tensor.t()
         tensor = tensor.to(device, torch.float32).contiguous()
+        if not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} has NaN or infinite values: use another checkpoint")
         if not torch.equal(parameters.setdefault(name, tensor), tensor):
             raise UserError(f"{file}: lm_head differs from wte, but the head of GPT-2 is tied")
     try:
@@ -230,7 +246,9 @@ def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]
 
 def read_config(folder: Path) -> GPTConfig:
     """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
-    settings = read_settings(folder)
+    settings = read_json(folder / CONFIG_FILE)
+    if settings.get("activation_function") in GELU_NAMES:
+        settings["activation_function"] = "gelu_new"
     try:
         for name, value in FIXED_SETTINGS.items():
             if settings.get(name, value) != value:
@@ -243,33 +261,42 @@ def read_config(folder: Path) -> GPTConfig:
     return config
 
 
-def read_settings(folder: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {folder / CONFIG_FILE}: {error}") from None
-    return settings
+        raise UserError(f"cannot read {path}: {error}") from None
+    return content
 
 
 def read_prompt_template(path: str | Path) -> str | None:
     """Returns the template of a fine-tuned model, None for a base model. Raises UserError."""
     folder = find_checkpoint(path)
-    template = read_settings(folder).get("prompt_template")
+    template = read_json(folder / CONFIG_FILE).get("prompt_template")
     if template not in (None, PROMPT_TEMPLATE):
         raise UserError(f"{folder} has prompt_template {template!r}, expected {PROMPT_TEMPLATE!r}")
     return template
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """As transformers decides: model.safetensors, else the files in the index. Raises UserError."""
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).exists():
+        raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors "
+                        "files are read; transformers' save_pretrained writes them")
+    names = read_json(folder / INDEX_FILE).get("weight_map")
+    return [folder / name for name in sorted(set(map(str, names.values())))
+            ] if isinstance(names, dict) else []
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
     the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
     torch.compile, and yields a stored head under the name of wte, to which it is tied."""
-    files = [*folder.glob(WEIGHTS_FILE)] or sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}: only safetensors files are read")
-    for file in files:
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118, not a dict
@@ -277,8 +304,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                     if not re.search(r"\.attn\.(masked_)?bias$", name):
                         yield file, name, tensors.get_tensor(stored)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or truncated ({first_line(error)}): use an earlier "
-                            "checkpoint") from None
+            raise UserError(f"{file} is missing, damaged or truncated ({first_line(error)}): use "
+                            "another checkpoint") from None
 
 
 def load_training_state(folder: Path) -> dict:

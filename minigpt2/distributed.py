@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TIMEOUT_MINUTES = 30
 # Parameters of glibc's mallopt (malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",  # of torchrun
+                    "MASTER_ADDR", "MASTER_PORT")
 MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
@@ -91,18 +95,16 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Reads RANK, LOCAL_RANK and WORLD_SIZE, picks the device, and joins the process group (NCCL on
-    GPUs, gloo elsewhere). Raises UserError for a device that does not exist.
+    """Reads torchrun's variables, picks the device, and joins the process group (NCCL on GPUs, gloo
+    elsewhere). Raises UserError for incomplete variables and a device that does not exist.
 
     `deterministic` makes PyTorch refuse algorithms that are not bit-reproducible."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = read_launch()
     if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # index on this node, and of the GPU
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -118,6 +120,27 @@ def start(device: str, deterministic: bool = False) -> Launch:
                                 store=store, timeout=timeout,
                                 device_id=torch_device if on_gpus else None)
     return Launch(rank, world_size, torch_device)
+
+
+def read_launch() -> tuple[int, int, int]:
+    """The rank, the rank on this node (and index of the GPU) and the world size, as torchrun sets
+    them; (0, 0, 1) without such variables. Raises UserError if some are missing or invalid."""
+    given = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
+    if all(given[name] is None for name in LAUNCH_VARIABLES[:4]):
+        return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
+    try:
+        rank, local_rank, world_size = (int(given[name] or "") for name in LAUNCH_VARIABLES[:3])
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        valid = (0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size and
+                 (world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"] or ""))))
+    except ValueError:  # not a number
+        valid = False
+    if not valid:
+        shown = ", ".join(f"{name} {'not set' if value is None else repr(value)}"
+                          for name, value in given.items())
+        raise UserError(f"launch variables are missing or invalid: {shown}. Start with torchrun, "
+                        "which sets them, or unset them")
+    return rank, local_rank, world_size
 
 
 def keep_freed_memory() -> None:
@@ -234,6 +257,10 @@ def missing_for_compile(device: torch.device) -> str | None:
              "clang" if on_gpu else "clang++")
     if not any(shutil.which(name) for name in names if name):
         return f"a compiler, one of {', '.join(filter(None, names))}"
+    headers = {sysconfig.get_path("include", scheme) + "/Python.h"
+               for scheme in (sysconfig.get_default_scheme(), "posix_prefix")}
+    if sys.platform == "linux" and not any(map(os.path.exists, headers)):
+        return f"{headers.pop()}, on Debian of the package python3-dev"
     return None
 
 

@@ -33,6 +33,17 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
             temporary.unlink()
 
 
+def check_folder(folder: Path, what: str) -> None:
+    """Raises UserError if nothing can be written into `folder`, which may not exist yet. `what`
+    names the flag and its value."""
+    existing = folder.absolute()
+    while not os.path.exists(existing):  # False as well for what may not be seen
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{what} cannot be written: {existing} is "
+                        f"{'not writable' if existing.is_dir() else 'not a folder'}")
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
     if os.name == "posix":  # elsewhere a folder cannot be opened

@@ -1,21 +1,21 @@
 """Plots of run logs: loss, learning rate, gradient norm."""
 
 import math
-import os
 from pathlib import Path
 
 from minigpt2.config import UserError
-from minigpt2.files import atomic_write
+from minigpt2.files import atomic_write, check_folder
 from minigpt2.metrics import read_log
 
 
-def check_image(image: Path) -> None:
-    """Raises UserError if no PNG can be written to `image`: call it before the run, not after."""
+def check_image(image: Path, flag: str) -> None:
+    """Raises UserError if no PNG can be written to `image`, which `flag` has set: call it before
+    the run, not after."""
     if image.suffix != ".png":
-        raise UserError(f"{image} does not end in .png: other formats are not supported")
-    parent = next(folder for folder in image.absolute().parents if folder.exists())
-    if image.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {image}: choose another file")
+        raise UserError(f"{flag} {image} does not end in .png: other formats are not supported")
+    check_folder(image.parent, f"{flag} {image}")
+    if image.is_dir():
+        raise UserError(f"{flag} {image} is a folder: choose another file")
 
 
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:

@@ -100,7 +100,8 @@ class RunLog:
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
         record = {"step": step, "kind": kind, **finite}
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+        # A lone surrogate, from a path that is not UTF-8, becomes JSON's \udcxx
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
             while line:  # an almost full disk accepts a part; the next write raises

