@@ -80,7 +80,7 @@ def text_encoding(path: Path, head: bytes) -> str:
 def check_text(path: Path, text: str) -> None:
     """Raises UserError if a text, decoded with INVALID_UTF8, shows that the file is binary or has
     another encoding: NUL characters, or many invalid bytes and few valid ones beyond ASCII."""
-    fix = "convert it to UTF-8, e.g. with `iconv -f {} -t UTF-8`"
+    fix = "convert it to UTF-8, e.g. from {0} with `iconv -f {0} -t UTF-8`"
     if "\0" in text:
         raise UserError(f"{path} is binary or UTF-16, expected text: {fix.format('UTF-16')}")
     try:

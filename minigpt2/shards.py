@@ -24,8 +24,6 @@ TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
 LLMC_MAGIC, LLMC_VERSION = 20240520, 1
 LLMC_HEADER_BYTES = 256 * 4  # 256 int32; the first three are magic, version and token count
 FOREIGN_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:bin|npy)")  # of other projects' shards
-FOREIGN_VOCABULARY = "meta.pkl"  # of nanoGPT's character-level data; never opened
-CONTEXT = 1024  # tokens of a window in GPT-2, for advice
 
 
 def shard_header(num_tokens: int) -> bytes:
@@ -53,7 +51,7 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         elif magic != LLMC_MAGIC:
             tokens = np.memmap(path, "<u2", mode="r")
-            is_llmc = 20240000 <= magic < 20250000  # evaluation data, a model, a tokenizer
+            is_llmc = 20240000 <= magic < 20250000  # and no first two ids: the lower half is larger
             high = tokens[1:4096:2]  # of uint32, the upper halves of the first ids
             if is_llmc or (len(high) > 4 and high.max() < 16 <= tokens[:4096].max()):
                 kind = "another kind of llm.c file" if is_llmc else "uint32"
@@ -117,10 +115,10 @@ def read_manifest(data_dir: Path) -> dict:
         raise UserError(f"data folder {data_dir} is unfinished: rerun the command that created "
                         "it to resume")
     names = sorted(entry.name for entry in data_dir.iterdir())
-    if FOREIGN_VOCABULARY in names:
-        raise UserError(f"data folder {data_dir} has a vocabulary of its own, {FOREIGN_VOCABULARY} "
-                        "(nanoGPT's character-level data), expected GPT-2's ids: tokenize its text "
-                        "with pretrain_data/fineweb_downloader.py --files, or delete that file")
+    if "meta.pkl" in names:  # never opened: a pickle can run code
+        raise UserError(f"data folder {data_dir} has a vocabulary of its own, meta.pkl (nanoGPT's "
+                        "character-level data), expected GPT-2's ids: tokenize its text with "
+                        "pretrain_data/fineweb_downloader.py --files")
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]
     if not shards:
@@ -132,9 +130,9 @@ def read_manifest(data_dir: Path) -> dict:
 
 def good_size(tokens: int) -> int:
     """A shard size for a corpus of so many tokens: about a tenth of them. If there are enough, it
-    fills whole windows; the last input of a window has its target in the same shard."""
-    windows = max(1, tokens // 10 // CONTEXT)
-    return windows * CONTEXT + 1 if tokens > 2 * CONTEXT + 1 else max(2, tokens // 10)
+    is a number of windows of 1,024 inputs, and the target of the last input."""
+    windows = max(1, tokens // 10 // 1024)
+    return windows * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)
 
 
 class Position(NamedTuple):

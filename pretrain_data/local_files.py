@@ -74,7 +74,7 @@ def walk(roots: list[str], skipped: dict[str, set]) -> Iterator[Path]:
                     skipped["hidden"].add(os.path.join(path, name))
                 else:
                     heapq.heappush(waiting, (depth + 1, os.path.join(path, name)))
-        elif not file_format(path):
+        elif not file_format(path) or os.path.basename(path) in (MANIFEST, PROGRESS):
             skipped["another format"].add(path)
         elif os.path.exists(path) and not os.path.isfile(path):
             skipped["not a regular file"].add(path)

@@ -953,6 +953,13 @@ def test_what_was_read_and_skipped_is_printed_and_recorded(tmp_path):
         "read": {".txt": 2}, "skipped": {"hidden": 1, "another format": 1}}
 
 
+def test_a_corpus_inside_the_folder_of_its_files_is_not_read(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(prose(0))
+    for _ in range(2):
+        build_from_files(tmp_path, tmp_path / "out")
+    assert "already complete" in capsys.readouterr().out
+
+
 def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("text")
