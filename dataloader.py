@@ -71,6 +71,12 @@ class TokenLoader:
         return int(self.window_counts.sum())
 
     @property
+    def unused_tokens(self) -> int:
+        """The targets of an epoch that no window has: windows end where their shard ends."""
+        targets = sum(len(tokens) - 1 for tokens in self.shards)
+        return targets - self.windows_per_epoch * self.sequence_length
+
+    @property
     def windows_per_step(self) -> int:
         return self.total_batch_size // self.sequence_length
 

@@ -148,7 +148,8 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
         raise UserError(f"one epoch of {config.data_dir} has {tokens:,} tokens, fewer than one "
                         "step: lower --total-batch-size or give --max-steps")
     launch.print0(f"one epoch: {steps:,} steps of {config.total_batch_size:,} tokens "
-                  f"({left} windows of {config.sequence_length} left over)")
+                  f"({left} windows of {config.sequence_length} left over; "
+                  f"{loader.unused_tokens:,} tokens at the ends of shards are never used)")
     return steps
 
 

@@ -33,9 +33,11 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
 # The tokenizer files of a Hugging Face checkpoint
 TOKENIZER_FILES = (*VOCABULARY, "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 # tiktoken's regular expression overflows its stack on about a million consecutive whitespace
-# characters (tiktoken issue 587), so longer runs are encoded in pieces. GPT-2 never merges spaces,
-# so for them the token ids do not change; decoding always returns the same text.
-MAX_WHITESPACE = 250_000
+# characters (tiktoken issue 587), and a word needs 45 bytes of memory per byte. So long runs of one
+# kind of character are encoded in pieces of this length. GPT-2 never merges spaces, so for them the
+# token ids do not change; decoding always returns the same text.
+MAX_RUN = 250_000
+RUN = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of one kind, as in GPT-2's pattern
 PROMPT_TEMPLATE = "alpaca"  # stored in a checkpoint that was fine-tuned with `format_prompt`
 
 
@@ -115,11 +117,11 @@ def repair(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def cut_whitespace(text: str) -> list[str]:
-    """Splits whitespace longer than MAX_WHITESPACE; nearly all texts stay in one piece."""
-    if len(text) <= MAX_WHITESPACE:
-        return [text]
-    cuts = [m.end() for m in re.finditer(rf"\s{{{MAX_WHITESPACE}}}(?=\s)", text)]
+def cut_runs(text: str) -> list[str]:
+    """Cuts a text after each block of MAX_RUN characters of one kind that continues in the next
+    block; nearly all texts stay in one piece."""
+    cuts = [end for end in range(MAX_RUN, len(text), MAX_RUN)
+            if RUN.match(text, end - MAX_RUN, end + 1).end() > end]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
@@ -127,7 +129,7 @@ def encode(text: str) -> list[int]:
     """The token ids of a text. "<|endoftext|>" is encoded as text (seven ids), never as EOT_TOKEN.
     Lone surrogates are encoded as U+FFFD."""
     encoding = load_tokenizer()
-    return [token for piece in cut_whitespace(text) for token in encoding.encode_ordinary(piece)]
+    return [token for piece in cut_runs(text) for token in encoding.encode_ordinary(piece)]
 
 
 @functools.cache
@@ -151,7 +153,7 @@ def load_encoder(name: str) -> Callable[[str], np.ndarray]:
 def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
     """Like `encode`, but returns (n,) uint32 without building a Python list. The text must not hold
     lone surrogates (see `repair`)."""
-    arrays = [load_encoder(encoder)(piece) for piece in cut_whitespace(text)]
+    arrays = [load_encoder(encoder)(piece) for piece in cut_runs(text)]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
