@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from dataloader import permutation
-from inference import PAD_TOKEN, check_vocabulary
+from dataloader import PAD_TOKEN, normalize, permutation, read_rows, split_by_content
+from inference import check_vocabulary
 from minigpt2.checkpoint import CONFIG_FILE, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
@@ -28,7 +28,6 @@ from minigpt2.faults import StopRequest, launched
 from minigpt2.files import sha256_of
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
-from minigpt2.rows import normalize, read_rows, split_by_content
 from minigpt2.run import Run, RunConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode, encode_example
 from model import GPT
@@ -99,7 +98,7 @@ def text_turns(row: object, place: str) -> list[TextTurn]:
         names = ("prompt", "", "completion")
     else:
         raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {SCHEMAS}")
-    turn = tuple(check_text(row.get(name, ""), name, place) for name in names)
+    turn = tuple(require_text(row.get(name, ""), name, place) for name in names)
     if not turn[0].strip():
         raise UserError(f"{place} has an empty {names[0]}")
     return [turn]
@@ -114,7 +113,7 @@ def message_turns(messages: object, place: str) -> list[TextTurn]:
     pairs = (len(roles) - start) // 2
     if not pairs or roles[start:] != ["user", "assistant"] * pairs:
         raise UserError(f"{place}: messages have the roles {roles!r:.80}, expected {ROLES}")
-    texts = [check_text(message.get("content"), "content", place) for message in messages]
+    texts = [require_text(message.get("content"), "content", place) for message in messages]
     if start:
         texts[1] = "\n\n".join(filter(None, texts[:2]))
     if not all(text.strip() for text in texts[start::2]):
@@ -123,7 +122,7 @@ def message_turns(messages: object, place: str) -> list[TextTurn]:
             for user, assistant in zip(texts[start::2], texts[start + 1 :: 2], strict=True)]
 
 
-def check_text(value: object, name: str, place: str) -> str:
+def require_text(value: object, name: str, place: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{place}: {name} is {value!r:.60}, expected text")
     return value

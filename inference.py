@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from dataloader import PAD_TOKEN, checked_batch, pad_rows
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, allow_nondeterministic, pick_device, pick_dtype
@@ -29,9 +29,8 @@ from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import block_sizes
 from minigpt2.sampling import SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
-from model import GPT, KVCache
+from model import GPT, GPTConfig
 
-PAD_TOKEN = 0  # any id would do: only the mask marks padding
 # On a GPU: steps between two host syncs; rows are padded to a multiple of PAD_GPU tokens; attention
 # reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
 # graphs do not pay off
@@ -55,13 +54,6 @@ def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
     if [] in rows:
         raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: see --unconditional")
     return rows
-
-
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Right-pads token ids into input_ids and attention_masks, both (B, T) int64."""
-    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    masks = pad_sequence(list(map(torch.ones_like, ids)), batch_first=True)
-    return pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN), masks
 
 
 def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor | None = None,
@@ -103,29 +95,50 @@ def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
                         f"tokens; the context is {block_size}, response included: shorten it")
 
 
-def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch (B, T) as int64 on the model's device, without columns of only padding. Raises
-    UserError for other shapes or dtypes, padding before a token, and ids outside the vocabulary."""
-    if (ids.dim() != 2 or ids.shape != masks.shape or not len(ids) or ids.dtype == torch.bool
-            or ids.is_floating_point() or masks.is_floating_point()):
-        raise UserError(f"input_ids are {ids.dtype} {tuple(ids.shape)} and attention_masks "
-                        f"{masks.dtype} {tuple(masks.shape)}, expected integers (B, T), B >= 1")
-    ids, masks = (x.to(model.transformer.wte.weight.device, torch.int64) for x in (ids, masks))
-    lengths = masks.sum(1)  # (B,)
-    is_token = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # (B, T)
-    if not torch.equal(masks, is_token.long()) or lengths.min() < 1:
-        raise UserError("each row of attention_masks must be ones (at least one), then zeros")
-    T, vocab_size = int(lengths.max()), min(model.config.vocab_size, N_VOCAB)
-    ids = ids.where(is_token, PAD_TOKEN)[:, :T]
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(f"input_ids range from {low} to {high}, expected 0 to {vocab_size - 1}")
-    return ids, masks[:, :T]
-
-
 # ---------------------------------------------------------------- prefill, decode, generate
 def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+class KVCache:
+    """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
+    slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
+        # Contiguous keys per head, which a CPU reads 1.5 times as fast: (n_layer, B, 2, H, S, D)
+        self.kv = torch.zeros(config.n_layer, batch_size, 2, config.n_head, max_length,
+                              config.head_dim, device=device, dtype=dtype)
+        heads = torch.arange(batch_size * 2 * config.n_head, device=device)
+        self.first = heads.view(batch_size, 2, -1) * max_length  # (B, 2, H), see `locate`
+        self.slots = torch.arange(max_length, device=device)  # (S,)
+        self.span = max_length
+
+    def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For one new token per row at `positions` (B, 1): where each head stores it, as indices
+        (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
+        (B, 1, 1, span) of 0 and -inf."""
+        beyond = self.slots[: self.span] > positions  # (B, span)
+        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.kv.dtype)
+        return (self.first + positions[:, :, None],
+                mask.masked_fill_(beyond, -torch.inf)[:, None, None, :])
+
+    def write(self, layer: int, kv: Tensor, slots: Tensor | None) -> None:
+        """Stores kv (B, T, 2, H, D): whole rows, or one token per row at `slots` (B, 2, H)."""
+        stored = self.kv[layer]  # (B, 2, H, S, D)
+        if slots is None:
+            stored[:, :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
+        else:  # a single kernel
+            stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, both (B, H, span, D)."""
+        return self.kv[layer, :, :, :, : self.span].unbind(1)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Moves the given rows, in ascending order, to the front, and drops the others."""
+        for stored in self.kv:  # layer by layer, so that few bytes are held twice
+            stored[: len(rows)] = stored[rows]
+        self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]
 
 
 def hidden_states(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -73,8 +73,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, slots=None, attn_mask=None):
-        """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with a `KVCache` and its
-        `slots` (B, 2, H) and mask `attn_mask` (B, 1, 1, span) for the tokens' positions."""
+        """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with `inference.KVCache`,
+        its `slots` (B, 2, H) and its `attn_mask` (B, 1, 1, span) of the tokens' positions."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
@@ -158,7 +158,7 @@ class GPT(nn.Module):
                       positions: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden states below the head: idx (B, T) int64 -> (B, T, C).
 
-        With a `KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1;
+        With an `inference.KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1;
         with `positions` (B, 1) as well, it holds one new token per row, at that slot and position.
         Raises ValueError past block_size.
         """
@@ -202,44 +202,3 @@ class GPT(nn.Module):
         if reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return logits, loss
-
-
-class KVCache:
-    """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
-    slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # Contiguous keys per head, which a CPU reads 1.5 times as fast: (n_layer, B, 2, H, S, D)
-        self.kv = torch.zeros(config.n_layer, batch_size, 2, config.n_head, max_length,
-                              config.head_dim, device=device, dtype=dtype)
-        heads = torch.arange(batch_size * 2 * config.n_head, device=device)
-        self.first = heads.view(batch_size, 2, -1) * max_length  # (B, 2, H), see `locate`
-        self.slots = torch.arange(max_length, device=device)  # (S,)
-        self.span = max_length
-
-    def locate(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For one new token per row at `positions` (B, 1): where each head stores it, as indices
-        (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
-        (B, 1, 1, span) of 0 and -inf."""
-        beyond = self.slots[: self.span] > positions  # (B, span)
-        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.kv.dtype)
-        return (self.first + positions[:, :, None],
-                mask.masked_fill_(beyond, -torch.inf)[:, None, None, :])
-
-    def write(self, layer: int, kv: torch.Tensor, slots: torch.Tensor | None) -> None:
-        """Stores kv (B, T, 2, H, D): whole rows, or one token per row at `slots` (B, 2, H)."""
-        stored = self.kv[layer]  # (B, 2, H, S, D)
-        if slots is None:
-            stored[:, :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
-        else:  # a single kernel
-            stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
-
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of a layer, both (B, H, span, D)."""
-        return self.kv[layer, :, :, :, : self.span].unbind(1)
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Moves the given rows, in ascending order, to the front, and drops the others."""
-        for stored in self.kv:  # layer by layer, so that few bytes are held twice
-            stored[: len(rows)] = stored[rows]
-        self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]

@@ -21,11 +21,11 @@ from typing import Literal
 
 import torch
 
-from dataloader import TokenLoader
+from dataloader import TokenLoader, count_micro_steps
 from inference import decode_generation, generate, tokenize_batch_input
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Launch, autocast, count_micro_steps, mean_loss, to_device
+from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.metrics import RunLog
 from minigpt2.optimizer import SCHEDULES, make_optimizer, set_lr

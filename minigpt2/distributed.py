@@ -357,27 +357,3 @@ def device_time(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def count_micro_steps(total: int, *, micro_batch_size: int, sequence_length: int, world_size: int,
-                      flag: str) -> int:
-    """The micro-steps of one step: total / (micro_batch_size * sequence_length * world_size).
-
-    `total` is the global batch in tokens, set by `flag`. Raises UserError naming the nearest values
-    that divide evenly.
-    """
-    T = sequence_length
-    per_micro_step = micro_batch_size * T * world_size
-    if total % per_micro_step == 0 and total > 0:
-        return total // per_micro_step
-    below = total // per_micro_step * per_micro_step
-    totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
-    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {T} x "
-               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
-               + " or ".join(totals))
-    if total % (T * world_size) == 0 and total > 0:
-        rows = total // (T * world_size)  # every divisor of this is a valid micro-batch
-        nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
-                      key=lambda d: abs(d - micro_batch_size))
-        message += f", or --micro-batch-size {nearest}"
-    raise UserError(message)

@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 import inference
 from finetune import collate
-from inference import DecodingBatch
+from inference import DecodingBatch, KVCache
 from minigpt2.distributed import autocast
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import make_optimizer, set_lr
 from minigpt2.resume import CheckpointWriter
 from minigpt2.sampling import SamplingParams
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [([1, 2, 3], [4, 5, 50256]), ([6], [50256])]  # of fine-tuning

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from helpers.common import TINY
 from helpers.memory import saved_bytes
 
+from inference import KVCache
 from minigpt2.loss import IGNORE_INDEX, LinearCrossEntropy
-from model import GPT, PRESETS, GPTConfig, KVCache
+from model import GPT, PRESETS, GPTConfig
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 
