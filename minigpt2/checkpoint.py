@@ -1,13 +1,7 @@
 """Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights.
 
-    OUT_DIR/latest, OUT_DIR/best            text files with the name of a checkpoint
-    OUT_DIR/step_000200/config.json         } for GPT2LMHeadModel.from_pretrained: GPT-2's own
-    OUT_DIR/step_000200/model.safetensors   } tensor layout, float32, tied head, no padding
-    OUT_DIR/step_000200/vocab.json ...      for AutoTokenizer.from_pretrained
-    OUT_DIR/step_000200/training_state.pt   see resume.py; tensors and plain values only
-    OUT_DIR/step_000200/SHA256SUMS          checksums of these files, for `sha256sum -c`
-
-Nothing that can run code is ever loaded.
+docs/formats.md lists the files. Weights have GPT-2's own tensor layout, in float32, with a tied
+head and no padding. Nothing that can run code is ever loaded.
 """
 
 import json
@@ -23,17 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minigpt2 import tokenizer
 from minigpt2.config import NO_SPACE, UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
-from minigpt2.tokenizer import (
-    EOT_TEXT,
-    EOT_TOKEN,
-    PROMPT_TEMPLATE,
-    TOKENIZER_FILES,
-    VOCABULARY,
-    check_tokenizer,
-    vocabulary_path,
-)
+from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, TOKENIZER_FILES, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
@@ -101,12 +88,12 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
     if prompt_template:
         settings["prompt_template"] = prompt_template
-    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
-                 "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
-    for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", tokenizer)):
+    loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
+              "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
+    for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", loader)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in VOCABULARY:
-        shutil.copyfile(vocabulary_path(name), folder / name)
+        shutil.copyfile(tokenizer.vocabulary_path(name), folder / name)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if training_state is not None:
         torch.save(training_state, folder / TRAINING_STATE_FILE)
@@ -214,7 +201,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     is missing, unknown, or of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
     verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
-    check_tokenizer(folder)
+    tokenizer.check_tokenizer(folder)
     config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):

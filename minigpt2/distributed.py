@@ -188,11 +188,9 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """A key prefix shared by exactly the processes of this attempt.
 
-    torchrun's store outlives its ranks. Without a prefix, a gloo group restarted by --max-restarts
-    reads the addresses of dead processes (PyTorch 2.13), and torchrun's restart count differs
-    between nodes. So every rank announces a random number, and rank 0 offers its own, together with
-    the numbers it has seen, until every other rank has found its number in the offer.
-    """
+    torchrun's store outlives its ranks: without a prefix, a restarted gloo group reads addresses of
+    dead processes (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own,
+    with the numbers it has seen, until every other rank has found its number in the offer."""
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
@@ -300,9 +298,8 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model wrapped in DistributedDataParallel; the model itself on a single rank.
-
-    DDP makes existing gradients views of its buckets. They must stay (never set to None): without
+    """The model wrapped in DistributedDataParallel; the model itself on a single rank. DDP makes
+    existing gradients views of its buckets, and they must stay (never be set to None): without
     them, micro-steps under `no_sync` would allocate gradients beside the buckets."""
     if launch.world_size == 1:
         return model
@@ -317,9 +314,8 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
     """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T).
 
-    Summed in float64, so that world size and micro-batch do not change it, and run eagerly, since
-    other shapes would trigger recompilation. `should_stop` is checked after every
-    batch; if it is true on any rank, the result is None on all ranks."""
+    Summed in float64, so that world size and micro-batch do not change it, and run eagerly: other
+    shapes would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
     summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
@@ -337,14 +333,11 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
 
 
 class HostCopy:
-    """A copy of a device tensor in host memory. `read` waits for this copy, but not for work that
-    was queued after it."""
+    """A copy of a device tensor in host memory. `read` waits for it, not for work queued later."""
 
     def __init__(self, tensor: torch.Tensor):
         self.copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory
-        self.copied = torch.cuda.Event() if tensor.is_cuda else None
-        if self.copied:
-            self.copied.record()
+        self.copied = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def read(self) -> list:
         if self.copied:

@@ -19,16 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt2.checkpoint import (
-    list_step_folders,
-    load_training_state,
-    model_from_parameters,
-    read_config,
-    read_tensors,
-    save_checkpoint,
-    step_folder,
-    verify,
-)
+from minigpt2 import checkpoint
 from minigpt2.config import UserError, first_line, flag_name
 from minigpt2.distributed import Launch
 from minigpt2.files import folder_lock
@@ -109,8 +100,8 @@ class CheckpointWriter:
         if self.launch.device_type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         self.pending = self.thread.submit(
-            save_checkpoint, self.out_dir, state.step,
-            model_from_parameters(model.config, parameters),
+            checkpoint.save_checkpoint, self.out_dir, state.step,
+            checkpoint.model_from_parameters(model.config, parameters),
             training_state=saved, best_step=state.best_step, **self.options)
 
     @torch.no_grad()
@@ -145,7 +136,7 @@ class CheckpointWriter:
     @property
     def folder(self) -> Path:
         """The newest checkpoint, once it is written."""
-        return step_folder(self.out_dir, self.saved_step)
+        return checkpoint.step_folder(self.out_dir, self.saved_step)
 
     def poll(self) -> None:
         """Raises UserError if the pending checkpoint has failed; does not block."""
@@ -189,7 +180,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
     """
     folder = saved = None
     if launch.is_master:
-        holds_run = list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
+        holds_run = checkpoint.list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
                             "it, or choose another --out-dir")
@@ -202,7 +193,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
         if not folder.is_dir():
             raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
                             "--out-dir must be a folder that all nodes share")
-        saved = load_training_state(folder)
+        saved = checkpoint.load_training_state(folder)
     return folder, saved
 
 
@@ -210,15 +201,14 @@ def newest_intact(out_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
     """The newest intact checkpoint with its training state. Newer, damaged ones are renamed
     (.damaged): the resumed run will write those steps again."""
     damaged = []
-    for folder in reversed(list_step_folders(out_dir)):
+    for folder in reversed(checkpoint.list_step_folders(out_dir)):
         try:
-            verify(folder)
-            read_config(folder)
-            saved = load_training_state(folder)
+            checkpoint.verify(folder)
+            checkpoint.read_config(folder)
+            saved = checkpoint.load_training_state(folder)
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
-            for _ in read_tensors(folder):  # finds a truncated file even without SHA256SUMS
-                break
+            next(checkpoint.read_tensors(folder))  # finds a truncated file without SHA256SUMS
         except (UserError, OSError) as error:
             print(f"--resume: skipping {folder.name}: {first_line(error)}", flush=True)
             damaged.append(folder)
@@ -243,13 +233,11 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
     changed = sorted(name for name in metadata.keys() & before.keys()
                      if metadata[name] != before[name])
     for name in changed:
-        if name == "data_sha256" and name in fixed:
-            raise UserError(f"--resume: the data are not those that {folder} was trained on: "
-                            "restore them, or start in another --out-dir")
         if name in fixed:
-            raise UserError(f"--resume: {folder} was trained with {flag_name(name)} "
-                            f"{before[name]}, not {metadata[name]}: restore that value, or "
-                            "start in another --out-dir")
+            what = ("other data" if name == "data_sha256" else
+                    f"{flag_name(name)} {before[name]}, not {metadata[name]}")
+            raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start "
+                            "in another --out-dir")
     for name in changed:
         if name == "checkpoint":
             launch.print0(f"--resume: --checkpoint {metadata[name]} is ignored, the run started "

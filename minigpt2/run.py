@@ -3,23 +3,7 @@
 Each script defines its batches, forward and backward pass, loss normalization, validation and
 schedule. A `Run` does the rest: it finds the checkpoint to resume from, locks the folder, logs,
 decides when to validate and save, clips gradients, skips non-finite steps, measures throughput, and
-stops on a signal. The script calls the `Run`, never the reverse.
-
-    run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png", data=manifest,
-              fixed=FIXED_ON_RESUME)
-    raw_model = load_model(run.checkpoint) if run.is_resumed else GPT(sizes)
-    optimizer = make_optimizer(raw_model, ...)
-    model = run.prepare(raw_model, optimizer, max_steps, ...)  # in DDP if world_size > 1
-    with run:
-        while True:
-            if run.eval_due():
-                run.log_validation(mean_loss(raw_model, ...))
-            if run.save_or_finish():
-                break
-            for micro_step in range(grad_accum_steps):
-                with run.gradient_sync(micro_step == grad_accum_steps - 1):
-                    ...  # forward, and run.scaler.scale(loss).backward()
-            run.finish_step(loss_sum, lr=lr, tokens=tokens, sequence_length=T)
+stops on a signal. The script calls the `Run`, never the reverse; docs/development.md shows how.
 """
 
 import contextlib
@@ -32,16 +16,9 @@ from time import perf_counter
 
 import torch
 
+from minigpt2 import distributed, resume
 from minigpt2.config import flag
-from minigpt2.distributed import (
-    Dtype,
-    HostCopy,
-    Launch,
-    data_parallel,
-    device_time,
-    pick_dtype,
-    should_compile,
-)
+from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import StopRequest, agree, count_skipped
 from minigpt2.files import check_folder
 from minigpt2.graphs import check_image, draw_runs
@@ -49,14 +26,6 @@ from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import flops_per_token, peak_flops, run_metadata, start_log
 from minigpt2.optimizer import step_if_finite
 from minigpt2.progress import progress_bar
-from minigpt2.resume import (
-    CheckpointWriter,
-    TrainState,
-    check_settings,
-    find_resume,
-    restore,
-    seed_rank,
-)
 from model import GPT
 
 # How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
@@ -116,13 +85,13 @@ class Run:
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata
         launch.check_same(self.metadata, except_for=PER_NODE)
-        self.checkpoint, self.saved = find_resume(self.out_dir, config.resume, launch)
+        self.checkpoint, self.saved = resume.find_resume(self.out_dir, config.resume, launch)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:
-            check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
-        self.state, self.stopping = TrainState(), False
+            resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
+        self.state, self.stopping = resume.TrainState(), False
         self.unread, self.steps_late = deque(), STEPS_LATE[launch.device_type]
-        self.dtype = pick_dtype(config.dtype, launch.device)
+        self.dtype = distributed.pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device_type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
         if config.shard_optimizer and not self.shard_optimizer:
@@ -152,12 +121,12 @@ class Run:
         model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
         if config.bf16_residual and not model.bf16_residual:
             launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
-        seed_rank(config.seed, 0, launch)
+        resume.seed_rank(config.seed, 0, launch)
         if self.is_resumed:
-            self.state = restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
-                                 seed=config.seed, max_steps=max_steps, flag=max_steps_flag)
+            self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
+                                        seed=config.seed, max_steps=max_steps, flag=max_steps_flag)
             self.saved = None  # free it: the moments are twice the size of the weights
-        compiled = should_compile(config.compile, launch)
+        compiled = distributed.should_compile(config.compile, launch)
         if compiled:
             model.compile()  # in place: parameter names stay as they are
         self.micro_batch_size = micro_batch_sizes[0]
@@ -168,7 +137,7 @@ class Run:
                 sequence_length=sequence_length,
                 optimizer_bytes=0 if self.is_resumed else optimizer_bytes(model, ranks))
             self.metadata["micro_batch_size"] = self.micro_batch_size
-        self.train_model = data_parallel(model, launch)
+        self.train_model = distributed.data_parallel(model, launch)
         self.summary = (f"{model.num_parameters():,} parameters, "
                         f"{str(self.dtype).removeprefix('torch.')} on {launch.world_size} x "
                         f"{launch.device}{', compiled' if compiled else ''}")
@@ -177,7 +146,7 @@ class Run:
     def __enter__(self) -> "Run":
         config, is_master = self.config, self.launch.is_master
         with contextlib.ExitStack() as stack:
-            self.writer = stack.enter_context(CheckpointWriter(
+            self.writer = stack.enter_context(resume.CheckpointWriter(
                 self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
                 keep_every=config.keep_every, prompt_template=self.prompt_template,
                 saved_step=self.step if self.is_resumed else None))

@@ -2,15 +2,12 @@
 
 Tokens are sampled with the Gumbel-max trick in its exponential form (Maddison et al. 2014, "A*
 Sampling", section 2.1): argmax_i w_i / E_i, with independent exponential noise E_i, follows the
-distribution proportional to the weights w_i. This makes sampling batch-invariant. Inverting the
-cumulative distribution would shift the boundary of every token by the rounding of all tokens before
-it; here rounding changes the result only if the two best tokens are tied to within rounding. So a
-row samples the same tokens alone and in any batch, although matrix products round differently.
+distribution proportional to the weights w_i. Rounding changes the result only if the two best
+tokens are tied to within rounding, so sampling is batch-invariant (docs/sampling.md).
 
-The noise comes from counter-based random numbers (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"): a stateless function of the row's key, a counter and the token id, computed on
-the device that uses it. SplitMix64 (Steele et al. 2014) turns key and counter into two words;
-MurmurHash3's finalizer mixes each of them with the token id.
+The noise is a stateless function of the row's key, a counter and the token id (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"). SplitMix64 (Steele et al. 2014) turns key and
+counter into two words; MurmurHash3's finalizer mixes each of them with the token id.
 """
 
 import hashlib
