@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from minigpt2 import tokenizer
 from minigpt2.config import NO_SPACE, UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
-from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, TOKENIZER_FILES, VOCABULARY
+from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
@@ -171,7 +171,8 @@ def download_checkpoint(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download  # slow to import, rarely needed
     try:
         return Path(snapshot_download(name, allow_patterns=[
-            CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]))
+            CONFIG_FILE, "model*.safetensors", INDEX_FILE, "tokenizer*.json", "added_tokens.json",
+            *VOCABULARY]))
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"checkpoint {name} is not a local folder, and the Hugging Face hub "
                         f"did not provide it ({first_line(error)})") from None
@@ -201,7 +202,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     is missing, unknown, or of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
     verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
-    tokenizer.check_tokenizer(folder)
+    tokenizer.check_files(folder)
     config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
@@ -267,23 +268,17 @@ def read_prompt_template(path: str | Path) -> str | None:
     return template
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """As transformers decides: model.safetensors, else the files in the index. Raises UserError."""
-    if (folder / WEIGHTS_FILE).exists():
-        return [folder / WEIGHTS_FILE]
-    if not (folder / INDEX_FILE).exists():
-        raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors "
-                        "files are read; transformers' save_pretrained writes them")
-    names = read_json(folder / INDEX_FILE).get("weight_map")
-    return [folder / name for name in sorted(set(map(str, names.values())))
-            ] if isinstance(names, dict) else []
-
-
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
     the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
     torch.compile, and yields a stored head under the name of wte, to which it is tied."""
-    for file in weight_files(folder):
+    index, names = folder / INDEX_FILE, {WEIGHTS_FILE}  # chosen as by transformers
+    if not (folder / WEIGHTS_FILE).exists():
+        if not index.exists():
+            raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only "
+                            "safetensors files are read")
+        names = set(map(str, read_json(index).get("weight_map", {}).values()))
+    for file in (folder / name for name in sorted(names)):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118, not a dict

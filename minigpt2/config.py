@@ -64,16 +64,15 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     for field in fields:
         add_argument(parser, field, hints[field.name])
     argv = list(sys.argv[1:] if argv is None else argv)
-    end = argv.index("--") if "--" in argv else len(argv)
+    literal = next((field.name for field in fields if field.metadata["positional"]), None)
+    end = argv.index("--") if literal and "--" in argv else len(argv)
     words = [re.sub(r"^--[a-z0-9_]+(?==|\Z)", lambda m: m[0].replace("_", "-"), word)
              for word in argv[:end]]  # --max_lr is --max-lr
     values = vars(parser.parse_intermixed_args(words))  # accepts flags between positionals
-    if not any(field.metadata["positional"] for field in fields) and end + 1 < len(argv):
-        parser.error(f"unrecognized arguments: {' '.join(argv[end + 1:])}")
+    if literal:
+        values[literal] = (*values[literal], *argv[end + 1 :])
     for field in fields:
         name, value = flag_name(field.name), values[field.name]
-        if field.metadata["positional"]:
-            values[field.name] = (*value, *argv[end + 1 :])
         minimum, below = field.metadata["minimum"], field.metadata["below"]
         if value == "" and not field.metadata["may_be_empty"]:
             parser.error(f"{name} is empty")
@@ -115,11 +114,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
 
 def path_value(text: str) -> str:
     """Parses a path: a leading ~ is expanded, all else is literal."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which safetensors and JSON need: "
-                                         "rename it") from None
+    if any("\udc80" <= char <= "\udcff" for char in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, as safetensors requires")
     return os.path.expanduser(text)
 
 
@@ -169,10 +165,11 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
 
 def flag_of(path: str | bytes) -> str:
     """The flag with this path, or with one above or below it, and a space; "" if there is none."""
-    words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
+    words, failed = [part for word in sys.argv for part in word.split("=", 1)], Path(str(path))
     for name, value in itertools.pairwise(words):
-        failed, given = Path(os.fsdecode(path)), Path(path_value(value))
-        if name.startswith("--") and (failed.is_relative_to(given) or given.is_relative_to(failed)):
+        given = Path(os.path.expanduser(value))
+        if name.startswith("--") and value and (
+                given in (failed, *failed.parents) or failed in given.parents):
             return f"{name} "
     return ""
 

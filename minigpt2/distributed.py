@@ -30,8 +30,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TIMEOUT_MINUTES = 30
 # Parameters of glibc's mallopt (malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",  # of torchrun
-                    "MASTER_ADDR", "MASTER_PORT")
 MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
@@ -125,21 +123,21 @@ def start(device: str, deterministic: bool = False) -> Launch:
 def read_launch() -> tuple[int, int, int]:
     """The rank, the rank on this node (and index of the GPU) and the world size, as torchrun sets
     them; (0, 0, 1) without such variables. Raises UserError if some are missing or invalid."""
-    given = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
-    if all(given[name] is None for name in LAUNCH_VARIABLES[:4]):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given.keys() & set(names[:4]):
         return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
     try:
-        rank, local_rank, world_size = (int(given[name] or "") for name in LAUNCH_VARIABLES[:3])
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        valid = (0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size and
-                 (world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"] or ""))))
+        rank, local_rank, world_size = (int(given.get(name, "")) for name in names[:3])
+        ranks_here = int(given.get("LOCAL_WORLD_SIZE", world_size))
+        valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
+        if world_size > 1:
+            valid &= given.get("MASTER_ADDR", "") != "" and int(given.get("MASTER_PORT", "")) > 0
     except ValueError:  # not a number
         valid = False
     if not valid:
-        shown = ", ".join(f"{name} {'not set' if value is None else repr(value)}"
-                          for name, value in given.items())
-        raise UserError(f"launch variables are missing or invalid: {shown}. Start with torchrun, "
-                        "which sets them, or unset them")
+        raise UserError(f"launch variables are missing or invalid: {given}. Start with torchrun, "
+                        f"which sets {', '.join(names)}, or unset them")
     return rank, local_rank, world_size
 
 
@@ -255,10 +253,9 @@ def missing_for_compile(device: torch.device) -> str | None:
              "clang" if on_gpu else "clang++")
     if not any(shutil.which(name) for name in names if name):
         return f"a compiler, one of {', '.join(filter(None, names))}"
-    headers = {sysconfig.get_path("include", scheme) + "/Python.h"
-               for scheme in (sysconfig.get_default_scheme(), "posix_prefix")}
-    if sys.platform == "linux" and not any(map(os.path.exists, headers)):
-        return f"{headers.pop()}, on Debian of the package python3-dev"
+    header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
+    if sys.platform == "linux" and not os.path.exists(header):
+        return f"{header} (Debian's package python3-dev)"
     return None
 
 

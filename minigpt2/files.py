@@ -42,8 +42,7 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Raises UserError if nothing can be written into `folder`, which may not exist yet. `what`
-    names the flag and its value."""
+    """Raises UserError, about `what`, if nothing can be written into a folder, existing or not."""
     existing = folder.absolute()
     while not os.path.exists(existing):  # False as well for what may not be seen
         existing = existing.parent

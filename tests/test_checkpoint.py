@@ -160,7 +160,7 @@ def test_the_index_decides_which_files_are_read(saved):
     for content in ("{", "[]"):
         index.write_text(content)
         assert "index.json" in user_error(load_model, saved)
-    for content in ("{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'):
+    for content in ("{}", '{"weight_map": {"a": 1}}'):
         index.write_text(content)
         assert str(saved) in user_error(load_model, saved)
 
@@ -488,23 +488,19 @@ def swapped() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("vocab.json", lambda: json.dumps(swapped()), "'world' has id 31373 instead of 6894"),
+    ("vocab.json", lambda: json.dumps(swapped()), "'world' has id 31373, not 6894"),
     ("vocab.json", lambda: json.dumps({"a": 0}), "'a' has id 0"),
     ("vocab.json", lambda: "[]", "cannot be read"), ("vocab.json", lambda: "{", "cannot be read"),
-    ("merges.txt", lambda: "#version: 0.2\na b\n", "merges differ"),
-    ("added_tokens.json", lambda: '{"[PAD]": 50257}', "'[PAD]' has id 50257 instead of None"),
+    ("added_tokens.json", lambda: '{"[PAD]": 50257}', "'[PAD]' has id 50257, not None"),
     ("tokenizer.json", lambda: tokenizer_json(swapped(), {}), "'world' has id 31373"),
     ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {"<|im_start|>": 50257}), "im_start"),
     ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {"<|endoftext|>": 0}), "has id 0"),
-    ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {}, normalizer={"type": "Lowercase"}),
-     "Lowercase"),
     ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {}, pre_tokenizer={
-        "add_prefix_space": True}), "add_prefix_space is True"),
+        "add_prefix_space": True}), "add_prefix_space is set"),
     ("tokenizer.json", lambda: "{}", "cannot be read"),
     ("tokenizer_config.json", lambda: '{"added_tokens_decoder": {"50257": {"content": "[X]"}}}',
      "'[X]' has id 50257"),
-    ("tokenizer_config.json", lambda: '{"add_prefix_space": true}', "add_prefix_space is True"),
-    ("tokenizer_config.json", lambda: '{"tokenizer_class": "BertTokenizer"}', "BertTokenizer")])
+    ("tokenizer_config.json", lambda: '{"add_prefix_space": true}', "add_prefix_space is set")])
 def test_another_tokenizer_is_refused(saved, name, content, words):
     """Its checkpoint was sampled with GPT-2's ids, and saved again with GPT-2's files."""
     (saved / name).write_text(content(), encoding="utf-8")

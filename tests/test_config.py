@@ -89,7 +89,7 @@ class FlagsOnly:
 
 @pytest.mark.parametrize("argv, words", [
     (["--files", "a.txt", "b.txt"], "arguments: b.txt (--help lists the flags; quote a glob"),
-    (["--", "b.txt"], "unrecognized arguments: b.txt")])
+    (["--", "b.txt"], "unrecognized arguments: -- b.txt")])
 def test_values_without_a_flag_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse_config(FlagsOnly, argv, description="")

@@ -317,7 +317,7 @@ def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr("minigpt2.config.RANK_DELAY_S", 0)
     message = main_error(script.main, ["--out-dir", tmp_path / "out"], monkeypatch, capsys)
     for name, value in changes.items():
-        assert f"{name} {'not set' if value is None else repr(value)}" in message
+        assert (f"{name!r}: {value!r}" in message) is (value is not None)
     assert "torchrun" in message and not (tmp_path / "out").exists()
 
 
