@@ -23,7 +23,7 @@ from helpers.hub_server import run_module, serve
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dataloader import TokenLoader
-from minigpt2 import hub
+from minigpt2 import hub, shards
 from minigpt2.files import sha256_of
 from minigpt2.hub import RetryPolicy
 from minigpt2.shards import read_manifest
@@ -855,6 +855,38 @@ def test_a_repaired_file_replaces_everything_of_the_damaged_one(tmp_path, small_
     build(tmp_path / "expected")
     assert file_bytes(out) == file_bytes(tmp_path / "expected")
     assert "b.jsonl has changed" in (edit_in_place(folder / "b.jsonl"), user_error(build, out))[1]
+
+
+@pytest.mark.parametrize("name", ["commit", "unlink"])
+def test_kill_while_a_damaged_file_is_dropped(tmp_path, monkeypatch, small_parts, name):
+    """Killed just before the record is written, or before the first shard is deleted."""
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments, **keywords):
+        raise Killed
+
+    def rolled_back(writer, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.ShardWriter if name == "commit" else Path, name, kill)
+            real(writer, *arguments)
+
+    folder, out, real = tmp_path / "in", tmp_path / "out", shards.ShardWriter.roll_back
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"{i} some words"}) + "\n" for i in range(400))
+    (folder / "a.jsonl").write_text(rows)
+    (folder / "b.jsonl").write_text(rows.upper().replace("TEXT", "text") + "damage\n")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shards.ShardWriter, "roll_back", rolled_back)
+        build_from_files(folder, out, 500)
+    if name == "commit":  # the damaged file stops the build once more
+        user_error(build_from_files, folder, out, 500)
+    (folder / "b.jsonl").write_text(rows[:-1])
+    build_from_files(folder, out, 500)
+    build_from_files(folder, tmp_path / "expected", 500)
+    assert read_manifest(out) == read_manifest(tmp_path / "expected")
+    assert all_tokens(out) == all_tokens(tmp_path / "expected")
+    verify_corpus(out)
 
 
 def test_only_the_damaged_file_may_change(tmp_path, small_parts):
