@@ -154,6 +154,13 @@ class GPT(nn.Module):
         """124,439,808 for the default config; the tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def flops_per_token(self, sequence_length: int) -> int:
+        """The FLOPs per token of forward and backward as in PaLM (Chowdhery et al. 2022, appendix
+        B): 6 per parameter outside wpe, plus 12 n_layer C T for attention, not halved for
+        causality. GPT-2 124M at T = 1024: 6 x 123,653,376 + 12 x 12 x 768 x 1024 = 855,166,464."""
+        num_parameters = self.num_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * num_parameters + 12 * self.config.n_layer * self.config.n_embd * sequence_length
+
     def hidden_states(self, idx: torch.Tensor, cache=None,
                       positions: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden states below the head: idx (B, T) int64 -> (B, T, C).

@@ -19,7 +19,7 @@ from bench.harness import BenchConfig, alternate, compare, record, run_bench
 from bench.train import SIZES, make_training, zipf_tokens
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import device_time, pick_dtype
-from minigpt2.metrics import flops_per_token, peak_flops
+from minigpt2.metrics import peak_flops
 from model import GPT
 
 WAYS = ("ours", "ours_bf16_residual", "ours_tuned", "ours_without_cudnn", "textbook")
@@ -59,7 +59,7 @@ def measure_micro_batch(config: BenchConfig, way: str, name: str, B: int, T: int
     timing = compare((way,), steps, make_training, SIZES[name], (B, T), dtype,
                      zipf_tokens(micro_steps * (B * T + 1)), 0, str(device), True, micro_steps)[way]
     rate, peak = micro_steps * B * T / timing.seconds, peak_flops(device)
-    flops = rate * flops_per_token(GPT(SIZES[name]), T)
+    flops = rate * GPT(SIZES[name]).flops_per_token(T)
     record(config, "gpu training", model=name, way=way, micro_batch_size=B, sequence_length=T,
            dtype=dtype, tokens_per_sec=rate, mfu=flops / peak if peak else None,
            of_measured_matmul=flops / matmul_flops, peak_bytes=timing.peak)

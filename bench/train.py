@@ -21,7 +21,6 @@ from bench.harness import BenchConfig, Step, compare, record, run_bench
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.config import UserError
 from minigpt2.distributed import autocast, start
-from minigpt2.metrics import flops_per_token
 from minigpt2.optimizer import make_optimizer
 from model import GPT, GPTConfig
 
@@ -104,7 +103,7 @@ def measure_training(config: BenchConfig, kind: str, name: str, dtype: torch.dty
     (B, T), tokens = shape, zipf_tokens(steps * (shape[0] * shape[1] + 1))
     timings = compare(ways, steps, make_training, SIZES[name], shape, dtype, tokens)
     ours, textbook = timings["ours"], timings["textbook"]
-    gflops = B * T / ours.seconds * flops_per_token(GPT(SIZES[name]), T) / 1e9
+    gflops = B * T / ours.seconds * GPT(SIZES[name]).flops_per_token(T) / 1e9
     figures = {"gflops": gflops, "memory_ratio": ours.peak / textbook.peak, "steps": steps,
                "first": ours.results[0], "last": ours.results[-1]}
     differ = "differ_from" if kind == "losses" else "loss_differs_from"

@@ -42,12 +42,10 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
                     prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
                     best_step: int | None = None) -> Path:
     """Writes OUT_DIR/step_NNNNNN atomically, points OUT_DIR/latest to it, and OUT_DIR/best to the
-    checkpoint of `best_step`. Returns the folder.
-
-    `model` is the raw module, not its DDP wrapper. `prompt_template` marks a fine-tuned model. With
-    keep_last > 0, older checkpoints are deleted, except multiples of `keep_every` and `best_step`.
-    Raises UserError if writing fails, for example on a full disk; earlier checkpoints stay intact.
-    """
+    checkpoint of `best_step`. Returns the folder. `model` is the raw module, not its DDP wrapper.
+    `prompt_template` marks a fine-tuned model. With keep_last > 0, older checkpoints are deleted,
+    except multiples of `keep_every` and `best_step`. Raises UserError if writing fails, for example
+    on a full disk; earlier checkpoints stay intact."""
     folder = step_folder(out_dir, step)
     temporary = out_dir / f".{folder.name}.tmp"
     tensors = to_gpt2_layout(model)

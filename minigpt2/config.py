@@ -52,12 +52,10 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
     """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error.
-
     Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
     these `| None`, and tuple[str, ...] for a positional argument with any number of values. --help
     lists the flags of `cls` before those of its base classes. `--max-lr` and `--max_lr` are the
-    same; flags cannot be abbreviated. Everything after "--" is a positional value.
-    """
+    same; flags cannot be abbreviated. Everything after "--" is a positional value."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(cls), own_fields_first(cls)

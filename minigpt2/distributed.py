@@ -95,7 +95,6 @@ class Launch:
 def start(device: str, deterministic: bool = False) -> Launch:
     """Reads torchrun's variables, picks the device, and joins the process group (NCCL on GPUs, gloo
     elsewhere). Raises UserError for incomplete variables and a device that does not exist.
-
     `deterministic` makes PyTorch refuse algorithms that are not bit-reproducible."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
@@ -150,13 +149,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def trim_memory() -> None:
-    """Returns freed memory to the system."""
-    trim = c_function("malloc_trim")
-    if trim:
-        trim(0)
-
-
 def c_function(name: str) -> Callable | None:
     """A function of the C library, or None."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
@@ -164,7 +156,6 @@ def c_function(name: str) -> Callable | None:
 
 def use_fastest_exact_matmul() -> None:
     """Uses oneDNN for float32 matrix products on a CPU; on AMD it is about twice as fast as MKL.
-
     PyTorch does so only under "medium" precision, with which some processors (Intel's with AMX)
     round to bfloat16. A trial product detects that and restores "highest"."""
     torch.set_float32_matmul_precision("medium")
@@ -204,11 +195,6 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
         time.sleep(POLL_SECONDS)
     return mine
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

@@ -71,9 +71,8 @@ def loss_without_gradients(x: torch.Tensor, weight: torch.Tensor,
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum over rows of -log softmax(x @ weight.T)[target], one block of logits at a time.
-
-    The gradient of a softmax cross-entropy depends on the logits alone. Each block's share of both
+    """The sum over rows of -log softmax(x @ weight.T)[target], one block of logits at a time. The
+    gradient of a softmax cross-entropy depends on the logits alone. Each block's share of both
     gradients is therefore computed in the forward pass, and `backward` only scales it by the
     incoming scalar. Memory is O(block x V) instead of O(N x V); the result equals
     `F.cross_entropy(..., reduction="sum")`.

@@ -48,7 +48,6 @@ def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank.
-
     A trial runs forward and backward on random tokens while memory is held for gradients, for
     moments that do not exist yet (`optimizer_bytes`) and for some headroom. All ranks must call
     this, before the model is wrapped in DDP. It leaves no gradients and preserves the random state.
@@ -62,7 +61,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             elif device.type == "cpu":
-                distributed.trim_memory()
+                (distributed.c_function("malloc_trim") or int)(0)  # freed memory to the system
             failed_ranks = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()
             if compiled and (failed_ranks or launch.world_size > 1):
                 # Compile the next size for itself, not for dynamic shapes. Under DDP the compiler

@@ -16,7 +16,6 @@ import torch
 
 from minigpt2.config import UserError, first_line
 from minigpt2.files import atomic_write
-from model import GPT
 
 # Dense bf16 tensor-core peak in TFLOP/s with fp32 accumulation (V100 and T4: fp16), from the
 # vendors' data sheets. The longest name whose words all occur in the device name wins.
@@ -33,14 +32,6 @@ def peak_flops(device: torch.device) -> float | None:
     words = set(torch.cuda.get_device_name(device).replace("-", " ").replace("_", " ").split())
     known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
-
-
-def flops_per_token(model: GPT, sequence_length: int) -> int:
-    """Returns the FLOPs per token of forward and backward as in PaLM (Chowdhery et al. 2022,
-    appendix B): 6 per parameter outside wpe, plus 12 n_layer C T for attention, not halved for
-    causality. GPT-2 124M at T = 1024: 6 x 123,653,376 + 12 x 12 x 768 x 1024 = 855,166,464."""
-    num_parameters = model.num_parameters() - model.transformer.wpe.weight.numel()
-    return 6 * num_parameters + 12 * model.config.n_layer * model.config.n_embd * sequence_length
 
 
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:

@@ -17,11 +17,9 @@ MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about A
 
 def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
               min_lr: float) -> float:
-    """The learning rate of step number `step`, counted from 0.
-
-    Linear warm-up from max_lr / warmup_steps to max_lr at step warmup_steps - 1, then half a cosine
-    down to min_lr at step max_steps (Brown et al. 2020, appendix B).
-    """
+    """The learning rate of step number `step`, counted from 0: linear warm-up from max_lr /
+    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine down to min_lr at step
+    max_steps (Brown et al. 2020, appendix B)."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     if step >= max_steps:
@@ -49,16 +47,13 @@ SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others.
-
-    Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
+    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
+    replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
     equally far. c_attn stacks three matrices: q, k and v are orthogonalized separately. As in Liu
     et al. 2025 ("Muon is scalable for LLM training"), updates are scaled to AdamW's usual RMS, so
-    that learning rates are comparable, and weights decay. Matrices of equal shape are batched.
-
-    As in PyTorch's fused AdamW, the attribute `found_inf` (), set by `step_if_finite`, skips a step
-    if it is 1. The skip is computed, not branched on: the host does not wait for the device.
-    """
+    that learning rates are comparable, and weights decay. Matrices of equal shape are batched. As
+    in PyTorch's fused AdamW, the attribute `found_inf` (), set by `step_if_finite`, skips a step if
+    it is 1. The skip is computed, not branched on: the host does not wait for the device."""
 
     @torch.no_grad()
     def step(self):
@@ -124,10 +119,8 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
                    weight_decay: float, muon_lr: float | None = None,
                    shard: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and embeddings, not on biases
-    and LayerNorms. With a `muon_lr`, Muon for the blocks' matrices and AdamW for the rest.
-
-    `shard` splits the optimizer state over ranks (ZeRO stage 1, Rajbhandari et al. 2020); it needs
-    a process group."""
+    and LayerNorms. With a `muon_lr`, Muon for the blocks' matrices and AdamW for the rest. `shard`
+    splits the state over the ranks of a process group (ZeRO stage 1, Rajbhandari et al. 2020)."""
     named = list(model.named_parameters())  # a tied weight occurs once
     muon_params = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
     rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]

@@ -62,10 +62,8 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 class CheckpointWriter:
     """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
-
     Training waits for the copy, and for the disk only if the previous checkpoint is not written
-    yet. While entered, rank 0 holds the lock of out_dir. `metadata` goes into every checkpoint.
-    """
+    yet. While entered, rank 0 holds the lock of out_dir. `metadata` goes into every checkpoint."""
 
     def __init__(self, out_dir: Path, launch: Launch, metadata: dict, *, keep_last: int,
                  keep_every: int, saved_step: int | None, prompt_template: str | None = None):
@@ -173,11 +171,9 @@ class CheckpointWriter:
 def find_resume(out_dir: Path, resume: bool, launch: Launch,
                 ) -> tuple[Path, dict] | tuple[None, None]:
     """The newest intact checkpoint of out_dir and its training state; (None, None) for a new run.
-
     Rank 0 searches, prints a line for each damaged checkpoint it skips, and tells the other ranks.
     Raises UserError if the folder holds a run but --resume was not given, if every checkpoint in
-    it is damaged, or if a rank does not see the folder.
-    """
+    it is damaged, or if a rank does not see the folder."""
     folder = saved = None
     if launch.is_master:
         holds_run = checkpoint.list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
@@ -249,10 +245,8 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, launch: Launch, *, seed: int, max_steps: int,
             flag: str) -> TrainState:
-    """Loads a training state into the optimizer, the scaler and the generators of this rank.
-
-    Raises UserError if it belongs to another model or lies past max_steps, which `flag` sets.
-    """
+    """Loads a training state into the optimizer, the scaler and the generators of this rank. Raises
+    UserError if it belongs to another model or lies past max_steps, which `flag` sets."""
     try:
         state = TrainState(**saved["progress"])
     except TypeError as error:

@@ -23,7 +23,7 @@ from minigpt2.faults import StopRequest, agree, count_skipped
 from minigpt2.files import check_folder
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
-from minigpt2.metrics import flops_per_token, peak_flops, run_metadata, start_log
+from minigpt2.metrics import peak_flops, run_metadata, start_log
 from minigpt2.optimizer import step_if_finite
 from minigpt2.progress import progress_bar
 from model import GPT
@@ -63,12 +63,10 @@ class RunConfig:
 
 
 class Run:
-    """One run of a training script, from resume to the closing line (see the module's docstring).
-
-    Public state: `is_resumed`, `checkpoint` (the folder resumed from, or None), `step` (optimizer
-    steps taken so far), `dtype` (of autocast), `scaler` (gradient scaler, enabled in float16),
-    `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`.
-    """
+    """One run of a training script, from resume to the closing line. Public state: `is_resumed`,
+    `checkpoint` (the folder resumed from, or None), `step` (steps taken so far), `dtype` (of
+    autocast), `scaler` (gradient scaler, enabled in float16), `shard_optimizer`; after `prepare`
+    also `micro_batch_size` and `summary`."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
@@ -110,10 +108,9 @@ class Run:
 
         `micro_batch_sizes`: allowed sizes, largest first; `--micro-batch-size auto` picks the first
         that fits, otherwise the first is used. The weights are validated and saved after max_steps
-        and after each of the `milestones`. Returns the module to train with.
-        Raises UserError if the checkpoint is past max_steps (set by max_steps_flag) or belongs to
-        another model, or if no micro-batch fits.
-        """
+        and after each of the `milestones`. Returns the module to train with. Raises UserError if
+        the checkpoint is past max_steps (set by max_steps_flag) or belongs to another model, or if
+        no micro-batch fits."""
         config, launch = self.config, self.launch
         self.model, self.optimizer = model.train(), optimizer
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
@@ -215,13 +212,11 @@ class Run:
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     **figures) -> None:
-        """Clips the gradients, takes the optimizer step, and logs it.
-
-        loss_sum () is this rank's loss, scaled so that its mean over ranks is the loss of the
-        global batch; `tokens` are those of all ranks, in sequences of sequence_length (for MFU);
-        `figures` are logged as well. A non-finite loss or gradient norm skips the step on all
-        ranks; three in a row raise UserError.
-        """
+        """Clips the gradients, takes the optimizer step, and logs it. loss_sum () is this rank's
+        loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
+        of all ranks, in sequences of sequence_length (for MFU); `figures` are logged as well. A
+        non-finite loss or gradient norm skips the step on all ranks; three in a row raise
+        UserError."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                    self.config.grad_clip or math.inf)
@@ -230,7 +225,7 @@ class Run:
         self.scaler.update()
         # DDP's gradients are views of its buckets and must stay
         self.optimizer.zero_grad(set_to_none=self.train_model is self.model)
-        flops = tokens * flops_per_token(self.model, sequence_length)
+        flops = tokens * self.model.flops_per_token(sequence_length)
         self.unread.append((HostCopy(numbers), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1

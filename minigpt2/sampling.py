@@ -37,8 +37,7 @@ class SamplingParams:
     than the vocabulary, keeps all. top_p: keeps the smallest set of most likely tokens with total
     probability p (nucleus sampling, Holtzman et al. 2019). repetition_penalty: divides the positive
     and multiplies the negative logits of tokens already in the row (Keskar et al. 2019). Order, as
-    in Hugging Face: penalty, temperature, top_k, top_p. Ties are kept or dropped together.
-    """
+    in Hugging Face: penalty, temperature, top_k, top_p. Ties are kept or dropped together."""
 
     temperature: float
     top_k: int = 0
@@ -59,12 +58,9 @@ class SamplingParams:
 
 def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, counter: torch.Tensor,
            seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Samples one token per row: logits (B, V) -> (B,) int64.
-
-    keys (B,) int64 identify the rows' random streams; counter (B,) or () int64 is the position in
-    each stream. seen (B, V') bool marks the tokens to penalize. Ids beyond the tokenizer's (a
-    padded vocabulary) are never sampled.
-    """
+    """Samples one token per row: logits (B, V) -> (B,) int64. keys (B,) int64 identify the rows'
+    random streams; counter (B,) or () int64 is the position in each stream. seen (B, V') bool marks
+    the tokens to penalize. Ids beyond the tokenizer's (a padded vocabulary) are never sampled."""
     logits = logits[:, :N_VOCAB].float()  # (B, V')
     if seen is not None:
         penalized = torch.where(logits > 0, logits / params.repetition_penalty,

@@ -145,11 +145,10 @@ class Position(NamedTuple):
 
 class ShardWriter:
     """Cuts a token stream into shards of exactly `shard_tokens`; the last one may be shorter.
-
     `record` is the content of `progress.json`: settings, `tokens` and `documents` written,
     `position` of the next token, complete `shards`, and `open_start`, the position of the first
-    token of the incomplete shard. Tokens written after the last `commit` of a record are dropped.
-    """
+    token of the incomplete shard. Tokens written after the last `commit` of a record are
+    dropped."""
 
     def __init__(self, out_dir: Path, name: str, record: dict):
         self.out_dir, self.name, self.record = out_dir, name, record

@@ -126,11 +126,11 @@ def test_handlers_are_restored_and_a_second_ctrl_c_stops_at_once(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("minigpt2.faults.time.monotonic", lambda: now[0])
     with StopRequest() as stop:
-        assert not stop.requested() and stop.flag(torch.device("cpu")) == 0
+        assert not stop.requested()
         os.kill(os.getpid(), signal.SIGINT)
         now[0] += 1  # torchrun forwards what the terminal has already sent
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested() and stop.flag(torch.device("cpu")) == 1 and stop.name == "SIGINT"
+        assert stop.requested() and stop.name == "SIGINT"
         now[0] += 9
         os.kill(os.getpid(), signal.SIGTERM)  # may be repeated
         with pytest.raises(KeyboardInterrupt):

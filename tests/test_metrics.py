@@ -25,7 +25,7 @@ from bench.recipes import draw_recipes
 from image.plot_loss import main
 from minigpt2 import metrics
 from minigpt2.graphs import check_image, draw_runs
-from minigpt2.metrics import RunLog, flops_per_token, peak_flops, read_log, run_metadata, start_log
+from minigpt2.metrics import RunLog, peak_flops, read_log, run_metadata, start_log
 from model import GPT, GPTConfig
 
 # A run that starts at step sys.argv[2], in a process of its own.
@@ -84,7 +84,7 @@ def test_flops_per_token_of_gpt2():
     # embedding and head 50257 x 768, a block 12 x 768^2 + 13 x 768, a final LayerNorm 2 x 768
     multiplied = 50257 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     assert multiplied == 123_653_376
-    assert flops_per_token(model, 1024) == 6 * multiplied + 12 * 12 * 768 * 1024 == 855_166_464
+    assert model.flops_per_token(1024) == 6 * multiplied + 12 * 12 * 768 * 1024 == 855_166_464
 
 
 @pytest.mark.parametrize("name, peak", [

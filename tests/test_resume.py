@@ -26,7 +26,7 @@ from helpers.training import (
     trace,
 )
 
-from minigpt2 import resume
+from minigpt2 import checkpoint, resume
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
 from minigpt2.config import UserError
 from minigpt2.faults import StopRequest
@@ -254,7 +254,7 @@ def test_training_continues_while_a_checkpoint_is_written(corpus, tmp_path, fini
                                                           monkeypatch):
     """Checkpoint 5 is not written before checkpoint 10 waits for it, four steps later; each holds
     the state of its own step."""
-    real_save, real_wait = resume.save_checkpoint, resume.CheckpointWriter.wait
+    real_save, real_wait = checkpoint.save_checkpoint, resume.CheckpointWriter.wait
     waiting, last_steps = threading.Event(), []
 
     def slow_save(out_dir, step, model, **options):
@@ -268,7 +268,7 @@ def test_training_continues_while_a_checkpoint_is_written(corpus, tmp_path, fini
             waiting.set()
         real_wait(self)
 
-    monkeypatch.setattr(resume, "save_checkpoint", slow_save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow_save)
     monkeypatch.setattr(resume.CheckpointWriter, "wait", wait)
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
     assert last_steps == [9]
@@ -309,21 +309,21 @@ def test_large_tensors_are_staged_in_shared_blocks(tmp_path, monkeypatch):
 
 
 def test_a_failed_save_stops_the_run(corpus, tmp_path, monkeypatch):
-    real = resume.save_checkpoint
+    real = checkpoint.save_checkpoint
 
     def failing(out_dir, step, model, **options):
         if step == 5:
             raise UserError("cannot write step_000005: is the disk full?")
         return real(out_dir, step, model, **options)
 
-    monkeypatch.setattr(resume, "save_checkpoint", failing)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", failing)
     config = tiny(corpus, tmp_path / "out", max_steps=10_000, save_interval=5)
     assert "disk full" in user_error(train, config, CPU_LAUNCH)
     assert len(trace(tmp_path / "out", "loss")) < 1000
 
 
 def test_a_pending_checkpoint_is_written_although_the_run_fails(corpus, tmp_path, monkeypatch):
-    real, failing = resume.save_checkpoint, threading.Event()
+    real, failing = checkpoint.save_checkpoint, threading.Event()
 
     def slow(out_dir, step, model, **options):
         assert step == 1 or failing.wait(120)
@@ -334,7 +334,7 @@ def test_a_pending_checkpoint_is_written_although_the_run_fails(corpus, tmp_path
         return real_exit(self, *arguments)
 
     real_exit = resume.CheckpointWriter.__exit__
-    monkeypatch.setattr(resume, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     monkeypatch.setattr(resume.CheckpointWriter, "__exit__", exit_writer)
     monkeypatch.setattr("minigpt2.run.agree", lambda *arguments: torch.tensor(
         [float("nan"), 0.0, 1.0]))

@@ -27,7 +27,7 @@ import model
 import trainer
 from dataloader import TokenLoader
 from helpers import held_trainer, toy_script
-from minigpt2 import faults, run
+from minigpt2 import distributed, faults, run
 from minigpt2.config import run_main
 
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
@@ -165,7 +165,7 @@ def record_collectives(folder: Path) -> None:
     """Appends the reductions of this rank: every gradient bucket, with its bytes and the number of
     parameters whose gradients were ready by then, and the size of every other all-reduce."""
     path, ready = folder / f"collectives_{os.environ['RANK']}.jsonl", []
-    real_parallel, real_reduce = run.data_parallel, torch.distributed.all_reduce
+    real_parallel, real_reduce = distributed.data_parallel, torch.distributed.all_reduce
 
     def hook(group, bucket):
         append_json(path, {"bucket": bucket.index(), "bytes": bucket.buffer().nbytes,
@@ -187,7 +187,7 @@ def record_collectives(folder: Path) -> None:
         ready.clear()
         return real(x, weight, targets)
 
-    run.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
+    distributed.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
     model.linear_cross_entropy = loss_of_new_micro_step
 
 
@@ -195,7 +195,7 @@ def record_gradients(folder: Path) -> None:
     """Appends, after every micro-step, the storages of gradients and of reduced buckets with their
     bytes, by address."""
     path = folder / f"gradients_{os.environ['RANK']}.jsonl"
-    real_parallel, real_sync = run.data_parallel, run.Run.gradient_sync
+    real_parallel, real_sync = distributed.data_parallel, run.Run.gradient_sync
     seen: dict[str, dict[int, int]] = {"gradients": {}, "buckets": {}}
 
     def note(kind, tensor):
@@ -220,7 +220,7 @@ def record_gradients(folder: Path) -> None:
             note("gradients", parameter.grad)
         append_json(path, seen)
 
-    run.data_parallel, run.Run.gradient_sync = data_parallel, gradient_sync
+    distributed.data_parallel, run.Run.gradient_sync = data_parallel, gradient_sync
 
 
 def record_broadcasts(folder: Path) -> None:
