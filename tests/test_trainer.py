@@ -39,12 +39,11 @@ from torch.distributed import HashStore
 import finetune
 import trainer
 from bench.train import make_training
-from dataloader import TokenLoader
+from dataloader import TokenLoader, count_micro_steps
 from minigpt2 import resume, run
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, step_of
 from minigpt2.distributed import (
     Launch,
-    count_micro_steps,
     mean_loss,
     pick_device,
     pick_dtype,
