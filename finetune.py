@@ -39,8 +39,8 @@ ROLES = "user and assistant in turn, at most one system message before them"
 TextTurn = tuple[str, str, str]  # instruction, input, output
 Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
 Example = list[Turn]  # one turn, or those of a conversation
-# Micro-batches are padded to a multiple of this many tokens, so that few shapes occur: each new one
-# makes a GPU plan its kernels, and a CPU fragment the memory that it keeps
+# Micro-batches are padded to a multiple of this many tokens, so that few shapes occur: for each new
+# one, a GPU plans its kernels and a CPU keeps memory
 PAD_TO_CPU = 16
 PAD_TO_GPU = 64
 
