@@ -113,10 +113,10 @@ def message_turns(messages: object, place: str) -> list[TextTurn]:
     if not pairs or roles[start:] != ["user", "assistant"] * pairs:
         raise UserError(f"{place}: messages have the roles {roles!r:.80}, expected {ROLES}")
     texts = [check_text(message.get("content"), "content", place) for message in messages]
-    if start:
-        texts[1] = "\n\n".join(filter(None, texts[:2]))
     if not all(text.strip() for text in texts[start::2]):
         raise UserError(f"{place} has an empty user message")
+    if start:
+        texts[1] = "\n\n".join(filter(None, texts[:2]))
     return [(user, "", assistant)
             for user, assistant in zip(texts[start::2], texts[start + 1 :: 2], strict=True)]
 
