@@ -300,6 +300,7 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class SamplingConfig:
     """The options that inference.py and chat.py share."""
+
     checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
     raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
     temperature: float = flag(0.8, "sampling temperature; 0: greedy", minimum=0)
