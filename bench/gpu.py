@@ -1,5 +1,4 @@
-"""One GPU: throughput, MFU and peak memory by micro-batch, with tuned kernels, without cuDNN's
-attention; sampling.
+"""One GPU: throughput, MFU and peak memory by micro-batch and with other settings; sampling.
 
     python bench/gpu.py --log image/logs/bench_gpu.jsonl    # ten minutes (estimated)
     python bench/gpu.py --quick                             # also runs on a CPU
@@ -17,14 +16,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.decode import measure_decoding
 from bench.harness import BenchConfig, alternate, compare, record, run_bench
-from bench.train import SIZES, Shape, make_training, zipf_tokens
+from bench.train import SIZES, make_training, zipf_tokens
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import device_time, pick_dtype
 from minigpt2.metrics import flops_per_token, peak_flops
 from model import GPT
 
-WAYS = ("ours", "ours_tuned", "ours_without_cudnn", "textbook")
-STEPS, MICRO_STEPS = 6, 8  # the first step compiles; micro-steps per step
+WAYS = ("ours", "ours_bf16_residual", "ours_tuned", "ours_without_cudnn", "textbook")
 
 
 def device_seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -54,13 +52,13 @@ def measure_rates(config: BenchConfig, name: str, size: int, copied: int, dtype:
     return rates[0]
 
 
-def measure_micro_batch(config: BenchConfig, way: str, name: str, shape: Shape, dtype: torch.dtype,
-                        device: torch.device, matmul_flops: float) -> None:
-    """Whole compiled steps, with the optimizer."""
-    (B, T), tokens = shape, zipf_tokens(MICRO_STEPS * (shape[0] * shape[1] + 1))
-    timing = compare((way,), STEPS, make_training, SIZES[name], shape, dtype, tokens, 0,
-                     str(device), True, MICRO_STEPS)[way]
-    rate, peak = MICRO_STEPS * B * T / timing.seconds, peak_flops(device)
+def measure_micro_batch(config: BenchConfig, way: str, name: str, B: int, T: int,
+                        dtype: torch.dtype, device: torch.device, matmul_flops: float) -> None:
+    """Whole compiled steps, with the optimizer; the first step compiles."""
+    steps, micro_steps = (2, 2) if config.quick else (6, 8)
+    timing = compare((way,), steps, make_training, SIZES[name], (B, T), dtype,
+                     zipf_tokens(micro_steps * (B * T + 1)), 0, str(device), True, micro_steps)[way]
+    rate, peak = micro_steps * B * T / timing.seconds, peak_flops(device)
     flops = rate * flops_per_token(GPT(SIZES[name]), T)
     record(config, "gpu training", model=name, way=way, micro_batch_size=B, sequence_length=T,
            dtype=dtype, tokens_per_sec=rate, mfu=flops / peak if peak else None,
@@ -77,7 +75,7 @@ def bench_gpu(config: BenchConfig) -> None:
     dtype = torch.bfloat16 if device.type == "cpu" else pick_dtype("auto", device)
     matmul_flops = measure_rates(config, name, size, copied, dtype, device)
     torch.cuda.empty_cache()  # what follows runs in processes that need the whole memory
-    jobs = [(f"training, {way}, micro-batch {B}", measure_micro_batch, way, name, (B, T), dtype,
+    jobs = [(f"training, {way}, micro-batch {B}", measure_micro_batch, way, name, B, T, dtype,
              device, matmul_flops) for B in micro_batches
             for way in (WAYS if B == micro_batches[len(micro_batches) // 2] else WAYS[:1])]
     jobs += [(f"sampling, {B} x {T}", measure_decoding, name, zipf_tokens(B * T).view(B, T),

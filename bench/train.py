@@ -43,8 +43,8 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
                   tokens: torch.Tensor, seed: int = 0, device: str = "cpu",
                   compiled: bool = False, micro_steps: int = 1) -> Step:
     """A training step on the next of `tokens`, again and again; it returns the loss. "other_seed"
-    is the textbook with other initial weights; "ours_tuned" and "ours_without_cudnn" are ours with
-    tuned kernels, or without cuDNN's attention."""
+    is the textbook with other initial weights; other names that begin with "ours" change one
+    setting of ours."""
     ours = way.startswith("ours")
     if ours:  # the trainer's global settings
         start(device)
@@ -54,6 +54,7 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
         sizes = dataclasses.replace(sizes, vocab_size=50304)
     model = GPT(sizes)
     model = (as_hugging_face(model) if way == "hugging_face" else model).to(device)
+    model.bf16_residual = way == "ours_bf16_residual"
     optimizer = make_optimizer(model, **ADAMW)
     if not ours:  # the same parameter groups; on a CPU PyTorch's default kernels
         optimizer = torch.optim.AdamW([group | {"foreach": None, "fused": on_gpu or None}

@@ -75,6 +75,8 @@ class RunConfig:
     compile: bool | None = flag(None, "torch.compile the training step (default: on CUDA)")
     activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less "
                                                  "memory, a third more computation")
+    bf16_residual: bool = flag(False, "residual stream in bfloat16, if that is the autocast dtype: "
+                                      "less memory traffic on a GPU, coarser sums")
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
@@ -137,6 +139,9 @@ class Run:
         self.model, self.optimizer = model.train(), optimizer
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
         model.checkpoint_activations = config.activation_checkpointing
+        model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
+        if config.bf16_residual and not model.bf16_residual:
+            launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
         seed_rank(config.seed, 0, launch)
         if self.is_resumed:
             self.state = restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,

@@ -185,7 +185,7 @@ def test_gpu_benchmark_on_a_cpu(tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(bench_gpu, "measure_decoding", lambda *arguments: seen.append("decode"))
     bench_gpu.bench_gpu(quick)
     figures = records_of(tmp_path / "log.jsonl")
-    assert seen == ["ours", "ours_without_cudnn", "textbook", "decode"]
+    assert seen == ["ours", "ours_bf16_residual", "ours_without_cudnn", "textbook", "decode"]
     assert figures["gpu bandwidth"][0]["bound_tokens_per_sec"] > 0
     assert [one["k"] for one in figures["gpu matmul"]] == [256, 768, 3072]
     assert "training, ours_tuned, micro-batch 2: not measured: CUDA out of memory. Tried to " \

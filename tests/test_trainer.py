@@ -450,6 +450,15 @@ def test_bfloat16_on_a_cpu_learns(corpus, tmp_path, finished_run):
     assert losses(tmp_path / "out") == pytest.approx(losses(finished_run), abs=0.05)
 
 
+def test_a_bf16_residual_without_bfloat16_is_reported(corpus, tmp_path, finished_run, capsys):
+    train(tiny(corpus, tmp_path / "out", bf16_residual=True), CPU_LAUNCH)
+    assert "--bf16-residual: ignored" in capsys.readouterr().out
+    assert losses(tmp_path / "out") == losses(finished_run)
+    train(tiny(corpus, tmp_path / "coarse", bf16_residual=True, dtype="bfloat16"), CPU_LAUNCH)
+    assert "ignored" not in capsys.readouterr().out
+    assert losses(tmp_path / "coarse") == pytest.approx(losses(finished_run), abs=0.05)
+
+
 def test_a_missing_compiler_is_reported(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("minigpt2.distributed.shutil.which", lambda name: None)
     train(tiny(corpus, tmp_path / "out", compile=True, max_steps=1), CPU_LAUNCH)
