@@ -38,8 +38,8 @@ ROLES = "user and assistant in turn, at most one system message before them"
 TextTurn = tuple[str, str, str]  # instruction, input, output
 Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
 Example = list[Turn]  # one turn, or those of a conversation
-# Micro-batches are padded to a multiple of this many tokens, so that few shapes occur: each new one
-# makes a GPU plan its kernels, and a CPU fragment the memory that it keeps
+# Micro-batches are padded to a multiple of this many tokens, so that few shapes occur: for each new
+# one, a GPU plans its kernels and a CPU keeps memory
 PAD_TO_CPU = 16
 PAD_TO_GPU = 64
 
@@ -114,10 +114,10 @@ def message_turns(messages: object, place: str) -> list[TextTurn]:
     if not pairs or roles[start:] != ["user", "assistant"] * pairs:
         raise UserError(f"{place}: messages have the roles {roles!r:.80}, expected {ROLES}")
     texts = [require_text(message.get("content"), "content", place) for message in messages]
-    if start:
-        texts[1] = "\n\n".join(filter(None, texts[:2]))
     if not all(text.strip() for text in texts[start::2]):
         raise UserError(f"{place} has an empty user message")
+    if start:
+        texts[1] = "\n\n".join(filter(None, texts[:2]))
     return [(user, "", assistant)
             for user, assistant in zip(texts[start::2], texts[start + 1 :: 2], strict=True)]
 

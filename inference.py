@@ -340,10 +340,10 @@ class SamplingConfig:
 class InferenceConfig(SamplingConfig):
     prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
     prompts_file: str | None = flag(None, "text file with one prompt per line", is_path=True)
-    input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
-    unconditional: int = flag(0, "texts to sample from <|endoftext|>, without prompts", minimum=0)
     json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")
     batch_size: int = flag(8, "prompts per batch", minimum=1)
+    input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
+    unconditional: int = flag(0, "texts to sample from <|endoftext|>, without prompts", minimum=0)
 
 
 def read_prompts(config: InferenceConfig) -> list[str]:

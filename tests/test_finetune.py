@@ -456,6 +456,8 @@ def test_a_conversation_is_trained_on_as_chat_shows_it():
      ["row 1: content is None, expected text"]),
     ('[{"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}]}]',
      ["row 1 has an empty user message"]),
+    ('[{"messages": [{"role": "system", "content": "c"}, {"role": "user", "content": ""}, '
+     '{"role": "assistant", "content": "b"}]}]', ["row 1 has an empty user message"]),
     ("[]", ["0 of 0 rows", "at least 2"]),
     ('[{"instruction": "a", "output": ""}]', ["0 of 1 rows", "1 without an answer"]),
 ])
