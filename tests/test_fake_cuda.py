@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.common import CPU_LAUNCH, TINY
 from helpers.fake_cuda import backward, fake_cuda
 from helpers.generation import LONG, SAMPLING_OPTIONS
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import inference
 from finetune import collate
@@ -172,10 +172,11 @@ def test_a_tensor_left_on_the_cpu_is_found(device, monkeypatch):
     model, arange = new_model(device), torch.arange
     batch = decoding_batch(device, torch.float32, SAMPLING_OPTIONS[0], True)
     monkeypatch.setattr(torch, "arange", lambda *ends, device, **options: arange(*ends, **options))
-    for attempt in (lambda: model(idx), lambda: KVCache(TINY, 2, 32, device, torch.float32).locate(
-            idx[:, :1]), lambda: decoding_batch(device, torch.float32, SAMPLING_OPTIONS[1], True)):
-        with pytest.raises(FakeTensorDeviceMismatchError):
+    for attempt in (lambda: model(idx), lambda: idx[torch.tensor([0])],
+                    lambda: KVCache(TINY, 2, 32, device, torch.float32).locate(idx[:, :1]),
+                    lambda: decoding_batch(device, torch.float32, SAMPLING_OPTIONS[1], True)):
+        with pytest.raises(RuntimeError, match="device"):
             attempt()
     batch.cache.slots = batch.cache.slots.cpu()
-    with pytest.raises(FakeTensorDeviceMismatchError):
+    with pytest.raises(RuntimeError, match="device"):
         batch.decode_several()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
 CUDA, META = 1, 14  # indices of c10::DeviceType
@@ -25,8 +26,19 @@ def fake_cuda(monkeypatch) -> Iterator[torch.device]:
     if not torch.cuda.is_available():
         monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: True)
-    with no_op_guard(), FakeTensorMode():
+    with no_op_guard(), FakeTensorMode(), SameDeviceIndices():
         yield DEVICE
+
+
+class SameDeviceIndices(TorchDispatchMode):
+    """Raises where a CPU tensor indexes a CUDA tensor; PyTorch would copy it to the GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            for index in args[1]:
+                if index is not None and index.device != args[0].device:
+                    raise RuntimeError(f"an index is on the device {index.device}")
+        return func(*args, **(kwargs or {}))
 
 
 def convert_parameters(module: torch.nn.Module, convert) -> torch.nn.Module:
