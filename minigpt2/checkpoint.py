@@ -47,19 +47,19 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
     except multiples of `keep_every` and `best_step`. Raises UserError if writing fails, for example
     on a full disk; earlier checkpoints stay intact."""
     folder = step_folder(out_dir, step)
-    temporary = out_dir / f".{folder.name}.tmp"
+    temporary, replaced = (out_dir / f".{folder.name}.{suffix}" for suffix in ("tmp", "replaced"))
     tensors = to_gpt2_layout(model)
+    restore_replaced(out_dir)
     for leftover in out_dir.glob(".step_*.tmp"):  # of a run killed while it saved
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write_files(temporary, model.config, tensors, training_state, prompt_template)
-        delete_checkpoint(folder)  # a run resumed from an earlier step saves this step again
+        if folder.exists():  # a run resumed from an earlier step saves this step again
+            os.replace(folder, replaced)
         os.replace(temporary, folder)
-        for name, target in ((LATEST, step), (BEST, best_step)):
-            if target is not None:
-                with atomic_write(out_dir / name, text=True) as file:
-                    file.write(step_folder(out_dir, target).name + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_pointers(out_dir, step, best_step)
     except (SafetensorError, RuntimeError, OSError) as error:
         # safetensors and torch.save raise errors without errno for a failed write
         full = " Is the disk full?" if getattr(error, "errno", None) in {None, *NO_SPACE} else ""
@@ -115,6 +115,21 @@ def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
     if len(tensors) != 4 + 12 * model.config.n_layer:
         raise ValueError("cannot save a model after prepare_to_sample: it has no parameters left")
     return tensors
+
+
+def restore_replaced(out_dir: Path) -> None:
+    """Ends the replacement of a checkpoint that a kill interrupted: one of the two remains."""
+    for replaced in out_dir.glob(".step_*.replaced"):
+        folder = out_dir / replaced.stem[1:]
+        delete_checkpoint(replaced) if folder.exists() else os.replace(replaced, folder)
+
+
+def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
+    """Writes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best."""
+    for name, target in ((LATEST, step), (BEST, best_step)):
+        if target is not None and step_folder(out_dir, target).exists():
+            with atomic_write(out_dir / name, text=True) as file:
+                file.write(step_folder(out_dir, target).name + "\n")
 
 
 def delete_checkpoint(folder: Path) -> None:

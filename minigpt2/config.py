@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import functools
 import inspect
-import itertools
 import math
 import os
 import re
@@ -153,23 +152,12 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
                           "completed earlier are intact: free some space and run again"))
         if error.filename is None or error.strerror is None:
             raise
-        sys.exit(fail(f"{flag_of(error.filename)}{error.filename}: {error.strerror}"))
+        sys.exit(fail(f"{error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
-
-
-def flag_of(path: str | bytes) -> str:
-    """The flag with this path, or with one above or below it, and a space; "" if there is none."""
-    words, failed = [part for word in sys.argv for part in word.split("=", 1)], Path(str(path))
-    for name, value in itertools.pairwise(words):
-        given = Path(os.path.expanduser(value))
-        if name.startswith("--") and value and (
-                given in (failed, *failed.parents) or failed in given.parents):
-            return f"{name} "
-    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -25,11 +25,8 @@ from minigpt2.loss import IGNORE_INDEX
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Timeout of collectives: rank 0 may read a checkpoint of 19 GB from a slow disk while others wait.
-# Lost ranks are noticed sooner (faults.py).
-TIMEOUT_MINUTES = 30
-# Parameters of glibc's mallopt (malloc.h)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+TIMEOUT_MINUTES = 30  # of collectives: others wait while rank 0 reads a checkpoint from a slow disk
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt (malloc.h)
 MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
@@ -180,18 +177,25 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     torchrun's store outlives its ranks: without a prefix, a restarted gloo group reads addresses of
     dead processes (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own,
     with the numbers it has seen, until every other rank has found its number in the offer."""
+    def read(key: str) -> str:
+        """store.get, which would keep signal handlers from running while it waits."""
+        end = time.monotonic() + 60 * TIMEOUT_MINUTES
+        while not store.check([key]) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return store.get(key).decode()
+
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
-        while (offer := json.loads(store.get("offer")))["hellos"].get(str(rank)) != mine:
+        while (offer := json.loads(read("offer")))["hellos"].get(str(rank)) != mine:
             time.sleep(POLL_SECONDS)
         store.set(f"seen/{rank}", offer["attempt"])
         return offer["attempt"]
     others = range(1, world_size)
     for other in others:  # clear replies of an earlier attempt
         store.set(f"seen/{other}", "")
-    while not all(store.get(f"seen/{other}").decode() == mine for other in others):
-        hellos = {other: store.get(f"hello/{other}").decode() for other in others}
+    while not all(read(f"seen/{other}") == mine for other in others):
+        hellos = {other: read(f"hello/{other}") for other in others}
         store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
         time.sleep(POLL_SECONDS)
     return mine

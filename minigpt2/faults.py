@@ -50,8 +50,8 @@ class IgnoreBrokenPipe:
 
 
 class StopRequest:
-    """While entered, a stop signal is recorded instead of killing this process.
-    The training loop checks `requested()` once a step; a second Ctrl-C ends the process at once."""
+    """While entered, a stop signal is recorded instead of killing this process, for the training
+    loop to check once a step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         self.name: str | None = None  # of the signal

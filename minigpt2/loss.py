@@ -75,8 +75,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     gradient of a softmax cross-entropy depends on the logits alone. Each block's share of both
     gradients is therefore computed in the forward pass, and `backward` only scales it by the
     incoming scalar. Memory is O(block x V) instead of O(N x V); the result equals
-    `F.cross_entropy(..., reduction="sum")`.
-    """
+    `F.cross_entropy(..., reduction="sum")`."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):

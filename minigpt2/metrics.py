@@ -48,8 +48,6 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
                    "code_sha256": hashlib.sha256(code).hexdigest(),
                    "data_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
                    "world_size": world_size, "device_name": name}
-    clash = vars(config).keys() & {*environment, "step", "kind", "time"}
-    assert not clash, f"settings and other metadata share the names {clash}"
     return vars(config) | environment
 
 
@@ -119,9 +117,9 @@ class RunLog:
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
-    """Returns the records of a run log as {kind: {step: record}}. The last record of a step wins. A
-    "run" record marks a start from its step S: it discards the train records from S on and the val
-    records after S. An incomplete last line is ignored. Raises UserError for a damaged line."""
+    """The records of a run log as {kind: {step: record}}; the last of a step wins. A "run" record
+    of step S discards the train records from S on and the val records after S. An incomplete last
+    line is ignored. Raises UserError for a damaged line."""
     records: dict[str, dict[int, dict]] = {}
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete

@@ -47,9 +47,8 @@ class TrainState:
 def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
                    scaler: torch.amp.GradScaler, launch: Launch,
                    copy: Callable[[object, str], object]) -> dict:
-    """A copy of what a checkpoint holds besides the model; complete on rank 0. A collective: rank 0
-    gathers every rank's generators and its part of a sharded optimizer. For `copy` see
-    `optimizer_state`."""
+    """A copy of what a checkpoint holds besides the model, gathered on rank 0. A collective. For
+    `copy` see `optimizer_state`."""
     rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict(),
             "rng": launch.gather(rng_state(launch.device))}
     return {"optimizer": optimizer_state(optimizer, launch, copy), **copy(rest, "state")}
@@ -176,6 +175,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
     it is damaged, or if a rank does not see the folder."""
     folder = saved = None
     if launch.is_master:
+        checkpoint.restore_replaced(out_dir)
         holds_run = checkpoint.list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "

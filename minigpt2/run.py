@@ -17,6 +17,7 @@ from time import perf_counter
 import torch
 
 from minigpt2 import distributed, resume
+from minigpt2.checkpoint import write_pointers
 from minigpt2.config import flag
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import StopRequest, agree, count_skipped
@@ -148,6 +149,8 @@ class Run:
                 keep_every=config.keep_every, prompt_template=self.prompt_template,
                 saved_step=self.step if self.is_resumed else None))
             if is_master:
+                if self.is_resumed:  # a kill may have come before they were written
+                    write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(start_log(
                     self.out_dir, fresh=not self.is_resumed, start_step=self.step,
                     metadata=self.metadata, tensorboard=config.tensorboard, wandb=config.wandb)))
@@ -178,8 +181,8 @@ class Run:
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """Records the validation loss of the current weights. None, the result of a validation
-        that a signal interrupted, stops the run; returns whether there is a loss."""
+        """Records the validation loss of the current weights; None, after a signal, stops the run.
+        Returns whether there is a loss."""
         self.state.val_loss, self.stopping = loss, loss is None
         if self.launch.is_master and loss is not None:
             self.log.write(self.step, "val", loss=loss, **figures)

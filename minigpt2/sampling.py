@@ -99,19 +99,14 @@ def unnormalized_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor
 def keep_top_p(weights: torch.Tensor, top_p: float) -> torch.Tensor:
     """Sets the smallest weights (B, V) of each row to 0, up to a fraction 1 - p of their sum."""
     if top_p < 1:
-        ascending = sort_rows(weights)  # (B, V)
+        # On a CPU, NumPy sorts 15 times as fast as PyTorch
+        ascending = (torch.from_numpy(np.sort(weights.numpy(), axis=-1))  # (B, V)
+                     if weights.device.type == "cpu" else weights.sort(-1).values)
         cumulative = ascending.cumsum(-1)
         dropped = (cumulative <= (1 - top_p) * cumulative[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
         dropped = dropped.clamp(max=weights.size(-1) - 1)  # keep at least one token
         weights = weights * (weights >= ascending.gather(-1, dropped))
     return weights
-
-
-def sort_rows(x: torch.Tensor) -> torch.Tensor:
-    """Sorts each row of x (B, V), ascending. On a CPU, NumPy is 15 times as fast as PyTorch."""
-    if x.device.type == "cpu":
-        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
-    return x.sort(-1).values
 
 
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:

@@ -103,9 +103,8 @@ def read_record(path: Path) -> dict:
 
 def read_manifest(data_dir: Path) -> dict:
     """The manifest of a corpus: `source`, `tokenizer`, `tokens` and `shards`, a list of dicts with
-    `file`, `split`, `tokens` and `sha256`. For a folder that holds only shards of nanoGPT,
-    build-nanogpt or llm.c, `tokens` and `shards` (without `sha256`) come from the files. Raises
-    UserError."""
+    `file`, `split`, `tokens` and `sha256`. For a folder of only foreign shards, `tokens` and
+    `shards` (without `sha256`) come from the files. Raises UserError."""
     build = "build one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
     if not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist: {build}")
@@ -129,8 +128,7 @@ def read_manifest(data_dir: Path) -> dict:
 
 
 def good_size(tokens: int) -> int:
-    """A shard size for a corpus of so many tokens: about a tenth of them. If there are enough, it
-    is a number of windows of 1,024 inputs, and the target of the last input."""
+    """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
     windows = max(1, tokens // 10 // 1024)
     return windows * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)
 

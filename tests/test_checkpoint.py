@@ -21,6 +21,7 @@ from minigpt2.checkpoint import (
     load_model,
     load_training_state,
     read_prompt_template,
+    restore_replaced,
     save_checkpoint,
     to_gpt2_layout,
 )
@@ -230,16 +231,42 @@ def test_kill_during_deletion_leaves_no_partial_checkpoint(tmp_path, monkeypatch
 
     for step in (1, 2):
         save_checkpoint(tmp_path, step, random_model(seed=step))
-    for step, keep_last in ((3, 1), (3, 0)):  # deletes an old one; replaces step 3
-        with monkeypatch.context() as patch:
-            patch.setattr("minigpt2.checkpoint.shutil.rmtree", killed)
-            with pytest.raises(Killed):
-                save_checkpoint(tmp_path, step, random_model(seed=step), keep_last=keep_last)
-        assert list_checkpoints(tmp_path)
-        for path in list_checkpoints(tmp_path):
-            load_model(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt2.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, 3, random_model(seed=3), keep_last=1)
+    assert list_checkpoints(tmp_path)
+    for path in list_checkpoints(tmp_path):
+        load_model(path)
     save_checkpoint(tmp_path, 4, random_model(), keep_last=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000004"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_kill_while_a_step_is_saved_again_leaves_it_intact(tmp_path, monkeypatch, number):
+    """Before the old one is renamed, before the new one is, and before `latest` is written."""
+    class Killed(BaseException):
+        pass
+
+    calls, real = [], os.replace
+
+    def killed(source, target):
+        calls.append(source)
+        if len(calls) == number:
+            raise Killed
+        real(source, target)
+
+    save_checkpoint(tmp_path, 7, random_model(seed=0))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt2.checkpoint.os.replace", killed)
+        patch.setattr("minigpt2.checkpoint.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, 7, random_model(seed=1))
+    restore_replaced(tmp_path)
+    expected = random_model(seed=int(number == 3)).lm_head.weight
+    assert torch.equal(load_model(tmp_path / "step_000007").lm_head.weight, expected)
+    save_checkpoint(tmp_path, 8, random_model(), keep_last=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000008"]
 
 
 def test_files_are_flushed_before_the_rename(tmp_path, monkeypatch):

@@ -152,9 +152,6 @@ def test_run_main_reports_an_error_in_one_line(capsys, monkeypatch):
 
         error = f"trainer.py: error: out/log: {os.strerror(number)}\n"
         assert exit_of(refused, capsys) == (2, error)
-    for argv in (["--out", "out"], ["--out=out"], ["--out", "out/log"], ["--out", "out/log/x"]):
-        monkeypatch.setattr(sys, "argv", ["trainer.py", "--log", "output", *argv])
-        assert exit_of(refused, capsys)[1].startswith("trainer.py: error: --out out/log: ")
     code, error = exit_of(full_disk, capsys)
     assert code == 2 and "out/log" in error and error.count("\n") == 1
     assert exit_of(lambda: None, capsys) == (0, "")

@@ -308,6 +308,17 @@ def test_large_tensors_are_staged_in_shared_blocks(tmp_path, monkeypatch):
     assert (tmp_path / "state.pt").stat().st_size < 1.2 * needed
 
 
+def test_resume_repairs_latest_and_best(corpus, tmp_path, finished_run):
+    """As a kill between the rename of a checkpoint and the writing of these files leaves them."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    expected = {name: (out / name).read_text() for name in ("latest", "best")}
+    (out / "latest").write_text("step_000001\n")
+    (out / "best").unlink()
+    train(tiny(corpus, out, resume=True), CPU_LAUNCH)
+    assert {name: (out / name).read_text() for name in expected} == expected
+
+
 def test_a_failed_save_stops_the_run(corpus, tmp_path, monkeypatch):
     real = checkpoint.save_checkpoint
 
