@@ -23,7 +23,7 @@ from minigpt2.sampling import SamplingParams
 from model import GPT, GPTConfig, KVCache
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = [([1, 2, 3], [4, 5, 50256]), ([6], [50256])]  # of fine-tuning
+ROWS = [[([1, 2, 3], [4, 5, 50256])], [([6], [50256])]]  # of fine-tuning
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_training_step_stays_on_the_gpu(device, dtype, recompute, muon):
 def test_the_loss_of_fine_tuning_does_not_wait_for_the_gpu(device, dtype):
     """Selecting the rows with a target would: the host has to know how many there are."""
     model = new_model(device)
-    inputs, targets = (tensor.to(device) for tensor in collate(ROWS))
+    inputs, targets = (tensor.to(device) for tensor in collate(ROWS, 3, 16))
     loss, _ = train_step(model, new_optimizer(model, False), dtype, inputs, targets)
     assert loss.device == device
     with pytest.raises(DynamicOutputShapeException):  # this is how such a place fails
