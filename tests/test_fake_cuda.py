@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.common import CPU_LAUNCH, TINY
 from helpers.fake_cuda import backward, fake_cuda
 from helpers.generation import LONG, SAMPLING_OPTIONS
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
 
 import inference
 from finetune import collate
@@ -77,7 +77,7 @@ def test_a_training_step_stays_on_the_gpu(device, dtype, recompute, muon):
 def test_the_loss_of_fine_tuning_does_not_wait_for_the_gpu(device, dtype):
     """Selecting the rows with a target would: the host has to know how many there are."""
     model = new_model(device)
-    inputs, targets = (tensor.to(device) for tensor in collate(ROWS, len(ROWS), 16))
+    inputs, targets = (tensor.to(device) for tensor in collate(ROWS, 3, 16))
     loss, _ = train_step(model, new_optimizer(model, False), dtype, inputs, targets)
     assert loss.device == device
     with pytest.raises(DynamicOutputShapeException):  # this is how such a place fails
@@ -172,11 +172,10 @@ def test_a_tensor_left_on_the_cpu_is_found(device, monkeypatch):
     model, arange = new_model(device), torch.arange
     batch = decoding_batch(device, torch.float32, SAMPLING_OPTIONS[0], True)
     monkeypatch.setattr(torch, "arange", lambda *ends, device, **options: arange(*ends, **options))
-    for attempt in (lambda: model(idx), lambda: idx[torch.tensor([0])],
-                    lambda: KVCache(TINY, 2, 32, device, torch.float32).locate(idx[:, :1]),
-                    lambda: decoding_batch(device, torch.float32, SAMPLING_OPTIONS[1], True)):
-        with pytest.raises(RuntimeError, match="device"):
+    for attempt in (lambda: model(idx), lambda: KVCache(TINY, 2, 32, device, torch.float32).locate(
+            idx[:, :1]), lambda: decoding_batch(device, torch.float32, SAMPLING_OPTIONS[1], True)):
+        with pytest.raises(FakeTensorDeviceMismatchError):
             attempt()
     batch.cache.slots = batch.cache.slots.cpu()
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(FakeTensorDeviceMismatchError):
         batch.decode_several()
