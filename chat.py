@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from inference import SamplingConfig, finish_reasons, generate, pad_rows
+from dataloader import pad_rows
+from inference import SamplingConfig, finish_reasons, generate
 from minigpt2.config import UserError, parse_config, run_main
 from minigpt2.sampling import SamplingParams
 from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer

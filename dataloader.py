@@ -4,21 +4,32 @@
 targets) that overlap by one token. An epoch visits every window once, the shards in a seeded order
 and the windows of each shard in a seeded order. Window k of the run belongs to step k // G, where G
 is the number of windows in a global batch: the same for every world size and micro-batch.
+
+At the end of the file: rows of instruction files, and their split into training and held-out rows.
 """
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from minigpt2.config import UserError
+from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.shards import open_shard, read_manifest
+from minigpt2.tokenizer import N_VOCAB
+from model import GPT
+
+PAD_TOKEN = 0  # any id would do: only the mask marks padding
 
 
 @lru_cache(maxsize=4)
@@ -39,7 +50,7 @@ class TokenLoader:
     holds ids beyond vocab_size, or if no shard has enough tokens for one window.
 
     `total_batch_size` is a multiple of micro_batch_size * sequence_length * world_size (checked by
-    `distributed.count_micro_steps`).
+    `count_micro_steps`).
     """
 
     data_dir: Path
@@ -69,6 +80,12 @@ class TokenLoader:
     @property
     def windows_per_epoch(self) -> int:
         return int(self.window_counts.sum())
+
+    @property
+    def unused_tokens(self) -> int:
+        """The targets of an epoch that no window has: windows end where their shard ends."""
+        targets = sum(len(tokens) - 1 for tokens in self.shards)
+        return targets - self.windows_per_epoch * self.sequence_length
 
     @property
     def windows_per_step(self) -> int:
@@ -145,3 +162,115 @@ def split_targets(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T + 1) ids, IGNORE_INDEX as padding -> inputs and targets (B, T) int64."""
     tokens = torch.from_numpy(tokens)
     return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
+
+
+def count_micro_steps(total: int, *, micro_batch_size: int, sequence_length: int, world_size: int,
+                      flag: str) -> int:
+    """The micro-steps of one step: total / (micro_batch_size * sequence_length * world_size).
+
+    `total` is the global batch in tokens, set by `flag`. Raises UserError naming the nearest values
+    that divide evenly.
+    """
+    T = sequence_length
+    per_micro_step = micro_batch_size * T * world_size
+    if total % per_micro_step == 0 and total > 0:
+        return total // per_micro_step
+    below = total // per_micro_step * per_micro_step
+    totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
+    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {T} x "
+               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
+               + " or ".join(totals))
+    if total % (T * world_size) == 0 and total > 0:
+        rows = total // (T * world_size)  # every divisor of this is a valid micro-batch
+        nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
+                      key=lambda d: abs(d - micro_batch_size))
+        message += f", or --micro-batch-size {nearest}"
+    raise UserError(message)
+
+
+# -------------------------------------------------------------------------- padded batches
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pads token ids into input_ids and attention_masks, both (B, T) int64."""
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    masks = pad_sequence(list(map(torch.ones_like, ids)), batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN), masks
+
+
+def checked_batch(model: GPT, ids: torch.Tensor,
+                  masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch (B, T) as int64 on the model's device, without columns of only padding. Raises
+    UserError for other shapes or dtypes, padding before a token, and ids outside the vocabulary."""
+    if (ids.dim() != 2 or ids.shape != masks.shape or not len(ids) or ids.dtype == torch.bool
+            or ids.is_floating_point() or masks.is_floating_point()):
+        raise UserError(f"input_ids are {ids.dtype} {tuple(ids.shape)} and attention_masks "
+                        f"{masks.dtype} {tuple(masks.shape)}, expected integers (B, T), B >= 1")
+    ids, masks = (x.to(model.transformer.wte.weight.device, torch.int64) for x in (ids, masks))
+    lengths = masks.sum(1)  # (B,)
+    is_token = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # (B, T)
+    if not torch.equal(masks, is_token.long()) or lengths.min() < 1:
+        raise UserError("each row of attention_masks must be ones (at least one), then zeros")
+    T, vocab_size = int(lengths.max()), min(model.config.vocab_size, N_VOCAB)
+    ids = ids.where(is_token, PAD_TOKEN)[:, :T]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(f"input_ids range from {low} to {high}, expected 0 to {vocab_size - 1}")
+    return ids, masks[:, :T]
+
+
+# ------------------------------------------------------------------------ instruction rows
+
+
+def read_rows(path: Path) -> list[tuple[str, object]]:
+    """The rows of a JSON list, a JSON Lines file or a parquet file, each with its place ("x.jsonl
+    line 3") for error messages. Raises UserError naming what cannot be parsed, OSError."""
+    content = path.read_bytes()
+    if content.startswith(b"PAR1"):
+        try:
+            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        except (ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path} is not a whole parquet file: {first_line(error)}") from None
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}") from None
+        if not text.lstrip().startswith("["):
+            return [(f"{path} line {number}", parse_json(path, line, number))
+                    for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = parse_json(path, text, 1)
+    return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def parse_json(path: Path, text: str, line: int):
+    """The value of JSON text that begins in the given line of a file. Raises UserError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place, problem = f"line {line + error.lineno - 1} column {error.colno}", error.msg
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deep
+        place, problem = f"line {line}", first_line(error)
+    raise UserError(f"{path} {place} is not JSON ({problem}); expected a JSON list, or JSON Lines "
+                    "with one object per line, or parquet")
+
+
+def normalize(text: str) -> str:
+    """The text without differences in case and whitespace."""
+    return " ".join(text.casefold().split())
+
+
+def split_by_content(contents: Sequence[str], num_held_out: int, seed: int,
+                     ) -> tuple[list[int], list[int]]:
+    """(training rows, held-out rows) as indices, at most num_held_out of the latter. Rows of equal
+    content are on the same side: rows are held out in the order of a hash of the seed and their
+    content. Content with more than num_held_out rows is for training only."""
+    groups: dict[bytes, list[int]] = {}
+    for i, content in enumerate(contents):
+        text = json.dumps([seed, content])  # ASCII
+        groups.setdefault(hashlib.sha256(text.encode()).digest(), []).append(i)
+    held_out: set[int] = set()
+    for digest in sorted(groups):
+        if len(held_out) + len(groups[digest]) <= num_held_out:
+            held_out.update(groups[digest])
+    return [i for i in range(len(contents)) if i not in held_out], sorted(held_out)

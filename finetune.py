@@ -1,4 +1,5 @@
-"""Instruction tuning of a checkpoint on rows of instruction, input and output (Alpaca's format).
+"""Instruction tuning of a checkpoint on rows of instruction, input and output (Alpaca's format), of
+prompt and completion, or of chat messages.
 
     python finetune.py --checkpoint out/pretrain --data finetune_data/alpaca.json
     python finetune.py --checkpoint gpt2                       # OpenAI's weights, from the hub
@@ -10,41 +11,47 @@ template) after every epoch and every --save-interval steps, OUT_DIR/metrics.jso
 the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --resume continues it.
 """
 
-import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow
-import pyarrow.parquet
 import torch
 
-from dataloader import permutation
-from inference import PAD_TOKEN, check_vocabulary
+from dataloader import PAD_TOKEN, normalize, permutation, read_rows, split_by_content
+from inference import check_vocabulary
 from minigpt2.checkpoint import CONFIG_FILE, load_model
-from minigpt2.config import UserError, first_line, flag, parse_config, run_main
+from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.files import sha256_of
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig
-from minigpt2.tokenizer import PROMPT_TEMPLATE, encode_example
+from minigpt2.tokenizer import PROMPT_TEMPLATE, decode, encode_example
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ("instruction", "input", "output")
-Example = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
-FILLER: Example = ([PAD_TOKEN, PAD_TOKEN], [])  # for a rank that has no row left: no targets
+SCHEMAS = "instruction, output and optionally input; prompt and completion; or messages"
+ROLES = "user and assistant in turn, at most one system message before them"
+TextTurn = tuple[str, str, str]  # instruction, input, output
+Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
+Example = list[Turn]  # one turn, or those of a conversation
+# Micro-batches are padded to a multiple of this many tokens, so that few shapes occur: for each new
+# one, a GPU plans its kernels and a CPU keeps memory
+PAD_TO_CPU = 16
+PAD_TO_GPU = 64
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from")
+    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from",
+                           is_path=True)
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"),
-                     "rows as JSON, JSON Lines or parquet")
-    out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs")
+                     "rows as JSON, JSON Lines or parquet", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs",
+                        is_path=True)
     epochs: int = flag(2, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
@@ -61,115 +68,161 @@ class FinetuneConfig(RunConfig):
                               minimum=1)
     keep_last: int = flag(3, "newest checkpoints to keep, plus the one with the lowest "
                              "validation loss; 0: all", minimum=0)
-    compile: bool | None = flag(False, "torch.compile the training step (off by default: rows "
-                                       "differ in length, and new shapes recompile)")
+    compile: bool | None = flag(False, "torch.compile the training step (off by default: it takes "
+                                       "minutes, and rows differ in length)")
 
 
 # A resumed run may not change which rows a step sees
 FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "seed", "data_sha256")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON list, a JSON Lines file or a parquet file: dicts with text under
-    instruction, input ("" if absent) and output. Raises UserError naming the first bad row."""
+def read_turns(path: Path) -> list[list[TextTurn]]:
+    """The turns of every row of a file. Raises UserError naming the first bad row."""
     try:
-        content = path.read_bytes()
-        if content.startswith(b"PAR1"):
-            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-        else:
-            text = content.decode("utf-8-sig")
-            rows = (json.loads(text) if text.lstrip().startswith("[")
-                    else [json.loads(line) for line in text.split("\n") if line.strip()])
+        return [text_turns(row, place) for place, row in read_rows(path)]
     except OSError as error:
         raise UserError(f"cannot read --data {path} ({error}): make it with "
                         "finetune_data/alpaca_downloader.py or pydocs_questions.py") from None
-    except (ValueError, RecursionError, pyarrow.ArrowException) as error:
-        raise UserError(f"--data {path} is not a JSON list, JSON Lines or parquet file: "
-                        f"{first_line(error)}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number} is {row!r:.60}, expected an object with the keys "
-                            + ", ".join(COLUMNS))
-        for column in COLUMNS:
-            value = row.get(column)
-            if column == "input" and value is None:
-                row[column] = value = ""
-            if not isinstance(value, str):
-                raise UserError(f"{path} row {number}: {column} is {value!r:.60}, expected text")
-        if not row["instruction"].strip():
-            raise UserError(f"{path} row {number} has an empty instruction")
-    return rows
 
 
-def make_examples(rows: list[dict], block_size: int) -> tuple[list[Example], str]:
+def text_turns(row: object, place: str) -> list[TextTurn]:
+    """The turns of a row, in one of the three schemas. Raises UserError."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is {row!r:.60}, expected an object with {SCHEMAS}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if {"instruction", "output"} <= row.keys():
+        names = ("instruction", "input", "output")
+    elif "messages" in row:
+        return message_turns(row["messages"], place)
+    elif {"prompt", "completion"} <= row.keys():
+        names = ("prompt", "", "completion")
+    else:
+        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {SCHEMAS}")
+    turn = tuple(require_text(row.get(name, ""), name, place) for name in names)
+    if not turn[0].strip():
+        raise UserError(f"{place} has an empty {names[0]}")
+    return [turn]
+
+
+def message_turns(messages: object, place: str) -> list[TextTurn]:
+    """The turns of a list of {role, content}. A system message becomes the beginning of the first
+    user message. Raises UserError."""
+    roles = [message.get("role") if isinstance(message, dict) else None
+             for message in messages] if isinstance(messages, list) else []
+    start = int(roles[:1] == ["system"])
+    pairs = (len(roles) - start) // 2
+    if not pairs or roles[start:] != ["user", "assistant"] * pairs:
+        raise UserError(f"{place}: messages have the roles {roles!r:.80}, expected {ROLES}")
+    texts = [require_text(message.get("content"), "content", place) for message in messages]
+    if not all(text.strip() for text in texts[start::2]):
+        raise UserError(f"{place} has an empty user message")
+    if start:
+        texts[1] = "\n\n".join(filter(None, texts[:2]))
+    return [(user, "", assistant)
+            for user, assistant in zip(texts[start::2], texts[start + 1 :: 2], strict=True)]
+
+
+def require_text(value: object, name: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {name} is {value!r:.60}, expected text")
+    return value
+
+
+def num_tokens(example: Example) -> int:
+    return sum(len(prompt) + len(response) for prompt, response in example)
+
+
+def token_ids(example: Example) -> list[int]:
+    return [token for prompt, response in example for token in prompt + response]
+
+
+def make_examples(rows: list[list[TextTurn]], block_size: int) -> tuple[list[Example], str]:
     """Rows as token ids, and a summary that counts what was left out: rows without an answer
     (Alpaca has some), and rows longer than the context, whose <|endoftext|> would be cut off."""
     examples, empty, long = [], 0, 0
-    for row in rows:
-        prompt, response = encode_example(row["instruction"], row["input"], row["output"])
-        if not row["output"].strip():
+    for turns in rows:
+        example = [encode_example(*turn) for turn in turns]
+        if not all(output.strip() for _, _, output in turns):
             empty += 1
-        elif len(prompt) + len(response) > block_size + 1:  # the last token is only a target
+        elif num_tokens(example) > block_size + 1:  # the last token is only a target
             long += 1
         else:
-            examples.append((prompt, response))
+            examples.append(example)
     return examples, (f"{len(examples):,} of {len(rows):,} rows (left out: {empty:,} without an "
                       f"answer and {long:,} over {block_size} tokens)")
 
 
 def split_rows(examples: list[Example], val_fraction: float,
-               seed: int) -> tuple[list[Example], list[Example]]:
-    """(training rows, held-out rows), split at random; the seed decides the split."""
+               seed: int) -> tuple[list[Example], list[Example], str]:
+    """(training rows, held-out rows by length, summary). Rows with equal first prompts are on the
+    same side: no row is validated on a prompt that was trained on. Raises UserError."""
     num_val = max(1, round(len(examples) * val_fraction))
-    if len(examples) - num_val < 1:
+    if num_val >= len(examples):
         raise UserError(f"{len(examples)} usable rows cannot be split into training and validation "
                         f"rows at --val-fraction {val_fraction}: give more rows or lower it")
-    order = permutation(len(examples), seed)
-    return [examples[i] for i in order[num_val:]], [examples[i] for i in order[:num_val]]
+    contents = [normalize(decode(example[0][0])) for example in examples]
+    summary = f"{len(contents) - len(set(contents)):,} repeat another's prompt"
+    rarest = min(Counter(contents).values())
+    if rarest > max(num_val, len(examples) // 5):  # so many rows cannot be spared
+        summary += ", too many to split by prompt: split by prompt and response"
+        contents = [normalize(decode(token_ids(example))) for example in examples]
+        rarest = min(Counter(contents).values())
+    trained, held_out = split_by_content(contents, max(num_val, rarest), seed)
+    if not trained:
+        raise UserError(f"all {len(examples)} usable rows are equal: give other rows")
+    return ([examples[i] for i in trained],
+            sorted((examples[i] for i in held_out), key=num_tokens),
+            f"{len(trained):,} to train on, {len(held_out):,} held out; {summary}")
 
 
-def global_batch(examples: list[Example], step: int, batch_size: int, epochs: int,
-                 seed: int) -> list[Example]:
+def global_batch(examples: list[Example], step: int, batch_size: int, seed: int) -> list[Example]:
     """The rows of one step, sorted by length so that micro-batches need little padding. Every epoch
-    visits each row once, in a new order; the last batch may be shorter."""
-    rows = []
-    for position in range(step * batch_size, min((step + 1) * batch_size, epochs * len(examples))):
-        epoch, place = divmod(position, len(examples))
-        rows.append(examples[permutation(len(examples), seed, epoch)[place]])
-    return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    visits each row once, in a new order; its last step may have fewer rows."""
+    epoch, step_of_epoch = divmod(step, -(-len(examples) // batch_size))  # ceiling division
+    first = step_of_epoch * batch_size
+    order = permutation(len(examples), seed, epoch)[first : first + batch_size]
+    return sorted((examples[i] for i in order), key=num_tokens)
 
 
-def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> inputs, right-padded with PAD_TOKEN, and targets, each (B, T) int64. Only response
-    tokens are targets, found by length because PAD_TOKEN is also a real id."""
-    T = max(len(prompt) + len(response) for prompt, response in rows) - 1
-    inputs = torch.full((len(rows), T), PAD_TOKEN)  # (B, T)
-    targets = torch.full((len(rows), T), IGNORE_INDEX)  # (B, T)
-    for i, (prompt, response) in enumerate(rows):
-        ids = torch.tensor(prompt + response)
+def padded_length(rows: list[Example], block_size: int, launch: Launch) -> int:
+    """The T of a micro-batch: the longest row, rounded up to few different values."""
+    T = max(map(num_tokens, rows), default=2) - 1  # the last token is only a target
+    return min(T + -T % (PAD_TO_CPU if launch.device_type == "cpu" else PAD_TO_GPU), block_size)
+
+
+def collate(rows: list[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows -> inputs, right-padded with PAD_TOKEN, and targets, both (B, T) int64. Fewer than B
+    rows are completed with rows of padding. Only response tokens are targets, found by length
+    because PAD_TOKEN is also a real id."""
+    inputs, targets = torch.full((B, T), PAD_TOKEN), torch.full((B, T), IGNORE_INDEX)  # (B, T)
+    for i, example in enumerate(rows):
+        ids = torch.tensor(token_ids(example))
+        labels = torch.tensor([label for prompt, response in example
+                               for label in [IGNORE_INDEX] * len(prompt) + response])
         inputs[i, : len(ids) - 1] = ids[:-1]
-        targets[i, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        targets[i, : len(ids) - 1] = labels[1:]
     return inputs, targets
 
 
-def eval_batches(examples: list[Example], micro_batch_size: int, launch: Launch,
-                 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's share of the held-out rows, sorted by length, as inputs and targets (B, T)."""
-    mine = sorted(examples, key=lambda row: len(row[0]) + len(row[1]))
-    mine = mine[launch.rank :: launch.world_size]
-    for first in range(0, len(mine), micro_batch_size):
-        yield collate(mine[first : first + micro_batch_size])
+def micro_batches(rows: list[Example], micro_batch_size: int, block_size: int, launch: Launch,
+                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's micro-batches of `rows`, as inputs and targets (B, T): equally many on every
+    rank, the last one perhaps without a row."""
+    B = micro_batch_size
+    for first in range(0, len(rows), B * launch.world_size):
+        mine = rows[first + launch.rank * B :][:B]
+        yield collate(mine, B, padded_length(mine, block_size, launch))
 
 
-def micro_batch_sizes(config: FinetuneConfig, launch: Launch) -> list[int]:
-    """The micro-batches to choose from, largest first. None exceeds a rank's share of a step, which
-    would leave other ranks without rows."""
-    share = -(-config.batch_size // launch.world_size)
+def micro_batch_sizes(config: FinetuneConfig, num_rows: int, launch: Launch) -> list[int]:
+    """The micro-batches to choose from, largest first. None exceeds a rank's share of the num_rows
+    of a step, which would leave other ranks without rows."""
+    share = -(-num_rows // launch.world_size)
     if config.micro_batch_size == "auto":
         return [share >> n for n in range(share.bit_length())]
     if config.micro_batch_size > share:
         launch.print0(f"--micro-batch-size {config.micro_batch_size} is more than a rank's share "
-                      f"of --batch-size {config.batch_size}: using {share}")
+                      f"of the {num_rows} rows of a step: using {share}")
     return [min(config.micro_batch_size, share)]
 
 
@@ -180,62 +233,67 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     # 1. The rows, the model, and the checkpoint to resume from
     if (Path(config.out_dir) / CONFIG_FILE).exists():
         raise UserError(f"--out-dir {config.out_dir} is itself a checkpoint: choose another")
-    rows = read_rows(data)
+    rows = read_turns(data)
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
               data={"sha256": sha256_of(data)}, fixed=FIXED_ON_RESUME,
-              prompt_template=PROMPT_TEMPLATE)
+              prompt_template=PROMPT_TEMPLATE, row_order="split by content")
+    if run.is_resumed and "row_order" not in run.saved["facts"]:
+        raise UserError(f"--resume: {run.checkpoint} was written by a version that trained on the "
+                        "rows in another order: start in another --out-dir")
     base = run.checkpoint or config.checkpoint
     raw_model = load_model(base, device)
     check_vocabulary(raw_model, base)
-    examples, summary = make_examples(rows, raw_model.config.block_size)
+    block_size = raw_model.config.block_size
+    examples, summary = make_examples(rows, block_size)
     if len(examples) < 2:  # one to train on, one to validate on
         raise UserError(f"--data {data}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
-    train_rows, val_rows = split_rows(examples, config.val_fraction, config.seed)
-    launch.print0(f"{summary}; {len(train_rows):,} to train on, {len(val_rows):,} held out")
+    train_rows, val_rows, split_summary = split_rows(examples, config.val_fraction, config.seed)
+    launch.print0(f"{summary}; {split_summary}")
 
     # 2. The number of steps, and the optimizer
-    epoch_ends = [-(-epoch * len(train_rows) // config.batch_size)  # ceiling division
-                  for epoch in range(1, config.epochs + 1)]
-    max_steps = epoch_ends[-1]
+    num_rows = min(config.batch_size, len(train_rows))  # of a step
+    steps_per_epoch = -(-len(train_rows) // num_rows)  # ceiling division
+    max_steps = config.epochs * steps_per_epoch
     optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
                                weight_decay=config.weight_decay, shard=run.shard_optimizer)
     model = run.prepare(
-        raw_model, optimizer, max_steps, max_steps_flag="--epochs", milestones=epoch_ends,
-        micro_batch_sizes=micro_batch_sizes(config, launch),
-        sequence_length=max(len(prompt) + len(response) - 1 for prompt, response in examples))
+        raw_model, optimizer, max_steps, max_steps_flag="--epochs",
+        milestones=range(steps_per_epoch, max_steps, steps_per_epoch),
+        micro_batch_sizes=micro_batch_sizes(config, num_rows, launch),
+        sequence_length=padded_length(examples, block_size, launch))
     B = run.micro_batch_size
-    grad_accum_steps = -(-config.batch_size // (B * launch.world_size))
-    launch.print0(f"{run.summary}; {max_steps:,} steps of {config.batch_size} rows")
+    left = len(train_rows) % num_rows
+    launch.print0(f"{run.summary}; {max_steps:,} steps of {num_rows} rows"
+                  + (f", the last of an epoch of {left}" if left else ""))
 
     # 3. The loop
     with run:
         while True:
             if run.eval_due():
-                run.log_validation(mean_loss(raw_model, eval_batches(val_rows, B, launch), launch,
-                                             run.dtype, run.stop.requested))
+                batches = micro_batches(val_rows, B, block_size, launch)
+                run.log_validation(mean_loss(raw_model, batches, launch, run.dtype,
+                                             run.stop.requested))
             if run.save_or_finish():
                 break
 
             lr = cosine_lr(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
                            max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
-            batch = global_batch(train_rows, run.step, config.batch_size, config.epochs,
-                                 config.seed)
-            num_valid_tokens = sum(len(response) for _, response in batch)  # of all ranks
+            batch = global_batch(train_rows, run.step, num_rows, config.seed)  # of all ranks
+            num_valid_tokens = sum(len(response) for row in batch for _, response in row)
+            batches = list(micro_batches(batch, B, block_size, launch))
             loss_sum = torch.zeros((), device=device)
-            for micro_step in range(grad_accum_steps):
-                first = (micro_step * launch.world_size + launch.rank) * B
-                inputs, targets = collate(batch[first : first + B] or [FILLER])
+            for micro_step, (inputs, targets) in enumerate(batches):
                 inputs, targets = to_device(inputs, device), to_device(targets, device)  # (B, T)
-                with run.gradient_sync(micro_step == grad_accum_steps - 1):
+                with run.gradient_sync(micro_step == len(batches) - 1):
                     with autocast(device, run.dtype):
                         _, loss = model(inputs, targets, reduction="sum", return_logits=False)
                     # Mean over the response tokens of the global batch, not a mean of means
                     loss = loss * (launch.world_size / num_valid_tokens)
                     run.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            tokens = sum(len(prompt) + len(response) for prompt, response in batch)
+            tokens = sum(map(num_tokens, batch))
             run.finish_step(loss_sum, lr=lr, tokens=tokens, sequence_length=tokens // len(batch))
     return raw_model.eval()
 

@@ -3,12 +3,10 @@
     python inference.py --checkpoint out/finetune "What is a list?" "Name three colors."
     python inference.py --checkpoint gpt2 --max-steps 50 --prompts-file prompts.txt --json
     echo "What is a list?" | python inference.py --checkpoint out/finetune
+    python inference.py --checkpoint gpt2 --unconditional 3    # from <|endoftext|> alone
 
-The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32,
-sampling is batch-invariant: a response depends only on its prompt and seed, not on the rest of the
-batch. A repeated prompt gets the next seed. --json prints prompt, response, prompt_tokens (count),
-tokens (ids of the response), logprobs (in nats, at temperature 1, over the full vocabulary) and
-finish_reason: "stop" (<|endoftext|>), "length" (--max-steps) or "context" (context full).
+The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32, a
+response depends only on its prompt and seed. docs/formats.md describes the output of --json.
 """
 
 import json
@@ -21,22 +19,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from dataloader import PAD_TOKEN, checked_batch, pad_rows
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, allow_nondeterministic, pick_device, pick_dtype
 from minigpt2.kernels import capture_graph, prepare_to_sample
-from minigpt2.loss import LOSS_ROWS_CPU, LOSS_ROWS_GPU
+from minigpt2.loss import block_sizes
 from minigpt2.sampling import SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
-PAD_TOKEN = 0  # any id would do: only the mask marks padding
-# On a GPU: steps between two host syncs; attention reads a multiple of SPAN_GPU cache slots, with
-# one CUDA graph per multiple; below MIN_GRAPH_STEPS, graphs do not pay off
-STEPS_PER_SYNC_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 128, 64
+# On a GPU: steps between two host syncs; rows are padded to a multiple of PAD_GPU tokens; attention
+# reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
+# graphs do not pay off
+STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
 
 
 # ---------------------------------------------------------------- texts to batches and back
@@ -52,17 +50,10 @@ def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
         raise UserError("prompts is a single string, expected a list of strings")
     rows = [encode(prompt) for prompt in prompts]
     if not rows:
-        raise UserError("no prompt given")
+        raise UserError("no prompt given: see --unconditional")
     if [] in rows:
-        raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty")
+        raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: see --unconditional")
     return rows
-
-
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Right-pads token ids into input_ids and attention_masks, both (B, T) int64."""
-    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    masks = pad_sequence(list(map(torch.ones_like, ids)), batch_first=True)
-    return pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN), masks
 
 
 def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor | None = None,
@@ -104,66 +95,63 @@ def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
                         f"tokens; the context is {block_size}, response included: shorten it")
 
 
-def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch (B, T) as int64 on the model's device, without columns of only padding. Raises
-    UserError for other shapes or dtypes, padding before a token, and ids outside the vocabulary."""
-    if (ids.dim() != 2 or ids.shape != masks.shape or not len(ids) or ids.dtype == torch.bool
-            or ids.is_floating_point() or masks.is_floating_point()):
-        raise UserError(f"input_ids are {ids.dtype} {tuple(ids.shape)} and attention_masks "
-                        f"{masks.dtype} {tuple(masks.shape)}, expected integers (B, T), B >= 1")
-    ids, masks = (x.to(model.transformer.wte.weight.device, torch.int64) for x in (ids, masks))
-    lengths = masks.sum(1)  # (B,)
-    is_token = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # (B, T)
-    if not torch.equal(masks, is_token.long()) or lengths.min() < 1:
-        raise UserError("each row of attention_masks must be ones (at least one), then zeros")
-    T, vocab_size = int(lengths.max()), min(model.config.vocab_size, N_VOCAB)
-    ids = ids.where(is_token, PAD_TOKEN)[:, :T]
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(f"input_ids range from {low} to {high}, expected 0 to {vocab_size - 1}")
-    return ids, masks[:, :T]
-
-
 # ---------------------------------------------------------------- prefill, decode, generate
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 class KVCache:
     """Keys and values of every layer: slot t of row b holds token t of row b. In a shorter row,
     slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # (n_layer, B, H, S, D): contiguous keys per head, which a CPU reads 1.5 times as fast
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.rows = torch.arange(batch_size, device=device)  # (B,)
+        # Contiguous keys per head, which a CPU reads 1.5 times as fast: (n_layer, B, 2, H, S, D)
+        self.kv = torch.zeros(config.n_layer, batch_size, 2, config.n_head, max_length,
+                              config.head_dim, device=device, dtype=dtype)
+        heads = torch.arange(batch_size * 2 * config.n_head, device=device)
+        self.first = heads.view(batch_size, 2, -1) * max_length  # (B, 2, H), see `locate`
         self.slots = torch.arange(max_length, device=device)  # (S,)
         self.span = max_length
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        """Stores k and v (B, H, T, D): whole rows, or one token per row at `positions` (B, 1)."""
-        for stored, new in ((self.k[layer], k), (self.v[layer], v)):
-            if positions is None:
-                stored[:, :, : new.size(2)] = new
-            else:
-                stored[self.rows, :, positions[:, 0]] = new[:, :, 0].to(stored.dtype)  # (B, H, D)
+    def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For one new token per row at `positions` (B, 1): where each head stores it, as indices
+        (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
+        (B, 1, 1, span) of 0 and -inf."""
+        beyond = self.slots[: self.span] > positions  # (B, span)
+        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.kv.dtype)
+        return (self.first + positions[:, :, None],
+                mask.masked_fill_(beyond, -torch.inf)[:, None, None, :])
+
+    def write(self, layer: int, kv: Tensor, slots: Tensor | None) -> None:
+        """Stores kv (B, T, 2, H, D): whole rows, or one token per row at `slots` (B, 2, H)."""
+        stored = self.kv[layer]  # (B, 2, H, S, D)
+        if slots is None:
+            stored[:, :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
+        else:  # a single kernel
+            stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, both (B, H, span, D)."""
-        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
-
-    def visible(self, positions: Tensor) -> Tensor:
-        """The additive mask of one new token per row at `positions` (B, 1): 0 or -inf per slot."""
-        beyond = self.slots[: self.span] > positions  # (B, span)
-        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.k.dtype)
-        return mask.masked_fill_(beyond, -torch.inf)[:, None, None, :]  # (B, 1, 1, span)
+        return self.kv[layer, :, :, :, : self.span].unbind(1)
 
     def keep_rows(self, rows: Tensor) -> None:
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
-        self.rows = self.rows[: len(rows)]
+        """Moves the given rows, in ascending order, to the front, and drops the others."""
+        for stored in self.kv:  # layer by layer, so that few bytes are held twice
+            stored[: len(rows)] = stored[rows]
+        self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]
+
+
+def hidden_states(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    """The hidden states (B, T, C) of right-padded rows (B, T). A GPU plans for, and caches memory
+    of, every shape: there, T is padded, so that rows of all lengths have few shapes."""
+    T, longest = ids.size(1), model.config.block_size
+    padding = min(-T % PAD_GPU, max(longest - T, 0)) if on_gpu(ids.device) else 0
+    return model.hidden_states(F.pad(ids, (0, padding), value=PAD_TOKEN), cache)[:, :T]
 
 
 def prefill(model: GPT, input_ids: Tensor, lengths: Tensor, cache: KVCache | None) -> Tensor:
     """Runs rows (B, T) through the model and fills the cache; returns the next logits (B, V)."""
-    x = model.hidden_states(input_ids, cache)  # (B, T, C)
+    x = hidden_states(model, input_ids, cache)  # (B, T, C)
     return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
 
 
@@ -178,10 +166,10 @@ class DecodingBatch:
     place, so that one CUDA graph of a step can be replayed for the next ones."""
 
     def __init__(self, model: GPT, params: SamplingParams, output_ids: Tensor, lengths: Tensor,
-                 max_steps: int, keys: Tensor, use_cache: bool):
+                 longest: int, max_steps: int, keys: Tensor, use_cache: bool):
         device, config = output_ids.device, model.config
         self.model, self.params, self.output_ids, self.graph = model, params, output_ids, None
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu = on_gpu(device)
         self.use_graphs = self.on_gpu and use_cache and max_steps >= MIN_GRAPH_STEPS
         self.span_multiple = SPAN_GPU if self.on_gpu else 1
         self.counter = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled per row
@@ -192,7 +180,7 @@ class DecodingBatch:
         self.lengths, self.keys = lengths.clone(), keys
         self.max_lengths = (lengths + max_steps).clamp(max=config.block_size)
         self.finished = torch.zeros_like(lengths, dtype=torch.bool)
-        self.longest = int(lengths.max())  # an upper bound of lengths, known to the host
+        self.longest = longest  # an upper bound of lengths, known to the host
         self.seen = self.cache = None
         if params.repetition_penalty != 1:
             self.seen = seen_tokens(output_ids, lengths, config.vocab_size)  # (B, V)
@@ -284,17 +272,18 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     or setting, a prompt that leaves no room in the context, and non-finite logits."""
     params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
-    device, lengths, block_size = ids.device, masks.sum(1), model.config.block_size
+    device, block_size, longest = ids.device, model.config.block_size, ids.size(1)
     prompts = list(map(tuple, generated_rows(ids, masks)))
     check_room(list(map(len, prompts)), max_steps, block_size)
     keys = stream_keys(prompts, row_seeds(prompts, seed)).to(device)  # (B,)
     max_steps = min(max_steps, block_size)
     if max_steps == 0:
         return ids, masks
-    output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))  # (B, longest + 1)
+    output_ids = F.pad(ids, (0, min(max_steps, block_size - longest) + 1))  # the last: for padding
     # training may run with --deterministic; generation does not need it
     with allow_nondeterministic(), torch.cuda.device(device if device.type == "cuda" else -1):
-        batch = DecodingBatch(model, params, output_ids, lengths, max_steps, keys, use_cache)
+        batch = DecodingBatch(model, params, output_ids, masks.sum(1), longest, max_steps, keys,
+                              use_cache)
         while batch.sync(on_tokens):
             batch.decode_several()
     T = int(batch.all_lengths.max())
@@ -310,9 +299,9 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(x)[:, :N_VOCAB].float(), targets, reduction="none")
 
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T')
-    x = model.hidden_states(ids)[:, :-1]  # (B, T' - 1, C)
+    x = hidden_states(model, ids)[:, :-1]  # (B, T' - 1, C)
     keep = masks[:, 1:].bool()  # (B, T' - 1)
-    rows = LOSS_ROWS_CPU if x.device.type == "cpu" else LOSS_ROWS_GPU
+    rows, _ = block_sizes(x.device)
     parts = zip(x[keep].split(rows), ids[:, 1:][keep].split(rows), strict=True)
     picked = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
               if torch.is_grad_enabled() else score(*part) for part in parts]
@@ -324,8 +313,7 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class SamplingConfig:
     """The options that inference.py and chat.py share."""
-
-    checkpoint: str = flag("gpt2", "checkpoint folder, OUT_DIR of a run, or Hugging Face name")
+    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name", is_path=True)
     raw: bool = flag(False, "do not apply the prompt template of a fine-tuned checkpoint")
     temperature: float = flag(0.8, "sampling temperature; 0: greedy", minimum=0)
     top_k: int = flag(0, "keep the k most likely tokens; 0: all", minimum=0)
@@ -351,23 +339,24 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class InferenceConfig(SamplingConfig):
     prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
-    prompts_file: str | None = flag(None, "text file with one prompt per line")
+    prompts_file: str | None = flag(None, "text file with one prompt per line", is_path=True)
     json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")
     batch_size: int = flag(8, "prompts per batch", minimum=1)
+    input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
+    unconditional: int = flag(0, "texts to sample from <|endoftext|>, without prompts", minimum=0)
 
 
 def read_prompts(config: InferenceConfig) -> list[str]:
     """The prompts, from arguments, --prompts-file or standard input. Raises UserError."""
-    if config.prompts and config.prompts_file:
-        raise UserError("prompts given both as arguments and with --prompts-file: choose one")
-    if config.prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
-        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in config.prompts]
-    if config.prompts_file:
-        data = Path(config.prompts_file).read_bytes()
-    else:
-        if sys.stdin is not None and sys.stdin.isatty():
-            print("one prompt per line, then Ctrl-D:", file=sys.stderr)
-        data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    if bool(config.prompts) + bool(config.prompts_file) + bool(config.unconditional) > 1:
+        raise UserError("choose one of prompts as arguments, --prompts-file and --unconditional")
+    prompts = config.prompts or [decode([EOT_TOKEN])] * config.unconditional
+    if prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
+        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in prompts]
+    if not config.prompts_file and sys.stdin is not None and sys.stdin.isatty():
+        print("one prompt per line, then Ctrl-D:", file=sys.stderr)
+    data = (Path(config.prompts_file).read_bytes() if config.prompts_file else
+            b"" if sys.stdin is None else sys.stdin.buffer.read())
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
@@ -408,7 +397,10 @@ def main() -> None:
     prompts = read_prompts(config)
     encode_prompts([prompt.strip() for prompt in prompts])  # refuses blank prompts before loading
     model, params, use_template = config.load()
-    rows = encode_prompts([format_prompt(p) if use_template else p for p in prompts])
+    if config.input and (config.unconditional or not use_template):
+        raise UserError("--input: no template is applied here; write the input into the prompt")
+    rows = [[EOT_TOKEN]] * config.unconditional or encode_prompts(
+        [format_prompt(p, config.input) if use_template else p for p in prompts])
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):

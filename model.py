@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 
 INIT_STD = 0.02
+EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ PRESETS = {  # OpenAI's four sizes, under their hub names
 }
 
 
+def attention(q, k, v, **options) -> torch.Tensor:
+    """Scaled dot-product attention, without cuDNN unless compiled. For every new shape, cuDNN
+    plans for up to a second; and its masked kernels have given wrong text (pytorch#193893)."""
+    if torch.compiler.is_compiling() or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(EAGER_BACKENDS):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -61,19 +72,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None, attn_mask=None):
+    def forward(self, x, cache=None, slots=None, attn_mask=None):
         """x (B, T, C) -> (B, T, C). To decode one token per row: T = 1, with `inference.KVCache`,
-        positions (B, 1) and its attention mask `attn_mask` (B, 1, 1, span)."""
+        its `slots` (B, 2, H) and its `attn_mask` (B, 1, 1, span) of the tokens' positions."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         if cache is not None:
-            cache.write(self.layer, k, v, positions)
+            cache.write(self.layer, qkv[:, :, 1:], slots)
         if attn_mask is None:  # training, or prefill of a prompt
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+            y = attention(q, k, v, is_causal=True)  # (B, H, T, D)
         else:  # one new token per row attends to the row's cache
             k, v = cache.read(self.layer)  # (B, H, span, D)
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=attn_mask).to(q.dtype)
+            y = attention(q.to(k.dtype), k, v, attn_mask=attn_mask).to(q.dtype)  # (B, H, 1, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -95,8 +106,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, attn_mask=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, attn_mask)
+    def forward(self, x, cache=None, slots=None, attn_mask=None):
+        x = x + self.attn(self.ln_1(x), cache, slots, attn_mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -107,6 +118,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # less memory, a third more computation
+        self.bf16_residual = False  # in bfloat16 autocast: half the bytes, sums rounded more
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -142,6 +154,13 @@ class GPT(nn.Module):
         """124,439,808 for the default config; the tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def flops_per_token(self, sequence_length: int) -> int:
+        """The FLOPs per token of forward and backward as in PaLM (Chowdhery et al. 2022, appendix
+        B): 6 per parameter outside wpe, plus 12 n_layer C T for attention, not halved for
+        causality. GPT-2 124M at T = 1024: 6 x 123,653,376 + 12 x 12 x 768 x 1024 = 855,166,464."""
+        num_parameters = self.num_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * num_parameters + 12 * self.config.n_layer * self.config.n_embd * sequence_length
+
     def hidden_states(self, idx: torch.Tensor, cache=None,
                       positions: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden states below the head: idx (B, T) int64 -> (B, T, C).
@@ -155,12 +174,14 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
         position_ids = torch.arange(T, device=idx.device) if positions is None else positions
         x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
-        attn_mask = None if positions is None else cache.visible(positions)  # (B, 1, 1, span)
+        if self.bf16_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()
+        slots, attn_mask = (None, None) if positions is None else cache.locate(positions)
         # Nothing in a block is random: recomputation needs no generator state
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
             x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute
-                 else block(x, cache, positions, attn_mask))
+                 else block(x, cache, slots, attn_mask))
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, *,

@@ -21,11 +21,11 @@ from typing import Literal
 
 import torch
 
-from dataloader import TokenLoader
+from dataloader import TokenLoader, count_micro_steps
 from inference import decode_generation, generate, tokenize_batch_input
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Launch, autocast, count_micro_steps, mean_loss, to_device
+from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.metrics import RunLog
 from minigpt2.optimizer import SCHEDULES, make_optimizer, set_lr
@@ -39,8 +39,10 @@ SAMPLES = "samples.jsonl"
 
 @dataclass(frozen=True)
 class TrainerConfig(RunConfig):
-    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "folder of token shards")
-    out_dir: str = flag(str(ROOT / "out" / "pretrain"), "folder of checkpoints and logs")
+    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "folder of token shards",
+                         is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "pretrain"), "folder of checkpoints and logs",
+                        is_path=True)
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = flag("gpt2", "model size")
     n_layer: int | None = flag(None, "layers (default: the preset's)", minimum=1, below=2**16)
     n_head: int | None = flag(None, "attention heads (default: the preset's)", minimum=1,
@@ -146,7 +148,8 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
         raise UserError(f"one epoch of {config.data_dir} has {tokens:,} tokens, fewer than one "
                         "step: lower --total-batch-size or give --max-steps")
     launch.print0(f"one epoch: {steps:,} steps of {config.total_batch_size:,} tokens "
-                  f"({left} windows of {config.sequence_length} left over)")
+                  f"({left} windows of {config.sequence_length} left over; "
+                  f"{loader.unused_tokens:,} tokens at the ends of shards are never used)")
     return steps
 
 

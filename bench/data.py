@@ -22,7 +22,7 @@ from dataloader import TokenLoader
 from minigpt2.config import UserError, flag
 from minigpt2.tokenizer import load_encoder, load_tokenizer
 from pretrain_data.corpus import write_corpus
-from pretrain_data.documents import file_source, local_files
+from pretrain_data.local_files import file_source, select_files
 from pretrain_data.pydocs import read_documents
 
 SHARD_TOKENS = 5_000_000  # FineWeb's shards have 100M; a sample should fill several
@@ -40,7 +40,7 @@ def load_texts(config: DataBenchConfig) -> list[str]:
     if config.files is None:
         texts = (document.text for document in read_documents())
     else:
-        parts = file_source(local_files(config.files)).open_unit(0)
+        parts = file_source(select_files(config.files)[0]).open_unit(0)
         texts = (text for part in parts for text in part.read() if text)
     return list(itertools.islice(texts, 1000 if config.quick else config.max_documents))
 

@@ -31,7 +31,7 @@ WORKER: dict[str, Step] = {}  # in a worker process: the step that it runs
 class BenchConfig:
     quick: bool = flag(False, "smoke test: a small model, two repetitions")
     repeats: int = flag(7, "timed repetitions", minimum=1)
-    log: str | None = flag(None, "append the results to this JSON Lines file")
+    log: str | None = flag(None, "append the results to this JSON Lines file", is_path=True)
 
     @property
     def rounds(self) -> int:

@@ -145,7 +145,7 @@ def measure_checkpoint(config: BenchConfig, name: str, sizes: GPTConfig) -> None
         for step in range(config.rounds + 1):
             first, second = TrainState(2 * step), TrainState(2 * step + 1)
             t0 = time.perf_counter()
-            state = training_state(first, optimizer, scaler, launch)
+            state = training_state(first, optimizer, scaler, launch, lambda value, name: value)
             save_checkpoint(writer.out_dir, first.step, model, training_state=state, keep_last=1)
             t1 = time.perf_counter()
             writer.save(second, model, optimizer, scaler)

@@ -8,6 +8,7 @@ defaults on a CPU; compiled, with fused AdamW and a vocabulary of 50304 on a GPU
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 import tempfile
@@ -20,7 +21,6 @@ from bench.harness import BenchConfig, Step, compare, record, run_bench
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.config import UserError
 from minigpt2.distributed import autocast, start
-from minigpt2.metrics import flops_per_token
 from minigpt2.optimizer import make_optimizer
 from model import GPT, GPTConfig
 
@@ -40,10 +40,12 @@ def zipf_tokens(count: int) -> torch.Tensor:
 
 def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
                   tokens: torch.Tensor, seed: int = 0, device: str = "cpu",
-                  compiled: bool = False) -> Step:
-    """A training step on the next `tokens`; it returns the loss. "other_seed" is the textbook with
-    other initial weights."""
-    if way == "ours":  # the trainer's global settings
+                  compiled: bool = False, micro_steps: int = 1) -> Step:
+    """A training step on the next of `tokens`, again and again; it returns the loss. "other_seed"
+    is the textbook with other initial weights; other names that begin with "ours" change one
+    setting of ours."""
+    ours = way.startswith("ours")
+    if ours:  # the trainer's global settings
         start(device)
     torch.manual_seed(seed + (way == "other_seed"))
     on_gpu = torch.device(device).type == "cuda"
@@ -51,31 +53,34 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
         sizes = dataclasses.replace(sizes, vocab_size=50304)
     model = GPT(sizes)
     model = (as_hugging_face(model) if way == "hugging_face" else model).to(device)
+    model.bf16_residual = way == "ours_bf16_residual"
     optimizer = make_optimizer(model, **ADAMW)
-    if way != "ours":  # the same parameter groups; on a CPU PyTorch's default kernels
+    if not ours:  # the same parameter groups; on a CPU PyTorch's default kernels
         optimizer = torch.optim.AdamW([group | {"foreach": None, "fused": on_gpu or None}
                                        for group in optimizer.param_groups])
     if compiled:
-        model.compile()
+        torch.backends.cuda.enable_cudnn_sdp(way != "ours_without_cudnn")
+        model.compile(options={"coordinate_descent_tuning": way == "ours_tuned"})
     (B, T), window = shape, shape[0] * shape[1] + 1
-    batches = iter(tokens[: len(tokens) // window * window].view(-1, window))
+    batches = itertools.cycle(tokens[: len(tokens) // window * window].view(-1, window))
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if way == "ours":
+        if ours:
             return model(inputs, targets, reduction="sum", return_logits=False)[1] / (B * T)
         if way == "hugging_face":
             return model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         return model(inputs, targets)[1]
 
     def step() -> float:
-        batch = next(batches).to(device)
-        with autocast(torch.device(device), dtype):
-            loss = loss_of(batch[:-1].view(B, T), batch[1:].view(B, T))
-        loss.backward()
+        for batch in itertools.islice(batches, micro_steps):
+            ids = batch.to(device)
+            with autocast(torch.device(device), dtype):
+                loss = loss_of(ids[:-1].view(B, T), ids[1:].view(B, T)) / micro_steps
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return micro_steps * loss.item()  # of the last one
     return step
 
 
@@ -98,7 +103,7 @@ def measure_training(config: BenchConfig, kind: str, name: str, dtype: torch.dty
     (B, T), tokens = shape, zipf_tokens(steps * (shape[0] * shape[1] + 1))
     timings = compare(ways, steps, make_training, SIZES[name], shape, dtype, tokens)
     ours, textbook = timings["ours"], timings["textbook"]
-    gflops = B * T / ours.seconds * flops_per_token(GPT(SIZES[name]), T) / 1e9
+    gflops = B * T / ours.seconds * GPT(SIZES[name]).flops_per_token(T) / 1e9
     figures = {"gflops": gflops, "memory_ratio": ours.peak / textbook.peak, "steps": steps,
                "first": ours.results[0], "last": ours.results[-1]}
     differ = "differ_from" if kind == "losses" else "loss_differs_from"

@@ -37,7 +37,7 @@ CLEANED = HubDataset("yahma/alpaca-cleaned", "12567cabf869d7c92e573c7c783905fc16
 
 @dataclass(frozen=True)
 class AlpacaConfig:
-    out: str | None = flag(None, "file to write (default: beside this script)")
+    out: str | None = flag(None, "file to write (default: beside this script)", is_path=True)
     cleaned: bool = flag(False, "the cleaned variant, yahma/alpaca-cleaned")
     revision: str | None = flag(None, "branch, tag or commit on the hub (default: a pinned commit)")
     retries: int = flag(5, "retries of a failed request, with exponential backoff", minimum=0)

@@ -24,7 +24,7 @@ SHUFFLE_SEED = 1337
 @dataclass(frozen=True)
 class QuestionsConfig:
     out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_questions.json"),
-                    "file to write")
+                    "file to write", is_path=True)
     rows: int | None = flag(None, "number of questions (default: all)", minimum=1)
 
 

@@ -16,8 +16,9 @@ from minigpt2.graphs import check_image, draw_runs
 
 @dataclass(frozen=True)
 class PlotConfig:
-    logs: tuple[str, ...] = flag((), "metrics.jsonl files, or folders with one", positional=True)
-    out: str = flag("loss.png", "PNG file to write")
+    logs: tuple[str, ...] = flag((), "metrics.jsonl files, or folders with one", positional=True,
+                                  is_path=True)
+    out: str = flag("loss.png", "PNG file to write", is_path=True)
     title: str = flag("Loss", "title of the figure")
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     if not config.logs:
         raise UserError("no run log given: pass one or more metrics.jsonl files")
     image = pathlib.Path(config.out)
-    check_image(image)
+    check_image(image, "--out")
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.logs)]
     # label OUT_DIR/metrics.jsonl by its folder and other logs by their file name; if two labels

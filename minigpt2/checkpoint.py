@@ -1,13 +1,7 @@
 """Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights.
 
-    OUT_DIR/latest, OUT_DIR/best            text files with the name of a checkpoint
-    OUT_DIR/step_000200/config.json         } for GPT2LMHeadModel.from_pretrained: GPT-2's own
-    OUT_DIR/step_000200/model.safetensors   } tensor layout, float32, tied head, no padding
-    OUT_DIR/step_000200/vocab.json ...      for AutoTokenizer.from_pretrained
-    OUT_DIR/step_000200/training_state.pt   see resume.py; tensors and plain values only
-    OUT_DIR/step_000200/SHA256SUMS          checksums of these files, for `sha256sum -c`
-
-Nothing that can run code is ever loaded.
+docs/formats.md lists the files. Weights have GPT-2's own tensor layout, in float32, with a tied
+head and no padding. Nothing that can run code is ever loaded.
 """
 
 import json
@@ -23,13 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minigpt2 import tokenizer
 from minigpt2.config import NO_SPACE, UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
-from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY, vocabulary_path
+from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
-TRAINING_STATE_FILE, LATEST, BEST = "training_state.pt", "latest", "best"
+INDEX_FILE, TRAINING_STATE_FILE = "model.safetensors.index.json", "training_state.pt"
+LATEST, BEST = "latest", "best"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
@@ -38,32 +34,32 @@ FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
+# Other names of gelu_new in transformers, equal up to rounding
+GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
                     prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
                     best_step: int | None = None) -> Path:
     """Writes OUT_DIR/step_NNNNNN atomically, points OUT_DIR/latest to it, and OUT_DIR/best to the
-    checkpoint of `best_step`. Returns the folder.
-
-    `model` is the raw module, not its DDP wrapper. `prompt_template` marks a fine-tuned model. With
-    keep_last > 0, older checkpoints are deleted, except multiples of `keep_every` and `best_step`.
-    Raises UserError if writing fails, for example on a full disk; earlier checkpoints stay intact.
-    """
+    checkpoint of `best_step`. Returns the folder. `model` is the raw module, not its DDP wrapper.
+    `prompt_template` marks a fine-tuned model. With keep_last > 0, older checkpoints are deleted,
+    except multiples of `keep_every` and `best_step`. Raises UserError if writing fails, for example
+    on a full disk; earlier checkpoints stay intact."""
     folder = step_folder(out_dir, step)
-    temporary = out_dir / f".{folder.name}.tmp"
+    temporary, replaced = (out_dir / f".{folder.name}.{suffix}" for suffix in ("tmp", "replaced"))
     tensors = to_gpt2_layout(model)
+    restore_replaced(out_dir)
     for leftover in out_dir.glob(".step_*.tmp"):  # of a run killed while it saved
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write_files(temporary, model.config, tensors, training_state, prompt_template)
-        delete_checkpoint(folder)  # a run resumed from an earlier step saves this step again
+        if folder.exists():  # a run resumed from an earlier step saves this step again
+            os.replace(folder, replaced)
         os.replace(temporary, folder)
-        for name, target in ((LATEST, step), (BEST, best_step)):
-            if target is not None:
-                with atomic_write(out_dir / name, text=True) as file:
-                    file.write(step_folder(out_dir, target).name + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_pointers(out_dir, step, best_step)
     except (SafetensorError, RuntimeError, OSError) as error:
         # safetensors and torch.save raise errors without errno for a failed write
         full = " Is the disk full?" if getattr(error, "errno", None) in {None, *NO_SPACE} else ""
@@ -90,12 +86,12 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
     if prompt_template:
         settings["prompt_template"] = prompt_template
-    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
-                 "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
-    for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", tokenizer)):
+    loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
+              "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
+    for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", loader)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in VOCABULARY:
-        shutil.copyfile(vocabulary_path(name), folder / name)
+        shutil.copyfile(tokenizer.vocabulary_path(name), folder / name)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if training_state is not None:
         torch.save(training_state, folder / TRAINING_STATE_FILE)
@@ -119,6 +115,21 @@ def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
     if len(tensors) != 4 + 12 * model.config.n_layer:
         raise ValueError("cannot save a model after prepare_to_sample: it has no parameters left")
     return tensors
+
+
+def restore_replaced(out_dir: Path) -> None:
+    """Ends the replacement of a checkpoint that a kill interrupted: one of the two remains."""
+    for replaced in out_dir.glob(".step_*.replaced"):
+        folder = out_dir / replaced.stem[1:]
+        delete_checkpoint(replaced) if folder.exists() else os.replace(replaced, folder)
+
+
+def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
+    """Writes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best."""
+    for name, target in ((LATEST, step), (BEST, best_step)):
+        if target is not None and step_folder(out_dir, target).exists():
+            with atomic_write(out_dir / name, text=True) as file:
+                file.write(step_folder(out_dir, target).name + "\n")
 
 
 def delete_checkpoint(folder: Path) -> None:
@@ -164,14 +175,17 @@ def find_checkpoint(path: str | Path) -> Path:
         return checkpoints[-1]
     if folder.exists():
         raise UserError(f"{folder} is not a checkpoint, it has neither {CONFIG_FILE} nor folders "
-                        "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2")
+                        "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2 "
+                        "(checkpoints of nanoGPT and llm.c: see docs/formats.md)")
     return download_checkpoint(str(path))
 
 
 def download_checkpoint(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download  # slow to import, rarely needed
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "model*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[
+            CONFIG_FILE, "model*.safetensors", INDEX_FILE, "tokenizer*.json", "added_tokens.json",
+            *VOCABULARY]))
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"checkpoint {name} is not a local folder, and the Hugging Face hub "
                         f"did not provide it ({first_line(error)})") from None
@@ -197,16 +211,19 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode. Raises
-    UserError for a damaged file, a setting that differs from GPT-2's, and a tensor that is missing,
-    unknown, or of another shape than config.json implies."""
+    UserError for a damaged file, a setting or a tokenizer that differs from GPT-2's, a tensor that
+    is missing, unknown, or of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
     verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
+    tokenizer.check_files(folder)
     config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
         if TRANSPOSED.search(name) and tensor.dim() == 2:
             tensor = tensor.t()
         tensor = tensor.to(device, torch.float32).contiguous()
+        if not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} has NaN or infinite values: use another checkpoint")
         if not torch.equal(parameters.setdefault(name, tensor), tensor):
             raise UserError(f"{file}: lm_head differs from wte, but the head of GPT-2 is tied")
     try:
@@ -230,7 +247,9 @@ def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]
 
 def read_config(folder: Path) -> GPTConfig:
     """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
-    settings = read_settings(folder)
+    settings = read_json(folder / CONFIG_FILE)
+    if settings.get("activation_function") in GELU_NAMES:
+        settings["activation_function"] = "gelu_new"
     try:
         for name, value in FIXED_SETTINGS.items():
             if settings.get(name, value) != value:
@@ -243,20 +262,20 @@ def read_config(folder: Path) -> GPTConfig:
     return config
 
 
-def read_settings(folder: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {folder / CONFIG_FILE}: {error}") from None
-    return settings
+        raise UserError(f"cannot read {path}: {error}") from None
+    return content
 
 
 def read_prompt_template(path: str | Path) -> str | None:
     """Returns the template of a fine-tuned model, None for a base model. Raises UserError."""
     folder = find_checkpoint(path)
-    template = read_settings(folder).get("prompt_template")
+    template = read_json(folder / CONFIG_FILE).get("prompt_template")
     if template not in (None, PROMPT_TEMPLATE):
         raise UserError(f"{folder} has prompt_template {template!r}, expected {PROMPT_TEMPLATE!r}")
     return template
@@ -266,10 +285,13 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
     the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
     torch.compile, and yields a stored head under the name of wte, to which it is tied."""
-    files = [*folder.glob(WEIGHTS_FILE)] or sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}: only safetensors files are read")
-    for file in files:
+    index, names = folder / INDEX_FILE, {WEIGHTS_FILE}  # chosen as by transformers
+    if not (folder / WEIGHTS_FILE).exists():
+        if not index.exists():
+            raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only "
+                            "safetensors files are read")
+        names = set(map(str, read_json(index).get("weight_map", {}).values()))
+    for file in (folder / name for name in sorted(names)):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118, not a dict
@@ -277,18 +299,18 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
                     if not re.search(r"\.attn\.(masked_)?bias$", name):
                         yield file, name, tensors.get_tensor(stored)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or truncated ({first_line(error)}): use an earlier "
-                            "checkpoint") from None
+            raise UserError(f"{file} is missing, damaged or truncated ({first_line(error)}): use "
+                            "another checkpoint") from None
 
 
-def load_training_state(folder: Path, mapped: bool = False) -> dict:
-    """Returns the `training_state` of a checkpoint, on the CPU; `mapped` memory-maps it. Raises
-    UserError if the file is damaged or holds anything but tensors and plain values."""
+def load_training_state(folder: Path) -> dict:
+    """Returns the `training_state` of a checkpoint, memory-mapped: a tensor is read when it is
+    used. Raises UserError if the file is damaged or holds anything but tensors and plain values."""
     path = folder / TRAINING_STATE_FILE
     try:
         if not zipfile.is_zipfile(path):  # else torch.load tries its pre-1.6 format
             raise pickle.UnpicklingError("not a zip archive")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         # torch's message is left out: it advises weights_only=False
         raise UserError(f"{path} is missing, damaged, or holds code, which is never run "

@@ -30,39 +30,44 @@ class UserError(Exception):
 
 
 def flag(default, help: str, *, minimum: float | None = None, below: float = math.inf,
-         positional: bool = False, may_be_empty: bool = False):
+         positional: bool = False, may_be_empty: bool = False, is_path: bool = False):
     """A dataclass field that becomes `--field-name` or a positional argument. With `minimum`, a
     number must be finite and in [minimum, below). An empty string, such as an unset shell variable,
-    is an error unless `may_be_empty`."""
+    is an error unless `may_be_empty`. In a path, a leading ~ is expanded; nothing else is."""
     return dataclasses.field(default=default, metadata={
         "help": help, "minimum": minimum, "below": below, "positional": positional,
-        "may_be_empty": may_be_empty})
+        "may_be_empty": may_be_empty, "is_path": is_path})
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> typing.NoReturn:
-        sys.exit(fail(f"{message} (--help lists the flags)"))
+        hint = ("; quote a glob; put -- before a prompt, or write --flag=-x, if it begins with -"
+                if re.search("arguments: -?[^-]|one argument|explicit argument", message) else "")
+        sys.exit(fail(f"{message} (--help lists the flags{hint})"))
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
     """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error.
-
     Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
     these `| None`, and tuple[str, ...] for a positional argument with any number of values. --help
     lists the flags of `cls` before those of its base classes. `--max-lr` and `--max_lr` are the
-    same; flags cannot be abbreviated.
-    """
+    same; flags cannot be abbreviated. Everything after "--" is a positional value."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(cls), own_fields_first(cls)
     for field in fields:
         add_argument(parser, field, hints[field.name])
-    argv = [re.sub(r"^--[a-z0-9_]+", lambda m: m[0].replace("_", "-"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]  # --max_lr is --max-lr
-    values = vars(parser.parse_intermixed_args(argv))  # accepts flags between positionals
+    argv = list(sys.argv[1:] if argv is None else argv)
+    literal = next((field.name for field in fields if field.metadata["positional"]), None)
+    end = argv.index("--") if literal and "--" in argv else len(argv)
+    words = [re.sub(r"^--[a-z0-9_]+(?==|\Z)", lambda m: m[0].replace("_", "-"), word)
+             for word in argv[:end]]  # --max_lr is --max-lr
+    values = vars(parser.parse_intermixed_args(words))  # accepts flags between positionals
+    if literal:
+        values[literal] = (*values[literal], *argv[end + 1 :])
     for field in fields:
         name, value = flag_name(field.name), values[field.name]
         minimum, below = field.metadata["minimum"], field.metadata["below"]
@@ -71,7 +76,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
         if minimum is not None and isinstance(value, int | float) and not minimum <= value < below:
             parser.error(f"{name} is {value}, expected a finite number of at least {minimum}"
                          + (f" and less than {below}" if below < math.inf else ""))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**values)
 
 
 def own_fields_first(cls: type) -> list[dataclasses.Field]:
@@ -88,6 +93,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
     arms = [hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
+    if field.metadata["is_path"]:
+        options["type"] = path_value
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", **options)
         return
@@ -97,9 +104,16 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
         options["type"] = functools.partial(int_or_word, words=typing.get_args(arms[1]))
     elif typing.get_origin(arms[0]) is typing.Literal:
         options["choices"] = typing.get_args(arms[0])
-    else:
+    elif not field.metadata["is_path"]:
         options["type"] = arms[0]
     parser.add_argument(flag_name(field.name), default=field.default, **options)
+
+
+def path_value(text: str) -> str:
+    """Parses a path: a leading ~ is expanded, all else is literal."""
+    if any("\udc80" <= char <= "\udcff" for char in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, as safetensors requires")
+    return os.path.expanduser(text)
 
 
 def int_or_word(text: str, words: tuple[str, ...]) -> int | str:
@@ -140,7 +154,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
             raise
         sys.exit(fail(f"{error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
@@ -154,9 +168,10 @@ def first_line(error: BaseException) -> str:
 def fail(message: str) -> int:
     """Prints an error and returns the exit status. Ranks other than 0 wait first: if rank 0 fails
     too, torchrun stops them before they print."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     if rank != "0":
         time.sleep(RANK_DELAY_S)
         message += f" (rank {rank})"
+    message = message.replace("\n", "\\n")  # a path may hold one
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     return 2

@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,11 +25,8 @@ from minigpt2.loss import IGNORE_INDEX
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Timeout of collectives: rank 0 may read a checkpoint of 19 GB from a slow disk while others wait.
-# Lost ranks are noticed sooner (faults.py).
-TIMEOUT_MINUTES = 30
-# Parameters of glibc's mallopt (malloc.h)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+TIMEOUT_MINUTES = 30  # of collectives: others wait while rank 0 reads a checkpoint from a slow disk
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt (malloc.h)
 MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
@@ -91,18 +90,15 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Reads RANK, LOCAL_RANK and WORLD_SIZE, picks the device, and joins the process group (NCCL on
-    GPUs, gloo elsewhere). Raises UserError for a device that does not exist.
-
+    """Reads torchrun's variables, picks the device, and joins the process group (NCCL on GPUs, gloo
+    elsewhere). Raises UserError for incomplete variables and a device that does not exist.
     `deterministic` makes PyTorch refuse algorithms that are not bit-reproducible."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = read_launch()
     if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # index on this node, and of the GPU
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -120,6 +116,27 @@ def start(device: str, deterministic: bool = False) -> Launch:
     return Launch(rank, world_size, torch_device)
 
 
+def read_launch() -> tuple[int, int, int]:
+    """The rank, the rank on this node (and index of the GPU) and the world size, as torchrun sets
+    them; (0, 0, 1) without such variables. Raises UserError if some are missing or invalid."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given.keys() & set(names[:4]):
+        return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
+    try:
+        rank, local_rank, world_size = (int(given.get(name, "")) for name in names[:3])
+        ranks_here = int(given.get("LOCAL_WORLD_SIZE", world_size))
+        valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
+        if world_size > 1:
+            valid &= given.get("MASTER_ADDR", "") != "" and int(given.get("MASTER_PORT", "")) > 0
+    except ValueError:  # not a number
+        valid = False
+    if not valid:
+        raise UserError(f"launch variables are missing or invalid: {given}. Start with torchrun, "
+                        f"which sets {', '.join(names)}, or unset them")
+    return rank, local_rank, world_size
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory. By default it returns every large tensor to the system, which
     hands it out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
@@ -129,13 +146,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def trim_memory() -> None:
-    """Returns freed memory to the system."""
-    trim = c_function("malloc_trim")
-    if trim:
-        trim(0)
-
-
 def c_function(name: str) -> Callable | None:
     """A function of the C library, or None."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
@@ -143,7 +153,6 @@ def c_function(name: str) -> Callable | None:
 
 def use_fastest_exact_matmul() -> None:
     """Uses oneDNN for float32 matrix products on a CPU; on AMD it is about twice as fast as MKL.
-
     PyTorch does so only under "medium" precision, with which some processors (Intel's with AMX)
     round to bfloat16. A trial product detects that and restores "highest"."""
     torch.set_float32_matmul_precision("medium")
@@ -165,31 +174,31 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """A key prefix shared by exactly the processes of this attempt.
 
-    torchrun's store outlives its ranks. Without a prefix, a gloo group restarted by --max-restarts
-    reads the addresses of dead processes (PyTorch 2.13), and torchrun's restart count differs
-    between nodes. So every rank announces a random number, and rank 0 offers its own, together with
-    the numbers it has seen, until every other rank has found its number in the offer.
-    """
+    torchrun's store outlives its ranks: without a prefix, a restarted gloo group reads addresses of
+    dead processes (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own,
+    with the numbers it has seen, until every other rank has found its number in the offer."""
+    def read(key: str) -> str:
+        """store.get, which would keep signal handlers from running while it waits."""
+        end = time.monotonic() + 60 * TIMEOUT_MINUTES
+        while not store.check([key]) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return store.get(key).decode()
+
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
-        while (offer := json.loads(store.get("offer")))["hellos"].get(str(rank)) != mine:
+        while (offer := json.loads(read("offer")))["hellos"].get(str(rank)) != mine:
             time.sleep(POLL_SECONDS)
         store.set(f"seen/{rank}", offer["attempt"])
         return offer["attempt"]
     others = range(1, world_size)
     for other in others:  # clear replies of an earlier attempt
         store.set(f"seen/{other}", "")
-    while not all(store.get(f"seen/{other}").decode() == mine for other in others):
-        hellos = {other: store.get(f"hello/{other}").decode() for other in others}
+    while not all(read(f"seen/{other}") == mine for other in others):
+        hellos = {other: read(f"hello/{other}") for other in others}
         store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
         time.sleep(POLL_SECONDS)
     return mine
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
@@ -234,6 +243,9 @@ def missing_for_compile(device: torch.device) -> str | None:
              "clang" if on_gpu else "clang++")
     if not any(shutil.which(name) for name in names if name):
         return f"a compiler, one of {', '.join(filter(None, names))}"
+    header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
+    if sys.platform == "linux" and not os.path.exists(header):
+        return f"{header} (Debian's package python3-dev)"
     return None
 
 
@@ -273,9 +285,13 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model wrapped in DistributedDataParallel; the model itself on a single rank."""
+    """The model wrapped in DistributedDataParallel; the model itself on a single rank. DDP makes
+    existing gradients views of its buckets, and they must stay (never be set to None): without
+    them, micro-steps under `no_sync` would allocate gradients beside the buckets."""
     if launch.world_size == 1:
         return model
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
                                    if launch.device.type == "cuda" else None)
 
@@ -285,9 +301,8 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
     """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T).
 
-    Summed in float64, so that world size and micro-batch do not change it, and run eagerly, since
-    other shapes would trigger recompilation. `should_stop` is checked after every
-    batch; if it is true on any rank, the result is None on all ranks."""
+    Summed in float64, so that world size and micro-batch do not change it, and run eagerly: other
+    shapes would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
     summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
@@ -304,32 +319,21 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
     return None if stopped else summed / count
 
 
+class HostCopy:
+    """A copy of a device tensor in host memory. `read` waits for it, not for work queued later."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory
+        self.copied = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+    def read(self) -> list:
+        if self.copied:
+            self.copied.synchronize()
+        return self.copy.numpy().tolist()
+
+
 def device_time(device: torch.device) -> float:
     """Seconds of a monotonic clock, after a GPU has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def count_micro_steps(total: int, *, micro_batch_size: int, sequence_length: int, world_size: int,
-                      flag: str) -> int:
-    """The micro-steps of one step: total / (micro_batch_size * sequence_length * world_size).
-
-    `total` is the global batch in tokens, set by `flag`. Raises UserError naming the nearest values
-    that divide evenly.
-    """
-    T = sequence_length
-    per_micro_step = micro_batch_size * T * world_size
-    if total % per_micro_step == 0 and total > 0:
-        return total // per_micro_step
-    below = total // per_micro_step * per_micro_step
-    totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
-    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {T} x "
-               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
-               + " or ".join(totals))
-    if total % (T * world_size) == 0 and total > 0:
-        rows = total // (T * world_size)  # every divisor of this is a valid micro-batch
-        nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
-                      key=lambda d: abs(d - micro_batch_size))
-        message += f", or --micro-batch-size {nearest}"
-    raise UserError(message)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
-from minigpt2.distributed import Launch, connect_store, start, stop
+from minigpt2.distributed import Launch, connect_store, start
 from minigpt2.memory import is_out_of_memory
 
 # torchrun and SLURM, Ctrl-C, SLURM's early warning, a closed terminal
@@ -33,7 +33,6 @@ RESUME_HINT = "--resume continues from the newest checkpoint"
 
 class IgnoreBrokenPipe:
     """A text stream that ignores write errors: Ctrl-C also ends the `tee` of `| tee log`."""
-
     def __init__(self, stream):
         self.stream = stream
 
@@ -51,8 +50,8 @@ class IgnoreBrokenPipe:
 
 
 class StopRequest:
-    """While entered, a stop signal is recorded instead of killing this process.
-    The training loop checks `requested()` once a step; a second Ctrl-C ends the process at once."""
+    """While entered, a stop signal is recorded instead of killing this process, for the training
+    loop to check once a step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         self.name: str | None = None  # of the signal
@@ -61,10 +60,6 @@ class StopRequest:
 
     def requested(self) -> bool:
         return self.name is not None
-
-    def flag(self, device: torch.device) -> torch.Tensor:
-        """() float32, 1 if this process was asked to stop; to be summed over all ranks."""
-        return torch.full((), float(self.requested()), device=device)
 
     def report(self, step: int, max_steps: int, folder: Path) -> str:
         return (f"{self.name or 'a signal to another rank'}: stopped after {step:,} of "
@@ -102,10 +97,8 @@ class LostRankError(UserError):
 class RankMonitor:
     """A thread that ends this process when another rank fails or sends no heartbeat, or when its
     torchrun is killed. Without it NCCL would wait for half an hour, and an orphaned rank forever.
-
     Every rank increments a counter in torchrun's store once a second and reads the others'. Clocks
-    are not compared, so that a slow rank is not mistaken for a lost one.
-    """
+    are not compared, so that a slow rank is not mistaken for a lost one."""
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -202,30 +195,26 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
                 raise LostRankError("lost the connection to another rank: it was killed, or its "
                                     f"node is down. {RESUME_HINT}") from error
             raise
-    stop()  # not after an error: it would wait for ranks that wait for this one
+    if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
+        dist.destroy_process_group()
 
 
 def agree(loss_sum: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
-          launch: Launch) -> tuple[float, float, bool]:
-    """Returns, on all ranks and before the optimizer's step: the loss (mean over ranks of
-    `loss_sum` ()), the gradient norm, and whether any rank was asked to stop.
-
-    One small all-reduce, and the one host synchronization of a step. The gradients are all-reduced
-    already, so that all ranks reach the same decision.
-    """
-    sums = torch.stack([loss_sum, request.flag(launch.device)])  # (2,)
-    loss, stopping = launch.sum(sums).tolist()
-    return loss / launch.world_size, grad_norm.item(), stopping > 0
+          launch: Launch) -> torch.Tensor:
+    """What all ranks must agree on in a step, on the device: (3,) float32, the sum of `loss_sum` ()
+    over ranks, how many ranks were asked to stop, and the gradient norm. One small all-reduce, and
+    no synchronization with the host. The gradients are all-reduced already."""
+    asked = torch.full((), float(request.requested()), device=launch.device)
+    sums = launch.sum(torch.stack([loss_sum, asked]))  # (2,)
+    return torch.cat([sums, grad_norm[None]])
 
 
 def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
                   scaler: torch.amp.GradScaler, out_dir: Path) -> int:
     """The number of consecutive skipped steps after `step`, whose loss and gradient norm are the
-    same on all ranks. Raises UserError, on all of them, after MAX_SKIPPED.
-
-    The float16 scaler starts too high on purpose and halves at every overflow: while its scale is
-    at least 1, an overflow of the gradients alone is neither counted nor reported.
-    """
+    same on all ranks. Raises UserError, on all of them, after MAX_SKIPPED. The float16 scaler
+    starts too high on purpose and halves at every overflow: while its scale is at least 1, an
+    overflow of the gradients alone is neither counted nor reported."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:

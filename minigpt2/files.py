@@ -1,5 +1,6 @@
-"""Atomic file writes, checksums, and a lock for output folders."""
+"""Atomic file writes, checksums, a lock for output folders, and what is text."""
 
+import codecs
 import contextlib
 import hashlib
 import os
@@ -10,6 +11,13 @@ from typing import IO
 import filelock
 
 from minigpt2.config import UserError
+
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
+                    codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+                    codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begin with UTF-16's
+POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
+INVALID_UTF8 = "surrogateescape"  # codec error handler: invalid bytes become U+DC80 to U+DCFF
+RARE = 100_000  # one invalid byte in so many characters is damage, more is another encoding
 
 
 @contextlib.contextmanager
@@ -31,6 +39,16 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):  # already renamed, or the folder is not writable
             temporary.unlink()
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Raises UserError, about `what`, if nothing can be written into a folder, existing or not."""
+    existing = folder.absolute()
+    while not os.path.exists(existing):  # False as well for what may not be seen
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{what} cannot be written: {existing} is "
+                        f"{'not writable' if existing.is_dir() else 'not a folder'}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,12 +78,27 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
         yield
 
 
-def read_rows(path: Path) -> list[dict]:
-    import json
+def text_encoding(path: Path, head: bytes) -> str:
+    """The encoding that the byte-order mark in the first bytes of a file names, or UTF-8. A decoder
+    of it drops the mark. Raises UserError for a pointer file."""
+    if head.startswith(POINTERS):
+        raise UserError(f"{path} is a pointer of Git LFS or git-annex, not the data: fetch it with "
+                        "`git lfs pull` or `git annex get`")
+    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
 
-    import pyarrow.parquet
-    content = path.read_bytes()
-    if content.startswith(b"PAR1"):
-        import pyarrow
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    return [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+
+def check_text(path: Path, text: str) -> None:
+    """Raises UserError if a text, decoded with INVALID_UTF8, shows that the file is binary or has
+    another encoding: NUL characters, or many invalid bytes and few valid ones beyond ASCII."""
+    fix = "convert it to UTF-8, e.g. from {0} with `iconv -f {0} -t UTF-8`"
+    if "\0" in text:
+        raise UserError(f"{path} is binary or UTF-16, expected text: {fix.format('UTF-16')}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        invalid = sum("\udc80" <= char <= "\udcff" for char in text)
+        valid = sum(char > "\x7f" for char in text) - invalid
+        if invalid > max(valid, len(text) // RARE):
+            found = text[max(0, error.start - 20) : error.start + 20].encode("utf-8", INVALID_UTF8)
+            raise UserError(f"{path} is not UTF-8, it has {found!r}: "
+                            f"{fix.format('WINDOWS-1252')}") from None

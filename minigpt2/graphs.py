@@ -1,21 +1,21 @@
 """Plots of run logs: loss, learning rate, gradient norm."""
 
 import math
-import os
 from pathlib import Path
 
 from minigpt2.config import UserError
-from minigpt2.files import atomic_write
+from minigpt2.files import atomic_write, check_folder
 from minigpt2.metrics import read_log
 
 
-def check_image(image: Path) -> None:
-    """Raises UserError if no PNG can be written to `image`: call it before the run, not after."""
+def check_image(image: Path, flag: str) -> None:
+    """Raises UserError if no PNG can be written to `image`, which `flag` has set: call it before
+    the run, not after."""
     if image.suffix != ".png":
-        raise UserError(f"{image} does not end in .png: other formats are not supported")
-    parent = next(folder for folder in image.absolute().parents if folder.exists())
-    if image.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {image}: choose another file")
+        raise UserError(f"{flag} {image} does not end in .png: other formats are not supported")
+    check_folder(image.parent, f"{flag} {image}")
+    if image.is_dir():
+        raise UserError(f"{flag} {image} is a folder: choose another file")
 
 
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:
@@ -38,7 +38,8 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:
             axes.plot(*points(log, "train", name), color=color, linewidth=0.8)
             axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[name])
     loss.set_ylabel("cross-entropy, nats per token")
-    handles = dict(zip(*reversed(loss.get_legend_handles_labels()), strict=True))
+    # Not get_legend_handles_labels, which leaves out labels that begin with an underscore
+    handles = {line.get_label(): line for line in loss.lines}
     for text in (loss.set_title(title), *loss.legend(handles.values(), handles.keys()).texts):
         text.set_parse_math(False)  # $ is only a character
     norms = [norm for _, log in logs for norm in points(log, "train", "grad_norm")[1]]

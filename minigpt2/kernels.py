@@ -1,8 +1,5 @@
 """Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU.
-
-On a CPU, `prepare_to_sample` packs each weight once into the layout that oneDNN's kernels read.
-Otherwise every token would repack it, or read it with a stride.
-"""
+Without packing, every token would repack each weight, or read it with a stride."""
 
 import functools
 from collections.abc import Callable
@@ -58,17 +55,13 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     """Prepares a model for `generate` and `logprobs`, in place, irreversibly: afterwards it can be
-    neither trained nor saved.
-
-    On a GPU, converts the weights to `dtype`. On a CPU, packs the linear layers, those of the
-    blocks in `dtype`; embeddings, residual stream, LayerNorms and the attention of single tokens
-    stay in float32. Without oneDNN (on macOS, for example) the layers are not packed and only
-    float32 is supported. On a CPU, freed memory stays with the process.
-
+    neither trained nor saved. On a GPU, converts the weights to `dtype`. On a CPU, packs the linear
+    layers, those of the blocks in `dtype`; embeddings, residual stream, LayerNorms and the
+    attention of single tokens stay in float32. Without oneDNN (on macOS, for example) the layers
+    are not packed and only float32 is supported. On a CPU, freed memory stays with the process.
     Logits are float32 everywhere: GPT-2's logits are around -100, where bfloat16 values are 0.5
     apart. Raises UserError if the CPU does not support `dtype`, ValueError if the model was already
-    prepared in another dtype.
-    """
+    prepared in another dtype."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
         c_attn = model.transformer.h[0].attn.c_attn

@@ -48,7 +48,6 @@ def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank.
-
     A trial runs forward and backward on random tokens while memory is held for gradients, for
     moments that do not exist yet (`optimizer_bytes`) and for some headroom. All ranks must call
     this, before the model is wrapped in DDP. It leaves no gradients and preserves the random state.
@@ -62,7 +61,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             elif device.type == "cpu":
-                distributed.trim_memory()
+                (distributed.c_function("malloc_trim") or int)(0)  # freed memory to the system
             failed_ranks = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()
             if compiled and (failed_ranks or launch.world_size > 1):
                 # Compile the next size for itself, not for dynamic shapes. Under DDP the compiler
@@ -83,7 +82,7 @@ def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
         with torch.random.fork_rng([device] if on_gpu else []):  # autotuning draws random numbers
             ballast = torch.empty(optimizer_bytes + (HEADROOM_BYTES if on_gpu else 0),
                                   dtype=torch.uint8, device=device)
-            for parameter in model.parameters():  # as in every micro-step but the first
+            for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
                 parameter.grad = torch.zeros_like(parameter)
             generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length),

@@ -16,7 +16,6 @@ import torch
 
 from minigpt2.config import UserError, first_line
 from minigpt2.files import atomic_write
-from model import GPT
 
 # Dense bf16 tensor-core peak in TFLOP/s with fp32 accumulation (V100 and T4: fp16), from the
 # vendors' data sheets. The longest name whose words all occur in the device name wins.
@@ -35,14 +34,6 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
-def flops_per_token(model: GPT, sequence_length: int) -> int:
-    """Returns the FLOPs per token of forward and backward as in PaLM (Chowdhery et al. 2022,
-    appendix B): 6 per parameter outside wpe, plus 12 n_layer C T for attention, not halved for
-    causality. GPT-2 124M at T = 1024: 6 x 123,653,376 + 12 x 12 x 768 x 1024 = 855,166,464."""
-    num_parameters = model.num_parameters() - model.transformer.wpe.weight.numel()
-    return 6 * num_parameters + 12 * model.config.n_layer * model.config.n_embd * sequence_length
-
-
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
     """Returns what is needed to reproduce a run, as a flat JSON object: settings, versions, commit,
     SHA-256 of the code and of `data` (a manifest, as canonical JSON), world size, device name."""
@@ -57,8 +48,6 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
                    "code_sha256": hashlib.sha256(code).hexdigest(),
                    "data_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
                    "world_size": world_size, "device_name": name}
-    clash = vars(config).keys() & {*environment, "step", "kind", "time"}
-    assert not clash, f"settings and other metadata share the names {clash}"
     return vars(config) | environment
 
 
@@ -100,7 +89,8 @@ class RunLog:
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
         record = {"step": step, "kind": kind, **finite}
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+        # A lone surrogate, from a path that is not UTF-8, becomes JSON's \udcxx
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
             while line:  # an almost full disk accepts a part; the next write raises
@@ -127,9 +117,9 @@ class RunLog:
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
-    """Returns the records of a run log as {kind: {step: record}}. The last record of a step wins. A
-    "run" record marks a start from its step S: it discards the train records from S on and the val
-    records after S. An incomplete last line is ignored. Raises UserError for a damaged line."""
+    """The records of a run log as {kind: {step: record}}; the last of a step wins. A "run" record
+    of step S discards the train records from S on and the val records after S. An incomplete last
+    line is ignored. Raises UserError for a damaged line."""
     records: dict[str, dict[int, dict]] = {}
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete

@@ -2,8 +2,12 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+
+from minigpt2.distributed import Launch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's quintic iteration
 MUON_MOMENTUM = 0.95
@@ -13,11 +17,9 @@ MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about A
 
 def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
               min_lr: float) -> float:
-    """The learning rate of step number `step`, counted from 0.
-
-    Linear warm-up from max_lr / warmup_steps to max_lr at step warmup_steps - 1, then half a cosine
-    down to min_lr at step max_steps (Brown et al. 2020, appendix B).
-    """
+    """The learning rate of step number `step`, counted from 0: linear warm-up from max_lr /
+    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine down to min_lr at step
+    max_steps (Brown et al. 2020, appendix B)."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     if step >= max_steps:
@@ -45,18 +47,13 @@ SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others.
-
-    Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
+    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
+    replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
     equally far. c_attn stacks three matrices: q, k and v are orthogonalized separately. As in Liu
     et al. 2025 ("Muon is scalable for LLM training"), updates are scaled to AdamW's usual RMS, so
-    that learning rates are comparable, and weights decay. Matrices of equal shape are batched.
-    """
-
-    def __init__(self, groups: list[dict], **options):
-        super().__init__(groups, **options)
-        # With fused AdamW, GradScaler would call `step` even after an overflow
-        self._step_supports_amp_scaling = False
+    that learning rates are comparable, and weights decay. Matrices of equal shape are batched. As
+    in PyTorch's fused AdamW, the attribute `found_inf` (), set by `step_if_finite`, skips a step if
+    it is 1. The skip is computed, not branched on: the host does not wait for the device."""
 
     @torch.no_grad()
     def step(self):
@@ -71,6 +68,12 @@ class Muon(torch.optim.AdamW):
             self.param_groups = all_groups
 
     def step_matrices(self, group: dict) -> None:
+        if not group["params"]:  # of a rank that owns no matrix
+            return
+        device = group["params"][0].device
+        skip = getattr(self, "found_inf", torch.zeros((), device=device)).bool()  # ()
+        decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])  # ()
+        share = torch.where(skip, 0.0, 1 - group["momentum"])  # (), of the gradient
         batches = defaultdict(list)  # shape -> wide views of (weight, gradient, momentum)
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -79,8 +82,8 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
                 state["step"] = torch.zeros(())  # AdamW expects one in every state
-            momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            momentum = state["momentum"].lerp_(parameter.grad.masked_fill_(skip, 0.0), share)
+            parameter.mul_(decay)
             rows, columns = parameter.shape
             parts = 3 if rows == 3 * columns else 1  # q, k, v
             for views in zip(*(tensor.chunk(parts) for tensor in
@@ -94,7 +97,8 @@ class Muon(torch.optim.AdamW):
                 weights, grads, momenta = zip(*batch[first : first + MUON_BATCH], strict=True)
                 directions = torch.lerp(torch.stack(grads), torch.stack(momenta),
                                         group["momentum"])  # Nesterov's
-                for weight, update in zip(weights, orthogonal(directions), strict=True):
+                updates = orthogonal(directions).masked_fill_(skip, 0.0)
+                for weight, update in zip(weights, updates, strict=True):
                     weight.sub_(update, alpha=scale)
 
 
@@ -115,10 +119,8 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
                    weight_decay: float, muon_lr: float | None = None,
                    shard: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and embeddings, not on biases
-    and LayerNorms. With a `muon_lr`, Muon for the blocks' matrices and AdamW for the rest.
-
-    `shard` splits the optimizer state over ranks (ZeRO stage 1, Rajbhandari et al. 2020); it needs
-    a process group."""
+    and LayerNorms. With a `muon_lr`, Muon for the blocks' matrices and AdamW for the rest. `shard`
+    splits the state over the ranks of a process group (ZeRO stage 1, Rajbhandari et al. 2020)."""
     named = list(model.named_parameters())  # a tied weight occurs once
     muon_params = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
     rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]
@@ -139,37 +141,72 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     return optimizer_class(groups, **options)
 
 
-def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    return hasattr(optimizer, "consolidate_state_dict")
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this rank's state: that in a sharded optimizer, or the optimizer."""
+    return getattr(optimizer, "optim", optimizer)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, is_master: bool) -> dict | None:
+def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> None:
+    """Takes a step if all `numbers` (n,) on the device are finite, else changes nothing. The device
+    decides; the host does not wait for it."""
+    local_optimizer(optimizer).found_inf = numbers.isfinite().all().logical_not().float()  # ()
+    optimizer.step()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
+                    copy: Callable[[object, str], object]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective."""
-    if is_sharded(optimizer):
-        optimizer.consolidate_state_dict(to=0)
-    return optimizer.state_dict() if is_master else None
+    collective. `copy(value, name)` makes the copy that is returned, of a tensor or of all tensors
+    in a dict; a tensor that it is given is overwritten later."""
+    state = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer: settings only
+    if local_optimizer(optimizer) is not optimizer:
+        state["state"] = gather_state(optimizer, launch, copy)
+    elif launch.is_master:
+        state["state"] = copy(state["state"], "optimizer")
+    return state if launch.is_master else None
+
+
+def gather_state(optimizer: torch.optim.Optimizer, launch: Launch,
+                 copy: Callable[[object, str], object]) -> dict[int, dict]:
+    """The state of a sharded optimizer by parameter, on rank 0. Tensors are broadcast one after the
+    other into one buffer as large as the largest of them. `consolidate_state_dict` would pickle all
+    of a rank's state at once and block the interpreter, heartbeats included, for minutes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = optimizer.optim.state  # of this rank's parameters
+    buffer = torch.empty(max(p.numel() for p in params), device=params[0].device)
+    held = launch.gather([(index, name) for index, p in enumerate(params)
+                          for name in states.get(p, ())])
+    gathered: dict[int, dict] = defaultdict(dict)
+    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(held)
+                                     for key in keys):
+        shape = () if name == "step" else params[index].shape
+        tensor = (states[params[index]][name].to(buffer.device) if owner == launch.rank else
+                  buffer[: math.prod(shape)].view(shape))
+        if owner > 0:
+            dist.broadcast(tensor, src=owner)
+        if launch.is_master:
+            gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
+    return dict(gathered)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Restores the moments but keeps the settings (betas, eps, weight decay) of `optimizer`, which
-    come from the command line; PyTorch would restore those as well. Raises KeyError, TypeError or
+    """Copies the moments of this rank's parameters, but keeps the settings (betas, eps, weight
+    decay) of `optimizer`, which come from the command line. Raises KeyError, TypeError or
     ValueError for a state of another model or optimizer."""
+    local = local_optimizer(optimizer)
+    mine = {parameter for group in local.param_groups for parameter in group["params"]}
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        names = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
         for parameter, index in zip(group["params"], saved["params"], strict=True):
-            names = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
+            if not state["state"]:  # saved before the first step
+                continue
+            held = {name: state["state"][index][name] for name in ("step", *names)}
             for name in names:  # the fused kernel would crash on a wrong shape
-                if state["state"] and state["state"][index][name].shape != parameter.shape:
+                if held[name].shape != parameter.shape:
                     raise ValueError(f"{name} has another shape")
-    settings = [{key: value for key, value in group.items() if key != "params"}
-                for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, settings, strict=True):
-        group.update(kept)
-    if is_sharded(optimizer):
-        # ZeroRedundancyOptimizer restores `step` to the CPU; the fused kernel needs it on the GPU
-        for parameter, kept in optimizer.optim.state.items():
-            kept["step"] = kept["step"].to(parameter.device)
+            if parameter in mine:
+                local.state[parameter] = {name: value.to(parameter.device, copy=True)
+                                          for name, value in held.items()}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt2.checkpoint import (
-    list_step_folders,
-    load_training_state,
-    model_from_parameters,
-    read_config,
-    read_tensors,
-    save_checkpoint,
-    step_folder,
-    verify,
-)
+from minigpt2 import checkpoint
 from minigpt2.config import UserError, first_line, flag_name
 from minigpt2.distributed import Launch
 from minigpt2.files import folder_lock
@@ -36,6 +27,7 @@ from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
 STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_state.pt
+LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
 @dataclass
@@ -53,12 +45,13 @@ class TrainState:
 
 
 def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
-                   scaler: torch.amp.GradScaler, launch: Launch) -> dict:
-    """What a checkpoint holds besides the model; complete on rank 0. A collective: rank 0 gathers
-    every rank's generators and its part of a sharded optimizer."""
-    return {"progress": dataclasses.asdict(state),
-            "optimizer": optimizer_state(optimizer, launch.is_master),
-            "scaler": scaler.state_dict(), "rng": launch.gather(rng_state(launch.device))}
+                   scaler: torch.amp.GradScaler, launch: Launch,
+                   copy: Callable[[object, str], object]) -> dict:
+    """A copy of what a checkpoint holds besides the model, gathered on rank 0. A collective. For
+    `copy` see `optimizer_state`."""
+    rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict(),
+            "rng": launch.gather(rng_state(launch.device))}
+    return {"optimizer": optimizer_state(optimizer, launch, copy), **copy(rest, "state")}
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -68,10 +61,8 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 class CheckpointWriter:
     """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
-
     Training waits for the copy, and for the disk only if the previous checkpoint is not written
-    yet. While entered, rank 0 holds the lock of out_dir. `metadata` goes into every checkpoint.
-    """
+    yet. While entered, rank 0 holds the lock of out_dir. `metadata` goes into every checkpoint."""
 
     def __init__(self, out_dir: Path, launch: Launch, metadata: dict, *, keep_last: int,
                  keep_every: int, saved_step: int | None, prompt_template: str | None = None):
@@ -80,6 +71,8 @@ class CheckpointWriter:
         self.options = {"keep_last": keep_last, "keep_every": keep_every,
                         "prompt_template": prompt_template}
         self.buffers: dict[str, torch.Tensor] = {}  # reused: allocating pinned memory is slow
+        self.block: torch.UntypedStorage | None = None  # the last one, of which `used` is taken
+        self.used = 0
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.lock = contextlib.ExitStack()
@@ -95,17 +88,17 @@ class CheckpointWriter:
         if state.step == self.saved_step and state.best_step == best_before:
             return
         self.saved_step = state.step
-        saved = training_state(state, optimizer, scaler, self.launch) | {"facts": self.metadata}
+        self.wait()  # the buffers are in use until then
+        saved = training_state(state, optimizer, scaler, self.launch, self.copy)
         if not self.launch.is_master:
             return
-        self.wait()
+        saved["facts"] = self.metadata
         parameters = self.copy(dict(model.named_parameters()), "model")
-        saved = self.copy(saved, "state")
         if self.launch.device_type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         self.pending = self.thread.submit(
-            save_checkpoint, self.out_dir, state.step,
-            model_from_parameters(model.config, parameters),
+            checkpoint.save_checkpoint, self.out_dir, state.step,
+            checkpoint.model_from_parameters(model.config, parameters),
             training_state=saved, best_step=state.best_step, **self.options)
 
     @torch.no_grad()
@@ -119,14 +112,28 @@ class CheckpointWriter:
             return value
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self.buffers[name] = buffer
+            buffer = self.buffers[name] = self.allocate(value)
         return buffer.copy_(value, non_blocking=value.is_cuda)
+
+    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
+        allocations up to powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share
+        blocks of such a size, each with its own storage: torch.save writes whole storages."""
+        if like.nbytes < LARGE_BYTES:
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        size = like.nbytes + -like.nbytes % 64  # aligned
+        if self.block is None or self.used + size > self.block.nbytes():
+            self.block, self.used = torch.empty(
+                max(BLOCK_BYTES, 1 << (size - 1).bit_length()), dtype=torch.uint8,
+                pin_memory=like.is_cuda).untyped_storage(), 0
+        storage = self.block[self.used : self.used + like.nbytes]
+        self.used += size
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     @property
     def folder(self) -> Path:
         """The newest checkpoint, once it is written."""
-        return step_folder(self.out_dir, self.saved_step)
+        return checkpoint.step_folder(self.out_dir, self.saved_step)
 
     def poll(self) -> None:
         """Raises UserError if the pending checkpoint has failed; does not block."""
@@ -163,19 +170,17 @@ class CheckpointWriter:
 def find_resume(out_dir: Path, resume: bool, launch: Launch,
                 ) -> tuple[Path, dict] | tuple[None, None]:
     """The newest intact checkpoint of out_dir and its training state; (None, None) for a new run.
-
     Rank 0 searches, prints a line for each damaged checkpoint it skips, and tells the other ranks.
     Raises UserError if the folder holds a run but --resume was not given, if every checkpoint in
-    it is damaged, or if a rank does not see the folder.
-    """
+    it is damaged, or if a rank does not see the folder."""
     folder = saved = None
-    mapped = launch.device.type != "cpu"  # on a CPU the optimizer would keep memory-mapped tensors
     if launch.is_master:
-        holds_run = list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
+        checkpoint.restore_replaced(out_dir)
+        holds_run = checkpoint.list_step_folders(out_dir) or (out_dir / "metrics.jsonl").exists()
         if holds_run and not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
                             "it, or choose another --out-dir")
-        folder, saved = newest_intact(out_dir, mapped)
+        folder, saved = newest_intact(out_dir)
         if resume and folder is None:
             launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with "
                           "a new log)")
@@ -184,23 +189,22 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
         if not folder.is_dir():
             raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
                             "--out-dir must be a folder that all nodes share")
-        saved = load_training_state(folder, mapped)
+        saved = checkpoint.load_training_state(folder)
     return folder, saved
 
 
-def newest_intact(out_dir: Path, mapped: bool) -> tuple[Path, dict] | tuple[None, None]:
+def newest_intact(out_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
     """The newest intact checkpoint with its training state. Newer, damaged ones are renamed
     (.damaged): the resumed run will write those steps again."""
     damaged = []
-    for folder in reversed(list_step_folders(out_dir)):
+    for folder in reversed(checkpoint.list_step_folders(out_dir)):
         try:
-            verify(folder)
-            read_config(folder)
-            saved = load_training_state(folder, mapped)
+            checkpoint.verify(folder)
+            checkpoint.read_config(folder)
+            saved = checkpoint.load_training_state(folder)
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
-            for _ in read_tensors(folder):  # finds a truncated file even without SHA256SUMS
-                break
+            next(checkpoint.read_tensors(folder))  # finds a truncated file without SHA256SUMS
         except (UserError, OSError) as error:
             print(f"--resume: skipping {folder.name}: {first_line(error)}", flush=True)
             damaged.append(folder)
@@ -225,13 +229,11 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
     changed = sorted(name for name in metadata.keys() & before.keys()
                      if metadata[name] != before[name])
     for name in changed:
-        if name == "data_sha256" and name in fixed:
-            raise UserError(f"--resume: the data are not those that {folder} was trained on: "
-                            "restore them, or start in another --out-dir")
         if name in fixed:
-            raise UserError(f"--resume: {folder} was trained with {flag_name(name)} "
-                            f"{before[name]}, not {metadata[name]}: restore that value, or "
-                            "start in another --out-dir")
+            what = ("other data" if name == "data_sha256" else
+                    f"{flag_name(name)} {before[name]}, not {metadata[name]}")
+            raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start "
+                            "in another --out-dir")
     for name in changed:
         if name == "checkpoint":
             launch.print0(f"--resume: --checkpoint {metadata[name]} is ignored, the run started "
@@ -243,10 +245,8 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, launch: Launch, *, seed: int, max_steps: int,
             flag: str) -> TrainState:
-    """Loads a training state into the optimizer, the scaler and the generators of this rank.
-
-    Raises UserError if it belongs to another model or lies past max_steps, which `flag` sets.
-    """
+    """Loads a training state into the optimizer, the scaler and the generators of this rank. Raises
+    UserError if it belongs to another model or lies past max_steps, which `flag` sets."""
     try:
         state = TrainState(**saved["progress"])
     except TypeError as error:

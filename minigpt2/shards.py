@@ -2,7 +2,7 @@
 
 A corpus is a folder of shards and a manifest that lists them. A shard is a `.npy` file with one
 vector of uint16 token ids, read through a memory map. A folder without a manifest is unfinished;
-only nanoGPT's and llm.c's shards are also read without one, by their file names.
+only the shards of nanoGPT, build-nanogpt and llm.c are also read without one, by their file names.
 """
 
 import io
@@ -23,7 +23,7 @@ PROGRESS = "progress.json"  # of an unfinished corpus, see pretrain_data/corpus.
 TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
 LLMC_MAGIC, LLMC_VERSION = 20240520, 1
 LLMC_HEADER_BYTES = 256 * 4  # 256 int32; the first three are magic, version and token count
-FOREIGN_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")  # shards of nanoGPT and llm.c
+FOREIGN_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:bin|npy)")  # of other projects' shards
 
 
 def shard_header(num_tokens: int) -> bytes:
@@ -42,7 +42,7 @@ def shard_bytes(num_tokens: int) -> int:
 def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
     """Memory-maps the tokens (n,) uint16 of a shard. The first bytes tell the format: .npy, llm.c
     (a header of 256 int32) or nanoGPT (uint16 without a header). Raises UserError if the file is
-    damaged, or if `num_tokens` is given and differs."""
+    damaged or no shard, or if `num_tokens` is given and differs."""
     try:
         with open(path, "rb") as file:
             head = file.read(12)
@@ -51,6 +51,13 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         elif magic != LLMC_MAGIC:
             tokens = np.memmap(path, "<u2", mode="r")
+            is_llmc = 20240000 <= magic < 20250000  # and no first two ids: the lower half is larger
+            high = tokens[1:4096:2]  # of uint32, the upper halves of the first ids
+            if is_llmc or (len(high) > 4 and high.max() < 16 <= tokens[:4096].max()):
+                kind = "another kind of llm.c file" if is_llmc else "uint32"
+                raise UserError(f"{path} is {kind}, expected GPT-2's ids as uint16: move it out "
+                                "of the folder, or tokenize its text with "
+                                "pretrain_data/fineweb_downloader.py --files")
         elif version != LLMC_VERSION:
             raise ValueError(f"version {version} of llm.c's format, expected {LLMC_VERSION}")
         else:
@@ -96,8 +103,8 @@ def read_record(path: Path) -> dict:
 
 def read_manifest(data_dir: Path) -> dict:
     """The manifest of a corpus: `source`, `tokenizer`, `tokens` and `shards`, a list of dicts with
-    `file`, `split`, `tokens` and `sha256`. For a folder that holds only nanoGPT's or llm.c's
-    shards, `tokens` and `shards` (without `sha256`) come from the files. Raises UserError."""
+    `file`, `split`, `tokens` and `sha256`. For a folder of only foreign shards, `tokens` and
+    `shards` (without `sha256`) come from the files. Raises UserError."""
     build = "build one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
     if not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist: {build}")
@@ -107,13 +114,23 @@ def read_manifest(data_dir: Path) -> dict:
         raise UserError(f"data folder {data_dir} is unfinished: rerun the command that created "
                         "it to resume")
     names = sorted(entry.name for entry in data_dir.iterdir())
+    if "meta.pkl" in names:  # never opened: a pickle can run code
+        raise UserError(f"data folder {data_dir} has a vocabulary of its own, meta.pkl (nanoGPT's "
+                        "character-level data), expected GPT-2's ids: tokenize its text with "
+                        "pretrain_data/fineweb_downloader.py --files")
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]
     if not shards:
-        state = f"has no {MANIFEST} and no nanoGPT or llm.c shards" if names else "is empty"
+        state = f"has no {MANIFEST} and no foreign shards" if names else "is empty"
         raise UserError(f"data folder {data_dir} {state}: {build}")
     return {"source": {"name": "shards without a manifest"}, "shards": shards,
             "tokens": sum(shard["tokens"] for shard in shards)}
+
+
+def good_size(tokens: int) -> int:
+    """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
+    windows = max(1, tokens // 10 // 1024)
+    return windows * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)
 
 
 class Position(NamedTuple):
@@ -126,11 +143,10 @@ class Position(NamedTuple):
 
 class ShardWriter:
     """Cuts a token stream into shards of exactly `shard_tokens`; the last one may be shorter.
-
     `record` is the content of `progress.json`: settings, `tokens` and `documents` written,
     `position` of the next token, complete `shards`, and `open_start`, the position of the first
-    token of the incomplete shard. Tokens written after the last `commit` of a record are dropped.
-    """
+    token of the incomplete shard. Tokens written after the last `commit` of a record are
+    dropped."""
 
     def __init__(self, out_dir: Path, name: str, record: dict):
         self.out_dir, self.name, self.record = out_dir, name, record
@@ -188,6 +204,20 @@ class ShardWriter:
         self.flush()
         write_record(self.out_dir / PROGRESS, self.record)
 
+    def roll_back(self, cursor: dict, num_shards: int) -> None:
+        """Returns to an earlier state of the record and deletes the shards that began after it."""
+        files = [self.out_dir / shard["file"] for shard in self.record["shards"]]
+        files.append(self.paths()[0])
+        self.flush()
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        self.record.update(cursor)
+        del self.record["shards"][num_shards:]
+        self.commit()
+        for path in files[num_shards + (self.filled > 0) :]:
+            path.unlink(missing_ok=True)
+
     def close_shard(self) -> None:
         """Writes the length of the shard into its header and gives it its final name."""
         (partial, path), tokens = self.paths(), self.filled
@@ -213,8 +243,9 @@ class ShardWriter:
                 (self.out_dir / name).unlink()
             raise UserError("the source has no text: nothing to write" if tokens <= 1 else
                             f"all {tokens:,} tokens fit into the first shard, which is for "
-                            f"validation: lower --shard-tokens, e.g. to {max(2, tokens // 10)}")
-        manifest = {key: value for key, value in self.record.items() if key != "open_start"}
+                            f"validation: lower --shard-tokens, e.g. to {good_size(tokens)}")
+        manifest = {key: value for key, value in self.record.items()
+                    if key not in ("open_start", "file_start")}
         write_record(self.out_dir / MANIFEST, manifest)
         (self.out_dir / PROGRESS).unlink()
         return manifest

@@ -8,6 +8,7 @@ import base64
 import codecs
 import functools
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -30,9 +31,11 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
 # tiktoken's regular expression overflows its stack on about a million consecutive whitespace
-# characters (tiktoken issue 587), so longer runs are encoded in pieces. GPT-2 never merges spaces,
-# so for them the token ids do not change; decoding always returns the same text.
-MAX_WHITESPACE = 250_000
+# characters (tiktoken issue 587), and a word needs 45 bytes of memory per byte. So long runs of one
+# kind of character are encoded in pieces of this length. GPT-2 never merges spaces, so for them the
+# token ids do not change; decoding always returns the same text.
+MAX_RUN = 250_000
+RUN = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of one kind, as in GPT-2's pattern
 PROMPT_TEMPLATE = "alpaca"  # stored in a checkpoint that was fine-tuned with `format_prompt`
 
 
@@ -66,6 +69,39 @@ def load_tokenizer() -> tiktoken.Encoding:
                              special_tokens={EOT_TEXT: EOT_TOKEN}, explicit_n_vocab=N_VOCAB)
 
 
+def check_files(folder: Path) -> None:
+    """Raises UserError if a tokenizer file of a Hugging Face checkpoint, where there is one, has
+    another vocabulary than GPT-2's, added tokens included."""
+    ours = vocabulary_path("vocab.json").read_bytes()
+    for name in ("vocab.json", "added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        content = (folder / name).read_bytes() if (folder / name).exists() else ours
+        try:
+            difference = find_difference(name, content, ours) if content != ours else None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            difference = f"it cannot be read ({error!r:.200})"
+        if difference:
+            raise UserError(f"{folder / name} is not of GPT-2's tokenizer, the only one supported: "
+                            f"{difference}. Use another checkpoint")
+
+
+def find_difference(name: str, content: bytes, vocabulary: bytes) -> str | None:
+    """How a tokenizer file differs from GPT-2's, or None."""
+    file, ours = json.loads(content), json.loads(vocabulary)
+    ids = file if name == "vocab.json" else ours
+    if name == "added_tokens.json":
+        ids = ours | file
+    elif name == "tokenizer.json":
+        ids = file["model"]["vocab"] | {one["content"]: one["id"] for one in file["added_tokens"]}
+        file = file["pre_tokenizer"]
+    elif name == "tokenizer_config.json":
+        added = file.get("added_tokens_decoder", {})
+        ids = ours | {one["content"]: int(number) for number, one in added.items()}
+    for token in ids | ours:
+        if ids.get(token) != ours.get(token):
+            return f"{token!r} has id {ids.get(token)}, not {ours.get(token)}"
+    return "add_prefix_space is set" if file.get("add_prefix_space") is True else None
+
+
 def repair(text: str) -> str:
     """Replaces lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
     if text.isascii():
@@ -73,11 +109,11 @@ def repair(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def cut_whitespace(text: str) -> list[str]:
-    """Splits whitespace longer than MAX_WHITESPACE; nearly all texts stay in one piece."""
-    if len(text) <= MAX_WHITESPACE:
-        return [text]
-    cuts = [m.end() for m in re.finditer(rf"\s{{{MAX_WHITESPACE}}}(?=\s)", text)]
+def cut_runs(text: str) -> list[str]:
+    """Cuts a text after each block of MAX_RUN characters of one kind that continues in the next
+    block; nearly all texts stay in one piece."""
+    cuts = [end for end in range(MAX_RUN, len(text), MAX_RUN)
+            if RUN.match(text, end - MAX_RUN, end + 1).end() > end]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
@@ -85,7 +121,7 @@ def encode(text: str) -> list[int]:
     """The token ids of a text. "<|endoftext|>" is encoded as text (seven ids), never as EOT_TOKEN.
     Lone surrogates are encoded as U+FFFD."""
     encoding = load_tokenizer()
-    return [token for piece in cut_whitespace(text) for token in encoding.encode_ordinary(piece)]
+    return [token for piece in cut_runs(text) for token in encoding.encode_ordinary(piece)]
 
 
 @functools.cache
@@ -109,19 +145,13 @@ def load_encoder(name: str) -> Callable[[str], np.ndarray]:
 def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
     """Like `encode`, but returns (n,) uint32 without building a Python list. The text must not hold
     lone surrogates (see `repair`)."""
-    arrays = [load_encoder(encoder)(piece) for piece in cut_whitespace(text)]
+    arrays = [load_encoder(encoder)(piece) for piece in cut_runs(text)]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def decode(ids: list[int]) -> str:
     """The text of token ids. Bytes that are not valid UTF-8 become U+FFFD."""
     return load_tokenizer().decode(ids)
-
-
-def token_byte_counts() -> list[int]:
-    """The bytes of text that each id stands for, by id; 0 for EOT_TOKEN."""
-    text_of = load_tokenizer().decode_single_token_bytes
-    return [len(text_of(token)) for token in range(EOT_TOKEN)] + [0]
 
 
 class StreamDecoder:

@@ -12,6 +12,7 @@ flush to disk: when a unit of the source is done, and about once a second.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import multiprocessing
@@ -32,21 +33,23 @@ from minigpt2 import shards
 from minigpt2.config import UserError
 from minigpt2.files import atomic_write, folder_lock, sha256_of, sync_folder
 from minigpt2.progress import progress_bar
-from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_whitespace, encode_to_array, repair
-from pretrain_data.documents import Part, Source
+from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
+from pretrain_data.documents import EOT_TEXT, Part, Source
 
 COMMIT_SECONDS = 1.0  # a killed build loses at most this much work and one part
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
+CURSOR = ("documents", "tokens", "outcomes", "position", "open_start")  # in a build's record
 CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
-            "cut": "had very long runs of whitespace, encoded in pieces"}
+            "cut": "had very long runs of one kind of character, encoded in pieces",
+            "marked": f"contain {EOT_TEXT}, encoded as text (--split-eot splits .txt files there)"}
 
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
                  shard_tokens: int, max_tokens: int | None = None, workers: int = 1,
-                 encoder: str = "tiktoken") -> dict:
+                 encoder: str = "tiktoken", file_counts: dict | None = None) -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
     `description` identifies the documents; a folder with another one in its manifest is refused.
@@ -58,7 +61,8 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
                 "tokenizer": {"name": "gpt2", "sha256": {k: v[1] for k, v in VOCABULARY.items()}}}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the first shard, which is for "
-                        f"validation: lower --shard-tokens {shard_tokens}")
+                        f"validation: lower --shard-tokens {shard_tokens}, e.g. to "
+                        f"{shards.good_size(max_tokens)}")
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         if (out_dir / shards.MANIFEST).exists():
@@ -68,19 +72,32 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
             if manifest["max_tokens"] == max_tokens:
                 return manifest
             reopen(out_dir, manifest)
-        return write_shards(open_source(), out_dir, name, settings, max_tokens, workers, encoder)
+        record = load_progress(out_dir, settings, max_tokens)
+        record |= {"files": file_counts} if file_counts else {}
+        return write_shards(open_source(), out_dir, name, record, workers, encoder)
 
 
 def check_same_corpus(out_dir: Path, record: dict, settings: dict, max_tokens: int | None) -> None:
     """Raises UserError if a manifest or progress record has other settings or too many tokens."""
-    for key, value in settings.items():
-        if record.get(key) != value:
-            raise UserError(f"{out_dir} holds another corpus: its {key} is "
-                            f"{record.get(key)!s:.150}, expected {value!s:.150}; choose another "
-                            "--out-dir, or delete that folder")
+    for key, new in settings.items():
+        if (old := record.get(key)) != new:
+            found = ((changed_files(old, new) if key == "source" else "")
+                     or f"its {key} is {old!s:.150}, expected {new!s:.150}")
+            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
+                            f"or delete that folder to begin anew: rm -r {out_dir}")
     if max_tokens is not None and record["tokens"] > max_tokens:
         raise UserError(f"{out_dir} already holds {record['tokens']:,} tokens, more than "
                         f"--max-tokens {max_tokens:,}: choose another --out-dir, or delete it")
+
+
+def changed_files(old: dict | None, new: dict) -> str:
+    """The local files in which two sources differ, "" if there are none."""
+    old, new = (old or {}).get("files", {}), new.get("files", {})
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changes = [name + (" is new" if name not in old else " is missing" if name not in new
+                       else " has changed") for name in names[:3]]
+    more = [f"{len(names) - 3:,} more"] if len(names) > 3 else []
+    return ", ".join(changes + more) if old else ""
 
 
 def reopen(out_dir: Path, manifest: dict) -> None:
@@ -99,39 +116,38 @@ def reopen(out_dir: Path, manifest: dict) -> None:
 
 
 def load_progress(out_dir: Path, settings: dict, max_tokens: int | None) -> dict:
-    """The record of an unfinished build, or a new one. A build may resume after one of its local
-    files has changed: most likely, a damaged file stopped it and was replaced."""
+    """The record of an unfinished build, or a new one. Raises UserError if the source has changed.
+    A file that stopped the build may have: the record holds nothing of it."""
     record = settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0,
                          "outcomes": dict.fromkeys(OUTCOMES, 0),
                          "position": shards.Position()._asdict(), "shards": [], "open_start": None}
     if not (out_dir / shards.PROGRESS).exists():
         return record
     progress = shards.read_record(out_dir / shards.PROGRESS)
-    old, new = (saved.get("source", {}).get("files", {}) for saved in (progress, settings))
-    changed = [name for name in new if old.get(name) != new[name]]
-    if list(old) == list(new) and len(changed) == 1:
-        print(f"{changed[0]} has changed since this build began: assuming it was repaired")
-        progress["source"] = settings["source"]
+    damaged, files = progress.pop("damaged", None), settings["source"].get("files", {})
+    if damaged in files:
+        progress["source"]["files"][damaged] = files[damaged]
     check_same_corpus(out_dir, progress, settings, max_tokens)
-    print(f"{out_dir} is unfinished: resuming after {progress['tokens']:,} tokens", flush=True)
+    print(f"{out_dir} is unfinished: resuming after {progress['tokens']:,} tokens"
+          + (f" and reading {damaged} anew" if damaged else ""), flush=True)
     return record | progress | {"max_tokens": max_tokens}
 
 
-def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_tokens: int | None,
-                 workers: int, encoder: str) -> dict:
+def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int,
+                 encoder: str) -> dict:
     """Writes the shards that are missing, then the manifest, and returns it."""
-    record = load_progress(out_dir, settings, max_tokens)
     writer, tokens_before = shards.ShardWriter(out_dir, name, record), record["tokens"]
-    limit = max_tokens or sys.maxsize
+    limit = record["max_tokens"] or sys.maxsize
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
     writer.commit()
     t0 = committed = time.monotonic()
     position = shards.Position(**record["position"])
     outcomes = record["outcomes"] = Counter(record["outcomes"])
-    with (contextlib.closing(token_stream(source, position, workers, encoder)) as stream,
+    with (forget_damaged_file(writer),
+          contextlib.closing(token_stream(source, position, workers, encoder)) as stream,
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
-        for start, tokens, part_outcomes in stream:
+        for start, tokens, part_outcomes, file in stream:
             unit_done = start.unit > position.unit
             record["position"] = start._asdict()
             if unit_done or time.monotonic() - committed > COMMIT_SECONDS:
@@ -140,6 +156,10 @@ def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_t
             if unit_done:
                 source.release_unit(position.unit)
             position = start
+            if file is not None and not start.tokens:
+                record["file_start"] = {
+                    "file": file, "num_shards": len(record["shards"]),
+                    "cursor": {key: copy.copy(record[key]) for key in CURSOR}}
             tokens = tokens[: limit - record["tokens"]]
             writer.add(tokens, start)
             bar.update(len(tokens))
@@ -149,6 +169,25 @@ def write_shards(source: Source, out_dir: Path, name: str, settings: dict, max_t
     manifest = writer.finish()
     report(out_dir, manifest, manifest["tokens"] - tokens_before, time.monotonic() - t0)
     return manifest
+
+
+@contextlib.contextmanager
+def forget_damaged_file(writer: shards.ShardWriter) -> Iterator[None]:
+    """If a local file cannot be read, drops the tokens of that file and notes its name: the next
+    run may find it repaired, and resumes with nothing of the damaged version."""
+    try:
+        yield
+    except UserError as error:
+        record, start = writer.record, writer.record.get("file_start")
+        order = list(record["source"].get("files", ()))
+        if (damaged := getattr(error, "file", None)) in order:  # local_files.py sets it
+            begun = order.index(start["file"]) if start else len(order) if record["tokens"] else 0
+            if order.index(damaged) >= begun:
+                record["damaged"] = damaged
+            if start and start["file"] == damaged:
+                writer.roll_back(start["cursor"], start["num_shards"])
+            writer.commit()
+        raise
 
 
 def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
@@ -168,19 +207,19 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, position: shards.Position, workers: int,
-                 encoder: str) -> Iterator[tuple[shards.Position, np.ndarray, Counter]]:
-    """Yields (start, tokens, outcomes) for each part from `position` on. After the last part of a
-    unit, yields the start of the next unit with no tokens."""
+def token_stream(source: Source, position: shards.Position, workers: int, encoder: str,
+                 ) -> Iterator[tuple[shards.Position, np.ndarray, Counter, str | None]]:
+    """Yields (start, tokens, outcomes, name of a file that starts here) for each part from
+    `position` on, and after each unit the start of the next one with no tokens."""
     tokenize = functools.partial(tokenize_part, encoder=encoder)
     with worker_map(workers) as ordered_map:
         while position.unit < source.num_units:
             parts = itertools.islice(source.open_unit(position.unit), position.part, None)
-            for tokens, outcomes in ordered_map(tokenize, parts):
-                yield position, tokens[position.tokens :], outcomes
+            for tokens, outcomes, file in ordered_map(tokenize, parts):
+                yield position, tokens[position.tokens :], outcomes, file
                 position = shards.Position(position.unit, position.part + 1)
             position = shards.Position(position.unit + 1)
-            yield position, np.empty(0, dtype=shards.TOKEN_DTYPE), Counter()
+            yield position, np.empty(0, dtype=shards.TOKEN_DTYPE), Counter(), None
 
 
 @contextlib.contextmanager
@@ -217,8 +256,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
-    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES)."""
+def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, str | None]:
+    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.starts)."""
     eot = np.array([EOT_TOKEN], dtype=np.uint32)
     arrays, outcomes = [eot[:0]], Counter()
     for number, text in enumerate(part.read()):
@@ -237,9 +276,11 @@ def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
             raise UserError(f"--encoder {encoder} and tiktoken give different ids for the document "
                             f"{text[:60]!r}: omit the flag, and delete the shards written with it")
         outcomes["repaired"] += valid != text
-        outcomes["cut"] += len(cut_whitespace(valid)) > 1
+        outcomes["cut"] += len(cut_runs(valid)) > 1
+        outcomes["marked"] += EOT_TEXT in valid
         arrays += [tokens] if continues else [eot, tokens]
-    return np.concatenate(arrays, dtype=shards.TOKEN_DTYPE, casting="unsafe"), outcomes
+    tokens = np.concatenate(arrays, dtype=shards.TOKEN_DTYPE, casting="unsafe")
+    return tokens, outcomes, part.starts
 
 
 def default_workers() -> int:

@@ -1,16 +1,15 @@
-"""Sources of documents: files, split into parts that any process can read.
+"""Documents: files of several formats, split into parts that any process can read.
 
 A part is some rows of a parquet row group, a block of lines of a JSON Lines file (plain or gzipped)
 or a block of a text file. It has about PART_BYTES of text, so memory does not grow with the size of
 files. Parts are the same in every run over the same files: a build can resume at (unit, part).
-Invalid UTF-8 is read as lone surrogates, which `tokenizer.repair` replaces.
+Invalid UTF-8 is read as lone surrogates, which `tokenizer.repair` replaces; a text file with too
+many of them is refused.
 """
 
 import codecs
 import functools
-import glob
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -23,21 +22,26 @@ import pyarrow
 import pyarrow.parquet
 
 from minigpt2.config import UserError, first_line
+from minigpt2.files import INVALID_UTF8, check_text, text_encoding
+from minigpt2.tokenizer import EOT_TEXT
 
 PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs to send a part
 MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
-INVALID_UTF8 = "surrogateescape"  # codec error handler
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
+HEAD_BYTES = 1 << 16  # enough to tell what a file is
+ERRORS = {"utf-8": INVALID_UTF8, "utf-8-sig": INVALID_UTF8}  # codec error handlers
 
 
 @dataclass(frozen=True)
 class Part:
     """A picklable function that reads some documents; None and "" are documents without text. If
-    `continues`, the first text continues the last document of the previous part."""
+    `continues`, the first text continues the last document of the previous part. `starts` is the
+    name of the local file that starts with this part."""
 
     read: Callable[[], Iterable[str | None]]
     continues: bool = False
+    starts: str | None = None
 
 
 @dataclass
@@ -67,55 +71,37 @@ def memory_source(texts: list[str]) -> Source:
     return Source(1, open_unit, sum(map(len, texts)))
 
 
-def file_source(paths: list[Path]) -> Source:
-    """A source of local files, read in the given order."""
-    return Source(1, lambda unit: itertools.chain.from_iterable(map(open_parts, paths)),
-                  sum(map(text_bytes, paths)))
+def file_format(path: str | Path) -> str:
+    """The one of SUFFIXES that a file has, in any letter case, or ""."""
+    name = os.path.basename(path).lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def local_files(pattern: str) -> list[Path]:
-    """The files of a folder or a glob, sorted by path. Raises UserError."""
-    if Path(pattern).is_dir():
-        paths = [path for path in Path(pattern).rglob("*") if path.name.endswith(SUFFIXES)]
-    else:
-        paths = [Path(path) for path in glob.glob(pattern, recursive=True)]
-    paths = sorted(path for path in paths if path.is_file())
-    if not paths:
-        raise UserError(f"--files {pattern} matches no file: expected {', '.join(SUFFIXES)}; quote "
-                        "the pattern")
-    for path in paths:
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path} has an unknown format: expected {', '.join(SUFFIXES)}")
-    return paths
-
-
-def describe_files(paths: list[Path]) -> dict:
-    """Relative path -> [size, SHA-256 of the first and last 64 KiB], to identify local files."""
-    root, files = os.path.commonpath([path.parent for path in paths]), {}
-    for path in paths:
-        with open(path, "rb") as file:
-            head = file.read(1 << 16)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 16)))
-            digest = hashlib.sha256(head + file.read()).hexdigest()
-        files[os.path.relpath(path, root)] = [size, digest]
-    return {"name": "files", "files": files}
+def check_head(path: Path) -> None:
+    """Raises UserError if the first bytes of a file show that it cannot be read as text."""
+    with open(path, "rb") as file:
+        encoding = text_encoding(path, head := file.read(HEAD_BYTES))
+    if (kind := file_format(path)) in (".txt", ".json", ".jsonl"):
+        encoding = encoding if kind == ".txt" else "utf-8"
+        decode = codecs.getincrementaldecoder(encoding)  # the last character may be incomplete
+        check_text(path, decode(ERRORS.get(encoding, "replace")).decode(head))
 
 
 def text_bytes(path: Path) -> int:
     """A rough estimate of the text in a file, in bytes."""
-    if path.name.endswith(".parquet"):
+    if file_format(path) == ".parquet":
         with open_parquet(path) as file:
             return sum(text_size(file, group) for group in range(file.num_row_groups))
-    return path.stat().st_size * (3 if path.name.endswith(".gz") else 1)
+    return path.stat().st_size * (3 if file_format(path).endswith(".gz") else 1)
 
 
-def open_parts(path: Path) -> Iterator[Part]:
-    """The parts of one file, in order. Raises UserError for a damaged file."""
-    kinds = {".parquet": parquet_parts, ".txt": text_parts}
+def open_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
+    """The parts of one file, in order. With `split_eot`, a text file is split into documents at
+    <|endoftext|>. Raises UserError for a damaged file."""
+    kinds = {".parquet": parquet_parts, ".txt": functools.partial(text_parts, split_eot=split_eot)}
     try:
-        yield from kinds.get(path.suffix, json_lines_parts)(path)
-    except (OSError, EOFError, zlib.error) as error:  # the last two are raised by gzip
+        yield from kinds.get(file_format(path), json_lines_parts)(path)
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # gzip raises two of them
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
@@ -127,7 +113,8 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file: {first_line(error)}") from None
     kind = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)).get(TEXT_COLUMN)
-    if kind not in (pyarrow.string(), pyarrow.large_string()):
+    values = kind.value_type if kind and pyarrow.types.is_dictionary(kind) else kind
+    if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         file.close()
         found = f"its type is {kind}" if kind else f"only {file.schema_arrow.names}"
         raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, {found}")
@@ -169,6 +156,8 @@ def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | 
 
 
 def strings(column: pyarrow.Array) -> list[str | None]:
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     try:
         return column.to_pylist()
     except UnicodeDecodeError:  # parquet does not check that strings are valid UTF-8
@@ -177,7 +166,7 @@ def strings(column: pyarrow.Array) -> list[str | None]:
 
 
 def json_lines_parts(path: Path) -> Iterator[Part]:
-    opener = gzip.open if path.name.endswith(".gz") else open
+    opener = gzip.open if file_format(path).endswith(".gz") else open
     number = 1  # of the first line of the block
     with opener(path, "rb") as file:
         while lines := file.readlines(PART_BYTES):
@@ -187,13 +176,13 @@ def json_lines_parts(path: Path) -> Iterator[Part]:
 
 def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | None]:
     """The texts of a block of JSON Lines. Raises UserError for an invalid line."""
-    if first == 1:
-        block = block.removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(block.split(b"\n"), first):
+    content = block.decode("utf-8", INVALID_UTF8)
+    check_text(path, content)
+    for number, line in enumerate(content.split("\n"), first):
         if not line.strip():
             continue
         try:
-            text = json.loads(line.decode("utf-8", INVALID_UTF8))[TEXT_COLUMN]
+            text = json.loads(line.removeprefix("\ufeff"))[TEXT_COLUMN]  # a byte-order mark
         except (ValueError, KeyError, TypeError, RecursionError):
             text = 0  # not a string
         if not isinstance(text, str | None):
@@ -202,19 +191,38 @@ def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | Non
         yield text
 
 
-def text_parts(path: Path) -> Iterator[Part]:
-    """A text file is one document. It is cut only between a word and whitespace: GPT-2's pattern
-    always splits there, so the cuts do not change the token ids."""
-    with open(path, encoding="utf-8", errors=INVALID_UTF8, newline="") as file:
+def text_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
+    """A text file is one document, or several with <|endoftext|> between them. It is cut only
+    between a word and whitespace: GPT-2's pattern always splits there, so the cuts do not change
+    the token ids."""
+    with open(path, "rb") as file:
+        encoding = text_encoding(path, file.read(HEAD_BYTES))
+    with open(path, encoding=encoding, errors=ERRORS.get(encoding), newline="") as file:
         text, continues = "", False
+
+        def part(text: str, ended: bool) -> Part:
+            texts = split_documents(text, continues, ended) if split_eot else [text]
+            return Part(functools.partial(list, texts), continues)
+
         while block := file.read(PART_BYTES):
+            check_text(path, block)
             text, start = text + block, len(text)
             cut = last_border(text, start) if len(block) == PART_BYTES else 0  # 0: end of the file
             if cut:
-                yield Part(functools.partial(list, [text[:cut]]), continues)
-                text, continues = text[cut:], True
+                yield part(text[:cut], ended=False)
+                continues = not (split_eot and text.endswith(EOT_TEXT, 0, cut))
+                text = text[cut:]
         if text or not continues:
-            yield Part(functools.partial(list, [text]), continues)
+            yield part(text, ended=True)
+
+
+def split_documents(text: str, continues: bool, ended: bool) -> list[str]:
+    """The documents of a piece of a file, without the line ends next to <|endoftext|> and at the
+    ends of the file. The first one may continue the previous piece."""
+    first, *others = text.split(EOT_TEXT)
+    texts = [first if continues else first.lstrip("\r\n"), *(t.lstrip("\r\n") for t in others)]
+    texts = [t.rstrip("\r\n") for t in texts[:-1]] + [texts[-1].rstrip("\r\n" if ended else "")]
+    return [text for i, text in enumerate(texts) if text or (continues and i == 0)]
 
 
 def last_border(text: str, start: int) -> int:

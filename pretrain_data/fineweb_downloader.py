@@ -25,7 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
 from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
-from pretrain_data.documents import Source, describe_files, file_source, local_files, open_parts
+from pretrain_data.documents import Source, open_parts
+from pretrain_data.local_files import local_source
 
 SAMPLE_FOLDER = "sample/10BT"
 FINEWEB = ("HuggingFaceFW/fineweb", "9bb295ddab0e05d785b879661af7260fed5140fc")  # v1.4.0
@@ -36,7 +37,7 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 @dataclass(frozen=True)
 class FineWebConfig:
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
-                                     "named after the dataset)")
+                                     "named after the dataset)", is_path=True)
     shard_tokens: int = flag(100_000_000, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
@@ -44,7 +45,8 @@ class FineWebConfig:
     encoder: Literal["tiktoken", "gigatoken"] = flag(
         "tiktoken", "gigatoken (pip install gigatoken) gives the same ids faster; every 100th "
                     "document is checked")
-    files: str | None = flag(None, "read local files: a quoted glob or a folder")
+    files: str | None = flag(None, "read local files: a quoted glob or a folder", is_path=True)
+    split_eot: bool = flag(False, "split .txt files into documents at <|endoftext|>")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
     revision: str | None = flag(None, "branch, tag or commit on the hub (default: a pinned commit)")
     retries: int = flag(8, "retries of a failed request, with exponential backoff", minimum=0)
@@ -73,15 +75,17 @@ def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
     if config.files and config.edu:
         raise UserError("--files and --edu are mutually exclusive: omit one")
+    if config.split_eot and not config.files:
+        raise UserError("--split-eot needs --files: add it, or omit --split-eot")
     name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
     scratch = out_dir / ".download"
     if config.verify:
         verify_corpus(out_dir)
         return
+    counts = None
     if config.files:
-        paths = local_files(config.files)
-        description, open_source = describe_files(paths), functools.partial(file_source, paths)
+        description, open_source, counts = local_source(config.files, out_dir, config.split_eot)
     else:
         retry = RetryPolicy(config.retries)
         repo, commit = FINEWEB_EDU if config.edu else FINEWEB
@@ -90,7 +94,7 @@ def main() -> None:
         open_source = functools.partial(hub_source, repo, commit, scratch, retry)
     write_corpus(description, open_source, out_dir, name=name, shard_tokens=config.shard_tokens,
                  max_tokens=config.max_tokens, workers=config.workers or default_workers(),
-                 encoder=config.encoder)
+                 encoder=config.encoder, file_counts=counts)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

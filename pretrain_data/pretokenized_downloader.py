@@ -33,7 +33,7 @@ SHARD_NAME = re.compile(r"fineweb_(val|train)_\d{6}\.bin")
 @dataclass(frozen=True)
 class PretokenizedConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "fineweb-pretokenized"),
-                        "folder for the shards")
+                        "folder for the shards", is_path=True)
     max_tokens: int | None = flag(None, "stop after about this many tokens (default: all)",
                                   minimum=1)
     revision: str = flag(COMMIT, "branch, tag or commit on the hub")

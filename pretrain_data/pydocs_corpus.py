@@ -26,7 +26,7 @@ SHUFFLE_SEED = 1337
 @dataclass(frozen=True)
 class CorpusConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs"),
-                        "folder for the shards")
+                        "folder for the shards", is_path=True)
     shard_tokens: int = flag(65_536, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)

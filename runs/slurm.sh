@@ -8,8 +8,9 @@
 set -euo pipefail
 export MINIGPT2_HOST
 MINIGPT2_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# One task a node gets one core by default, and its ranks share it: it is given all of the node's.
 # SLURM signals every process of the step: torchrun itself has to ignore it
-srun bash -c '
+srun --cpus-per-task="$SLURM_CPUS_ON_NODE" bash -c '
   trap "" USR1
   exec torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MINIGPT2_HOST:29500" \

@@ -5,6 +5,7 @@ import torch
 from helpers.memory import allocator_peak, saved_bytes
 
 from bench.memory import Memory, largest_micro_batch_for, memory_per_rank, moment_bytes
+from minigpt2.loss import HEAD_MULTIPLE, LOSS_ROWS_CPU
 from minigpt2.optimizer import make_optimizer
 from model import GPT, PRESETS, GPTConfig
 
@@ -56,6 +57,17 @@ def test_activations_are_what_autograd_keeps(sizes, batch, length, dtype):
     assert measured == pytest.approx(checkpointed.activations - targets, rel=0.05)
 
 
+def extra_bytes_of_logits(sizes: GPTConfig, rows: int, dtype: torch.dtype, folder) -> int:
+    """By how much the product of a block of logits exceeds the peak that the formula knows, which
+    is the addition of the head's gradient after it: 0, except on processors without native
+    bfloat16, where oneDNN adds the logits up in float32 in memory of its own."""
+    V, C = sizes.vocab_size + -sizes.vocab_size % HEAD_MULTIPLE, sizes.n_embd
+    x, head, logits = (torch.zeros(shape, dtype=dtype) for shape in ((rows, C), (C, V), (rows, V)))
+    product = allocator_peak(lambda: torch.mm(x, head, out=logits), folder / "product.json")
+    addition = V * C * (4 if dtype == torch.float32 else 2 + 4)
+    return max(0, product - addition)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_whole_step_allocates_what_is_computed(dtype, checkpointing, tmp_path):
@@ -74,6 +86,7 @@ def test_a_whole_step_allocates_what_is_computed(dtype, checkpointing, tmp_path)
     plan = computed(sizes, batch, length, dtype, activation_checkpointing=checkpointing)
     measured = allocator_peak(step, tmp_path / "trace.json")
     expected = plan.activations + plan.loss + plan.weights - plan.gradients
+    expected += extra_bytes_of_logits(sizes, min(LOSS_ROWS_CPU, batch * length), dtype, tmp_path)
     # the formula counts the loss and one recomputed block; both never exist at once
     assert (0.85 if checkpointing else 0.95) * expected < measured < 1.05 * expected
 

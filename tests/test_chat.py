@@ -20,7 +20,8 @@ from helpers.generation import LONG, sharp_model
 
 import chat
 from chat import Conversation
-from inference import decode_generation, generate, pad_rows
+from dataloader import pad_rows
+from inference import decode_generation, generate
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.tokenizer import EOT_TOKEN, encode, format_prompt

@@ -15,16 +15,18 @@ from helpers.hub_server import serve
 from safetensors.torch import load_file, save_file
 
 from minigpt2.checkpoint import (
+    GELU_NAMES,
     find_checkpoint,
     list_checkpoints,
     load_model,
     load_training_state,
     read_prompt_template,
+    restore_replaced,
     save_checkpoint,
     to_gpt2_layout,
 )
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.tokenizer import encode
+from minigpt2.tokenizer import encode, vocabulary_path
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
@@ -88,8 +90,12 @@ def test_hugging_face_loads_our_checkpoint(tmp_path):
     assert tokenizer.encode(text) == encode(text)
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == theirs.config.eos_token_id == 50256
     theirs.save_pretrained(tmp_path / "again")  # round trip through transformers
+    tokenizer.save_pretrained(tmp_path / "again")
     assert same_parameters(load_model(tmp_path / "again"), ours)
     assert read_prompt_template(tmp_path / "again") == "alpaca"
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert "'[PAD]' has id 50257" in user_error(load_model, tmp_path / "again")
 
 
 def test_stored_tensors_have_gpt2_layout(tmp_path):
@@ -137,6 +143,29 @@ def test_sharded_weights(tmp_path):
         assert (load_model(tmp_path)(tokens())[0] - theirs(tokens()).logits).abs().max() < 1e-4
 
 
+def test_the_index_decides_which_files_are_read(saved):
+    stored = load_file(saved / "model.safetensors")
+    half = len(stored) // 2
+    for i, names in enumerate((list(stored)[:half], list(stored)[half:]), 1):
+        save_file({name: stored[name] for name in names}, saved / f"part-{i}.safetensors")
+    stale = {name: torch.zeros_like(tensor) for name, tensor in stored.items()}
+    save_file(stale, saved / "model-00001-of-00007.safetensors")
+    (saved / "model.safetensors").unlink()
+    assert "model.safetensors.index.json" in user_error(load_model, saved)
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {
+        name: f"part-{1 + (i >= half)}.safetensors" for i, name in enumerate(stored)}}))
+    assert same_parameters(load_model(saved), random_model())
+    (saved / "part-2.safetensors").unlink()
+    assert "part-2.safetensors is missing" in user_error(load_model, saved)
+    for content in ("{", "[]"):
+        index.write_text(content)
+        assert "index.json" in user_error(load_model, saved)
+    for content in ("{}", '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        assert str(saved) in user_error(load_model, saved)
+
+
 @pytest.mark.slow
 def test_hub_name(tmp_path):
     """Downloads with the real client from a local server that serves openai-community/gpt2."""
@@ -157,7 +186,8 @@ def test_hub_name(tmp_path):
     assert_user_error(result, "openai-community/gpt3", "hub")
     downloaded, total = result.stdout.split()
     assert float(total) == model.lm_head.weight.sum().item()
-    assert sorted(os.listdir(downloaded)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(downloaded)) == [
+        "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"]
 
 
 # ----------------------------------------------------------------------------- folders
@@ -201,16 +231,42 @@ def test_kill_during_deletion_leaves_no_partial_checkpoint(tmp_path, monkeypatch
 
     for step in (1, 2):
         save_checkpoint(tmp_path, step, random_model(seed=step))
-    for step, keep_last in ((3, 1), (3, 0)):  # deletes an old one; replaces step 3
-        with monkeypatch.context() as patch:
-            patch.setattr("minigpt2.checkpoint.shutil.rmtree", killed)
-            with pytest.raises(Killed):
-                save_checkpoint(tmp_path, step, random_model(seed=step), keep_last=keep_last)
-        assert list_checkpoints(tmp_path)
-        for path in list_checkpoints(tmp_path):
-            load_model(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt2.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, 3, random_model(seed=3), keep_last=1)
+    assert list_checkpoints(tmp_path)
+    for path in list_checkpoints(tmp_path):
+        load_model(path)
     save_checkpoint(tmp_path, 4, random_model(), keep_last=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000004"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_kill_while_a_step_is_saved_again_leaves_it_intact(tmp_path, monkeypatch, number):
+    """Before the old one is renamed, before the new one is, and before `latest` is written."""
+    class Killed(BaseException):
+        pass
+
+    calls, real = [], os.replace
+
+    def killed(source, target):
+        calls.append(source)
+        if len(calls) == number:
+            raise Killed
+        real(source, target)
+
+    save_checkpoint(tmp_path, 7, random_model(seed=0))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt2.checkpoint.os.replace", killed)
+        patch.setattr("minigpt2.checkpoint.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, 7, random_model(seed=1))
+    restore_replaced(tmp_path)
+    expected = random_model(seed=int(number == 3)).lm_head.weight
+    assert torch.equal(load_model(tmp_path / "step_000007").lm_head.weight, expected)
+    save_checkpoint(tmp_path, 8, random_model(), keep_last=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000008"]
 
 
 def test_files_are_flushed_before_the_rename(tmp_path, monkeypatch):
@@ -360,6 +416,15 @@ def test_untied_head(saved):
     assert "tied" in user_error(load_model, saved)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.ln_2.bias"])
+def test_non_finite_weights_are_named(saved, name, value):
+    edit_weights(saved, lambda t: (t[name].view(-1)[3:4].fill_(value),
+                                   t.update({"lm_head.weight": t["transformer.wte.weight"] + 0})))
+    message = user_error(load_model, saved)
+    assert name in message and "NaN or infinite" in message and "tied" not in message
+
+
 def test_truncated_or_missing_weights_file(saved):
     weights = saved / "model.safetensors"
     content = weights.read_bytes()
@@ -393,6 +458,120 @@ def test_paths_that_are_not_checkpoints(tmp_path, saved):
     for text in ("{", "[]", "\x80", "[" * 99999):
         (saved / "config.json").write_text(text, encoding="latin-1")
         assert "config.json" in user_error(load_model, saved)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
+                                  "gelu_accurate"])
+def test_other_names_of_gelu(saved, name):
+    edit_config(saved, activation_function=name)
+    assert same_parameters(load_model(saved), random_model())
+
+
+@pytest.mark.slow
+def test_the_names_of_gelu_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    equal = {name for name in ACT2FN if "gelu" in name
+             and torch.allclose(ACT2FN[name](x), expected, atol=1e-9)}
+    assert equal == set(GELU_NAMES)
+
+
+# ----------------------------------------------------------------------- other tokenizers
+
+
+def vocabulary() -> dict[str, int]:
+    return json.loads(vocabulary_path("vocab.json").read_text(encoding="utf-8"))
+
+
+def tokenizer_json(vocab: dict[str, int], added: dict[str, int], **changes) -> str:
+    """The parts of the `tokenizers` library's file that decide the ids."""
+    pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False}
+    return json.dumps({
+        "model": {"vocab": vocab, "merges": []}, "normalizer": None, "pre_tokenizer": pre_tokenizer,
+        "added_tokens": [{"content": token, "id": i} for token, i in added.items()]} | changes)
+
+
+def test_gpt2_tokenizer_files_of_other_writers(saved):
+    (saved / "vocab.json").write_text(json.dumps(vocabulary(), indent=1))
+    merges = vocabulary_path("merges.txt").read_text(encoding="utf-8")
+    (saved / "merges.txt").write_text(merges.rstrip("\n"), encoding="utf-8")
+    (saved / "added_tokens.json").write_text('{"<|endoftext|>": 50256}')
+    (saved / "tokenizer.json").write_text(
+        tokenizer_json(vocabulary(), {"<|endoftext|>": 50256}), encoding="utf-8")
+    (saved / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": False,
+        "added_tokens_decoder": {"50256": {"content": "<|endoftext|>"}}}))
+    assert same_parameters(load_model(saved), random_model())
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+                 "tokenizer.json"):  # none is required
+        (saved / name).unlink()
+        load_model(saved)
+
+
+def swapped() -> dict[str, int]:
+    """As many tokens as GPT-2's, two of them with each other's id."""
+    return vocabulary() | {"hello": vocabulary()["world"], "world": vocabulary()["hello"]}
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("vocab.json", lambda: json.dumps(swapped()), "'world' has id 31373, not 6894"),
+    ("vocab.json", lambda: json.dumps({"a": 0}), "'a' has id 0"),
+    ("vocab.json", lambda: "[]", "cannot be read"), ("vocab.json", lambda: "{", "cannot be read"),
+    ("added_tokens.json", lambda: '{"[PAD]": 50257}', "'[PAD]' has id 50257, not None"),
+    ("tokenizer.json", lambda: tokenizer_json(swapped(), {}), "'world' has id 31373"),
+    ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {"<|im_start|>": 50257}), "im_start"),
+    ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {"<|endoftext|>": 0}), "has id 0"),
+    ("tokenizer.json", lambda: tokenizer_json(vocabulary(), {}, pre_tokenizer={
+        "add_prefix_space": True}), "add_prefix_space is set"),
+    ("tokenizer.json", lambda: "{}", "cannot be read"),
+    ("tokenizer_config.json", lambda: '{"added_tokens_decoder": {"50257": {"content": "[X]"}}}',
+     "'[X]' has id 50257"),
+    ("tokenizer_config.json", lambda: '{"add_prefix_space": true}', "add_prefix_space is set")])
+def test_another_tokenizer_is_refused(saved, name, content, words):
+    """Its checkpoint was sampled with GPT-2's ids, and saved again with GPT-2's files."""
+    (saved / name).write_text(content(), encoding="utf-8")
+    message = user_error(load_model, saved)
+    assert name in message and words in message
+
+
+# ------------------------------------------------------------------- nanoGPT and llm.c
+
+
+def nanogpt_file(path, model: GPT, prefix: str, bias: bool) -> None:
+    """Writes what nanoGPT's train.py writes."""
+    weights = {prefix + name: tensor.detach() for name, tensor in model.state_dict().items()
+               if bias or not name.endswith(".bias")}
+    weights[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24)  # old versions
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": 101}
+    torch.save({"model": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+                "model_args": sizes | {"bias": bias, "dropout": 0.0}, "iter_num": 5,
+                "best_val_loss": torch.tensor(3.0), "config": {"dataset": "openwebtext"}}, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix, bias", [("", True), ("_orig_mod.", False)])
+def test_nanogpt_is_converted_as_the_docs_show(tmp_path, monkeypatch, prefix, bias):
+    monkeypatch.chdir(tmp_path)
+    model = random_model()
+    nanogpt_file(tmp_path / "ckpt.pt", model, prefix, bias)
+    if not bias:
+        for name, parameter in model.named_parameters():
+            parameter.data *= not name.endswith(".bias")
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        assert "nanoGPT" in user_error(load_model, path) and "docs/formats.md" in user_error(
+            load_model, path)
+    docs = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    script = tmp_path / "convert.py"
+    script.write_text(docs.split("```python\n")[1].split("```")[0])
+    run_script(script, env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    assert same_parameters(load_model(tmp_path / "out" / "nanogpt"), model)
+
+
+def test_llmc_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "gpt2_124M.bin").write_bytes((20240326).to_bytes(4, "little") + bytes(2000))
+    for path in (tmp_path, tmp_path / "gpt2_124M.bin"):
+        assert "docs/formats.md" in user_error(load_model, path)
 
 
 class RunsCode:

@@ -24,6 +24,7 @@ class Example:
     resume: bool = flag(False, "two states")
     size: int | Literal["auto"] = flag(32, "a number or a word", minimum=1, below=100)
     mode: Literal["x", "y"] | None = flag(None, "a word or none")
+    path: str | None = flag("~/default", "a path", is_path=True)
 
 
 def parse(*argv: str) -> Example:
@@ -31,10 +32,11 @@ def parse(*argv: str) -> Example:
 
 
 def test_values_and_defaults():
-    assert parse() == Example()
+    assert parse() == Example(path=os.path.expanduser("~/default"))
     assert parse("x", "y", "--rate", "1e-3", "--max-steps", "5", "--kind", "b", "--no-compile",
-                 "--resume") == Example(("x", "y"), 1e-3, "here", 5, "b", False, True)
-    assert parse("--size", "8", "--mode", "y") == Example(size=8, mode="y")
+                 "--resume", "--path", "p") == Example(
+        ("x", "y"), 1e-3, "here", 5, "b", False, True, path="p")
+    assert parse("--size", "8", "--mode", "y", "--path", "p") == Example(size=8, mode="y", path="p")
     assert parse("--size", "auto").size == "auto"
 
 
@@ -55,12 +57,43 @@ def test_values_and_defaults():
     (["--size", ""], "expected an integer or auto"),
     (["--size", "0"], "at least 1 and less than 100"),
     (["--size", "100"], "less than 100"),
+    (["-b"], "put -- before a prompt, or write --flag=-x, if it begins with -"),
+    (["-hello"], "put -- before a prompt"),
+    (["--folder", "-x"], "write --flag=-x"),
+    (["--path", "caf\udce9"], "argument --path: 'caf\\udce9' is not UTF-8"),
+    (["--path", ""], "--path is empty"),
 ])
 def test_bad_flags_are_one_line_and_exit_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
+
+
+def test_prompts_and_paths_are_taken_literally(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for words in (["--max_steps"], ["-b", "--k=1", "--", "c"], ["-5"], ["~/x", "*"], ["caf\udce9"]):
+        assert parse("--", *words).names == tuple(words)
+        assert parse("a", "--max-steps", "3", "--", *words).names == ("a", *words)
+    assert parse("--a_b c_d", "-5 x_y").names == ("--a_b c_d", "-5 x_y")  # not one word: no flag
+    assert parse("--folder=a_b").folder == "a_b" and parse("--folder", "~/x").folder == "~/x"
+    for path, expected in (("~/a b", "/home/me/a b"), ("~", "/home/me"), ("a~", "a~"),
+                           ("x[1]*?", "x[1]*?"), ("~nobody-here/x", "~nobody-here/x")):
+        assert parse("--path", path).path == parse(f"--path={path}").path == expected
+
+
+@dataclass(frozen=True)
+class FlagsOnly:
+    files: str = flag("", "a quoted glob", may_be_empty=True)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--files", "a.txt", "b.txt"], "arguments: b.txt (--help lists the flags; quote a glob"),
+    (["--", "b.txt"], "unrecognized arguments: -- b.txt")])
+def test_values_without_a_flag_are_refused(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(FlagsOnly, argv, description="")
+    assert words in capsys.readouterr().err
 
 
 def help_text(cls: type, capsys) -> str:
@@ -93,8 +126,8 @@ def test_own_flags_come_before_inherited_ones(capsys):
         places = [options.index(f"  {name} ") for name in flags]
         assert places == sorted(places)
     assert "another default (default: 0.2)" in " ".join(options.split())
-    assert parse_config(Last, ["x", "--own", "3", "--max-steps", "5"], description="") == Last(
-        names=("x",), own=3, max_steps=5)
+    assert parse_config(Last, ["x", "--own", "3", "--max-steps", "5", "--path", "p"],
+                        description="") == Last(names=("x",), own=3, max_steps=5, path="p")
 
 
 def exit_of(main, capsys) -> tuple[int, str]:
@@ -134,6 +167,8 @@ def test_rank_0_reports_an_error_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data (rank 3)\n")
     assert delays == [3.0]  # if rank 0 has failed too, torchrun stops this rank meanwhile
+    monkeypatch.setenv("RANK", "")
+    assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data\n") and len(delays) == 1
 
 
 def test_a_closed_pipe_gives_no_traceback():

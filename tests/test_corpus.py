@@ -11,6 +11,7 @@ import string
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,21 @@ from helpers.hub_server import run_module, serve
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dataloader import TokenLoader
-from minigpt2 import hub
+from minigpt2 import hub, shards
 from minigpt2.files import sha256_of
 from minigpt2.hub import RetryPolicy
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from pretrain_data import corpus, documents
 from pretrain_data.corpus import verify_corpus, write_corpus
-from pretrain_data.documents import Part, Source, describe_files, file_source, memory_source
+from pretrain_data.documents import Part, Source, memory_source
+from pretrain_data.local_files import (
+    file_source,
+    first_fingerprint,
+    local_source,
+    relative_names,
+    select_files,
+)
 
 SCRIPT = ROOT / "pretrain_data" / "fineweb_downloader.py"
 FINEWEB, PRETOKENIZED = "pretrain_data.fineweb_downloader", "pretrain_data.pretokenized_downloader"
@@ -76,7 +84,9 @@ def write(texts, out: Path, shard_tokens: int = 300, **options) -> dict:
     if isinstance(texts, Source):
         source, description = texts, {"name": "test"}
     elif isinstance(texts[0], Path):
-        source, description = file_source(texts), describe_files(texts)
+        source = file_source(texts)
+        names = relative_names(texts)
+        description = {"name": "files", "files": {names[p]: sha256_of(p) for p in texts}}
     else:
         source, description = memory_source(texts), {"name": "test"}
     return write_corpus(description, lambda: source, out, name="x", shard_tokens=shard_tokens,
@@ -295,19 +305,20 @@ def test_pathological_documents_do_not_affect_others(tmp_path):
     manifest = write([tmp_path / "a.jsonl"], tmp_path / "out", shard_tokens=100_000)
     kept = [text.replace("\ud800", "\ufffd") for text in texts if text]
     assert documents_of(all_tokens(tmp_path / "out")) == kept
-    assert manifest["outcomes"] == {"empty": 1, "failed": 0, "repaired": 1, "cut": 2}
+    assert manifest["outcomes"] == {"empty": 1, "failed": 0, "repaired": 1, "cut": 4, "marked": 0}
 
 
 def test_invalid_utf8_is_repaired_and_counted(tmp_path):
-    good, bad = "déjà vu".encode(), b"caf\xe9 \xff\xfe"
-    (tmp_path / "a.txt").write_bytes(bad * 20)
+    good, bad = "déjà vu, été, là".encode(), b"caf\xe9 \xff\xfe"
+    (tmp_path / "a.txt").write_bytes(bad * 20 + good * 20)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + bad + b'"}\n{"text": "' + good + b'"}\n')
     column = pyarrow.Array.from_buffers(
         pyarrow.string(), 2, pyarrow.array([bad, good], pyarrow.binary()).buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "c.parquet")
     manifest = write(sorted(tmp_path.iterdir()), tmp_path / "out", shard_tokens=20)
     repaired = "caf\ufffd \ufffd\ufffd"
-    assert documents_of(all_tokens(tmp_path / "out")) == [repaired * 20, *[repaired, "déjà vu"] * 2]
+    assert documents_of(all_tokens(tmp_path / "out")) == [
+        repaired * 20 + good.decode() * 20, *[repaired, good.decode()] * 2]
     assert manifest["outcomes"]["repaired"] == 3
 
 
@@ -353,12 +364,13 @@ def test_kill_at_20_random_times_gives_the_same_bytes(tmp_path):
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import pathlib\nfrom pretrain_data import corpus, documents\n"
+            "import pathlib\nfrom pretrain_data import corpus, documents, local_files\n"
             "documents.PART_BYTES, corpus.COMMIT_SECONDS = 50_000, 0.0\n"
             "def main(out, workers):\n"
             "    paths = [pathlib.Path(sys.argv[1])]\n"
-            "    corpus.write_corpus({}, lambda: documents.file_source(paths), pathlib.Path(out),\n"
-            "                        name='x', shard_tokens=150_000, workers=int(workers))\n"
+            "    source = lambda: local_files.file_source(paths)\n"
+            "    corpus.write_corpus({}, source, pathlib.Path(out), name='x',\n"
+            "                        shard_tokens=150_000, workers=int(workers))\n"
             "if __name__ == '__main__': main(*sys.argv[2:])\n")
     script = tmp_path / "run.py"
     script.write_text(code)
@@ -436,7 +448,7 @@ def tokens_on_record(out: Path) -> int:
     return 0
 
 
-def stop_at(moment: str, monkeypatch, out: Path, texts: list, **options) -> None:
+def stop_at(moment: str, monkeypatch, out: Path, texts, build=write, **options) -> None:
     """Runs until just before or after the n-th call of a function of `os`, as if killed there:
     nothing more is written."""
     class Killed(BaseException):
@@ -457,7 +469,7 @@ def stop_at(moment: str, monkeypatch, out: Path, texts: list, **options) -> None
     with monkeypatch.context() as patch:
         patch.setattr(os, name, killed)
         with pytest.raises(Killed):
-            write(texts, out, **options)
+            build(texts, out, **options)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -667,6 +679,8 @@ def test_files_that_cannot_be_read(tmp_path):
         assert not (tmp_path / "out" / "manifest.json").exists()
 
     fails(tmp_path / "none-*.parquet", "none-*", "matches no file")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    fails(tmp_path / "gone.txt", "gone.txt", "No such file")
     (tmp_path / "broken.parquet").write_bytes(parquet_bytes(tmp_path, TEXTS)[:-50])
     fails(tmp_path / "broken.parquet", "broken.parquet", "damaged")
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "other.parquet")
@@ -674,7 +688,7 @@ def test_files_that_cannot_be_read(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "number.parquet")
     fails(tmp_path / "number.parquet", "number.parquet", "int64")
     (tmp_path / "a.csv").write_text("text\n")
-    fails(tmp_path / "a.csv", "a.csv", ".jsonl")
+    fails(tmp_path / "a.csv", "a.csv", "matches no file", "another format", ".jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x y z"}\n' * 9999)[:-20])
     fails(tmp_path / "b.jsonl.gz", "b.jsonl.gz")
     for line in ('{"text": 5}', '{"words": "a"}', "[1]", "not json", '{"text": "a"', "[" * 99999):
@@ -707,10 +721,10 @@ def test_a_build_resumes_after_a_corrupt_row_group_is_repaired(tmp_path, small_p
     damaged[page : page + 20] = b"\xff" * 20
     assert 1 << 16 < page < len(content) - (1 << 17)  # not in the bytes that identify the file
     path.write_bytes(damaged)
-    message = user_error(write, [path], out)
+    message = user_error(write, [path], out, 10_000)
     assert "row group 3" in message and "a.parquet" in message
     path.write_bytes(content)
-    write([path], out)
+    write([path], out, 10_000)
     assert documents_of(all_tokens(out)) == texts
 
 
@@ -727,3 +741,371 @@ def test_a_folder_of_another_corpus_is_refused(tmp_path, parquet):
     manifest["tokenizer"]["sha256"]["vocab.json"] = "other"
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
     assert "tokenizer" in user_error(write, TEXTS, tmp_path / "a")
+
+
+# ---------------------------------------------------------------------------- sources that change
+
+
+def prose(seed: int, words: int = 60_000) -> str:
+    return " ".join(random.Random(seed).choices(["some", "words", "of", "a", "document"], k=words))
+
+
+def build_from_files(pattern, out: Path, shard_tokens: int = 2000, split_eot=False, **options):
+    """What fineweb_downloader.py does with --files."""
+    description, open_source, counts = local_source(str(pattern), out, split_eot)
+    return write_corpus(description, open_source, out, name="files", shard_tokens=shard_tokens,
+                        file_counts=counts, **options)
+
+
+def edit_in_place(path: Path) -> None:
+    """Changes one byte in the middle, and neither the length nor the time of modification."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_source_edited_under_an_unfinished_build_is_refused(tmp_path, monkeypatch, small_parts):
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(prose(0))
+    stop_at("before replace 9", monkeypatch, out, path, build_from_files)
+    edit_in_place(path)
+    before = file_bytes(out)
+    message = user_error(build_from_files, path, out)
+    assert "a.txt has changed" in message and f"rm -r {out}" in message
+    assert file_bytes(out) == before
+    path.write_text(prose(1))  # of another length
+    assert "a.txt has changed" in user_error(build_from_files, path, out)
+
+
+def test_every_change_of_a_finished_source_is_named(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(prose(ord(name)))
+    build_from_files(folder, out)
+    os.utime(folder / "b.txt", (1, 1))  # touched, not edited
+    build_from_files(folder, out)
+    edit_in_place(folder / "a.txt")
+    assert "corpus: a.txt has changed;" in user_error(build_from_files, folder, out)
+    edit_in_place(folder / "a.txt")  # and back
+    (folder / "b.txt").unlink()
+    (folder / "d.txt").write_text("new")
+    assert "b.txt is missing, d.txt is new;" in user_error(build_from_files, folder, out)
+    (folder / "a.txt").write_text("")
+    (folder / "c.txt").write_text("")
+    message = user_error(build_from_files, folder, out)
+    assert "a.txt has changed, b.txt is missing, c.txt has changed, 1 more;" in message
+    (folder / "b.txt").write_text(prose(ord("b")))
+
+
+def test_a_file_that_changes_while_it_is_read_stops_the_build(tmp_path, small_parts):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(prose(ord(name)))
+    description, open_source, _ = local_source(str(folder), out)
+
+    def edited_in_the_middle():
+        source = open_source()
+        parts, real = 0, source.open_unit
+
+        def open_unit(unit):
+            nonlocal parts
+            for part in real(unit):
+                parts += 1
+                if part.starts == "c.txt":
+                    edit_in_place(folder / "b.txt")  # already read: no harm
+                if parts == 2500:
+                    edit_in_place(folder / "b.txt")
+                yield part
+
+        source.open_unit = open_unit
+        return source
+
+    message = user_error(write_corpus, description, edited_in_the_middle, out, name="files",
+                         shard_tokens=2000)
+    assert "b.txt changed while it was read" in message
+    build_from_files(folder, out)
+    expected = [(folder / f"{name}.txt").read_text() for name in "abc"]
+    assert documents_of(all_tokens(out)) == expected
+    build_from_files(folder, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_repaired_file_replaces_everything_of_the_damaged_one(tmp_path, small_parts, workers):
+    """The build stops after many lines of b.jsonl, in several shards. The repaired file is shorter
+    and has other lines; nothing of the damaged one may stay."""
+    def lines(seed: int, count: int) -> str:
+        return "".join(json.dumps({"text": f"{seed} {i} some words"}) + "\n" for i in range(count))
+
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, seed in [("a", 1), ("b", 2), ("c", 3)]:
+        (folder / f"{name}.jsonl").write_text(lines(seed, 300))
+    (folder / "b.jsonl").write_text(lines(4, 500) + "damage\n" + lines(4, 100))
+    build = functools.partial(build_from_files, folder, shard_tokens=500, workers=workers)
+    assert "b.jsonl line 501" in user_error(build, out)
+    assert "b.jsonl line 501" in user_error(build, out)  # once more
+    (folder / "b.jsonl").write_text(lines(2, 50))
+    build(out)
+    build(tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
+    assert "b.jsonl has changed" in (edit_in_place(folder / "b.jsonl"), user_error(build, out))[1]
+
+
+@pytest.mark.parametrize("name", ["commit", "unlink"])
+def test_kill_while_a_damaged_file_is_dropped(tmp_path, monkeypatch, small_parts, name):
+    """Killed just before the record is written, or before the first shard is deleted."""
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments, **keywords):
+        raise Killed
+
+    def rolled_back(writer, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.ShardWriter if name == "commit" else Path, name, kill)
+            real(writer, *arguments)
+
+    folder, out, real = tmp_path / "in", tmp_path / "out", shards.ShardWriter.roll_back
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"{i} some words"}) + "\n" for i in range(400))
+    (folder / "a.jsonl").write_text(rows)
+    (folder / "b.jsonl").write_text(rows.upper().replace("TEXT", "text") + "damage\n")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shards.ShardWriter, "roll_back", rolled_back)
+        build_from_files(folder, out, 500)
+    if name == "commit":  # the damaged file stops the build once more
+        user_error(build_from_files, folder, out, 500)
+    (folder / "b.jsonl").write_text(rows[:-1])
+    build_from_files(folder, out, 500)
+    build_from_files(folder, tmp_path / "expected", 500)
+    assert read_manifest(out) == read_manifest(tmp_path / "expected")
+    assert all_tokens(out) == all_tokens(tmp_path / "expected")
+    verify_corpus(out)
+
+
+def test_only_the_damaged_file_may_change(tmp_path, small_parts):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": prose(ord(name))}) + "\n")
+    (folder / "b.jsonl").write_text("damage\n")
+    user_error(build_from_files, folder, out)
+    edit_in_place(folder / "a.jsonl")
+    message = user_error(build_from_files, folder, out)
+    assert "a.jsonl has changed" in message and "b.jsonl" not in message
+
+
+def as_first_version(out: Path, folder: Path) -> None:
+    """Gives a record the fingerprints and keys of the first version of this project."""
+    for name in ("manifest.json", "progress.json"):
+        if (out / name).exists():
+            record = json.loads((out / name).read_text())
+            record["source"]["files"] = {name: first_fingerprint(folder / name)
+                                         for name in record["source"]["files"]}
+            del record["outcomes"]["marked"], record["files"]
+            record.pop("file_start", None)
+            (out / name).write_text(json.dumps(record))
+
+
+def test_a_corpus_of_the_first_version_is_recognized_and_extended(tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(prose(ord(name[0])))
+    limit = build_from_files(folder, out, max_tokens=50_000)["tokens"]
+    as_first_version(out, folder)
+    (folder / "late.TXT").write_text("was not read by that version")
+    build_from_files(folder, out, max_tokens=limit)
+    assert "already complete" in capsys.readouterr().out
+    (out / "files_train_000003.npy").unlink()
+    build_from_files(folder, out, max_tokens=limit)
+    assert "complete again" in capsys.readouterr().out
+    build_from_files(folder, out)
+    (folder / "late.TXT").unlink()
+    build_from_files(folder, tmp_path / "expected")
+    assert all_tokens(out) == all_tokens(tmp_path / "expected")
+    (folder / "a.txt").write_text(prose(3))
+    assert "a.txt has changed" in user_error(build_from_files, folder, out)
+
+
+# ------------------------------------------------------------------------- which files are read
+
+
+def test_a_folder_and_a_glob_read_the_same_files(tmp_path):
+    folder = tmp_path / "in"
+    text, row = "some words", '{"text": "a row"}\n'
+    contents = {"a.txt": text, "B.TXT": text, "c.JSONL": row, "d.json": row, "sub/e.txt": text,
+                "sub/.ipynb_checkpoints/e.txt": text, "._a.txt": text, ".hidden/f.txt": text,
+                "notes.md": text, "sub/table.csv": text, "f.txt.bak": text}
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "g.json.gz").write_bytes(gzip.compress(row.encode()))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "h.txt").write_text(text)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "z.txt").symlink_to(folder / "a.txt")
+    os.mkfifo(folder / "pipe.txt")
+    names = ["B.TXT", "a.txt", "c.JSONL", "d.json", "g.json.gz", "linked/h.txt", "sub/e.txt"]
+    expected = ([folder / name for name in names],
+                {"read": {".json": 1, ".json.gz": 1, ".jsonl": 1, ".txt": 4},
+                 "skipped": {"hidden": 3, "another format": 3, "a link to another": 2,
+                             "not a regular file": 1}})
+    assert select_files(str(folder)) == expected
+    for pattern in ("*", "**"):
+        assert select_files(str(folder / pattern))[0] == expected[0]
+    assert select_files(str(folder / "**" / "*.[tT]*"))[0] == [
+        path for path in expected[0] if path.suffix.lower() == ".txt"]
+    assert select_files(str(folder / "*.[tT]*"))[1]["skipped"] == {
+        "a link to another": 1, "another format": 1, "not a regular file": 1}
+    assert select_files(str(folder / ".hidden"))[0] == [folder / ".hidden" / "f.txt"]
+    assert select_files(str(folder / ".h*" / "*.txt"))[0] == [folder / ".hidden" / "f.txt"]
+    brackets = tmp_path / "a[1]"
+    brackets.mkdir()
+    (brackets / "x.txt").write_text(text)
+    assert select_files(str(brackets))[0] == [brackets / "x.txt"]
+
+
+def test_what_was_read_and_skipped_is_printed_and_recorded(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.TXT", "c.md", ".d.txt"):
+        (tmp_path / "in" / name).write_text("some words, " * 20)
+    result = run_script(SCRIPT, "--files", tmp_path / "in", "--out-dir", tmp_path / "out",
+                        "--shard-tokens", 50, "--workers", 1)
+    assert ("reading files: {'.txt': 2}, skipped: {'another format': 1, 'hidden': 1}"
+            in result.stdout)
+    assert read_manifest(tmp_path / "out")["files"] == {
+        "read": {".txt": 2}, "skipped": {"hidden": 1, "another format": 1}}
+
+
+def test_a_corpus_inside_the_folder_of_its_files_is_not_read(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(prose(0))
+    for _ in range(2):
+        build_from_files(tmp_path, tmp_path / "out")
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    real = os.listdir
+
+    def listdir(path):  # root may read everything, so the error is simulated
+        if os.path.basename(path) == "sub":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(PermissionError) as caught:  # run_main prints it in one line
+        select_files(str(tmp_path))
+    assert caught.value.filename == str(tmp_path / "sub")
+
+
+# --------------------------------------------------------------------------------- encodings
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("part_bytes", [60, 10**6])
+def test_a_byte_order_mark_never_becomes_a_token(tmp_path, monkeypatch, encoding, part_bytes):
+    monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
+    text = "naïve 日本 text, \U0001f600 " * 30
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    if encoding.startswith("utf-8"):
+        row = (json.dumps({"text": text}) + "\n").encode(encoding)
+        (tmp_path / "b.jsonl").write_bytes(row * 2)
+        (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(row * 2))
+    build_from_files(tmp_path / "[abc].*", tmp_path / "out", 100)
+    expected = [text] * (5 if encoding.startswith("utf-8") else 1)
+    assert documents_of(all_tokens(tmp_path / "out")) == expected
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", "plain words\n".encode("utf-16-le") * 9, "UTF-16"),
+    ("a.txt", "日本語。\n".encode("utf-16-be") * 9, "iconv"),
+    ("a.txt", "Il était une fois un café.\n".encode("latin-1") * 9, r"WINDOWS-1252"),
+    ("a.txt", ("It was plain. " * 999 + "A caf\xe9. ").encode("latin-1"), r"plain. A caf\xe9. "),
+    ("a.txt", "日本語の文章。\n".encode("shift-jis") * 9, "not UTF-8"),
+    ("a.txt", bytes(range(256)) * 9, "binary"),
+    ("a.txt", gzip.compress(prose(0).encode())[:9000], "a.txt is"),
+    ("a.jsonl", '{"text": "a row"}\n'.encode("utf-16") * 9, "UTF-16"),
+    ("a.jsonl", '{"text": "un café"}\n'.encode("latin-1") * 9, "not UTF-8"),
+    *[(name, b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "lfs")
+      for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet")]])
+def test_what_is_not_utf8_text_is_refused(tmp_path, name, content, words):
+    (tmp_path / "0.txt").write_text("good " * 99)
+    (tmp_path / name).write_bytes(content)
+    message = user_error(build_from_files, tmp_path, tmp_path / "out", 50)
+    assert str(tmp_path / name) in message and words in message
+    assert not (tmp_path / "out" / "progress.json").exists()  # found before anything is written
+
+
+def test_another_encoding_behind_the_first_bytes_is_refused(tmp_path, small_parts):
+    (tmp_path / "a.txt").write_bytes(prose(0).encode() + " un café".encode("latin-1") * 99)
+    assert "not UTF-8" in user_error(build_from_files, tmp_path / "a.txt", tmp_path / "out")
+    (tmp_path / "b.txt").write_bytes("words ".encode("utf-16") * 9999 + b"x")  # half a character
+    assert "cannot read" in user_error(build_from_files, tmp_path / "b.txt", tmp_path / "b")
+
+
+# -------------------------------------------------------- <|endoftext|> between stories in a file
+
+
+@pytest.mark.parametrize("part_bytes", [30, 200, 10**6])
+def test_stories_in_one_file_are_split_on_request(tmp_path, monkeypatch, part_bytes):
+    monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
+    stories = [f"Once upon a time, {i}.\n\nThe end of <it>." + "x" * (i % 9 * 11)
+               for i in range(80)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
+    (tmp_path / "b.txt").write_text("<|endoftext|>" + "<|endoftext|>".join(stories))
+    (tmp_path / "c.txt").write_text("one story\n")
+    (tmp_path / "d.jsonl").write_text('{"text": "no <|endoftext|> here"}\n')
+    manifest = build_from_files(tmp_path / "*", tmp_path / "out", 300, split_eot=True)
+    assert documents_of(all_tokens(tmp_path / "out")) == [
+        *stories, *stories, "one story", "no <|endoftext|> here"]
+    assert manifest["outcomes"] == Counter(empty=0, failed=0, repaired=0, cut=0, marked=1)
+    other = user_error(build_from_files, tmp_path / "*.*", tmp_path / "out", 300)
+    assert "split_eot" in other
+
+
+def test_endoftext_in_the_text_is_reported(tmp_path):
+    (tmp_path / "a.txt").write_text("a story\n<|endoftext|>\nanother story")
+    arguments = [SCRIPT, "--files", tmp_path / "a.txt", "--shard-tokens", 5, "--workers", 1]
+    result = run_script(*arguments, "--out-dir", tmp_path / "out")
+    assert "1 contain <|endoftext|>, encoded as text (--split-eot" in result.stdout
+    result = run_script(*arguments, "--split-eot", "--out-dir", tmp_path / "split")
+    assert "2 documents" in result.stdout and "contain" not in result.stdout
+    assert documents_of(all_tokens(tmp_path / "split")) == ["a story", "another story"]
+    assert_user_error(run_script(SCRIPT, "--split-eot", check=False), "--split-eot", "--files")
+
+
+# ---------------------------------------------------------------------------- column types
+
+
+@pytest.mark.parametrize("kind", [pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+                                  pyarrow.large_string(), pyarrow.string_view()], ids=str)
+def test_every_type_of_text_column_is_read(tmp_path, kind):
+    texts = [*TEXTS, None, ""]
+    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    with documents.open_parquet(tmp_path / "a.parquet") as file:
+        assert file.schema_arrow.field("text").type == kind
+    write([tmp_path / "a.parquet"], tmp_path / "out")
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
+
+
+def test_the_advised_shard_size_fills_whole_windows(tmp_path):
+    """At T = 1024, a shard of 1,783 tokens (a tenth of 17,831) would lose 758 of them."""
+    texts = ["some words of a document " * 40] * 85
+    message = user_error(write, texts, tmp_path / "out", shard_tokens=10**6)
+    size = int(message.rsplit("e.g. to ", 1)[1])
+    assert size % 1024 == 1
+    write(texts, tmp_path / "out", shard_tokens=size)
+    loader = TokenLoader(tmp_path / "out", "train", sequence_length=1024, micro_batch_size=1,
+                         total_batch_size=1024, vocab_size=50257)
+    assert 0 < loader.unused_tokens < 1024  # only of the last shard

@@ -21,6 +21,7 @@ import inference
 from inference import generate, logprobs, tokenize_batch_input
 from minigpt2.distributed import Launch
 from minigpt2.kernels import prepare_to_sample
+from minigpt2.loss import IGNORE_INDEX
 from trainer import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -49,6 +50,26 @@ def test_the_training_loss_does_not_hold_all_logits_in_float32():
         _, loss = model(idx, idx, return_logits=False)
     loss.backward()
     assert torch.cuda.max_memory_allocated() < 2.5e9
+
+
+def test_the_eager_loss_matches_the_cpu_and_never_waits():
+    """With ignored targets, in training and validation."""
+    torch.manual_seed(0)
+    model = sharp_model(TINY)
+    on_gpu, idx = copy.deepcopy(model).cuda(), torch.randint(0, 50257, (4, 32))
+    targets = idx.where(torch.rand(4, 32) < 0.5, IGNORE_INDEX)
+    _, expected = model(idx, targets, reduction="sum", return_logits=False)
+    batch = idx.cuda(), targets.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, loss = on_gpu(*batch, reduction="sum", return_logits=False)
+        loss.backward()
+        with torch.no_grad():
+            _, validated = on_gpu(*batch, reduction="sum", return_logits=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert validated.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("device", range(max(torch.cuda.device_count(), 1)))

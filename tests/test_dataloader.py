@@ -126,7 +126,7 @@ def test_an_error_in_the_prefetch_thread_is_raised(tmp_path):
     assert "60000" in user_error(next, loader(data).stream(0, 1, lambda tensor: tensor))
 
 
-@pytest.mark.parametrize("form", ["llm.c", "nanoGPT"])
+@pytest.mark.parametrize("form", ["llm.c", "nanoGPT", "build-nanogpt"])
 def test_foreign_shards_give_the_same_batches(corpus, tmp_path, form):
     foreign = make_foreign(corpus, tmp_path / "foreign", form)
     assert read_manifest(foreign)["tokens"] == read_manifest(corpus)["tokens"]
@@ -169,7 +169,7 @@ def test_missing_and_empty_folders(tmp_path):
     assert "does not exist" in user_error(loader, tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "is empty" in user_error(loader, tmp_path / "empty")
-    write_shard(tmp_path / "empty" / "shard_train_000001.npy", np.zeros(99, dtype=np.uint16))
+    (tmp_path / "empty" / ".x_train_000001.npy.partial").write_bytes(bytes(99))
     message = user_error(loader, tmp_path / "empty")  # a run that was killed before its manifest
     assert "manifest.json" in message and "pretrain_data/" in message
     (tmp_path / "empty" / "progress.json").write_text("{}")
@@ -181,6 +181,37 @@ def test_missing_and_empty_folders(tmp_path):
 def test_an_invalid_manifest(corpus, text):
     (corpus / "manifest.json").write_text(text)
     assert "manifest.json" in user_error(loader, corpus)
+
+
+def test_a_vocabulary_of_its_own_is_refused(corpus, tmp_path):
+    foreign = make_foreign(corpus, tmp_path / "foreign", "nanoGPT")
+    (foreign / "meta.pkl").write_bytes(b"is not opened")
+    message = user_error(loader, foreign)
+    assert "meta.pkl" in message and "--files" in message
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])
+@pytest.mark.parametrize("high", [50_257, 128_256])
+def test_ids_of_more_than_16_bits_are_refused(tmp_path, dtype, high):
+    ids = np.random.RandomState(0).randint(0, high, 5000).astype(dtype)
+    (tmp_path / "train.bin").write_bytes(ids.tobytes())
+    message = user_error(loader, tmp_path)
+    assert "train.bin" in message and "uint32" in message
+
+
+@pytest.mark.parametrize("magic", [20240522, 20240801, 20240326, 20240328])
+def test_other_files_of_llmc_are_refused(corpus, tmp_path, magic):
+    """Evaluation data such as hellaswag_val.bin, uint32 tokens, models and tokenizers."""
+    foreign = make_foreign(corpus, tmp_path / "foreign", "llm.c")
+    header = np.array([magic, 1, 7, 900] + [0] * 252, dtype=np.int32).tobytes()
+    (foreign / "hellaswag_val.bin").write_bytes(header + bytes(9000))
+    message = user_error(loader, foreign)
+    assert "hellaswag_val.bin" in message and "llm.c" in message and "move it" in message
+
+
+def test_unused_tokens_are_counted(tmp_path):
+    data = make_corpus(tmp_path / "d", [100, 400, 33, 49, 5])  # 399, 32, 48 and 4 targets
+    assert loader(data).unused_tokens == 15 + 0 + 0 + 4
 
 
 def damage(corpus, change) -> str:

@@ -91,7 +91,7 @@ def test_docs_and_shell_scripts_use_only_flags_that_exist():
     flags = script_flags()
     every = set().union(*flags.values())
     of_others = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
-                 "rdzv-id", "max-restarts", "nodes"}  # torchrun's and sbatch's
+                 "rdzv-id", "max-restarts", "nodes", "cpus-per-task"}  # torchrun's and SLURM's
     checked = 0
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runs/*.sh")):
         if path.name in ("LOG.md", "setup.sh"):  # the past, and pip's flags

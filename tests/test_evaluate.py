@@ -13,23 +13,21 @@ from helpers.hub_server import run_module, serve
 from helpers.ranks import Ranks
 
 import evaluate
-from eval_data import benchmark_downloader
+from dataloader import pad_rows
 from evaluate import (
     EvaluateConfig,
-    hellaswag_harness,
-    lambada,
-    last_word_figures,
-    validation_figures,
-)
-from inference import logprobs, pad_rows
-from minigpt2.benchmarks import (
     Question,
     choice_figures,
     hellaswag,
+    hellaswag_harness,
+    lambada,
+    last_word_figures,
     multiple_choice,
     read_questions,
     score,
+    validation_figures,
 )
+from inference import logprobs
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT, GPTConfig
@@ -265,7 +263,7 @@ def test_malformed_rows_are_named(tmp_path, row, words):
     good = {"context": "a", "choices": ["b", "c"], "label": 0}
     path = write_rows(tmp_path / "rows.jsonl", [good, row])
     message = user_error(read_questions, path, multiple_choice, None, 64)
-    for word in ["row 2", *words]:
+    for word in ["line 2", *words]:
         assert word in message
     assert len(read_questions(path, multiple_choice, 1, 64)) == 1
 
@@ -277,7 +275,7 @@ def test_wrong_files_and_tasks(files, monkeypatch, capsys):
     assert "ends with a space and a word" in error("--tasks", f"lambada={files / 'stories.jsonl'}")
     assert "two `choices`" in error("--tasks", f"hellaswag={files / 'passages.jsonl'}")
     assert "ctx_a" in error("--tasks", f"hellaswag_harness={files / 'stories.jsonl'}")
-    assert "benchmark_downloader" in error("--tasks", "hellaswag", "--eval-dir", str(files))
+    assert "--download" in error("--tasks", "hellaswag", "--eval-dir", str(files))
     assert "nothing.jsonl does not exist" in error("--tasks", "val,nothing.jsonl")
     write_rows(files / "empty.jsonl", [])
     assert "no rows" in error("--tasks", str(files / "empty.jsonl"))
@@ -287,26 +285,23 @@ def test_wrong_files_and_tasks(files, monkeypatch, capsys):
 # ------------------------------------------------------------------------------- downloads
 
 
-def test_benchmarks_are_downloaded_and_verified(tmp_path, monkeypatch):
-    """The real client; the files' own SHA-256, so these are refused and nothing is left behind."""
+def test_benchmarks_are_downloaded_and_verified(tmp_path):
+    """The real client. Other content than the pinned one is refused, and nothing is left behind."""
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), tmp_path / "stories.parquet")
     repos = {"datasets/Rowan/hellaswag": {
         "data/validation-00000-of-00001.parquet": (tmp_path / "stories.parquet").read_bytes()}}
     out = tmp_path / "out"
     with serve(repos) as (environment, _):
-        result = run_module("eval_data.benchmark_downloader", "--out-dir", out, check=False,
+        result = run_module("evaluate", "--download", "--eval-dir", out, check=False,
                             env=environment | {"HF_HOME": str(tmp_path / "hf")})
-    assert result.returncode == 2 and "another SHA-256" in result.stderr
+    assert result.returncode == 2 and "expected SHA-256" in result.stderr
     assert list(out.iterdir()) == []
 
 
-def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monkeypatch, capsys):
+def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monkeypatch):
     path = tmp_path / "hellaswag_val.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), path)
     assert len(read_questions(path, hellaswag, None, 64)) == 16
-    benchmark = benchmark_downloader.BENCHMARKS[0]
-    message = user_error(benchmark_downloader.download_benchmark, benchmark, tmp_path, None)
-    assert "is not the file of Rowan/hellaswag" in message
-    monkeypatch.setattr(benchmark_downloader, "sha256_of", lambda path: benchmark.sha256)
-    benchmark_downloader.download_benchmark(benchmark, tmp_path, None)
-    assert "already complete" in capsys.readouterr().out
+    assert "is not the file of Rowan/hellaswag" in user_error(evaluate.download_benchmark, path)
+    monkeypatch.setattr(evaluate, "sha256_of", lambda _: evaluate.DOWNLOADS[path.name][3])
+    evaluate.download_benchmark(path)

@@ -14,7 +14,7 @@ from helpers.common import ROOT, TINY, assert_user_error, main_error, script_env
 import inference
 from inference import generate
 from minigpt2.checkpoint import load_model, save_checkpoint
-from minigpt2.tokenizer import decode, encode, format_prompt
+from minigpt2.tokenizer import EOT_TOKEN, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
 SCRIPT = ROOT / "inference.py"
@@ -172,11 +172,48 @@ def test_the_prompt_template_is_applied_unless_raw(base, tuned, monkeypatch, cap
     assert given("--checkpoint", base, "What is {x}?") == ["What is {x}?"]
 
 
+def test_an_input_beside_the_instruction(tuned, monkeypatch, capsys):
+    about = ["--input", "3, 1 {x}"]
+    seen = prompts_of_generate(monkeypatch, capsys, "--checkpoint", tuned, "Sort.", "Add.", *about)
+    assert seen == [format_prompt("Sort.", "3, 1 {x}"), format_prompt("Add.", "3, 1 {x}")]
+    assert "### Input:\n3, 1 {x}\n" in seen[0]
+    empty = prompts_of_generate(monkeypatch, capsys, "--checkpoint", tuned, "Sort.", "--input", "")
+    assert empty == [format_prompt("Sort.")]
+
+
+@pytest.mark.parametrize("kind", ["base", "tuned"])
+def test_sampling_without_a_prompt(kind, base, tuned):
+    """From <|endoftext|> alone, without a template; each text has a seed of its own."""
+    folder = {"base": base, "tuned": tuned}[kind]
+    arguments = ["--checkpoint", folder, "--json", "--unconditional"]
+    objects = [json.loads(line) for line in run(*arguments, 3).splitlines()]
+    assert [(one["prompt"], one["prompt_tokens"]) for one in objects] == [("<|endoftext|>", 1)] * 3
+    assert len({one["response"] for one in objects}) == 3
+    assert [json.loads(line) for line in
+            run(*arguments, 3, "--batch-size", 2).splitlines()] == objects
+    with torch.no_grad():
+        ids = torch.tensor([[EOT_TOKEN, *objects[0]["tokens"]]])
+        scores = load_model(folder)(ids)[0][0].log_softmax(-1)
+    expected = [scores[i, token].item() for i, token in enumerate(objects[0]["tokens"])]
+    assert objects[0]["logprobs"] == pytest.approx(expected, abs=1e-4)
+    streamed = run("--checkpoint", folder, "--unconditional", 1)
+    assert streamed.startswith(f"prompt:   <|endoftext|>\nresponse: {objects[0]['response']}\n")
+    typed = json.loads(run("--checkpoint", base, "--json", "<|endoftext|>"))
+    assert typed["prompt_tokens"] == 7  # in a prompt it is text
+
+
 @pytest.mark.parametrize("arguments, words", [
-    (["--checkpoint", "BASE", "one", ""], ["prompt 2 of 2 is empty"]),
+    (["--checkpoint", "BASE", "one", ""], ["prompt 2 of 2 is empty: see --unconditional"]),
+    (["--checkpoint", "BASE", "a", "--unconditional", "2"], ["choose one of", "--unconditional"]),
+    (["--checkpoint", "BASE", "--prompts-file", "x", "--unconditional", "2"], ["choose one of"]),
+    (["--checkpoint", "BASE", "--unconditional", "-1"], ["--unconditional", "at least 0"]),
+    (["--checkpoint", "BASE", "--unconditional", "2", "--input", "x"], ["--input", "no template"]),
+    (["--checkpoint", "BASE", "a", "--input", "x"], ["--input", "no template"]),
+    (["--checkpoint", "TUNED", "a", "--raw", "--input", "x"], ["--input", "no template"]),
+    (["--checkpoint", "TUNED", "a", "--input", "word " * 64], ["tokens", "context is 64"]),
     (["--checkpoint", "BASE", "   "], ["prompt 1 of 1 is empty"]),
     (["--checkpoint", "BASE", "word " * 64], ["tokens", "context is 64"]),
-    (["--checkpoint", "BASE", "a", "--prompts-file", "x"], ["--prompts-file"]),
+    (["--checkpoint", "BASE", "a", "--prompts-file", "x"], ["choose one of", "--prompts-file"]),
     (["--checkpoint", "BASE", "--prompts-file", "/no/such/file"], ["/no/such/file"]),
     (["--checkpoint", "BASE", "a", "--temperature", "-1"], ["--temperature", "at least 0"]),
     (["--checkpoint", "BASE", "a", "--temperature", "inf"], ["temperature"]),
@@ -189,8 +226,9 @@ def test_the_prompt_template_is_applied_unless_raw(base, tuned, monkeypatch, cap
     (["--checkpoint", "BASE", "a", "--batch-size", "0"], ["--batch-size"]),
     (["--checkpoint", "BASE", "a", "--device", "cpu", "--dtype", "float16"], ["float16"]),
 ])
-def test_invalid_input(base, arguments, words, monkeypatch, capsys):
-    argv = [argument.replace("BASE", str(base)) for argument in arguments]
+def test_invalid_input(base, tuned, arguments, words, monkeypatch, capsys):
+    argv = [argument.replace("BASE", str(base)).replace("TUNED", str(tuned))
+            for argument in arguments]
     message = main_error(inference.main, argv, monkeypatch, capsys)
     for word in words:
         assert word in message

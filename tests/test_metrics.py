@@ -25,7 +25,7 @@ from bench.recipes import draw_recipes
 from image.plot_loss import main
 from minigpt2 import metrics
 from minigpt2.graphs import check_image, draw_runs
-from minigpt2.metrics import RunLog, flops_per_token, peak_flops, read_log, run_metadata, start_log
+from minigpt2.metrics import RunLog, peak_flops, read_log, run_metadata, start_log
 from model import GPT, GPTConfig
 
 # A run that starts at step sys.argv[2], in a process of its own.
@@ -84,7 +84,7 @@ def test_flops_per_token_of_gpt2():
     # embedding and head 50257 x 768, a block 12 x 768^2 + 13 x 768, a final LayerNorm 2 x 768
     multiplied = 50257 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     assert multiplied == 123_653_376
-    assert flops_per_token(model, 1024) == 6 * multiplied + 12 * 12 * 768 * 1024 == 855_166_464
+    assert model.flops_per_token(1024) == 6 * multiplied + 12 * 12 * 768 * 1024 == 855_166_464
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -380,6 +380,16 @@ def test_graph_shows_the_logged_values(tmp_path, monkeypatch):
     assert {line.get_color() for line in loss.lines} == {"C0", "C1"}
 
 
+@pytest.mark.parametrize("names", [["_a", "__b"], ["_nolegend_", "b"], ["_", ""], ["a"], ["_a"]])
+def test_every_run_is_in_the_legend(names, tmp_path, monkeypatch):
+    path = write_log(tmp_path / "log.jsonl", [(0, "val", {"loss": 2.5}), (1, "train", {"loss": 2})])
+    runs = [(name, path) for name in names]
+    (axes,) = draw_and_capture(monkeypatch, runs, tmp_path / "x.png", "_title").axes
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == ([f"{name} {kind}" for name in names for kind in ("train", "val")]
+                     if len(names) > 1 else ["train", "val"])
+
+
 def test_graph_of_losses_only_and_of_empty_logs(tmp_path, monkeypatch):
     path = write_log(tmp_path / "log.jsonl", [(0, "val", {"loss": 2.5}), (1, "train", {"loss": 2})])
     (axes,) = draw_and_capture(monkeypatch, [("", path)], tmp_path / "x.png", "t").axes
@@ -396,8 +406,8 @@ def test_check_image_rejects_unwritable_paths(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     for name in ("metrics.jsonl", "file/x.png", "folder.png"):
-        assert str(tmp_path / name) in user_error(check_image, tmp_path / name)
-    check_image(tmp_path / "new" / "deep" / "x.png")
+        assert f"--out {tmp_path / name}" in user_error(check_image, tmp_path / name, "--out")
+    check_image(tmp_path / "new" / "deep" / "x.png", "--out")
     assert not (tmp_path / "new").exists()
 
 

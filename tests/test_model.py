@@ -103,10 +103,12 @@ def test_sequence_past_block_size_is_refused():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("device", ["CPU", "GPU"])  # how it is computed there
 @pytest.mark.parametrize("rows, softmax_rows", [(1, 16), (5, 2), (512, 16), (512, 1)])
-def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, monkeypatch):
-    monkeypatch.setattr("minigpt2.loss.LOSS_ROWS_CPU", rows)
-    monkeypatch.setattr("minigpt2.loss.SOFTMAX_ROWS_CPU", softmax_rows)
+def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, device, monkeypatch):
+    monkeypatch.setattr("minigpt2.loss.on_cpu", lambda _: device == "CPU")
+    monkeypatch.setattr(f"minigpt2.loss.LOSS_ROWS_{device}", rows)
+    monkeypatch.setattr(f"minigpt2.loss.SOFTMAX_ROWS_{device}", softmax_rows)
     model = small_model()
     inputs, targets = random_batch(4)
     targets[0] = IGNORE_INDEX
@@ -134,14 +136,16 @@ def test_a_padded_head_gives_the_same_loss(vocab_size, scale):
     expected.backward()
     wanted = x.grad.clone(), weight.grad.clone()
     x.grad = weight.grad = None
-    loss = LinearCrossEntropy.apply(x, weight, targets, True)
+    loss = LinearCrossEntropy.apply(x, weight, targets)
     loss.backward()
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert torch.allclose(x.grad, wanted[0], atol=1e-5)
     assert torch.allclose(weight.grad, wanted[1], atol=1e-5 * scale)
 
 
-def test_a_batch_without_targets_has_loss_0_and_finite_gradients():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_batch_without_targets_has_loss_0_and_finite_gradients(on_cpu, monkeypatch):
+    monkeypatch.setattr("minigpt2.loss.on_cpu", lambda _: on_cpu)
     model = small_model()
     inputs, targets = random_batch(2)
     targets[:] = IGNORE_INDEX
@@ -168,8 +172,10 @@ def test_any_split_of_a_global_batch_gives_the_same_gradient(splits):
     assert_same_gradients(gradients(model), expected, 1e-5)
 
 
-def test_bf16_autocast_stays_close_to_fp32():
+@pytest.mark.parametrize("bf16_residual", [False, True])
+def test_bf16_autocast_stays_close_to_fp32(bf16_residual):
     model = small_model()
+    model.bf16_residual = bf16_residual  # no effect without autocast
     inputs, targets = random_batch(4)
     _, exact = model(inputs, targets)
     exact.backward()
@@ -182,6 +188,28 @@ def test_bf16_autocast_stays_close_to_fp32():
     for name, grad in expected.items():
         assert got[name].dtype == torch.float32
         assert F.cosine_similarity(got[name].flatten(), grad.flatten(), dim=0) > 0.99, name
+
+
+def test_a_bf16_residual_stream_trains_like_a_float32_one():
+    """Over 30 steps of bfloat16 autocast, the losses differ by less than those of two seeds."""
+    def train(seed: int, bf16_residual: bool) -> torch.Tensor:
+        model, losses, seen = small_model(seed), [], []
+        model.bf16_residual = bf16_residual
+        model.transformer.h[-1].register_forward_hook(lambda *call: seen.append(call[2].dtype))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(30):
+            with torch.autocast("cpu", torch.bfloat16):
+                _, loss = model(*random_batch(4), return_logits=False)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert set(seen) == {torch.bfloat16 if bf16_residual else torch.float32}
+        return torch.tensor(losses)
+
+    plain, coarse, other = train(0, False), train(0, True), train(1, False)
+    assert plain[-1] < 0.7 * plain[0]
+    assert (coarse - plain).abs().max() < min(0.03, (other - plain).abs().max())
 
 
 def test_cached_decoding_equals_a_full_forward_pass():

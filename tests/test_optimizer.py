@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers.common import TINY
+from helpers.common import CPU_LAUNCH, TINY
 
 from minigpt2.optimizer import (
     cosine_lr,
@@ -13,6 +13,7 @@ from minigpt2.optimizer import (
     optimizer_state,
     orthogonal,
     set_lr,
+    step_if_finite,
 )
 from model import GPT
 
@@ -139,6 +140,27 @@ def test_the_muon_learning_rate_follows_the_schedule():
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.05, 0.05]
 
 
+@pytest.mark.parametrize("muon_lr", [None, 0.4])
+def test_a_step_with_a_non_finite_number_changes_nothing(muon_lr):
+    """Decided on the device, and otherwise equal to a plain step, bit for bit."""
+    models = [GPT(TINY), GPT(TINY)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, plain = (make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                                  muon_lr=muon_lr) for model in models)
+    for bad in (math.nan, math.inf, -math.inf):
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            p.grad, q.grad = torch.full_like(p, bad), torch.randn_like(q)
+        step_if_finite(ours, torch.tensor([1.0, 0.0, bad]))
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            p.grad = q.grad.clone()
+        step_if_finite(ours, torch.ones(3))
+        plain.step()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p, q)
+            for name, value in plain.state[q].items():
+                assert torch.equal(ours.state[p][name], value), name
+
+
 def test_muon_state_round_trip():
     torch.manual_seed(0)
     options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -148,11 +170,12 @@ def test_muon_state_round_trip():
         p.grad = torch.randn_like(p)
     optimizer.step()
     again = make_optimizer(model, muon_lr=0.8, **options)
-    load_optimizer_state(again, optimizer_state(optimizer, is_master=True))
+    state = optimizer_state(optimizer, CPU_LAUNCH, lambda value, name: value)
+    load_optimizer_state(again, state)
     assert again.param_groups[0]["lr_scale"] == 8  # settings are the new ones'
     for p in model.parameters():
         for name, value in optimizer.state[p].items():
             assert torch.equal(again.state[p][name], value)
+            assert again.state[p][name] is not value  # a copy: `state` may be memory-mapped
     with pytest.raises((KeyError, ValueError)):  # of the other recipe
-        load_optimizer_state(make_optimizer(model, **options),
-                             optimizer_state(optimizer, is_master=True))
+        load_optimizer_state(make_optimizer(model, **options), state)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,11 +26,13 @@ from helpers.training import (
     trace,
 )
 
-from minigpt2 import resume
+from minigpt2 import checkpoint, resume
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
 from minigpt2.config import UserError
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
+from minigpt2.resume import CheckpointWriter
+from model import GPT, GPTConfig
 from trainer import train
 
 # --------------------------------------------------------------------------------- killed
@@ -251,7 +254,7 @@ def test_training_continues_while_a_checkpoint_is_written(corpus, tmp_path, fini
                                                           monkeypatch):
     """Checkpoint 5 is not written before checkpoint 10 waits for it, four steps later; each holds
     the state of its own step."""
-    real_save, real_wait = resume.save_checkpoint, resume.CheckpointWriter.wait
+    real_save, real_wait = checkpoint.save_checkpoint, resume.CheckpointWriter.wait
     waiting, last_steps = threading.Event(), []
 
     def slow_save(out_dir, step, model, **options):
@@ -265,7 +268,7 @@ def test_training_continues_while_a_checkpoint_is_written(corpus, tmp_path, fini
             waiting.set()
         real_wait(self)
 
-    monkeypatch.setattr(resume, "save_checkpoint", slow_save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow_save)
     monkeypatch.setattr(resume.CheckpointWriter, "wait", wait)
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
     assert last_steps == [9]
@@ -275,22 +278,63 @@ def test_training_continues_while_a_checkpoint_is_written(corpus, tmp_path, fini
     assert_same_run(tmp_path / "out", finished_run)
 
 
+def test_large_tensors_are_staged_in_shared_blocks(tmp_path, monkeypatch):
+    """Sizes of gpt2-xl / 512. Pinned memory of each tensor's own took half as much again."""
+    monkeypatch.setattr("minigpt2.resume.LARGE_BYTES", 2**12)
+    monkeypatch.setattr("minigpt2.resume.BLOCK_BYTES", 2**20)
+    pinned, real_empty = [], torch.empty
+
+    def empty(*shape, **options):
+        tensor = real_empty(*shape, **options | {"pin_memory": False})
+        pinned.append(tensor.nbytes if options.get("pin_memory") is not None else 0)
+        return tensor
+
+    monkeypatch.setattr("minigpt2.resume.torch.empty", empty)
+    model = GPT(GPTConfig(block_size=45, vocab_size=2230, n_layer=48, n_head=1, n_embd=71))
+    values = [{name: p.detach() for name, p in model.named_parameters()} for _ in range(3)]
+    writer = CheckpointWriter(tmp_path, CPU_LAUNCH, {}, keep_last=1, keep_every=0, saved_step=None)
+    for _ in range(2):  # the second time into the same buffers
+        copies = writer.copy(values, "state")
+    needed = sum(p.nbytes for p in model.parameters()) * 3
+    rounded = [1 << (size - 1).bit_length() for size in pinned if size]
+    assert needed < sum(rounded) < 1.15 * needed
+    for value, copied in zip(values, copies, strict=True):
+        assert all(torch.equal(value[name], copied[name]) for name in value)
+        assert all(copied[name].untyped_storage().nbytes() == value[name].nbytes for name in value)
+    ends = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for copied in copies
+                  for t in copied.values())
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
+    torch.save(copies, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").stat().st_size < 1.2 * needed
+
+
+def test_resume_repairs_latest_and_best(corpus, tmp_path, finished_run):
+    """As a kill between the rename of a checkpoint and the writing of these files leaves them."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    expected = {name: (out / name).read_text() for name in ("latest", "best")}
+    (out / "latest").write_text("step_000001\n")
+    (out / "best").unlink()
+    train(tiny(corpus, out, resume=True), CPU_LAUNCH)
+    assert {name: (out / name).read_text() for name in expected} == expected
+
+
 def test_a_failed_save_stops_the_run(corpus, tmp_path, monkeypatch):
-    real = resume.save_checkpoint
+    real = checkpoint.save_checkpoint
 
     def failing(out_dir, step, model, **options):
         if step == 5:
             raise UserError("cannot write step_000005: is the disk full?")
         return real(out_dir, step, model, **options)
 
-    monkeypatch.setattr(resume, "save_checkpoint", failing)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", failing)
     config = tiny(corpus, tmp_path / "out", max_steps=10_000, save_interval=5)
     assert "disk full" in user_error(train, config, CPU_LAUNCH)
     assert len(trace(tmp_path / "out", "loss")) < 1000
 
 
 def test_a_pending_checkpoint_is_written_although_the_run_fails(corpus, tmp_path, monkeypatch):
-    real, failing = resume.save_checkpoint, threading.Event()
+    real, failing = checkpoint.save_checkpoint, threading.Event()
 
     def slow(out_dir, step, model, **options):
         assert step == 1 or failing.wait(120)
@@ -301,9 +345,10 @@ def test_a_pending_checkpoint_is_written_although_the_run_fails(corpus, tmp_path
         return real_exit(self, *arguments)
 
     real_exit = resume.CheckpointWriter.__exit__
-    monkeypatch.setattr(resume, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     monkeypatch.setattr(resume.CheckpointWriter, "__exit__", exit_writer)
-    monkeypatch.setattr("minigpt2.run.agree", lambda *arguments: (float("nan"), 1.0, False))
+    monkeypatch.setattr("minigpt2.run.agree", lambda *arguments: torch.tensor(
+        [float("nan"), 0.0, 1.0]))
     config = tiny(corpus, tmp_path / "out", save_interval=1)
     assert "diverged" in user_error(train, config, CPU_LAUNCH)
     assert [f.name for f in list_checkpoints(tmp_path / "out")] == ["step_000001", "step_000002"]

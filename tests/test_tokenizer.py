@@ -72,6 +72,18 @@ def test_a_run_of_spaces_that_overflows_tiktoken():
     assert encode("x" + " " * 101 + "y") == [87, *[220] * 100, 331]
 
 
+@pytest.mark.parametrize("run", ["a", "ACGT", "日本", "12", "-=", "_", "\n"])
+def test_long_runs_are_cut(run):
+    """A single word of 24 MB would take 1.1 GB to encode; text with borders is not cut."""
+    MAX = tokenizer.MAX_RUN
+    text = "start " + run * (2_000_000 // len(run)) + " end"
+    pieces = tokenizer.cut_runs(text)
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * MAX and len(pieces) > 6
+    assert len(tokenizer.cut_runs((run * 9 + " x1. ") * 100_000)) == 1
+    short = "start " + run * (MAX // len(run)) + " end"
+    assert len(tokenizer.cut_runs(short)) <= 2
+
+
 def test_another_encoder_gives_the_same_ids():
     if find_spec("gigatoken") is None:
         message = user_error(encode_to_array, "a", "gigatoken")

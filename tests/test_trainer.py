@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import sys
 
 import pytest
@@ -24,30 +25,34 @@ from helpers.training import (
     STEPS,
     assert_same_model,
     assert_same_run,
+    final_state,
     flags,
     interrupted,
     losses,
     tiny,
+    tiny_corpus,
     trace,
 )
 from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
+import finetune
 import trainer
 from bench.train import make_training
-from dataloader import TokenLoader
-from minigpt2 import run
-from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from dataloader import TokenLoader, count_micro_steps
+from minigpt2 import resume, run
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, step_of
 from minigpt2.distributed import (
     Launch,
-    count_micro_steps,
     mean_loss,
     pick_device,
     pick_dtype,
+    read_launch,
     should_compile,
     start,
     use_fastest_exact_matmul,
 )
+from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import set_lr as real_set_lr
 from trainer import TrainerConfig, train
@@ -138,6 +143,23 @@ def test_gradients_are_reduced_once_a_step_and_overlap_with_backward(corpus, tmp
         for buckets in steps[1:]:  # in the first, DDP learns the order of the gradients
             assert len(buckets) > 1 and buckets[0]["ready"] < len(parameters)
         assert sizes == [3, 3]  # of two validations: loss, targets, stop request
+
+
+@pytest.mark.slow
+def test_gradients_lie_in_the_buckets_in_every_micro_step(corpus, tmp_path):
+    """Those accumulated under `no_sync` would otherwise be a second copy, beside DDP's buckets."""
+    config = tiny(corpus, tmp_path / "out", micro_batch_size=2, max_steps=3, n_embd=64)
+    ranks = Ranks(2, "trainer", flags(config), tmp_path / "ranks",
+                  record_gradients=tmp_path / "ranks")
+    assert ranks.wait() == [0, 0], ranks.output()
+    num_bytes = 4 * load_model(tmp_path / "out").num_parameters()
+    for rank in (0, 1):
+        lines = (tmp_path / "ranks" / f"gradients_{rank}.jsonl").read_text().splitlines()
+        micro_steps = list(map(json.loads, lines))
+        assert len(micro_steps) == 2 * 3
+        for first, last in zip(micro_steps[::2], micro_steps[1::2], strict=True):
+            assert first["gradients"] == last["buckets"] == last["gradients"]
+            assert sum(first["gradients"].values()) == num_bytes
 
 
 @pytest.mark.slow
@@ -266,9 +288,49 @@ def test_two_processes_match_one(corpus, tmp_path, finished_run):
     assert len(lines) == 1 + STEPS + 3 + 1  # only rank 0 writes
 
 
+def set_launch(monkeypatch, **changes) -> None:
+    """Sets the variables of a rank that torchrun started, with changes; None: not set."""
+    complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "1234", "LOCAL_WORLD_SIZE": None}
+    for name, value in (complete | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+ONLY = dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+
+
+@pytest.mark.parametrize("changes", [
+    ONLY | {"RANK": "1"}, ONLY | {"RANK": ""}, ONLY | {"WORLD_SIZE": "2"}, ONLY | {"RANK": "0"},
+    ONLY | {"LOCAL_RANK": "1"}, ONLY | {"LOCAL_WORLD_SIZE": "2"}, ONLY | {"WORLD_SIZE": ""},
+    {"RANK": "2"}, {"RANK": "-1"}, {"RANK": None}, {"RANK": "one"}, {"WORLD_SIZE": "0"},
+    {"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"LOCAL_RANK": ""}, {"LOCAL_RANK": "1"},
+    {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "3"},
+    {"MASTER_ADDR": None}, {"MASTER_ADDR": ""}, {"MASTER_PORT": None}, {"MASTER_PORT": "x"}])
+@pytest.mark.parametrize("script", [trainer, finetune])
+def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, script, changes):
+    """RANK=1 alone trained to the end and saved nothing; others were a traceback."""
+    set_launch(monkeypatch, **changes)
+    monkeypatch.setattr("minigpt2.config.RANK_DELAY_S", 0)
+    message = main_error(script.main, ["--out-dir", tmp_path / "out"], monkeypatch, capsys)
+    for name, value in changes.items():
+        assert (f"{name!r}: {value!r}" in message) is (value is not None)
+    assert "torchrun" in message and not (tmp_path / "out").exists()
+
+
+def test_complete_launch_variables(monkeypatch):
+    set_launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert read_launch() == (5, 1, 8)
+    set_launch(monkeypatch, **ONLY | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    assert read_launch() == (0, 0, 1)
+    set_launch(monkeypatch, **ONLY | {"MASTER_ADDR": "x", "MASTER_PORT": ""})
+    assert read_launch() == (0, 0, 1)
+
+
 def test_rank_is_not_local_rank(monkeypatch):
-    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
-        monkeypatch.setenv(name, value)
+    set_launch(monkeypatch, RANK="11", LOCAL_RANK="3", WORLD_SIZE="16")
     monkeypatch.setattr("minigpt2.distributed.dist.init_process_group",
                         lambda *arguments, **options: None)
     monkeypatch.setattr("minigpt2.distributed.connect_store", lambda timeout, may_host: HashStore())
@@ -415,7 +477,7 @@ def test_resume_prints_changed_settings_and_refuses_harmful_ones(corpus, tmp_pat
         message = user_error(train, tiny(corpus, out, resume=True, **change), CPU_LAUNCH)
         assert word in message and "step_000010" in message
     other = make_corpus(tmp_path / "other", [700, 2000], high=50)
-    assert "the data are not" in user_error(train, tiny(other, out, resume=True), CPU_LAUNCH)
+    assert "trained with other data" in user_error(train, tiny(other, out, resume=True), CPU_LAUNCH)
     capsys.readouterr()
     train(tiny(corpus, out, resume=True, max_steps=12, grad_clip=0.5), CPU_LAUNCH)
     printed = capsys.readouterr().out
@@ -450,17 +512,29 @@ def test_bfloat16_on_a_cpu_learns(corpus, tmp_path, finished_run):
     assert losses(tmp_path / "out") == pytest.approx(losses(finished_run), abs=0.05)
 
 
+def test_a_bf16_residual_without_bfloat16_is_reported(corpus, tmp_path, finished_run, capsys):
+    train(tiny(corpus, tmp_path / "out", bf16_residual=True), CPU_LAUNCH)
+    assert "--bf16-residual: ignored" in capsys.readouterr().out
+    assert losses(tmp_path / "out") == losses(finished_run)
+    train(tiny(corpus, tmp_path / "coarse", bf16_residual=True, dtype="bfloat16"), CPU_LAUNCH)
+    assert "ignored" not in capsys.readouterr().out
+    assert losses(tmp_path / "coarse") == pytest.approx(losses(finished_run), abs=0.05)
+
+
 def test_a_missing_compiler_is_reported(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("minigpt2.distributed.shutil.which", lambda name: None)
     train(tiny(corpus, tmp_path / "out", compile=True, max_steps=1), CPU_LAUNCH)
     assert "torch.compile needs a compiler, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("triton, capability, compiler, missing", [
-    (True, (9, 0), "gcc", None), (False, (9, 0), "gcc", "Triton"),
-    (True, (6, 1), "gcc", "capability 7.0"), (True, (9, 0), None, "a compiler")])
+@pytest.mark.parametrize("triton, capability, compiler, headers, missing", [
+    (True, (9, 0), "gcc", True, None), (False, (9, 0), "gcc", True, "Triton"),
+    (True, (6, 1), "gcc", True, "capability 7.0"), (True, (9, 0), None, True, "a compiler"),
+    (True, (9, 0), "gcc", False, "Python.h")])
 def test_requirements_of_compiling_for_a_gpu(monkeypatch, capsys, triton, capability, compiler,
-                                             missing):
+                                             headers, missing):
+    monkeypatch.setattr("minigpt2.distributed.sys.platform", "linux")
+    monkeypatch.setattr("minigpt2.distributed.os.path.exists", lambda path: headers)
     monkeypatch.setattr("minigpt2.distributed.importlib.util.find_spec",
                         lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -480,6 +554,56 @@ def test_only_the_training_step_is_compiled_and_only_once(corpus, tmp_path, fini
     train(tiny(corpus, tmp_path / "compiled", compile=True, sample_steps=2), CPU_LAUNCH)
     assert counter.frame_count == 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(finished_run), abs=1e-5)
+
+
+SYNCHRONIZING = ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_step_waits_for_the_device(optimizer, corpus, tmp_path, monkeypatch):
+    """Calls that wait for a GPU, counted in the steps of a compiled run. The numbers of a step are
+    read once, from a copy in host memory: `numpy` raises an error for a tensor on a device."""
+    calls, counts = [], []
+
+    def counted(place, name):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *arguments, **options: (
+            calls.append(name), real(*arguments, **options))[1])
+
+    def finish_step(self, *arguments, **options):
+        real_finish(self, *arguments, **options)
+        counts.append([*calls])  # of this step, its micro-steps included
+        calls.clear()
+
+    real_finish, real_compile = run.Run.finish_step, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self: real_compile(self, backend=CompileCounter()))
+    monkeypatch.setattr(run.Run, "finish_step", finish_step)
+    for name in (*SYNCHRONIZING, "numpy"):
+        counted(torch.Tensor, name)
+    counted(run, "device_time")
+    train(tiny(corpus, tmp_path / "out", compile=True, optimizer=optimizer, eval_interval=100,
+               save_interval=100), CPU_LAUNCH)
+    assert counts[1:] == [["numpy"]] * (STEPS - 1)
+
+
+@pytest.mark.slow
+def test_reading_numbers_a_step_late_changes_no_run(corpus, tmp_path, monkeypatch):
+    """As on a GPU. A signal then stops the run a step later, and the resumed run is the same."""
+    options = {"resume": True, "log_interval": 3}
+    train(tiny(corpus, tmp_path / "whole", **options), CPU_LAUNCH)
+    monkeypatch.setitem(run.STEPS_LATE, "cpu", 1)
+    train(tiny(corpus, tmp_path / "late", **options), CPU_LAUNCH)
+    assert_same_run(tmp_path / "late", tmp_path / "whole")
+    for steps in (2, 4, 5, 7):  # the numbers of the fifth are read before it is validated and saved
+        with StopRequest() as stop, monkeypatch.context() as patch:
+            patch.setattr(trainer, "set_lr", lambda *arguments: (
+                real_set_lr(*arguments), stop.handle(signal.SIGTERM, None)))
+            train(tiny(corpus, tmp_path / "stopped", **options), CPU_LAUNCH, stop)
+        assert final_state(tmp_path / "stopped")["progress"]["step"] == steps
+    train(tiny(corpus, tmp_path / "stopped", **options), CPU_LAUNCH)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_the_last_weights_are_validated_and_saved_at_any_interval(corpus, tmp_path):
@@ -530,8 +654,9 @@ def test_validation_and_saving_do_not_count_as_training_time(corpus, tmp_path, m
         return slow
 
     monkeypatch.setattr(run, "device_time", lambda device: now[0])
+    monkeypatch.setattr(run, "perf_counter", lambda: now[0])
     for place, name, seconds in ((trainer, "set_lr", 1), (trainer, "mean_loss", 1000),
-                                 (run.CheckpointWriter, "save", 1000)):
+                                 (resume.CheckpointWriter, "save", 1000)):
         monkeypatch.setattr(place, name, taking(seconds, getattr(place, name)))
     train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
     assert trace(tmp_path / "out", "tokens_per_sec") == [(128.0,)] * STEPS
@@ -563,7 +688,7 @@ def test_ranks_with_different_settings_name_the_setting(monkeypatch):
 
 
 def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_launch(monkeypatch)
     assert "--device cuda:0" in user_error(start, "cuda:0")
 
 
@@ -585,14 +710,33 @@ def test_a_sample_prompt_that_does_not_fit_is_reported(corpus, tmp_path, capsys)
     ({"max_steps": None, "total_batch_size": 2**14}, ["--total-batch-size"]),
     ({"warmup_steps": -1}, ["--warmup-steps"]),
     ({"preset": "gpt3"}, ["gpt3"]),
+    ({"out_dir": "/dev/null/out"}, ["--out-dir /dev/null/out", "/dev/null is not a folder"]),
+    ({"out_dir": "/dev/null"}, ["--out-dir /dev/null cannot be written"]),
+    ({"loss_graph": "/dev/null/x.png"}, ["--loss-graph /dev/null/x.png cannot be written"]),
 ])
 def test_bad_settings_give_one_line_and_write_nothing(corpus, tmp_path, changes, words, monkeypatch,
                                                       capsys):
-    message = main_error(trainer.main, flags(tiny(corpus, tmp_path / "out", **changes)),
-                         monkeypatch, capsys)
+    config = tiny(corpus, **{"out_dir": tmp_path / "out"} | changes)
+    message = main_error(trainer.main, flags(config), monkeypatch, capsys)
     for word in words:
         assert word in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
+    """Through a resume and a reading of the checkpoint."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "a b[1]*? $x café\nnew line"
+    data = tiny_corpus(tmp_path / f"data {name}")
+    for more in ([], ["--resume", "--max-steps", "2"]):
+        argv = flags(tiny(f"~/{data.name}", f"~/{name}", max_steps=1, warmup_steps=1,
+                          loss_graph=f"~/{name}/graph.png")) + more
+        monkeypatch.setattr(sys, "argv", ["trainer.py", *argv])
+        trainer.main()
+    capsys.readouterr()
+    assert (tmp_path / name / "graph.png").exists()
+    assert [step_of(path) for path in list_checkpoints(tmp_path / name)] == [1, 2]
+    load_model(tmp_path / name)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(corpus, tmp_path, finished_run, monkeypatch,

@@ -50,16 +50,17 @@ def llmc_bytes(tokens: np.ndarray, version: int = 1, announced: int | None = Non
 
 
 def make_foreign(corpus: Path, folder: Path, form: str) -> Path:
-    """Writes the shards of a corpus in llm.c's or nanoGPT's format and naming."""
+    """Writes the shards of a corpus in the format and naming of llm.c, nanoGPT or build-nanogpt."""
     folder.mkdir()
     for i, shard in enumerate(read_manifest(corpus)["shards"]):
         tokens = np.load(corpus / shard["file"])
         if form == "llm.c":
             path = folder / f"fineweb_{shard['split']}_{i:06d}.bin"
             path.write_bytes(llmc_bytes(tokens))
-        else:
+        elif form == "nanoGPT":
             (folder / f"{shard['split']}_{i}.bin").write_bytes(tokens.tobytes())
-    (folder / "meta.pkl").write_bytes(b"ignored")
+        else:
+            np.save(folder / f"edufineweb_{shard['split']}_{i:06d}.npy", tokens)
     return folder
 
 

@@ -5,7 +5,9 @@ a second instead of four, and get torchrun's environment variables. torchrun its
 elsewhere. Hooks, the functions below up to `Ranks`, inject faults into a rank or record its work.
 """
 
+import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -26,7 +28,7 @@ import model
 import trainer
 from dataloader import TokenLoader
 from helpers import held_trainer, toy_script
-from minigpt2 import faults, run
+from minigpt2 import distributed, faults, run
 from minigpt2.config import run_main
 
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
@@ -165,7 +167,7 @@ def record_collectives(folder: Path) -> None:
     """Appends the reductions of this rank: every gradient bucket, with its bytes and the number of
     parameters whose gradients were ready by then, and the size of every other all-reduce."""
     path, ready = folder / f"collectives_{os.environ['RANK']}.jsonl", []
-    real_parallel, real_reduce = run.data_parallel, torch.distributed.all_reduce
+    real_parallel, real_reduce = distributed.data_parallel, torch.distributed.all_reduce
 
     def hook(group, bucket):
         append_json(path, {"bucket": bucket.index(), "bytes": bucket.buffer().nbytes,
@@ -187,8 +189,65 @@ def record_collectives(folder: Path) -> None:
         ready.clear()
         return real(x, weight, targets)
 
-    run.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
+    distributed.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
     model.linear_cross_entropy = loss_of_new_micro_step
+
+
+def record_gradients(folder: Path) -> None:
+    """Appends, after every micro-step, the storages of gradients and of reduced buckets with their
+    bytes, by address."""
+    path = folder / f"gradients_{os.environ['RANK']}.jsonl"
+    real_parallel, real_sync = distributed.data_parallel, run.Run.gradient_sync
+    seen: dict[str, dict[int, int]] = {"gradients": {}, "buckets": {}}
+
+    def note(kind, tensor):
+        storage = tensor.untyped_storage()
+        seen[kind][storage.data_ptr()] = storage.nbytes()
+
+    def hook(group, bucket):
+        note("buckets", bucket.buffer())
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def data_parallel(module, launch):
+        wrapped = real_parallel(module, launch)
+        wrapped.register_comm_hook(None, hook)
+        return wrapped
+
+    @contextlib.contextmanager
+    def gradient_sync(self, is_last):
+        seen.update(gradients={}, buckets={})
+        with real_sync(self, is_last):
+            yield
+        for parameter in self.model.parameters():
+            note("gradients", parameter.grad)
+        append_json(path, seen)
+
+    distributed.data_parallel, run.Run.gradient_sync = data_parallel, gradient_sync
+
+
+def record_broadcasts(folder: Path) -> None:
+    """Appends the type and the number of elements of every tensor that this rank broadcasts."""
+    path, real = folder / f"broadcasts_{os.environ['RANK']}.jsonl", torch.distributed.broadcast
+
+    def broadcast(tensor, *arguments, **options):
+        append_json(path, [str(tensor.dtype), tensor.numel()])
+        return real(tensor, *arguments, **options)
+
+    torch.distributed.broadcast = broadcast
+
+
+def busy(rank_and_seconds: tuple[int, float]) -> None:
+    """Makes one rank run pure Python in its third step, so that its monitor has to wait."""
+    finish_step, count, (rank, seconds) = run.Run.finish_step, itertools.count(), rank_and_seconds
+
+    def finish_step_late(self, *arguments, **options):
+        if self.launch.rank == rank and next(count) == 2:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                sum(range(1000))
+        return finish_step(self, *arguments, **options)
+
+    run.Run.finish_step = finish_step_late
 
 
 def append_json(path: Path, value) -> None:

@@ -10,8 +10,15 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH
 
-from evaluate import hellaswag_harness, lambada, last_word_figures
-from minigpt2.benchmarks import choice_figures, hellaswag, read_questions, score
+from evaluate import (
+    choice_figures,
+    hellaswag,
+    hellaswag_harness,
+    lambada,
+    last_word_figures,
+    read_questions,
+    score,
+)
 from minigpt2.checkpoint import load_model, save_checkpoint
 from model import GPT, GPTConfig
 

@@ -1,1 +1,0 @@
-"""The benchmarks that evaluate.py reads, and the script that downloads them."""
