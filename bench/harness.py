@@ -4,6 +4,7 @@ What needs its own settings, allocator or memory peak runs in its own process. E
 printed and, with --log, appended to a file as one JSON object per line.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -113,6 +114,8 @@ def compare(names: Iterable[str], steps: int, make: Callable[..., Step],
             *arguments) -> dict[str, Timing]:
     """Runs alternating steps of `make(name, *arguments)`, with one process per name. Raises the
     error of a step that fails, and UserError if a process dies."""
+    if "hugging_face" in names and importlib.util.find_spec("transformers") is None:
+        raise UserError("the comparison needs Hugging Face: pip install -r requirements-test.txt")
     workers = {name: start_worker(make, name, *arguments) for name in names}
     taken = {name: [] for name in names}
     try:

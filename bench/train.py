@@ -19,7 +19,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.harness import BenchConfig, Step, compare, record, run_bench
 from minigpt2.checkpoint import save_checkpoint
-from minigpt2.config import UserError
 from minigpt2.distributed import autocast, start
 from minigpt2.optimizer import make_optimizer
 from model import GPT, GPTConfig
@@ -86,10 +85,7 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
 
 def as_hugging_face(model: GPT) -> torch.nn.Module:
     """Hugging Face's model with the same weights, from a checkpoint; without dropout."""
-    try:
-        from transformers import GPT2LMHeadModel
-    except ImportError:
-        raise UserError("the comparison needs Hugging Face: pip install transformers") from None
+    from transformers import GPT2LMHeadModel
     with tempfile.TemporaryDirectory() as name:
         folder = save_checkpoint(pathlib.Path(name), 0, model)
         return GPT2LMHeadModel.from_pretrained(folder, resid_pdrop=0.0, embd_pdrop=0.0,

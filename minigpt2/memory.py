@@ -20,7 +20,7 @@ HEADROOM_BYTES, HEADROOM_SHARE = 512 * 2**20, 0.25
 OUT_OF_MEMORY_MESSAGES = (
     "out of memory",  # CUDA, MPS, NCCL, Triton
     "DefaultCPUAllocator",  # "can't allocate memory: you tried to allocate N bytes"
-    "bad_alloc",  # C++
+    "bad_alloc", "can't start new thread",  # C++, Python
     "CUBLAS_STATUS_ALLOC_FAILED",
     "could not create a primitive",  # oneDNN, which gives no reason
 )

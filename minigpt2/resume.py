@@ -238,7 +238,7 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
         if name == "checkpoint":
             launch.print0(f"--resume: --checkpoint {metadata[name]} is ignored, the run started "
                           f"from {before[name]}")
-        elif name != "resume":
+        elif name != "resume" and metadata[name] != "auto":
             launch.print0(f"--resume: {name} was {before[name]}, is now {metadata[name]}")
 
 

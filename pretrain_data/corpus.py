@@ -128,7 +128,7 @@ def load_progress(out_dir: Path, settings: dict, max_tokens: int | None) -> dict
     if damaged in files:
         progress["source"]["files"][damaged] = files[damaged]
     check_same_corpus(out_dir, progress, settings, max_tokens)
-    print(f"{out_dir} is unfinished: resuming after {progress['tokens']:,} tokens"
+    print(f"{out_dir}: resuming after {progress['tokens']:,} tokens"
           + (f" and reading {damaged} anew" if damaged else ""), flush=True)
     return record | progress | {"max_tokens": max_tokens}
 

@@ -2,6 +2,7 @@
 # A small GPT-2 from corpus to answers on a CPU, in about ten minutes on two cores:
 # corpus -> pre-training -> loss graph -> instruction tuning -> loss graph -> answers.
 #   bash runs/demo.sh [output folder; default: a new one under out/]
+# If interrupted, the same command with the same folder resumes.
 set -euo pipefail
 out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
 [[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # relative to the caller's folder
@@ -16,7 +17,8 @@ step "1/5 a corpus: the documentation of Python, NumPy and PyTorch on this machi
 python pretrain_data/pydocs_corpus.py --out-dir "$out/corpus" --shard-tokens 32768
 
 step "2/5 pre-training, 5.5M parameters ($dtype)"
-python trainer.py --data-dir "$out/corpus" --out-dir "$out/pretrain" --device cpu --dtype "$dtype" \
+python trainer.py --resume --data-dir "$out/corpus" --out-dir "$out/pretrain" --device cpu \
+  --dtype "$dtype" \
   --n-layer 6 --n-head 4 --n-embd 96 --block-size 256 --sequence-length 256 \
   --micro-batch-size 4 --total-batch-size 1024 --max-steps 700 --warmup-steps 30 \
   --max-lr 4e-3 --min-lr 4e-4 --eval-interval 175 --save-interval 350 \
@@ -26,7 +28,7 @@ step "3/5 questions about that documentation, in Alpaca's format"
 python finetune_data/pydocs_questions.py --out "$out/questions.json" --rows 4000
 
 step "4/5 instruction tuning, 2 epochs"
-python finetune.py --checkpoint "$out/pretrain" --data "$out/questions.json" \
+python finetune.py --resume --checkpoint "$out/pretrain" --data "$out/questions.json" \
   --out-dir "$out/finetune" --device cpu --dtype "$dtype" --batch-size 16 --micro-batch-size 16 \
   --max-lr 2e-3 --eval-interval 120 --loss-graph "$out/finetune_loss.png"
 
