@@ -79,6 +79,7 @@ def test_variants_alternate_in_processes_of_their_own(quick):
         assert timing.seconds > 0 and timing.peak > 50e6
 
 
+@pytest.mark.slow
 def test_a_failing_variant_ends_the_benchmark(quick):
     with pytest.raises(ValueError, match="as told"):
         compare(("a",), 3, make_counter, 2)

@@ -187,6 +187,7 @@ def test_an_unexpected_error_keeps_its_traceback():
         run_main(bug)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["trainer.py", "finetune.py", "inference.py",
                                     "pretrain_data/fineweb_downloader.py",
                                     "pretrain_data/pretokenized_downloader.py",

@@ -130,6 +130,7 @@ def test_parquet_to_shards_and_back(parquet, tmp_path):
     assert file_bytes(out) == before
 
 
+@pytest.mark.slow
 def test_shards_do_not_depend_on_the_number_of_workers(parquet, tmp_path):
     for workers in (1, 2, 3):
         run_script(SCRIPT, "--files", parquet, "--out-dir", tmp_path / str(workers),
@@ -269,6 +270,7 @@ def test_the_text_column_is_found_next_to_nested_columns(tmp_path):
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
 
 
+@pytest.mark.slow
 def test_verify_on_the_command_line(parquet, tmp_path):
     out = tmp_path / "out"
     run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)

@@ -216,6 +216,7 @@ def results_of(files) -> dict:
     return json.loads((files / "out" / "step_000001" / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_results(files, tmp_path):
     results = {}
     for world_size in (1, 2, 3):
@@ -285,6 +286,7 @@ def test_wrong_files_and_tasks(files, monkeypatch, capsys):
 # ------------------------------------------------------------------------------- downloads
 
 
+@pytest.mark.slow
 def test_benchmarks_are_downloaded_and_verified(tmp_path):
     """The real client. Other content than the pinned one is refused, and nothing is left behind."""
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), tmp_path / "stories.parquet")

@@ -102,6 +102,7 @@ def decoding_batch(device, dtype: torch.dtype, options: dict, use_cache: bool) -
     return DecodingBatch(model, SamplingParams(**options), ids, lengths, 100, 50, keys, use_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, options, use_cache", [
     *((torch.bfloat16, options, True) for options in SAMPLING_OPTIONS),
     *((dtype, SAMPLING_OPTIONS[2], False) for dtype in DTYPES)], ids=str)

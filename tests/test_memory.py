@@ -127,6 +127,7 @@ def test_trials_on_a_cpu_are_limited_to_the_available_memory(monkeypatch):
     assert memory.available_bytes() == pytest.approx(alone / 4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_every_size_is_compiled_for_itself():
     dynamic, calls = [], []
 

@@ -255,6 +255,7 @@ def test_a_compiled_step_equals_the_eager_one_and_evaluation_does_not_recompile(
         assert len(compilations) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
 def test_activation_checkpointing_saves_memory_with_equal_gradients(backend, dtype):

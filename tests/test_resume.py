@@ -168,6 +168,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(corpus, out, finished_run, damage,
                                                               capsys, monkeypatch):

@@ -614,6 +614,7 @@ def test_the_last_weights_are_validated_and_saved_at_any_interval(corpus, tmp_pa
         "step_000002", "step_000004", "step_000005"]
 
 
+@pytest.mark.slow
 def test_float16_learns_and_its_scaler_is_resumed(corpus, tmp_path):
     """Few tokens: processors without float16 units multiply it ten times slower than float32."""
     changes = {"max_steps": 6, "save_interval": 3, "eval_interval": 6, "eval_tokens": 16,
