@@ -354,7 +354,10 @@ def download_benchmark(target: Path) -> None:
 def write_results(folder: Path, results: dict) -> None:
     """Adds results to evaluation.json of a checkpoint; those of other tasks stay."""
     path = folder / RESULTS_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it") from None
     with atomic_write(path, text=True) as file:
         file.write(json.dumps(before | results, indent=1) + "\n")
 
@@ -381,14 +384,15 @@ def table(results: dict[str, dict]) -> str:
 
 def main() -> None:
     config = parse_config(EvaluateConfig, description=__doc__)
-    for file in DOWNLOADS if config.download and os.environ.get("RANK", "0") == "0" else ():
-        download_benchmark(Path(config.eval_dir) / file)
-    if not config.checkpoints:
-        if config.download:
-            return
+    if not config.checkpoints and not config.download:
         raise UserError("no checkpoint given: python evaluate.py out/pretrain")
-    tasks, results = parse_tasks(config), {}
     with launched(config.device) as launch:
+        for file in DOWNLOADS if config.download and launch.is_master else ():
+            download_benchmark(Path(config.eval_dir) / file)
+        launch.barrier()  # the other ranks wait for the files
+        if not config.checkpoints:
+            return
+        tasks, results = parse_tasks(config), {}
         for name in config.checkpoints:
             model = load_model(find_checkpoint(name), launch.device)
             check_vocabulary(model, name)

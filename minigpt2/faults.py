@@ -97,8 +97,8 @@ class LostRankError(UserError):
 class RankMonitor:
     """A thread that ends this process when another rank fails or sends no heartbeat, or when its
     torchrun is killed. Without it NCCL would wait for half an hour, and an orphaned rank forever.
-    Every rank increments a counter in torchrun's store once a second and reads the others'. Clocks
-    are not compared, so that a slow rank is not mistaken for a lost one."""
+    Every rank increments a counter in torchrun's store once a second and reads the others'. Only
+    counters are compared, never clocks, so a slow rank is not declared lost."""
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

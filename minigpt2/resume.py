@@ -204,7 +204,7 @@ def newest_intact(out_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
             saved = checkpoint.load_training_state(folder)
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
-            next(checkpoint.read_tensors(folder))  # finds a truncated file without SHA256SUMS
+            next(checkpoint.read_tensors(folder), None)  # finds a truncated file without SHA256SUMS
         except (UserError, OSError) as error:
             print(f"--resume: skipping {folder.name}: {first_line(error)}", flush=True)
             damaged.append(folder)

@@ -263,10 +263,19 @@ def test_kill_while_a_step_is_saved_again_leaves_it_intact(tmp_path, monkeypatch
         with pytest.raises(Killed):
             save_checkpoint(tmp_path, 7, random_model(seed=1))
     restore_replaced(tmp_path)
+    assert not list(tmp_path.glob(".*.replaced"))
     expected = random_model(seed=int(number == 3)).lm_head.weight
     assert torch.equal(load_model(tmp_path / "step_000007").lm_head.weight, expected)
     save_checkpoint(tmp_path, 8, random_model(), keep_last=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000008"]
+
+
+def test_saving_another_step_keeps_one_whose_replacement_was_interrupted(tmp_path):
+    save_checkpoint(tmp_path, 7, random_model(seed=0))
+    (tmp_path / "step_000007").rename(tmp_path / ".step_000007.replaced")
+    save_checkpoint(tmp_path, 8, random_model())
+    assert torch.equal(load_model(tmp_path / "step_000007").lm_head.weight,
+                       random_model(seed=0).lm_head.weight)
 
 
 def test_files_are_flushed_before_the_rename(tmp_path, monkeypatch):

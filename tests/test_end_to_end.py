@@ -84,6 +84,10 @@ def test_every_file_is_described():
             assert re.search(rf"\b{path.stem}\b", readme), f"README.md does not name {path}"
     for path in re.findall(r"^\| `([\w/.]+)` \|", described, re.MULTILINE):
         assert (ROOT / path).exists(), path
+    tree = readme.partition("minigpt2/            ")[2].partition("pretrain_data/")[0]
+    names = re.findall(r"^  ([\w, ]+?)  ", tree, re.MULTILINE)
+    assert {name for line in names for name in line.split(", ")} == {
+        path.stem for path in (ROOT / "minigpt2").glob("[!_]*.py")}
 
 
 def test_docs_and_shell_scripts_use_only_flags_that_exist():

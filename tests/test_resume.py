@@ -320,6 +320,14 @@ def test_resume_repairs_latest_and_best(corpus, tmp_path, finished_run):
     assert {name: (out / name).read_text() for name in expected} == expected
 
 
+def test_resume_finds_a_checkpoint_whose_replacement_was_interrupted(corpus, out, finished_run,
+                                                                     capsys):
+    (out / "step_000010").rename(out / ".step_000010.replaced")
+    train(tiny(corpus, out, resume=True), CPU_LAUNCH)
+    assert "after 10 of 10 steps" in capsys.readouterr().out
+    assert_same_run(out, finished_run)
+
+
 def test_a_failed_save_stops_the_run(corpus, tmp_path, monkeypatch):
     real = checkpoint.save_checkpoint
 
