@@ -1,0 +1,136 @@
+"""Preference data: a prompt, the response that was chosen and the one that was rejected.
+
+A row has `instruction` and optionally `input`, or `prompt`; and `chosen` and `rejected`. Or it has
+only the last two, as transcripts in the form of Anthropic's hh-rlhf ("\\n\\nHuman: ...\\n\\n
+Assistant: ...") that differ in the last answer. `make_pairs` turns rows into token ids for
+reward.py and dpo.py, and counts by reason the rows that it leaves out.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minigpt2.config import UserError
+from minigpt2.tokenizer import encode, encode_example, format_prompt
+
+SCHEMAS = ("chosen and rejected with instruction and optionally input, or with prompt; or two "
+           "transcripts, chosen and rejected, that begin with a Human turn")
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+LAST_TURN = "\n\nAssistant:"
+# Why a row is left out, in the order of the summary
+DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
+    "whose prompts differ", "with equal responses", "with an empty response",
+    "without a question before the response", "over {} tokens")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt and of two responses, each of which ends with EOT_TOKEN.
+    `instruction` and `input` decide whether the pair is held out (`dataloader.is_held_out`)."""
+
+    place: str  # of the row, for messages: "pairs.jsonl line 3"
+    instruction: str  # of a transcript: all that comes before the response
+    input: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longer sequence, prompt and response."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[list[Pair], str]:
+    """Pairs of rows given as (place, row), and a summary that counts those left out. A pair with a
+    sequence over block_size tokens is left out, not cut: its <|endoftext|> would be lost. Raises
+    UserError naming the first row in another form."""
+    pairs, left_out = [], Counter()
+    for place, row in rows:
+        texts = row_texts(row, place)
+        made = transcript_pair(place, *texts) if len(texts) == 2 else plain_pair(place, *texts)
+        if isinstance(made, Pair) and made.num_tokens > block_size:
+            made = LONG
+        if isinstance(made, Pair):
+            pairs.append(made)
+        else:
+            left_out[made] += 1
+    reasons = ", ".join(f"{left_out[reason]:,} {reason.format(block_size)}"
+                        for reason in (DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG) if left_out[reason])
+    return pairs, (f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})")
+
+
+def row_texts(row: object, place: str) -> list[str]:
+    """[instruction, input, chosen, rejected] of a row, or [chosen, rejected] of transcripts. Raises
+    UserError."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is {row!r:.60}, expected an object with {SCHEMAS}")
+    row = {name: value for name, value in row.items() if value is not None}
+    question = [name for name in ("instruction", "prompt") if name in row][:1]
+    if not {"chosen", "rejected"} <= row.keys():
+        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {SCHEMAS}")
+    names = [*question, "input", "chosen", "rejected"] if question else ["chosen", "rejected"]
+    texts = [row.get(name, "" if name == "input" else None) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not isinstance(text, str):
+            raise UserError(f"{place}: {name} is {text!r:.60}, expected text")
+    if question and not texts[0].strip():
+        raise UserError(f"{place} has an empty {question[0]}")
+    return texts
+
+
+def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str) -> Pair | str:
+    """The pair of a row with a question, or why it is left out."""
+    if reason := unusable(chosen, rejected):
+        return reason
+    prompt, first = encode_example(instruction, input, chosen)
+    return Pair(place, instruction, input, prompt, first,
+                encode_example(instruction, input, rejected)[1])
+
+
+def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
+    """The pair of two transcripts, split before their last answers, or why it is left out. Every
+    turn before them is formatted as finetune.py formats a conversation: the question in the
+    template, then the answer with <|endoftext|>. Raises UserError."""
+    prompts, answers = [], []
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        prompt, separator, answer = text.rpartition(LAST_TURN)
+        if not separator or not prompt.startswith("\n\nHuman:"):
+            raise UserError(f"{place}: {name} is not a transcript that begins with a Human turn "
+                            f"and ends with an Assistant turn; expected {SCHEMAS}")
+        prompts.append(prompt)
+        answers.append(answer.strip())
+    if prompts[0] != prompts[1]:
+        return DIFFER
+    if reason := unusable(*answers):
+        return reason
+    *earlier, (question, missing) = turns = transcript_turns(prompts[0])
+    if missing or not all(human for human, _ in turns):
+        return NO_QUESTION
+    prompt = [token for turn in earlier for part in encode_example(turn[0], "", turn[1])
+              for token in part] + encode(format_prompt(question))
+    chosen, rejected = (encode_example(question, "", answer)[1] for answer in answers)
+    return Pair(place, prompts[0], "", prompt, chosen, rejected)
+
+
+def transcript_turns(text: str) -> list[tuple[str, str]]:
+    """The turns of a transcript as (question, answer), the last with an empty answer. Turns of one
+    speaker in a row, of which hh-rlhf has a few, are joined."""
+    turns: list[tuple[str, str]] = []
+    _, *parts = SPEAKER.split(text)
+    for speaker, said in zip(parts[::2], map(str.strip, parts[1::2]), strict=True):
+        if speaker == "Human" and (not turns or turns[-1][1]):
+            turns.append((said, ""))
+        else:
+            question, answer = turns.pop()
+            joined = "\n\n".join(filter(None, (question if speaker == "Human" else answer, said)))
+            turns.append((joined, answer) if speaker == "Human" else (question, joined))
+    return turns
+
+
+def unusable(chosen: str, rejected: str) -> str | None:
+    """Why two responses are no preference, or None."""
+    if not (chosen.strip() and rejected.strip()):
+        return EMPTY
+    return EQUAL if chosen.strip() == rejected.strip() else None
