@@ -9,10 +9,10 @@ reward.py and dpo.py, and counts by reason the rows that it leaves out.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minigpt2.config import UserError
-from minigpt2.tokenizer import encode, encode_example, format_prompt
+from minigpt2.tokenizer import encode_example
 
 SCHEMAS = ("chosen and rejected with instruction and optionally input, or with prompt; or two "
            "transcripts, chosen and rejected, that begin with a Human turn")
@@ -108,10 +108,10 @@ def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
     *earlier, (question, missing) = turns = transcript_turns(prompts[0])
     if missing or not all(human for human, _ in turns):
         return NO_QUESTION
-    prompt = [token for turn in earlier for part in encode_example(turn[0], "", turn[1])
-              for token in part] + encode(format_prompt(question))
-    chosen, rejected = (encode_example(question, "", answer)[1] for answer in answers)
-    return Pair(place, prompts[0], "", prompt, chosen, rejected)
+    context = [token for turn in earlier for part in encode_example(turn[0], "", turn[1])
+               for token in part]
+    last = plain_pair(place, question, "", *answers)
+    return replace(last, instruction=prompts[0], prompt=context + last.prompt)
 
 
 def transcript_turns(text: str) -> list[tuple[str, str]]:
