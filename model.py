@@ -191,21 +191,26 @@ class GPT(nn.Module):
         `targets[b, t]` is the token that follows `idx[b, t]`, or IGNORE_INDEX. The loss is the
         cross-entropy in nats, averaged over valid targets, or summed (`reduction="sum"`) for
         callers that divide by a global count. Without a valid target it is 0, with zero gradients;
-        without targets, None. `return_logits=False` returns (None, loss), the same loss computed
-        without holding all logits: the training path. Raises ValueError past block_size.
+        without targets, None. With `reduction="none"` it is (B, T): minus the log-probability of
+        each target, 0 where there is none. `return_logits=False` returns (None, loss), the same
+        loss computed without holding all logits: the training path. Raises ValueError past
+        block_size.
         """
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}, expected 'mean' or 'sum'")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
         x = self.hidden_states(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x), None
+        logits = self.lm_head(x) if return_logits else None  # (B, T, V)
+        kind = "none" if reduction == "none" else "sum"
         if return_logits:
-            logits = self.lm_head(x)  # (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                   ignore_index=IGNORE_INDEX, reduction="sum")
+                                   ignore_index=IGNORE_INDEX, reduction=kind)
         else:
             weight = self.lm_head.weight  # (V, C)
-            logits, loss = None, linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
-        if reduction == "mean":
+            loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), kind)
+        if reduction == "none":
+            loss = loss.view(targets.shape)  # (B, T)
+        elif reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return logits, loss

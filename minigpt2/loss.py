@@ -13,9 +13,10 @@ ROW_MULTIPLE_CPU = 32  # oneDNN prepares, and keeps 10 MB, for each new number o
 HEAD_MULTIPLE = 128  # fast kernels need aligned rows: 50257 is padded to 50304
 
 
-def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
-                         targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,).
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                         reduction: str = "sum") -> torch.Tensor:
+    """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,);
+    with `reduction="none"`, that of each row (N,).
 
     Rows whose target is IGNORE_INDEX count 0. Eager code computes a few rows of logits at a time
     and never waits for a GPU. Under torch.compile all logits are computed in the compute dtype,
@@ -28,7 +29,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
         if device_type == "cuda":
             weight = F.pad(weight, (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
         logits = F.linear(x, weight)[:, :V]  # (N, V)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX,
+                               reduction=reduction)
     valid = targets != IGNORE_INDEX  # (N,)
     if on_cpu(x.device):  # prompt and padding rows need no logits, beyond what completes a multiple
         padding = -int(valid.sum()) % ROW_MULTIPLE_CPU
@@ -36,8 +38,14 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
         targets = F.pad(targets[valid], (0, padding), value=IGNORE_INDEX)
     else:  # to select rows, the host would wait for their number
         x = x.where(valid[:, None], 0)
-    loss = LinearCrossEntropy.apply if torch.is_grad_enabled() else loss_without_gradients
-    return loss(x.to(dtype), weight, targets)
+    x = x.to(dtype)
+    if reduction == "none":
+        losses = RowCrossEntropy.apply(x, weight, targets)
+        return (losses.new_zeros(len(valid)).masked_scatter(valid, losses) if on_cpu(x.device)
+                else losses)
+    if torch.is_grad_enabled():
+        return LinearCrossEntropy.apply(x, weight, targets)
+    return row_losses(x, weight, targets).sum()
 
 
 def pad_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -57,63 +65,86 @@ def block_sizes(device: torch.device) -> tuple[int, int]:
             (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
 
 
-def loss_without_gradients(x: torch.Tensor, weight: torch.Tensor,
-                           targets: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy, as in LinearCrossEntropy; for validation."""
-    head, loss = pad_head(weight, x.dtype), torch.zeros((), device=x.device)
+def row_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy (N,) of each row, as in LinearCrossEntropy, without gradients."""
+    head, losses = pad_head(weight, x.dtype), []
     rows, softmax_rows = block_sizes(x.device)
     for block, block_targets in zip(x.split(rows), targets.split(rows), strict=True):
         logits = (block @ head.t())[:, : len(weight)]  # (rows, V)
-        for low, target in zip(logits.split(softmax_rows), block_targets.split(softmax_rows),
-                               strict=True):
-            loss += F.cross_entropy(low.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss
+        losses += [F.cross_entropy(low.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
+                   for low, target in zip(logits.split(softmax_rows),
+                                          block_targets.split(softmax_rows), strict=True)]
+    return torch.cat(losses)
+
+
+def loss_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                       scales: torch.Tensor | None = None,
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy () float32, and its gradients by x (N, C) and weight (V, C), one
+    block of logits at a time. x is in the compute dtype, 0 in ignored rows; weight is float32. With
+    `scales` (N,), the gradients are those of the sum of each row's loss times its scale."""
+    N, V, device = len(x), len(weight), x.device
+    rows, softmax_rows = block_sizes(device)
+    head, ignored, targets = pad_head(weight, x.dtype), targets < 0, targets.clamp(min=0)
+    loss = torch.zeros((), device=device)
+    grad_x = torch.empty_like(x)
+    grad_head = torch.zeros_like(head, dtype=torch.float32)
+    # Buffers shared by all blocks: on a CPU, fresh pages would take a fifth of the time
+    all_logits = x.new_empty(min(rows, N), len(head))
+    all_scores, all_probs = torch.empty(2, min(softmax_rows, N), V, device=device)
+    for start in range(0, N, rows):
+        block = x[start : start + rows]
+        logits = all_logits[: len(block)]  # (rows, V')
+        torch.mm(block, head.t(), out=logits)
+        for first in range(0, len(block), softmax_rows):
+            low = logits[first : first + softmax_rows, :V]
+            part = slice(start + first, start + first + len(low))
+            target = targets[part, None]
+            scores, probs = all_scores[: len(low)], all_probs[: len(low)]  # float32
+            torch.softmax(scores.copy_(low), dim=-1, out=probs)
+            # the largest probability is at least 1 / V, so that its logarithm is accurate
+            logsumexp = scores.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()
+            losses = logsumexp - scores.gather(1, target)
+            loss += losses.masked_fill_(ignored[part, None], 0).sum()
+            # d loss / d logits = softmax(logits) - one_hot(target)
+            minus_one = torch.full_like(target, -1, dtype=torch.float32)
+            probs.scatter_add_(1, target, minus_one)
+            low.copy_(probs if scales is None else probs.mul_(scales[part, None]))
+        logits[:, V:] = 0
+        torch.mm(logits, head, out=grad_x[start : start + rows])
+        grad_head += logits.t() @ block  # ignored rows of the block are 0
+    return loss, grad_x, grad_head[:V]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum over rows of -log softmax(x @ weight.T)[target], one block of logits at a time. The
-    gradient of a softmax cross-entropy depends on the logits alone. Each block's share of both
-    gradients is therefore computed in the forward pass, and `backward` only scales it by the
-    incoming scalar. Memory is O(block x V) instead of O(N x V); the result equals
-    `F.cross_entropy(..., reduction="sum")`."""
+    """The sum over rows of -log softmax(x @ weight.T)[target]. The gradient of a softmax
+    cross-entropy depends on the logits alone, so that both gradients are computed in the forward
+    pass, and `backward` only scales them by the incoming scalar. Memory is O(block x V) instead of
+    O(N x V); the result equals `F.cross_entropy(..., reduction="sum")`."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        """x (N, C) in the compute dtype, 0 in ignored rows; weight (V, C) float32; targets (N,);
-        returns () float32."""
-        N, V, device = len(x), len(weight), x.device
-        rows, softmax_rows = block_sizes(device)
-        head, ignored, targets = pad_head(weight, x.dtype), targets < 0, targets.clamp(min=0)
-        loss = torch.zeros((), device=device)
-        grad_x = torch.empty_like(x)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
-        # Buffers shared by all blocks: on a CPU, fresh pages would take a fifth of the time
-        all_logits = x.new_empty(min(rows, N), len(head))
-        all_scores, all_probs = torch.empty(2, min(softmax_rows, N), V, device=device)
-        for start in range(0, N, rows):
-            block = x[start : start + rows]
-            logits = all_logits[: len(block)]  # (rows, V')
-            torch.mm(block, head.t(), out=logits)
-            for first in range(0, len(block), softmax_rows):
-                low = logits[first : first + softmax_rows, :V]
-                part = slice(start + first, start + first + len(low))
-                target = targets[part, None]
-                scores, probs = all_scores[: len(low)], all_probs[: len(low)]  # float32
-                torch.softmax(scores.copy_(low), dim=-1, out=probs)
-                # the largest probability is at least 1 / V, so that its logarithm is accurate
-                logsumexp = scores.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()
-                losses = logsumexp - scores.gather(1, target)
-                loss += losses.masked_fill_(ignored[part, None], 0).sum()
-                # d loss / d logits = softmax(logits) - one_hot(target)
-                minus_one = torch.full_like(target, -1, dtype=torch.float32)
-                low.copy_(probs.scatter_add_(1, target, minus_one))
-            logits[:, V:] = 0
-            torch.mm(logits, head, out=grad_x[start : start + rows])
-            grad_head += logits.t() @ block  # ignored rows of the block are 0
-        ctx.save_for_backward(grad_x, grad_head[:V])
+        """See `loss_and_gradients`; returns () float32."""
+        loss, grad_x, grad_weight = loss_and_gradients(x, weight, targets)
+        ctx.save_for_backward(grad_x, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors  # of ignored rows, grad_x is dropped by `where`
         return grad_x * grad_loss, grad_weight * grad_loss, None
+
+
+class RowCrossEntropy(torch.autograd.Function):
+    """-log softmax(x @ weight.T)[target] of each row (N,) float32. How a row's gradient is scaled
+    is known in the backward pass only, where the logits are computed a second time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        ctx.save_for_backward(x, weight, targets)
+        return row_losses(x, weight, targets)
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        _, grad_x, grad_weight = loss_and_gradients(*ctx.saved_tensors, grad_losses)
+        return grad_x, grad_weight, None

@@ -654,10 +654,10 @@ def test_auto_finds_a_micro_batch_and_keeps_the_losses(corpus, tmp_path, finishe
                                                        capsys):
     real = model.linear_cross_entropy
 
-    def limited(x, weight, targets):
+    def limited(x, weight, targets, reduction):
         if len(targets) > 4 * 16:
             raise torch.OutOfMemoryError("out of memory")
-        return real(x, weight, targets)
+        return real(x, weight, targets, reduction)
 
     monkeypatch.setattr(model, "linear_cross_entropy", limited)
     train(tiny(corpus, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)

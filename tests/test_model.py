@@ -102,7 +102,12 @@ def test_sequence_past_block_size_is_refused():
         small_model()(torch.zeros(1, 25, dtype=torch.long))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def weighted(loss: torch.Tensor) -> torch.Tensor:
+    """A loss (), or losses (B, T) each with another factor, as one number."""
+    return (loss * torch.linspace(-1, 2, loss.numel()).view(loss.shape)).sum()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("device", ["CPU", "GPU"])  # how it is computed there
 @pytest.mark.parametrize("rows, softmax_rows", [(1, 16), (5, 2), (512, 16), (512, 1)])
 def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, device, monkeypatch):
@@ -114,15 +119,17 @@ def test_chunked_loss_equals_the_plain_loss(reduction, rows, softmax_rows, devic
     targets[0] = IGNORE_INDEX
     targets[2, ::3] = IGNORE_INDEX
     _, plain = model(inputs, targets, reduction=reduction)
-    plain.backward()
+    weighted(plain).backward()
     expected = gradients(model)
     logits, loss = model(inputs, targets, reduction=reduction, return_logits=False)
-    loss.backward()
-    assert logits is None and torch.allclose(loss, plain, rtol=1e-6)
+    weighted(loss).backward()
+    assert logits is None and loss.shape == plain.shape
+    assert torch.allclose(loss, plain, rtol=1e-6, atol=1e-6 if reduction == "none" else 0)
     assert_same_gradients(gradients(model), expected, 1e-5)
     with torch.no_grad():  # evaluation computes no gradients, and the same loss
-        _, loss = model(inputs, targets, reduction=reduction, return_logits=False)
-    assert torch.allclose(loss, plain, rtol=1e-6)
+        _, again = model(inputs, targets, reduction=reduction, return_logits=False)
+    assert torch.allclose(again, plain, rtol=1e-6, atol=1e-6 if reduction == "none" else 0)
+    assert reduction != "none" or torch.equal(again, loss)  # a DPO reference is the policy at first
 
 
 @pytest.mark.parametrize("vocab_size", [11, 128, 131])  # padded to 128, 128 and 256

@@ -107,8 +107,8 @@ def inject_nan(micro_steps_of: dict[int, list[int]]) -> None:
     real, chosen = model.linear_cross_entropy, micro_steps_of.get(int(os.environ["RANK"]), [])
     count = iter(range(10**9))
 
-    def nan_loss(x, weight, targets):
-        loss = real(x, weight, targets)
+    def nan_loss(*arguments):
+        loss = real(*arguments)
         return loss * float("nan") if torch.is_grad_enabled() and next(count) in chosen else loss
 
     model.linear_cross_entropy = nan_loss
@@ -124,11 +124,11 @@ def out_of_memory(rank: int) -> None:
     """Makes the third micro-step of one rank run out of memory."""
     real, count = model.linear_cross_entropy, iter(range(10**9))
 
-    def failing_loss(x, weight, targets):
+    def failing_loss(*arguments):
         chosen = int(os.environ["RANK"]) == rank and torch.is_grad_enabled()
         if chosen and next(count) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return real(x, weight, targets)
+        return real(*arguments)
 
     model.linear_cross_entropy = failing_loss
 
@@ -185,9 +185,9 @@ def record_collectives(folder: Path) -> None:
         append_json(path, {"elements": tensor.numel()})
         return real_reduce(tensor, *arguments, **options)
 
-    def loss_of_new_micro_step(x, weight, targets, real=model.linear_cross_entropy):
+    def loss_of_new_micro_step(*arguments, real=model.linear_cross_entropy):
         ready.clear()
-        return real(x, weight, targets)
+        return real(*arguments)
 
     distributed.data_parallel, torch.distributed.all_reduce = data_parallel, all_reduce
     model.linear_cross_entropy = loss_of_new_micro_step
