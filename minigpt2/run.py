@@ -214,23 +214,23 @@ class Run:
         return self.train_model.no_sync()
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
-                    means: dict[str, torch.Tensor] | None = None, **figures) -> None:
+                    sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
         """Clips the gradients, takes the optimizer step, and logs it. loss_sum () is this rank's
-        loss, scaled so that its mean over ranks is the loss of the global batch; so are `means` (),
-        which are logged as well, as are the numbers in `figures`. `tokens` are those of all ranks,
-        in sequences of sequence_length (for MFU). A non-finite loss or gradient norm skips the step
-        on all ranks; three in a row raise UserError."""
-        means = means or {}
+        loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
+        of all ranks, in sequences of sequence_length (for MFU); `figures` are logged as well, and
+        so are `sums`, tensors () of this rank, summed over ranks. A non-finite loss or gradient
+        norm skips the step on all ranks; three in a row raise UserError."""
+        sums = sums or {}
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                    self.config.grad_clip or math.inf)
-        numbers = agree(torch.stack([loss_sum, *means.values()]), grad_norm, self.stop, self.launch)
+        numbers = agree(torch.stack([loss_sum, *sums.values()]), grad_norm, self.stop, self.launch)
         step_if_finite(self.optimizer, numbers)
         self.scaler.update()
         # DDP's gradients are views of its buckets and must stay
         self.optimizer.zero_grad(set_to_none=self.train_model is self.model)
         flops = tokens * self.model.flops_per_token(sequence_length)
-        self.unread.append((HostCopy(numbers), tokens, flops, {"lr": lr, **figures}, list(means)))
+        self.unread.append((HostCopy(numbers), list(sums), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
         self.read_steps(all_but=self.steps_late)
@@ -242,11 +242,10 @@ class Run:
         steps were skipped, and what to log."""
         while len(self.unread) > all_but:
             step, state = self.step - len(self.unread), self.state
-            numbers, tokens, flops, figures, names = self.unread.popleft()
-            *sums, stopping, grad_norm = numbers.read()
-            loss, *means = (value / self.launch.world_size for value in sums)
-            figures |= zip(names, means, strict=True)
-            self.stopping = stopping > 0
+            numbers, names, tokens, flops, figures = self.unread.popleft()
+            loss, *sums, stopping, grad_norm = numbers.read()
+            figures |= zip(names, sums, strict=True)
+            loss, self.stopping = loss / self.launch.world_size, stopping > 0
             state.skipped = count_skipped(state.skipped, step, loss, grad_norm, self.scaler,
                                           self.out_dir)
             self.tokens += tokens
