@@ -1,8 +1,8 @@
 """Preference data: a prompt, the response that was chosen and the one that was rejected.
 
 A row has `instruction` and optionally `input`, or `prompt`; and `chosen` and `rejected`. Or it has
-only the last two, as transcripts in the form of Anthropic's hh-rlhf ("\\n\\nHuman: ...\\n\\n
-Assistant: ...") that differ in the last answer. `make_pairs` turns rows into token ids for
+only the last two, as transcripts in the form of Anthropic's hh-rlhf ("\\n\\nHuman: ..." and
+"\\n\\nAssistant: ..." in turn) that differ in the last answer. `make_pairs` turns rows into token ids for
 reward.py and dpo.py, and counts by reason the rows that it leaves out.
 """
 
@@ -26,8 +26,8 @@ DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a prompt and of two responses, each of which ends with EOT_TOKEN.
-    `instruction` and `input` decide whether the pair is held out (`dataloader.is_held_out`)."""
+    """Token ids of a prompt and of two responses, each of which ends with EOT_TOKEN. A hash of
+    `instruction` and `input` decides whether the pair is held out (`dataloader.split_rows`)."""
 
     place: str  # of the row, for messages: "pairs.jsonl line 3"
     instruction: str  # of a transcript: all that comes before the response
@@ -103,15 +103,14 @@ def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
         answers.append(answer.strip())
     if prompts[0] != prompts[1]:
         return DIFFER
-    if reason := unusable(*answers):
-        return reason
     *earlier, (question, missing) = turns = transcript_turns(prompts[0])
     if missing or not all(human for human, _ in turns):
         return NO_QUESTION
     context = [token for turn in earlier for part in encode_example(turn[0], "", turn[1])
                for token in part]
     last = plain_pair(place, question, "", *answers)
-    return replace(last, instruction=prompts[0], prompt=context + last.prompt)
+    return last if isinstance(last, str) else replace(last, instruction=prompts[0],
+                                                      prompt=context + last.prompt)
 
 
 def transcript_turns(text: str) -> list[tuple[str, str]]:
@@ -134,3 +133,11 @@ def unusable(chosen: str, rejected: str) -> str | None:
     if not (chosen.strip() and rejected.strip()):
         return EMPTY
     return EQUAL if chosen.strip() == rejected.strip() else None
+
+
+def rank_share(pairs: Sequence[Pair], micro_batch_size: int, rank: int,
+               world_size: int) -> list[Sequence[Pair]]:
+    """One rank's micro-batches of the pairs: equally many on every rank, the last one perhaps
+    smaller or empty. The two responses of a pair are always in the same one."""
+    return [pairs[first + rank * micro_batch_size :][:micro_batch_size]
+            for first in range(0, len(pairs), micro_batch_size * world_size)]
