@@ -1,0 +1,61 @@
+"""Losses of preference learning as pure functions of tensors: no model, no data, no state.
+
+Shapes: R rows (pairs, where two responses are compared), T tokens. What has a value per token is
+(R, T) and comes with a mask; all sums are over its valid tokens. A pair is a row of two columns,
+(R, 2): chosen, rejected. `beta` weighs the divergence from the reference model.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minigpt2.loss import IGNORE_INDEX
+
+
+# ------------------------------------------------------------------------ responses
+
+
+def response_mask(starts: torch.Tensor, ends: torch.Tensor, T: int) -> torch.Tensor:
+    """(R, T) bool: True for tokens starts <= t < ends (R,) of each row, its response. From lengths,
+    never from ids: padding, <|endoftext|> and any token of a response may have the same id."""
+    positions = torch.arange(T, device=starts.device)  # (T,)
+    return (positions >= starts[:, None]) & (positions < ends[:, None])
+
+
+def response_targets(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What ids[:, :-1] predict: (R, T - 1), the response tokens of ids (R, T), else IGNORE_INDEX.
+    The first token of a response is predicted by the last one of its prompt."""
+    return ids.where(mask, IGNORE_INDEX)[:, 1:]
+
+
+# --------------------------------------------------------------------- preferences
+
+
+def preference_loss(margins: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(chosen - rejected) of margins (R,): minus the log-probability, in nats, that the
+    chosen response wins (Bradley & Terry 1952). A margin of 2 costs 0.126928, 0 costs log 2."""
+    return -F.logsigmoid(margins)
+
+
+def dpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, beta: float,
+             label_smoothing: float = 0.0, lengths: torch.Tensor | None = None,
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and margins, both (R,), of direct preference optimization (Rafailov et al. 2023,
+    equation 7). logprobs and ref_logprobs (R, 2) are log-probabilities of whole responses under
+    policy and reference: sums, not means, over tokens, <|endoftext|> included.
+
+    The margin is beta * [(chosen - reference's) - (rejected - reference's)]. label_smoothing is the
+    probability that a label is wrong (conservative DPO, Mitchell 2023). With `lengths` (R, 2), in
+    tokens, means take the place of sums (Tulu 3's dpo_norm, Lambert et al. 2024), and beta must be
+    larger, about 5."""
+    gains = logprobs - ref_logprobs  # (R, 2)
+    if lengths is not None:
+        gains = gains / lengths
+    margins = beta * (gains[:, 0] - gains[:, 1])  # (R,)
+    losses = ((1 - label_smoothing) * preference_loss(margins)
+              + label_smoothing * preference_loss(-margins))
+    return losses, margins
+
+
+def accuracy(margins: torch.Tensor) -> torch.Tensor:
+    """1 for each pair (R,) whose chosen response has the larger score, 0.5 for a tie, else 0."""
+    return (margins.sign() + 1) / 2
