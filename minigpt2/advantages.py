@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from minigpt2.loss import IGNORE_INDEX
 
-
 # ------------------------------------------------------------------------ responses
 
 
