@@ -71,12 +71,12 @@ class Run:
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
-                 **extra_metadata):
-        """`label`: name in the progress bar. `graph`: file name of the loss graph. `data`: its
-        SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run may not change.
-        Raises UserError before the run writes anything."""
+                 loss_name: str = "cross-entropy, nats per token", **extra_metadata):
+        """`label`: name in the progress bar. `graph`: file name of the loss graph, `loss_name` its
+        axis. `data`: its SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run
+        may not change. Raises UserError before the run writes anything."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
-        self.label, self.prompt_template = label, prompt_template
+        self.label, self.prompt_template, self.loss_name = label, prompt_template, loss_name
         self.out_dir = Path(config.out_dir)
         self.image = Path(config.loss_graph or self.out_dir / graph)
         check_folder(self.out_dir, f"--out-dir {self.out_dir}")
@@ -204,6 +204,12 @@ class Run:
             self.paused_at = None
         return finished
 
+    def save_again(self) -> None:
+        """Replaces the last checkpoint after the script has changed the final weights."""
+        self.writer.saved_step = None
+        self.writer.save(self.state, self.model, self.optimizer, self.scaler)
+        self.writer.wait()
+
     # ------------------------------------------------------------------------ one step
 
     def gradient_sync(self, is_last: bool):
@@ -214,12 +220,12 @@ class Run:
         return self.train_model.no_sync()
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
-                    **figures) -> None:
+                    sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
         """Clips the gradients, takes the optimizer step, and logs it. loss_sum () is this rank's
         loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
-        of all ranks, in sequences of sequence_length (for MFU); `figures` are logged as well. A
-        non-finite loss or gradient norm skips the step on all ranks; three in a row raise
-        UserError."""
+        of all ranks, in sequences of sequence_length (for MFU); `figures` are logged as well, and
+        so are `sums`, tensors () of this rank, summed over ranks. A non-finite loss or gradient
+        norm skips the step on all ranks; three in a row raise UserError."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                    self.config.grad_clip or math.inf)
@@ -229,7 +235,10 @@ class Run:
         # DDP's gradients are views of its buckets and must stay
         self.optimizer.zero_grad(set_to_none=self.train_model is self.model)
         flops = tokens * self.model.flops_per_token(sequence_length)
-        self.unread.append((HostCopy(numbers), tokens, flops, {"lr": lr, **figures}))
+        if sums:
+            numbers = torch.cat([numbers, self.launch.sum(torch.stack(list(sums.values())))])
+        self.unread.append((HostCopy(numbers), list(sums or ()), tokens, flops,
+                            {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
         self.read_steps(all_but=self.steps_late)
@@ -241,8 +250,9 @@ class Run:
         steps were skipped, and what to log."""
         while len(self.unread) > all_but:
             step, state = self.step - len(self.unread), self.state
-            numbers, tokens, flops, figures = self.unread.popleft()
-            loss, stopping, grad_norm = numbers.read()
+            numbers, names, tokens, flops, figures = self.unread.popleft()
+            loss, stopping, grad_norm, *sums = numbers.read()
+            figures |= zip(names, sums, strict=True)
             loss, self.stopping = loss / self.launch.world_size, stopping > 0
             state.skipped = count_skipped(state.skipped, step, loss, grad_norm, self.scaler,
                                           self.out_dir)
@@ -287,7 +297,7 @@ class Run:
             print(self.stop.report(self.step, self.max_steps, self.writer.folder))
             return
         draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
-                  f"{self.label.capitalize()} loss")
+                  f"{self.label.capitalize()} loss", self.loss_name)
         print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
               f"{self.writer.folder}, graph {self.image}; validation and checkpoints took "
               f"{self.overhead_s / elapsed:.1%} of {elapsed:,.0f} s")
