@@ -30,6 +30,10 @@ STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
+HEADS = {  # class of the model in transformers: what it is, and how to get one
+    "GPT2LMHeadModel": ("a language model", "train one with trainer.py or finetune.py"),
+    "GPT2ForSequenceClassification": ("a reward model", "train one with reward.py")}
+LM_HEAD, REWARD_HEAD = HEADS
 FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -81,13 +85,17 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
                 training_state: dict | None, prompt_template: str | None) -> None:
     """Writes all files of a checkpoint and syncs them to disk."""
     settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
-        "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
+        "architectures": [LM_HEAD], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
     if prompt_template:
         settings["prompt_template"] = prompt_template
     loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
               "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
+    if "score.weight" in tensors:  # transformers reads the score at the last token that is not pad:
+        settings |= {"architectures": [REWARD_HEAD], "id2label": {"0": "reward"},
+                     "label2id": {"reward": 0}, "pad_token_id": 0}  # so pad must not be the end
+        loader["pad_token"] = tokenizer.decode([0])
     for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", loader)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in VOCABULARY:
@@ -112,7 +120,7 @@ def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
         name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach()
         .to("cpu", torch.float32).contiguous()
         for name, tensor in model.named_parameters()}  # lists the tied head once, as wte
-    if len(tensors) != 4 + 12 * model.config.n_layer:
+    if len(tensors) < 4 + 12 * model.config.n_layer:
         raise ValueError("cannot save a model after prepare_to_sample: it has no parameters left")
     return tensors
 
@@ -209,13 +217,16 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
                         "an earlier checkpoint") from None
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
-    """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode. Raises
-    UserError for a damaged file, a setting or a tokenizer that differs from GPT-2's, a tensor that
-    is missing, unknown, or of another shape than config.json implies, and non-finite weights."""
+def load_model(path: str | Path, device: str | torch.device = "cpu",
+               model_class: type[GPT] = GPT) -> GPT:
+    """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode; model_class
+    is GPT or `rewards.RewardModel`. Raises UserError for a model of the other class, a damaged
+    file, a setting or a tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or
+    of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
     verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
     tokenizer.check_files(folder)
+    check_head(folder, LM_HEAD if model_class is GPT else REWARD_HEAD)
     config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
@@ -227,18 +238,28 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> GPT:
         if not torch.equal(parameters.setdefault(name, tensor), tensor):
             raise UserError(f"{file}: lm_head differs from wte, but the head of GPT-2 is tied")
     try:
-        return model_from_parameters(config, parameters).eval()
+        return model_from_parameters(config, parameters, model_class).eval()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} does not match its {CONFIG_FILE} ({reason:.300}): use another "
                         "checkpoint") from None
 
 
-def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]) -> GPT:
-    """Returns a GPT that uses these tensors, named as in `GPT.named_parameters`, without a copy.
+def check_head(folder: Path, wanted: str) -> None:
+    """Raises UserError for a reward model where a language model is wanted, and the reverse."""
+    found = read_json(folder / CONFIG_FILE).get("architectures")
+    found = REWARD_HEAD if found == [REWARD_HEAD] else LM_HEAD  # OpenAI's folders vary
+    if found != wanted:
+        what, fix = HEADS[wanted]
+        raise UserError(f"{folder} is {HEADS[found][0]}, expected {what}: {fix}")
+
+
+def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor],
+                          model_class: type[GPT] = GPT) -> GPT:
+    """Returns a model that uses these tensors, named as in its `named_parameters`, without a copy.
     Raises RuntimeError for missing and unknown names and for wrong shapes."""
     with torch.device("meta"):  # allocates nothing, draws no random numbers
-        model = GPT(config)
+        model = model_class(config)
     tied = {"lm_head.weight": parameters.get("transformer.wte.weight")}
     model.load_state_dict(parameters | tied, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
@@ -295,7 +316,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118, not a dict
-                    name = "transformer." + re.sub(PREFIXES, "", stored).replace("lm_head", "wte")
+                    name = re.sub(PREFIXES, "", stored).replace("lm_head", "wte")
+                    name = name if name == "score.weight" else f"transformer.{name}"
                     if not re.search(r"\.attn\.(masked_)?bias$", name):
                         yield file, name, tensors.get_tensor(stored)
         except (SafetensorError, OSError) as error:

@@ -18,7 +18,8 @@ def check_image(image: Path, flag: str) -> None:
         raise UserError(f"{flag} {image} is a folder: choose another file")
 
 
-def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:
+def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
+              loss_name: str = "cross-entropy, nats per token") -> None:
     """Plots runs, given as (label, run log), into one PNG with one color per label: losses and, if
     logged, learning rate and gradient norm. Raises UserError if no loss was logged."""
     from matplotlib.figure import Figure  # slow to import
@@ -37,7 +38,7 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str) -> None:
         for axes, name in zip(below, names, strict=True):
             axes.plot(*points(log, "train", name), color=color, linewidth=0.8)
             axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[name])
-    loss.set_ylabel("cross-entropy, nats per token")
+    loss.set_ylabel(loss_name)
     # Not get_legend_handles_labels, which leaves out labels that begin with an underscore
     handles = {line.get_label(): line for line in loss.lines}
     for text in (loss.set_title(title), *loss.legend(handles.values(), handles.keys()).texts):

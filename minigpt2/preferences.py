@@ -2,8 +2,8 @@
 
 A row has `instruction` and optionally `input`, or `prompt`; and `chosen` and `rejected`. Or it has
 only the last two, as transcripts in the form of Anthropic's hh-rlhf ("\\n\\nHuman: ..." and
-"\\n\\nAssistant: ..." in turn) that differ in the last answer. `make_pairs` turns rows into token ids for
-reward.py and dpo.py, and counts by reason the rows that it leaves out.
+"\\n\\nAssistant: ..." in turn) that differ in the last answer. `make_pairs` turns rows into token
+ids for reward.py and dpo.py, and counts by reason the rows that it leaves out.
 """
 
 import re
@@ -18,6 +18,9 @@ SCHEMAS = ("chosen and rejected with instruction and optionally input, or with p
            "transcripts, chosen and rejected, that begin with a Human turn")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 LAST_TURN = "\n\nAssistant:"
+# Marks of a model that continues with another prompt; a text up to the end of a sentence
+ARTIFACT = re.compile(r"##|<\||Instruction")
+SENTENCES = re.compile(r".*[.!?][\"')\]]*(?=\s|$)", re.DOTALL)
 # Why a row is left out, in the order of the summary
 DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
     "whose prompts differ", "with equal responses", "with an empty response",
@@ -42,14 +45,16 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[list[Pair], str]:
-    """Pairs of rows given as (place, row), and a summary that counts those left out. A pair with a
-    sequence over block_size tokens is left out, not cut: its <|endoftext|> would be lost. Raises
-    UserError naming the first row in another form."""
+def make_pairs(rows: Sequence[tuple[str, object]], block_size: int, *,
+               cut: bool = False) -> tuple[list[Pair], str]:
+    """Pairs of rows given as (place, row), and a summary that counts those left out. With `cut`,
+    both responses are cut by `cut_response`. A pair with a sequence over block_size tokens is left
+    out, not cut: its <|endoftext|> would be lost. Raises UserError naming the first row in another
+    form."""
     pairs, left_out = [], Counter()
     for place, row in rows:
         texts = row_texts(row, place)
-        made = transcript_pair(place, *texts) if len(texts) == 2 else plain_pair(place, *texts)
+        made = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts, cut)
         if isinstance(made, Pair) and made.num_tokens > block_size:
             made = LONG
         if isinstance(made, Pair):
@@ -58,7 +63,15 @@ def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[lis
             left_out[made] += 1
     reasons = ", ".join(f"{left_out[reason]:,} {reason.format(block_size)}"
                         for reason in (DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG) if left_out[reason])
-    return pairs, (f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})")
+    return pairs, f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})"
+
+
+def cut_response(text: str) -> str:
+    """The text up to the first artifact, then up to its last full sentence, if it has one. Without
+    this, a weak model's response is recognized by how it ends, not by what it says."""
+    text = ARTIFACT.split(text, maxsplit=1)[0].strip()
+    sentences = SENTENCES.match(text)
+    return sentences[0] if sentences else text
 
 
 def row_texts(row: object, place: str) -> list[str]:
@@ -80,8 +93,11 @@ def row_texts(row: object, place: str) -> list[str]:
     return texts
 
 
-def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str) -> Pair | str:
+def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str,
+               cut: bool) -> Pair | str:
     """The pair of a row with a question, or why it is left out."""
+    if cut:
+        chosen, rejected = cut_response(chosen), cut_response(rejected)
     if reason := unusable(chosen, rejected):
         return reason
     prompt, first = encode_example(instruction, input, chosen)
@@ -89,7 +105,7 @@ def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: 
                 encode_example(instruction, input, rejected)[1])
 
 
-def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
+def transcript_pair(place: str, chosen: str, rejected: str, cut: bool) -> Pair | str:
     """The pair of two transcripts, split before their last answers, or why it is left out. Every
     turn before them is formatted as finetune.py formats a conversation: the question in the
     template, then the answer with <|endoftext|>. Raises UserError."""
@@ -108,7 +124,7 @@ def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
         return NO_QUESTION
     context = [token for turn in earlier for part in encode_example(turn[0], "", turn[1])
                for token in part]
-    last = plain_pair(place, question, "", *answers)
+    last = plain_pair(place, question, "", *answers, cut)
     return last if isinstance(last, str) else replace(last, instruction=prompts[0],
                                                       prompt=context + last.prompt)
 

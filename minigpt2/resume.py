@@ -98,7 +98,7 @@ class CheckpointWriter:
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         self.pending = self.thread.submit(
             checkpoint.save_checkpoint, self.out_dir, state.step,
-            checkpoint.model_from_parameters(model.config, parameters),
+            checkpoint.model_from_parameters(model.config, parameters, type(model)),
             training_state=saved, best_step=state.best_step, **self.options)
 
     @torch.no_grad()

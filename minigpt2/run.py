@@ -71,12 +71,12 @@ class Run:
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
-                 **extra_metadata):
-        """`label`: name in the progress bar. `graph`: file name of the loss graph. `data`: its
-        SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run may not change.
-        Raises UserError before the run writes anything."""
+                 loss_name: str = "cross-entropy, nats per token", **extra_metadata):
+        """`label`: name in the progress bar. `graph`: file name of the loss graph, `loss_name` its
+        axis. `data`: its SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run
+        may not change. Raises UserError before the run writes anything."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
-        self.label, self.prompt_template = label, prompt_template
+        self.label, self.prompt_template, self.loss_name = label, prompt_template, loss_name
         self.out_dir = Path(config.out_dir)
         self.image = Path(config.loss_graph or self.out_dir / graph)
         check_folder(self.out_dir, f"--out-dir {self.out_dir}")
@@ -204,6 +204,12 @@ class Run:
             self.paused_at = None
         return finished
 
+    def save_again(self) -> None:
+        """Replaces the last checkpoint after the script has changed the final weights."""
+        self.writer.saved_step = None
+        self.writer.save(self.state, self.model, self.optimizer, self.scaler)
+        self.writer.wait()
+
     # ------------------------------------------------------------------------ one step
 
     def gradient_sync(self, is_last: bool):
@@ -289,7 +295,7 @@ class Run:
             print(self.stop.report(self.step, self.max_steps, self.writer.folder))
             return
         draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
-                  f"{self.label.capitalize()} loss")
+                  f"{self.label.capitalize()} loss", self.loss_name)
         print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
               f"{self.writer.folder}, graph {self.image}; validation and checkpoints took "
               f"{self.overhead_s / elapsed:.1%} of {elapsed:,.0f} s")
