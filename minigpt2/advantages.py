@@ -55,6 +55,6 @@ def dpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, beta: float,
     return losses, margins
 
 
-def accuracy(margins: torch.Tensor) -> torch.Tensor:
+def wins(margins: torch.Tensor) -> torch.Tensor:
     """1 for each pair (R,) whose chosen response has the larger score, 0.5 for a tie, else 0."""
     return (margins.sign() + 1) / 2
