@@ -27,7 +27,7 @@ from minigpt2.faults import StopRequest, launched
 from minigpt2.files import sha256_of
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
-from minigpt2.run import Run, RunConfig
+from minigpt2.run import Run, TuningConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE, encode_example
 from model import GPT
 
@@ -44,7 +44,7 @@ PAD_TO_GPU = 64
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(TuningConfig):
     checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from",
                            is_path=True)
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"),
@@ -52,23 +52,9 @@ class FinetuneConfig(RunConfig):
     out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs",
                         is_path=True)
     epochs: int = flag(2, "passes over the training rows", minimum=1)
-    batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
         16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
     max_lr: float = flag(5e-5, "learning rate after the warm-up", minimum=0)
-    min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
-    warmup_fraction: float = flag(0.03, "linear warm-up, as a fraction of all steps",
-                                  minimum=0, below=1)
-    weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
-    val_fraction: float = flag(0.05, "fraction of rows held out for validation, at least one",
-                               minimum=0, below=1)
-    eval_interval: int = flag(100, "steps between validations", minimum=1)
-    save_interval: int = flag(200, "steps between checkpoints, in addition to one per epoch",
-                              minimum=1)
-    keep_last: int = flag(3, "newest checkpoints to keep, plus the one with the lowest "
-                             "validation loss; 0: all", minimum=0)
-    compile: bool | None = flag(False, "torch.compile the training step (off by default: it takes "
-                                       "minutes, and rows differ in length)")
 
 
 # A resumed run may not change which rows a step sees

@@ -20,10 +20,12 @@ def response_mask(starts: torch.Tensor, ends: torch.Tensor, T: int) -> torch.Ten
     return (positions >= starts[:, None]) & (positions < ends[:, None])
 
 
-def response_targets(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What ids[:, :-1] predict: (R, T - 1), the response tokens of ids (R, T), else IGNORE_INDEX.
-    The first token of a response is predicted by the last one of its prompt."""
-    return ids.where(mask, IGNORE_INDEX)[:, 1:]
+def response_targets(ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The targets (R, T) of right-padded ids (R, T): at every position the next token if it is one
+    of the response, tokens starts <= t < ends (R,) of the row, else IGNORE_INDEX. So the last token
+    of a prompt predicts the first of its response."""
+    targets = ids.where(response_mask(starts, ends, ids.size(1)), IGNORE_INDEX)
+    return F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 # --------------------------------------------------------------------- preferences

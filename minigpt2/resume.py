@@ -27,6 +27,7 @@ from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
 STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_state.pt
+OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)"}
 LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
@@ -230,8 +231,7 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
                      if metadata[name] != before[name])
     for name in changed:
         if name in fixed:
-            what = ("other data" if name == "data_sha256" else
-                    f"{flag_name(name)} {before[name]}, not {metadata[name]}")
+            what = OTHER.get(name, f"{flag_name(name)} {before[name]}, not {metadata[name]}")
             raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start "
                             "in another --out-dir")
     for name in changed:

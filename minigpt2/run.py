@@ -63,6 +63,26 @@ class RunConfig:
                                   is_path=True)
 
 
+@dataclass(frozen=True)
+class TuningConfig(RunConfig):
+    """The flags of the scripts that train a pre-trained model on rows, epoch by epoch."""
+
+    batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
+    min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
+    warmup_fraction: float = flag(0.03, "linear warm-up, as a fraction of all steps",
+                                  minimum=0, below=1)
+    weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
+    val_fraction: float = flag(0.05, "fraction of rows held out for validation, at least one",
+                               minimum=0, below=1)
+    eval_interval: int = flag(100, "steps between validations", minimum=1)
+    save_interval: int = flag(200, "steps between checkpoints, in addition to one per epoch",
+                              minimum=1)
+    keep_last: int = flag(3, "newest checkpoints to keep, plus the one with the lowest "
+                             "validation loss; 0: all", minimum=0)
+    compile: bool | None = flag(False, "torch.compile the training step (off by default: it takes "
+                                       "minutes, and rows differ in length)")
+
+
 class Run:
     """One run of a training script, from resume to the closing line. Public state: `is_resumed`,
     `checkpoint` (the folder resumed from, or None), `step` (steps taken so far), `dtype` (of
