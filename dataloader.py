@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
+from minigpt2.preferences import Pair, make_pairs
 from minigpt2.shards import open_shard, read_manifest
 from minigpt2.tokenizer import N_VOCAB
 from model import GPT
@@ -263,6 +264,20 @@ def parse_json(path: Path, text: str, line: int):
         place, problem = f"line {line}", first_line(error)
     raise UserError(f"{path} {place} is not JSON ({problem}); expected a JSON list, or JSON Lines "
                     "with one object per line, or parquet")
+
+
+def load_pairs(path: str, flag: str, block_size: int, cut: bool) -> tuple[list[Pair], str]:
+    """The usable pairs of the preference file that `flag` gives, and a summary; see
+    `preferences.make_pairs`. Raises UserError."""
+    try:
+        pairs, summary = make_pairs(read_rows(Path(path)), block_size, cut=cut)
+    except OSError as error:
+        raise UserError(f"cannot read {flag} {path} ({error}): make it with rlhf_data/"
+                        "hh_rlhf_downloader.py or pydocs_pairs.py") from None
+    if len(pairs) < 2:  # one to train on, one to validate on
+        raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
+                        "model with a longer context")
+    return pairs, summary
 
 
 def normalize(text: str) -> str:

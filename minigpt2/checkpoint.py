@@ -4,6 +4,7 @@ docs/formats.md lists the files. Weights have GPT-2's own tensor layout, in floa
 head and no padding. Nothing that can run code is ever loaded.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -264,6 +265,15 @@ def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]
     model.load_state_dict(parameters | tied, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     return model
+
+
+def weights_sha256(model: GPT) -> str:
+    """The SHA-256 of all parameters, whatever files they came from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def read_config(folder: Path) -> GPTConfig:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from minigpt2.advantages import preference_loss
+from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import model_from_parameters
 from minigpt2.config import UserError
 from minigpt2.distributed import Launch, autocast
@@ -74,10 +74,10 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
 @torch.no_grad()
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequence[str],
                launch: Launch, dtype: torch.dtype, batch_size: int,
-               should_stop: Callable[[], bool] = bool) -> list[float] | None:
-    """The score of each row of ids, on every rank; the ranks share the work, and the world size
-    does not change a bit. None, on all ranks, once should_stop() is true on any. Raises UserError
-    with the place of a row whose score is not finite."""
+               should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
+    """The scores (R,) float64 of R rows of ids, on every rank; the ranks share the work, and the
+    world size does not change a bit. None, on all ranks, once should_stop() is true on any. Raises
+    UserError with the place of a row whose score is not finite."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     found, stopped = {}, should_stop()
@@ -91,38 +91,37 @@ def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequen
     parts = launch.gather((found, stopped))
     if any(stopped for _, stopped in parts):
         return None
-    scores = {i: score for part, _ in parts for i, score in part.items()}
-    for i, score in sorted(scores.items()):
+    scores = dict(sorted(item for part, _ in parts for item in part.items()))
+    for i, score in scores.items():
         if not math.isfinite(score):
             raise UserError(f"the score of {places[i]} is {score}: lower --max-lr, start from "
                             "another checkpoint, or leave that row out")
-    return [scores[i] for i in range(len(rows))]
+    return torch.tensor(list(scores.values()), dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------ statistics
 
 
-def accuracy_interval(margins: Sequence[float]) -> dict:
-    """How often a margin (chosen minus rejected) is positive, a tie counted half, with the 95 %
-    interval of Wilson (1927)."""
-    n, ties = len(margins), sum(margin == 0 for margin in margins)
+def accuracy_interval(margins: torch.Tensor) -> dict:
+    """How many of n margins (n,), chosen minus rejected, are positive, a tie counted half, with the
+    95 % interval of Wilson (1927)."""
+    n, ties = len(margins), int((margins == 0).sum())
     if n == 0:
         return {"n": 0}
-    p = (sum(margin > 0 for margin in margins) + ties / 2) / n
+    p = accuracy(margins).mean().item()
     z2 = Z_95**2 / n
     half = Z_95 / math.sqrt(n) * math.sqrt(p * (1 - p) + z2 / 4)
     return {"n": n, "ties": ties, "accuracy": p, "low": (p + z2 / 2 - half) / (1 + z2),
             "high": (p + z2 / 2 + half) / (1 + z2)}
 
 
-def calibration(margins: Sequence[float], bins: int = 10) -> tuple[float, list[dict]]:
-    """(expected calibration error, its bins). The model's confidence in its choice is
-    sigmoid(|margin|), between .5 and 1; bins of equal width compare it with the accuracy (Guo et
+def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
+    """(expected calibration error, its bins) of margins (n,). The model's confidence in its choice
+    is sigmoid(|margin|), between .5 and 1; bins of equal width compare it with the accuracy (Guo et
     al. 2017)."""
-    values = torch.tensor(margins, dtype=torch.float64)  # (n,)
-    confidence = values.abs().sigmoid()
+    confidence = margins.abs().sigmoid()
     places = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # 0 to bins - 1
-    rows = [accuracy_interval(values[places == i].tolist())
+    rows = [accuracy_interval(margins[places == i])
             | {"confidence": confidence[places == i].mean().item()} for i in places.unique()]
     error = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
     return error / len(margins), rows
@@ -132,18 +131,18 @@ def calibration(margins: Sequence[float], bins: int = 10) -> tuple[float, list[d
 
 
 def baseline_margins(pairs: Sequence[tuple[str, str]],
-                     training_pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
-    """The margins that simple rules give to pairs of texts (chosen, rejected)."""
-    longer = [float(len(chosen) - len(rejected)) for chosen, rejected in pairs]
-    artifacts = [[ARTIFACT.search(text) is not None for text in pair] for pair in pairs]
-    return {"longer": longer, "shorter": [-margin for margin in longer],
-            "no artifact": [float(rejected - chosen) for chosen, rejected in artifacts],
+                     training_pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """The margins (n,) that simple rules give to n pairs of texts (chosen, rejected)."""
+    lengths = torch.tensor([list(map(len, pair)) for pair in pairs])  # (n, 2)
+    artifacts = torch.tensor([[len(ARTIFACT.findall(text)) > 0 for text in pair] for pair in pairs])
+    longer, marked = (x.double()[:, 0] - x.double()[:, 1] for x in (lengths, artifacts))
+    return {"longer": longer, "shorter": -longer, "no artifact": -marked,
             "bag of words": bag_of_words_margins(pairs, training_pairs)}
 
 
 def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
-                         training_pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """The margins of a logistic regression on the difference of word counts, fitted to the training
+                         training_pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+    """The margins (n,) of a logistic regression on the difference of word counts, fitted to the training
     pairs with an L2 penalty of half the squared norm."""
     index: dict[str, int] = {}  # word -> column
     x, x_train = (word_differences(part, index) for part in (pairs, training_pairs))
@@ -152,13 +151,12 @@ def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        margins = torch.mv(x_train, weights)
-        loss = preference_loss(margins).sum() + weights.square().sum() / 2
+        loss = preference_loss(torch.mv(x_train, weights)).sum() + weights.square().sum() / 2
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return torch.mv(x, weights.detach()[: x.size(1)]).tolist()
+    return torch.mv(x, weights.detach()[: x.size(1)])
 
 
 def word_differences(pairs: Sequence[tuple[str, str]], index: dict[str, int]) -> torch.Tensor:
@@ -170,4 +168,5 @@ def word_differences(pairs: Sequence[tuple[str, str]], index: dict[str, int]) ->
         counts.subtract(WORD.findall(rejected.lower()))
         entries += [(row, index.setdefault(word, len(index)), n) for word, n in counts.items()]
     places = torch.tensor(entries, dtype=torch.int64).view(-1, 3).t()  # (3, entries)
-    return torch.sparse_coo_tensor(places[:2], places[2].double(), (len(pairs), len(index)))
+    return torch.sparse_coo_tensor(places[:2], places[2].double(), (len(pairs), len(index)),
+                                   check_invariants=False)
