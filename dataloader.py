@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
+from minigpt2.preferences import Pair, make_pairs
 from minigpt2.shards import open_shard, read_manifest
 from minigpt2.tokenizer import N_VOCAB
 from model import GPT
@@ -265,6 +266,20 @@ def parse_json(path: Path, text: str, line: int):
                     "with one object per line, or parquet")
 
 
+def load_pairs(path: str, flag: str, block_size: int, cut: bool) -> tuple[list[Pair], str]:
+    """The usable pairs of the preference file that `flag` gives, and a summary; see
+    `preferences.make_pairs`. Raises UserError."""
+    try:
+        pairs, summary = make_pairs(read_rows(Path(path)), block_size, cut=cut)
+    except OSError as error:
+        raise UserError(f"cannot read {flag} {path} ({error}): make it with rlhf_data/"
+                        "hh_rlhf_downloader.py or pydocs_pairs.py") from None
+    if len(pairs) < 2:  # one to train on, one to validate on
+        raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
+                        "model with a longer context")
+    return pairs, summary
+
+
 def normalize(text: str) -> str:
     """The text without differences in case and whitespace."""
     return " ".join(text.casefold().split())
@@ -276,7 +291,7 @@ def content_hash(*texts: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48  # exact: a float has 53 bits
 
 
-def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float,
+def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float, val_start: float = 0.0,
                ) -> tuple[list[int], list[int], str]:
     """(training rows, held-out rows) as indices, and a summary. A key is (instruction, input) or
     (instruction, input, response); of a conversation, the first user message is the instruction.
@@ -284,11 +299,12 @@ def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float,
     A row is held out if content_hash(instruction, input) is below val_fraction: the same rows in
     every file, those at 0.05 also at 0.15. If none is below, the lowest is held out. A prompt of
     more than a fifth of the rows would empty one side, so its rows are hashed with their responses.
-    Raises UserError if no row is left to train on."""
+    val_start moves the held-out interval of hashes: with 0, 0.2, ... and val_fraction 0.2, these
+    are five folds. Raises UserError if no row is left to train on."""
     hashes = [content_hash(*key[:2]) for key in keys]
     counts = Counter(hashes)
     common = {value for value, count in counts.items() if count > max(1, len(keys) / 5)}
-    hashes = [content_hash(*key) if value in common else value
+    hashes = [((content_hash(*key) if value in common else value) - val_start) % 1
               for key, value in zip(keys, hashes, strict=True)]
     below = max(val_fraction, math.nextafter(min(hashes, default=0), 1))
     train, held_out = ([i for i, value in enumerate(hashes) if (value < below) == side]
