@@ -29,7 +29,7 @@ from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.preferences import Pair, make_pairs
 from minigpt2.shards import open_shard, read_manifest
-from minigpt2.tokenizer import N_VOCAB
+from minigpt2.tokenizer import N_VOCAB, decode
 from model import GPT
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
@@ -317,6 +317,16 @@ def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float, val_start: 
     if common:
         summary += f"; {len(common)} prompts of over a fifth of the rows each: split by response"
     return train, held_out, summary
+
+
+def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0.0,
+                ) -> tuple[list[Pair], list[Pair], str]:
+    """(training pairs, held-out pairs by length, summary), see `split_rows`: a prompt is held out
+    here if it is held out of fine-tuning."""
+    keys = [(pair.instruction, pair.input, decode(pair.chosen[:-1])) for pair in pairs]
+    trained, held_out, summary = split_rows(keys, val_fraction, val_start)
+    return ([pairs[i] for i in trained],
+            sorted((pairs[i] for i in held_out), key=lambda pair: pair.num_tokens), summary)
 
 
 def padded_length(length: int) -> int:
