@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloader import load_pairs, pad_rows, permutation, split_rows, step_rows
+from dataloader import load_pairs, pad_rows, permutation, split_pairs, step_rows
 from inference import check_vocabulary, finish_reasons, generate, generated_rows
 from minigpt2 import rewards
 from minigpt2.advantages import accuracy, preference_loss
@@ -31,7 +31,7 @@ from minigpt2.files import atomic_write, sha256_of
 from minigpt2.graphs import draw_calibration
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
-from minigpt2.preferences import Pair, rank_share
+from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run, TuningConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
@@ -74,9 +74,8 @@ def read_splits(config: RewardConfig, block_size: int) -> tuple[list[Pair], list
     """(training pairs, held-out pairs, summary). Raises UserError."""
     pairs, summary = load_pairs(config.data, "--data", block_size, config.cut)
     if config.val_data is None:
-        keys = [(pair.instruction, pair.input, decode(pair.chosen)) for pair in pairs]
-        trained, held_out, split = split_rows(keys, config.val_fraction, config.val_start)
-        return [pairs[i] for i in trained], [pairs[i] for i in held_out], f"{summary}; {split}"
+        trained, held_out, split = split_pairs(pairs, config.val_fraction, config.val_start)
+        return trained, held_out, f"{summary}; {split}"
     held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, config.cut)
     prompts = {(pair.instruction, pair.input) for pair in pairs}
     seen = sum((pair.instruction, pair.input) in prompts for pair in held_out)
@@ -88,11 +87,6 @@ def pairs_of_step(pairs: Sequence[Pair], step: int, batch_size: int, seed: int) 
     """The pairs of one step, sorted by length so that micro-batches need little padding."""
     return sorted((pairs[i] for i in step_rows(len(pairs), step, batch_size, seed)),
                   key=lambda pair: pair.num_tokens)
-
-
-def sequences(pairs: Sequence[Pair]) -> list[list[int]]:
-    """The ids of both responses of each pair after their prompt: chosen, rejected, chosen, ..."""
-    return [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
 
 
 def pair_margins(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.Tensor | None:

@@ -151,6 +151,11 @@ def unusable(chosen: str, rejected: str) -> str | None:
     return EQUAL if chosen.strip() == rejected.strip() else None
 
 
+def sequences(pairs: Sequence[Pair]) -> list[list[int]]:
+    """The ids of both responses of each pair after their prompt: chosen, rejected, chosen, ..."""
+    return [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
+
+
 def rank_share(pairs: Sequence[Pair], micro_batch_size: int, rank: int,
                world_size: int) -> list[Sequence[Pair]]:
     """One rank's micro-batches of the pairs: equally many on every rank, the last one perhaps
