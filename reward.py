@@ -79,8 +79,8 @@ def read_splits(config: RewardConfig, block_size: int) -> tuple[list[Pair], list
     held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, config.cut)
     prompts = {(pair.instruction, pair.input) for pair in pairs}
     seen = sum((pair.instruction, pair.input) in prompts for pair in held_out)
-    return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them with "
-                             "the prompt of a training pair")
+    return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "
+                             "with the prompt of a training pair")
 
 
 def pairs_of_step(pairs: Sequence[Pair], step: int, batch_size: int, seed: int) -> list[Pair]:
@@ -89,9 +89,10 @@ def pairs_of_step(pairs: Sequence[Pair], step: int, batch_size: int, seed: int) 
                   key=lambda pair: pair.num_tokens)
 
 
-def score_pairs(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.Tensor | None:
-    """The margins (R,) float64 of R pairs, score of the chosen minus score of the rejected response,
-    on every rank; None after a signal. Raises UserError naming a pair whose score is not finite."""
+def pair_margins(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.Tensor | None:
+    """The margins (R,) float64 of R pairs, on every rank: score of the chosen response minus that
+    of the rejected one. None after a signal. Raises UserError naming a pair whose score is not
+    finite."""
     scores = score_rows(model, sequences(pairs), [pair.place for pair in pairs for _ in range(2)],
                         run.launch, run.dtype, 2 * run.micro_batch_size, run.stop.requested)
     return None if scores is None else scores[::2] - scores[1::2]
@@ -134,7 +135,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     with run:
         while True:
             if run.eval_due():
-                margins = score_pairs(raw_model, val_pairs, run)
+                margins = pair_margins(raw_model, val_pairs, run)
                 run.log_validation(None if margins is None else
                                    preference_loss(margins).mean().item(),
                                    accuracy=None if margins is None else
@@ -166,7 +167,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                             sums={"accuracy": sums[1], "margin": sums[2]})
             if run.state.skipped:  # raises UserError if the score of a pair is not finite
                 step = run.step - 1 - run.steps_late
-                score_pairs(raw_model, pairs_of_step(train_pairs, step, num_pairs, config.seed),
+                pair_margins(raw_model, pairs_of_step(train_pairs, step, num_pairs, config.seed),
                             run)
         if not run.stopping:
             finish(config, run, raw_model, train_pairs, val_pairs)
@@ -237,8 +238,8 @@ def sample_responses(config: RewardConfig, pairs: list[Pair], run: Run) -> list[
 def evaluate(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
              run: Run) -> dict | None:
     """The report on held-out pairs, with margins before normalization; None after a signal."""
-    margins = score_pairs(model, val_pairs, run)
-    swapped = score_pairs(model, swap_prompts(val_pairs, model.config.block_size), run)
+    margins = pair_margins(model, val_pairs, run)
+    swapped = pair_margins(model, swap_prompts(val_pairs, model.config.block_size), run)
     if margins is None or swapped is None:
         return None
     texts, training_texts = ([(decode(pair.chosen[:-1]), decode(pair.rejected[:-1]))

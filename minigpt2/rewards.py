@@ -142,8 +142,8 @@ def baseline_margins(pairs: Sequence[tuple[str, str]],
 
 def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
                          training_pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
-    """The margins (n,) of a logistic regression on the difference of word counts, fitted to the training
-    pairs with an L2 penalty of half the squared norm."""
+    """The margins (n,) of a logistic regression on the difference of word counts, fitted to the
+    training pairs with an L2 penalty of half the squared norm."""
     index: dict[str, int] = {}  # word -> column
     x, x_train = (word_differences(part, index) for part in (pairs, training_pairs))
     weights = torch.zeros(len(index), dtype=torch.float64, requires_grad=True)

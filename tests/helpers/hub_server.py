@@ -88,7 +88,7 @@ class Hub(BaseHTTPRequestHandler):
     def entry(files: dict[str, bytes], path: str) -> dict:
         oid = hashlib.sha256(files[path]).hexdigest()
         entry = {"type": "file", "path": path, "size": len(files[path]), "oid": oid[:40]}
-        if path.endswith((".parquet", ".bin")):  # stored as large files
+        if path.endswith((".parquet", ".bin", ".gz")):  # stored as large files
             entry["lfs"] = {"oid": oid, "size": len(files[path]), "pointerSize": 130}
         return entry
 

@@ -1,0 +1,1 @@
+"""Scripts that write preference data here."""

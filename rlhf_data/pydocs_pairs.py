@@ -1,0 +1,66 @@
+"""Writes preference pairs about the pydocs corpus: a right answer against a worse one.
+
+    python rlhf_data/pydocs_pairs.py --rows 4000
+
+Writes rlhf_data/pydocs_pairs.json, rows {"instruction", "input", "chosen", "rejected"} with the
+questions of finetune_data/pydocs_questions.py. The rejected answer is, in turn, that of another
+symbol of the same kind, the right answer cut in its middle, or the right answer said twice: three
+faults, so that neither length nor the last character alone decides.
+"""
+
+import json
+import pathlib
+import random
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from minigpt2.config import flag, parse_config, run_main
+from minigpt2.files import atomic_write
+from pretrain_data.pydocs import question_and_answer, read_documents
+
+SHUFFLE_SEED = 1337
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_pairs.json"),
+                    "file to write", is_path=True)
+    rows: int | None = flag(None, "number of pairs (default: all)", minimum=1)
+
+
+def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
+    """A pair for each question, in a seeded order, given question -> answer. Pairs with two equal
+    answers are left out."""
+    order = random.Random(SHUFFLE_SEED)
+    questions = sorted(answers)
+    order.shuffle(questions)
+    kinds: dict[str, list[str]] = {}  # "What is the Python class" -> its answers
+    for question in questions:
+        kinds.setdefault(" ".join(question.split()[:5]), []).append(answers[question])
+    rows = []
+    for i, question in enumerate(questions):
+        chosen = answers[question]
+        words = chosen.split()
+        rejected = (order.choice(kinds[" ".join(question.split()[:5])]),
+                    " ".join(words[: (len(words) + 1) // 2]), f"{chosen} {chosen}")[i % 3]
+        if rejected != chosen:
+            rows.append({"instruction": question, "input": "", "chosen": chosen,
+                         "rejected": rejected})
+    return rows
+
+
+def main() -> None:
+    config = parse_config(PairsConfig, description=__doc__)
+    pairs = list(filter(None, map(question_and_answer, read_documents())))
+    rows = make_rows(dict(reversed(pairs)))  # the first answer to a repeated question
+    path = pathlib.Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, text=True) as file:
+        json.dump(rows[: config.rows], file, ensure_ascii=False, indent=0)
+    print(f"wrote {path}: {len(rows[: config.rows]):,} pairs of {len(rows):,}")
+
+
+if __name__ == "__main__":
+    run_main(main)
