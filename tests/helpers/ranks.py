@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+import dpo
 import evaluate
 import finetune
 import model
+import reward
 import trainer
 from dataloader import TokenLoader
 from helpers import held_trainer, toy_script
@@ -33,8 +35,8 @@ from minigpt2.config import run_main
 
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
 NO_WAIT = {"minigpt2.config.RANK_DELAY_S": 0.0}
-MAINS = {"trainer": trainer.main, "finetune": finetune.main, "toy": toy_script.main,
-         "evaluate": evaluate.main}
+MAINS = {"trainer": trainer.main, "finetune": finetune.main, "reward": reward.main,
+         "dpo": dpo.main, "toy": toy_script.main, "evaluate": evaluate.main}
 
 
 def run_rank(script: str, argv: list[str], environment: dict[str, str], output: Path,
@@ -235,6 +237,26 @@ def save_gradients(folder: Path) -> None:
         real(optimizer, numbers)
 
     run.step_if_finite = step_if_finite
+
+
+def record_pair_gradient(folder: Path) -> None:
+    """Writes the gradient of the first step of dpo.py, as it is before clipping, to gradient_RANK.
+    The reference's log-probabilities are made up: with the true ones, all pairs would weigh the
+    same in that step."""
+    real = torch.nn.utils.clip_grad_norm_
+
+    def made_up(reference, batches, run):
+        pairs = [pair for batch in batches for pair in batch]
+        return {pair.place: [-200.0 + 7 * (len(pair.chosen) % 9), -200.0] for pair in pairs}
+
+    def record(parameters, limit):
+        parameters = list(parameters)
+        path = folder / f"gradient_{os.environ['RANK']}.pt"
+        if not path.exists():
+            torch.save([parameter.grad.clone() for parameter in parameters], path)
+        return real(parameters, limit)
+
+    dpo.reference_logprobs, torch.nn.utils.clip_grad_norm_ = made_up, record
 
 
 def record_broadcasts(folder: Path) -> None:

@@ -1,0 +1,124 @@
+"""dpo.py and reward.py against TRL's trainers, on the same weights and token ids: losses and scores
+within 1e-5. A file of pairs and a checkpoint can be given in two environment variables."""
+
+import json
+import os
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.common import CPU_LAUNCH
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from dataloader import load_pairs
+from dpo import DPOConfig, figure_sums, pair_logprobs
+from minigpt2.advantages import preference_loss
+from minigpt2.checkpoint import load_model, save_checkpoint
+from minigpt2.faults import StopRequest
+from minigpt2.preferences import Pair, sequences
+from minigpt2.rewards import RewardModel, score_rows
+from model import GPT, GPTConfig
+
+trl = pytest.importorskip("trl", reason="pip install -r requirements-referees.txt")
+
+WORDS = "the a river king dog ran slept café naïve it's 1984 Maximiliana\n\n  - quickly".split(" ")
+PAIRS = 64
+RUN = SimpleNamespace(launch=CPU_LAUNCH, stop=StopRequest(), dtype=torch.float32,
+                      micro_batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model whose logits are as far apart as those of a trained one."""
+    if given := os.environ.get("REFEREE_CHECKPOINT"):
+        return given
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=32))
+    model.transformer.wte.weight.data *= 10
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), 1, model)
+
+
+@pytest.fixture(scope="module")
+def pairs(checkpoint, tmp_path_factory) -> list[Pair]:
+    """64 pairs, of PAIRS_FILE or made up: responses of 1 to 60 words, some with white space at
+    their ends."""
+    path = os.environ.get("PAIRS_FILE")
+    if not path:
+        rng = random.Random(0)
+
+        def text(high: int) -> str:
+            return " ".join(rng.choices(WORDS, k=rng.randint(1, high))) + rng.choice(["", "\n"])
+
+        rows = [{"instruction": f"{i} {text(20)}", "input": text(9) * (i % 2),
+                 "chosen": f"{text(60)} {i}", "rejected": f"The {text(60)}"} for i in range(80)]
+        path = tmp_path_factory.mktemp("pairs") / "rows.json"
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    block_size = load_model(checkpoint).config.block_size
+    return load_pairs(str(path), "--data", block_size, True)[0][:PAIRS]
+
+
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    """The same change for the same names, in transformers and here: a policy after some steps."""
+    for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
+        if parameter.dim() == 1:  # vectors have the same layout in both
+            generator = torch.Generator().manual_seed(i)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def trainer_of(base: type, config: type, tmp_path, model, rows: list[dict], **options):
+    """A trainer that takes rows of ids as they are: TRL encodes prompt and response together."""
+    class OnIds(base):
+        def _prepare_dataset(self, dataset, *arguments):
+            return dataset
+
+    settings = config(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None,
+                      per_device_train_batch_size=len(rows), gradient_checkpointing=False)
+    return OnIds(model=model, args=settings, train_dataset=Dataset.from_list(rows), **options)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_the_loss_of_dpo_equals_trls(checkpoint, pairs, tmp_path, beta):
+    policy, reference = (AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+                         for _ in range(2))
+    rows = [{"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+            for pair in pairs]
+    trainer = trainer_of(trl.DPOTrainer, trl.DPOConfig, tmp_path, perturbed(policy), rows,
+                         ref_model=reference,
+                         processing_class=AutoTokenizer.from_pretrained(checkpoint))
+    trainer.beta = beta
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer._compute_loss(trainer.model, batch, False)
+
+    ref = pair_logprobs(load_model(checkpoint), [pairs], RUN)
+    found = pair_logprobs(perturbed(load_model(checkpoint)), [pairs], RUN)
+    logprobs = torch.tensor([found[pair.place] for pair in pairs])
+    loss, accuracy, *_ = (figure_sums(logprobs, pairs, ref, DPOConfig(beta=beta)) / PAIRS).tolist()
+    assert len(pairs) == PAIRS and abs(loss - 0.6931) > 5e-3  # the policy has moved
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    metrics = trainer._metrics["train"]
+    assert accuracy == pytest.approx(metrics["rewards/accuracies"][0], abs=1e-6)
+
+
+def test_scores_and_loss_of_a_reward_model_equal_trls(checkpoint, pairs, tmp_path):
+    model = RewardModel.from_language_model(load_model(checkpoint), seed=0)
+    folder = save_checkpoint(tmp_path / "reward", 1, model)
+    referee = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    ids = sequences(pairs)
+    rows = [{"chosen_ids": chosen, "rejected_ids": rejected}
+            for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)]
+    trainer = trainer_of(trl.RewardTrainer, trl.RewardConfig, tmp_path, referee, rows,
+                         processing_class=AutoTokenizer.from_pretrained(folder))
+    batch = trainer.data_collator(rows)  # in this order: all chosen, then all rejected
+    with torch.no_grad():
+        expected, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+
+    scores = score_rows(load_model(folder, model_class=RewardModel), ids, ["a row"] * len(ids),
+                        CPU_LAUNCH, torch.float32, 7)
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    theirs = outputs.logits[:, 0].double().view(2, -1)  # (2, R)
+    assert torch.allclose(scores.view(-1, 2).t(), theirs, rtol=0, atol=1e-5)
+    loss = preference_loss(scores[::2] - scores[1::2]).mean().item()
+    assert loss == pytest.approx(expected.item(), abs=1e-5) and scores.std() > 0.1
