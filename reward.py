@@ -185,7 +185,7 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
     path, launch = run.out_dir / REPORT, run.launch
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     is_new = report.get("loss") != run.state.val_loss
-    report = evaluate(model, train_pairs, val_pairs, run) if is_new else report
+    report = make_report(model, train_pairs, val_pairs, run) if is_new else report
     samples = sample_responses(config, train_pairs, run)
     scores = None if samples is None else score_rows(
         model, samples, ["a sampled response"] * len(samples), launch, run.dtype,
@@ -201,7 +201,7 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
         draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
         with atomic_write(path, text=True) as file:
             json.dump(report, file, indent=1)
-    launch.print0(table(report))
+    launch.print0(report_table(report))
     if deviation == 0:
         launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
                       f"samples ended within --max-response {config.max_response} tokens, at least "
@@ -235,8 +235,8 @@ def sample_responses(config: RewardConfig, pairs: list[Pair], run: Run) -> list[
     return None if stopped else sorted(row for part, _ in parts for row in part)
 
 
-def evaluate(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
-             run: Run) -> dict | None:
+def make_report(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
+                run: Run) -> dict | None:
     """The report on held-out pairs, with margins before normalization; None after a signal."""
     margins = pair_margins(model, val_pairs, run)
     swapped = pair_margins(model, swap_prompts(val_pairs, model.config.block_size), run)
@@ -264,7 +264,7 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
             if pair.num_tokens <= block_size and pair.chosen != pair.rejected]
 
 
-def table(report: dict) -> str:
+def report_table(report: dict) -> str:
     lines = [f"{'held-out pairs':26} accuracy  95 % interval      n"]
     for name, row in report["accuracy"].items():
         if row["n"]:
