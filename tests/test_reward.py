@@ -21,6 +21,7 @@ import evaluate
 import finetune
 import inference
 import reward
+from dataloader import row_batches
 from minigpt2 import rewards
 from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoint
 from minigpt2.metrics import read_log
@@ -143,7 +144,8 @@ def test_transformers_loads_the_folder_with_equal_scores(reward_model, tmp_path)
     rows = sequences(make_pairs([("", row) for row in ROWS], 128)[0])
     ids, masks = pad_batch(rows, 128, torch.device("cpu"))
     ours = reward_model(ids, masks)
-    torch.testing.assert_close(theirs.eval()(ids, attention_mask=masks).logits[:, 0], ours, atol=1e-5, rtol=0)
+    scores = theirs.eval()(ids, attention_mask=masks).logits[:, 0]
+    torch.testing.assert_close(scores, ours, atol=1e-5, rtol=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)  # pads with the id that the model skips
     texts = ["Yes, it is.<|endoftext|>", "No.<|endoftext|>"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
@@ -187,7 +189,7 @@ def test_what_a_run_writes(base, pairs_file, tmp_path, capsys, always_stops):
     out = tmp_path / "out"
     model = train(tiny(base, pairs_file, out), CPU_LAUNCH)
     log, printed, report = read_log(out / "metrics.jsonl"), capsys.readouterr().out, report_of(out)
-    assert "28 of 28 pairs (left out: none); 22 to train on, 6 held out" in printed
+    assert "28 of 28 pairs (left out: none); 21 to train on, 7 held out" in printed
     assert sorted(log["train"]) == [0, 1, 2] and sorted(log["val"]) == [0, 2, 3]
     assert {"loss", "accuracy", "margin", "lr", "grad_norm", "tokens_per_sec"} <= set(
         log["train"][0])
@@ -198,7 +200,7 @@ def test_what_a_run_writes(base, pairs_file, tmp_path, capsys, always_stops):
         "no artifact", "bag of words"]
     for name, row in report["accuracy"].items():
         assert row["n"] == 0 or f"{name:26} {row['accuracy']:8.4f}" in printed
-    assert abs(report["mean"]) + report["deviation"] > 0 and report["samples"] == 22
+    assert abs(report["mean"]) + report["deviation"] > 0 and report["samples"] == 21
     for image in ("reward_loss.png", reward.CALIBRATION):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
     assert read_prompt_template(out) == "alpaca"
@@ -214,7 +216,8 @@ def test_the_first_loss_equals_one_computed_row_by_row(base, pairs_file, tmp_pat
     config = tiny(base, pairs_file, tmp_path / "out", normalize_samples=0)
     train(config, CPU_LAUNCH)
     model = RewardModel.from_language_model(load_model(base), config.seed)
-    pairs = reward.pairs_of_step(reward.read_splits(config, 128)[0], 0, 8, config.seed)
+    pairs = reward.read_splits(config, 128)[0]
+    pairs = next(row_batches(pairs, [pair.num_tokens for pair in pairs], 8, config.seed, 0))
     margins = [(model(torch.tensor([pair.prompt + pair.chosen]), torch.ones(
         1, len(pair.prompt + pair.chosen)).long()) - model(torch.tensor(
             [pair.prompt + pair.rejected]), torch.ones(
@@ -307,6 +310,7 @@ def test_a_signal_saves_and_another_number_of_ranks_resumes(base, pairs_file, tm
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_report_and_normalization_ends_the_same(base, pairs_file, tmp_path,
                                                                      monkeypatch, always_stops):
     """And a finished run that is resumed changes nothing."""
@@ -324,6 +328,7 @@ def test_a_run_killed_between_report_and_normalization_ends_the_same(base, pairs
     assert report_of(out)["deviation"] > 0 and (out / "step_000003").is_dir()
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_final_evaluation_stops_the_run(base, pairs_file, tmp_path, capsys,
                                                         always_stops):
     config, asked = tiny(base, pairs_file, tmp_path / "out"), []
@@ -340,6 +345,7 @@ def test_a_signal_in_the_final_evaluation_stops_the_run(base, pairs_file, tmp_pa
     assert_same_reward_run(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, pairs_file, tmp_path,
                                                                   always_stops):
     """Fresh samples, of another seed, have a mean near 0 and a deviation near 1."""
@@ -360,6 +366,7 @@ def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, pairs_fi
     assert report["samples"] == len(pairs) and report["deviation"] != pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_too_few_samples_that_stop_leave_the_scores_as_they_are(base, pairs_file, tmp_path, capsys):
     model = train(tiny(base, pairs_file, tmp_path / "a", normalize_samples=0), CPU_LAUNCH)
     capsys.readouterr()
@@ -369,6 +376,7 @@ def test_too_few_samples_that_stop_leave_the_scores_as_they_are(base, pairs_file
                                                  strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, pairs_file, tmp_path,
                                                                  monkeypatch, late):
@@ -391,6 +399,7 @@ def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, pairs_fil
     assert f"the score of {pairs_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
 
 
+@pytest.mark.slow
 def test_held_out_pairs_of_a_file_of_their_own(base, pairs_file, tmp_path, capsys):
     (tmp_path / "val.json").write_text(json.dumps([*ROWS[:3], ROWS[3] | {"instruction": "New"}]))
     config = tiny(base, pairs_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
@@ -402,6 +411,7 @@ def test_held_out_pairs_of_a_file_of_their_own(base, pairs_file, tmp_path, capsy
     assert "trained with other data" in user_error(train, again, CPU_LAUNCH)
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_settings(base, pairs_file, tmp_path):
     train(tiny(base, pairs_file, tmp_path / "out"), CPU_LAUNCH)
     torch.manual_seed(1)
@@ -478,8 +488,8 @@ def test_world_w_is_learned_from_plain_rows(tmp_path, monkeypatch):
     rows = worlds.write_rows(tmp_path / "rows.jsonl")
     config = RewardConfig(
         checkpoint=str(worlds.save_reference(tmp_path / "base")), data=str(rows),
-        val_data=str(rows), out_dir=str(tmp_path / "out"), epochs=10, batch_size=125,
-        micro_batch_size=125, max_lr=3e-3, eval_interval=10000, device="cpu", max_response=2)
+        val_data=str(rows), out_dir=str(tmp_path / "out"), epochs=16, batch_size=125,
+        micro_batch_size=500, max_lr=3e-3, eval_interval=10000, device="cpu", max_response=2)
     model = train(config, CPU_LAUNCH)
     sequences = [prompt + response for prompt in worlds.PROMPTS for response in worlds.RESPONSES]
     scores = score_rows(model, sequences, sequences, CPU_LAUNCH, torch.float32, 26).view(2, -1)
