@@ -47,14 +47,6 @@ def permutation(n: int, *stream: int) -> np.ndarray:
     return np.random.RandomState(bits).permutation(n)
 
 
-def step_rows(num_rows: int, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """The indices of the rows of one step. Every epoch visits each row once, in a new order; its
-    last step may have fewer rows."""
-    epoch, step_of_epoch = divmod(step, -(-num_rows // batch_size))  # ceiling division
-    first = step_of_epoch * batch_size
-    return permutation(num_rows, seed, epoch)[first : first + batch_size]
-
-
 @dataclass
 class TokenLoader:
     """Batches of one split of a corpus. Raises UserError if a shard does not match the manifest or

@@ -12,6 +12,7 @@ Checkpoints, logs, signals and --resume are those of finetune.py.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloader import load_pairs, pad_rows, permutation, split_pairs, step_rows
+from dataloader import load_pairs, pad_rows, permutation, row_batches, split_pairs
 from inference import check_vocabulary, finish_reasons, generate, generated_rows
 from minigpt2 import rewards
 from minigpt2.advantages import accuracy, preference_loss
@@ -38,8 +39,7 @@ from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 
 ROOT = Path(__file__).resolve().parent
 REPORT, CALIBRATION = "reward.json", "calibration.png"  # in OUT_DIR
-SAMPLE_BATCH = 32  # prompts per batch of samples
-MIN_SAMPLES = 16  # mean and deviation of fewer say little
+SAMPLE_BATCH, MIN_SAMPLES = 32, 16  # prompts sampled at a time; samples for a mean and deviation
 NORMALIZED = 1e-3  # mean and deviation this near to 0 and 1 need no rescaling
 
 
@@ -77,16 +77,10 @@ def read_splits(config: RewardConfig, block_size: int) -> tuple[list[Pair], list
         trained, held_out, split = split_pairs(pairs, config.val_fraction, config.val_start)
         return trained, held_out, f"{summary}; {split}"
     held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, config.cut)
-    prompts = {(pair.instruction, pair.input) for pair in pairs}
-    seen = sum((pair.instruction, pair.input) in prompts for pair in held_out)
+    prompts = {tuple(pair.prompt) for pair in pairs}
+    seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
     return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "
                              "with the prompt of a training pair")
-
-
-def pairs_of_step(pairs: Sequence[Pair], step: int, batch_size: int, seed: int) -> list[Pair]:
-    """The pairs of one step, sorted by length so that micro-batches need little padding."""
-    return sorted((pairs[i] for i in step_rows(len(pairs), step, batch_size, seed)),
-                  key=lambda pair: pair.num_tokens)
 
 
 def pair_margins(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.Tensor | None:
@@ -109,10 +103,10 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     check_vocabulary(base, config.checkpoint)
     block_size = base.config.block_size
     train_pairs, val_pairs, summary = read_splits(config, block_size)
-    files = [config.data, *([config.val_data] if config.val_data else [])]
     run = Run(config, launch, stop, label="reward model", graph="reward_loss.png",
-              data={"sha256": [sha256_of(Path(file)) for file in files]}, fixed=FIXED_ON_RESUME,
-              loss_name="-log sigmoid(margin), nats per pair", prompt_template=PROMPT_TEMPLATE,
+              data={"sha256": [sha256_of(Path(file)) for file in (config.data, config.val_data)
+                               if file]}, loss_name="-log sigmoid(margin), nats per pair",
+              fixed=FIXED_ON_RESUME, prompt_template=PROMPT_TEMPLATE,
               reference_sha256=weights_sha256(base))
     raw_model = (load_model(run.checkpoint, device, RewardModel) if run.is_resumed else
                  RewardModel.from_language_model(base, config.seed))
@@ -125,28 +119,32 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     steps_per_epoch = -(-len(train_pairs) // num_pairs)  # ceiling division
     max_steps = config.epochs * steps_per_epoch
     B = min(config.micro_batch_size, -(-num_pairs // launch.world_size))
-    launch.print0(f"{summary}\n{max_steps:,} steps of {num_pairs} pairs, {B} per micro-step")
     model = run.prepare(raw_model, optimizer, max_steps, micro_batch_sizes=[B],
                         sequence_length=block_size, max_steps_flag="--epochs",
                         milestones=range(steps_per_epoch, max_steps, steps_per_epoch))
-    launch.print0(run.summary)
+    launch.print0(f"{summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} pairs, {B} per "
+                  "micro-step")
+    batches = row_batches(train_pairs, [pair.num_tokens for pair in train_pairs], num_pairs,
+                          config.seed, run.step)
+    recent = deque(maxlen=1 + run.steps_late)  # the last batches; the host reads a loss late
 
     # 3. The loop
     with run:
         while True:
             if run.eval_due():
                 margins = pair_margins(raw_model, val_pairs, run)
-                run.log_validation(None if margins is None else
-                                   preference_loss(margins).mean().item(),
-                                   accuracy=None if margins is None else
-                                   accuracy(margins).mean().item())
+                if margins is None:  # a signal came
+                    run.log_validation(None)
+                else:
+                    run.log_validation(preference_loss(margins).mean().item(),
+                                       accuracy=accuracy(margins).mean().item())
             if run.save_or_finish():
                 break
 
             lr = cosine_lr(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
                            max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
-            batch = pairs_of_step(train_pairs, run.step, num_pairs, config.seed)  # of all ranks
+            recent.append(batch := next(batches))  # of all ranks
             micro_batches = rank_share(batch, B, launch.rank, launch.world_size)
             sums = torch.zeros(3, device=device)  # of loss, accuracy and margin
             for micro_step, pairs in enumerate(micro_batches):
@@ -166,9 +164,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                             sequence_length=tokens // (2 * len(batch)),
                             sums={"accuracy": sums[1], "margin": sums[2]})
             if run.state.skipped:  # raises UserError if the score of a pair is not finite
-                step = run.step - 1 - run.steps_late
-                pair_margins(raw_model, pairs_of_step(train_pairs, step, num_pairs, config.seed),
-                            run)
+                pair_margins(raw_model, recent[0], run)
         if not run.stopping:
             finish(config, run, raw_model, train_pairs, val_pairs)
     return raw_model.eval()
@@ -185,7 +181,8 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
     path, launch = run.out_dir / REPORT, run.launch
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     is_new = report.get("loss") != run.state.val_loss
-    report = evaluate(model, train_pairs, val_pairs, run) if is_new else report
+    if is_new:
+        report = make_report(model, train_pairs, val_pairs, run)
     samples = sample_responses(config, train_pairs, run)
     scores = None if samples is None else score_rows(
         model, samples, ["a sampled response"] * len(samples), launch, run.dtype,
@@ -193,21 +190,21 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
     if report is None or scores is None:
         run.stopping = True
         return
-    deviation, mean = torch.std_mean(scores, correction=0) if len(scores) >= MIN_SAMPLES else (
-        torch.zeros(()), torch.zeros(()))
+    deviation, mean = (0.0, 0.0) if len(scores) < MIN_SAMPLES else (
+        figure.item() for figure in torch.std_mean(scores, correction=0))
     if is_new:
-        report |= {"samples": len(scores), "mean": mean.item(), "deviation": deviation.item()}
+        report |= {"samples": len(scores), "mean": mean, "deviation": deviation}
     if is_new and launch.is_master:
         draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
         with atomic_write(path, text=True) as file:
             json.dump(report, file, indent=1)
-    launch.print0(table(report))
-    if deviation == 0:
+    launch.print0(report_table(report))
+    if deviation < NORMALIZED:  # equal samples
         launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
                       f"samples ended within --max-response {config.max_response} tokens, at least "
                       f"{MIN_SAMPLES} different ones are needed")
     elif abs(mean) > NORMALIZED or abs(deviation - 1) > NORMALIZED:
-        model.rescale(mean.item(), deviation.item())
+        model.rescale(mean, deviation)
         run.save_again()
 
 
@@ -235,8 +232,8 @@ def sample_responses(config: RewardConfig, pairs: list[Pair], run: Run) -> list[
     return None if stopped else sorted(row for part, _ in parts for row in part)
 
 
-def evaluate(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
-             run: Run) -> dict | None:
+def make_report(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
+                run: Run) -> dict | None:
     """The report on held-out pairs, with margins before normalization; None after a signal."""
     margins = pair_margins(model, val_pairs, run)
     swapped = pair_margins(model, swap_prompts(val_pairs, model.config.block_size), run)
@@ -264,7 +261,7 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
             if pair.num_tokens <= block_size and pair.chosen != pair.rejected]
 
 
-def table(report: dict) -> str:
+def report_table(report: dict) -> str:
     lines = [f"{'held-out pairs':26} accuracy  95 % interval      n"]
     for name, row in report["accuracy"].items():
         if row["n"]:

@@ -227,7 +227,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     folder = find_checkpoint(path)
     verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
     tokenizer.check_files(folder)
-    check_head(folder, LM_HEAD if model_class is GPT else REWARD_HEAD)
+    check_model_kind(folder, LM_HEAD if model_class is GPT else REWARD_HEAD)
     config = read_config(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
@@ -246,7 +246,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
                         "checkpoint") from None
 
 
-def check_head(folder: Path, wanted: str) -> None:
+def check_model_kind(folder: Path, wanted: str) -> None:
     """Raises UserError for a reward model where a language model is wanted, and the reverse."""
     found = read_json(folder / CONFIG_FILE).get("architectures")
     found = REWARD_HEAD if found == [REWARD_HEAD] else LM_HEAD  # OpenAI's folders vary

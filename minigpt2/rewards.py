@@ -15,7 +15,7 @@ import torch.nn as nn
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import model_from_parameters
 from minigpt2.config import UserError
-from minigpt2.distributed import Launch, autocast
+from minigpt2.distributed import Launch, autocast, to_device
 from minigpt2.preferences import ARTIFACT
 from model import GPT, GPTConfig
 
@@ -68,7 +68,7 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
     ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])  # (B, T)
     lengths = torch.tensor(list(map(len, rows)))  # (B,)
     masks = (torch.arange(T) < lengths[:, None]).long()  # (B, T)
-    return ids.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+    return to_device(ids, device), to_device(masks, device)
 
 
 @torch.no_grad()
@@ -111,8 +111,8 @@ def accuracy_interval(margins: torch.Tensor) -> dict:
     p = accuracy(margins).mean().item()
     z2 = Z_95**2 / n
     half = Z_95 / math.sqrt(n) * math.sqrt(p * (1 - p) + z2 / 4)
-    return {"n": n, "ties": ties, "accuracy": p, "low": (p + z2 / 2 - half) / (1 + z2),
-            "high": (p + z2 / 2 + half) / (1 + z2)}
+    low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
+    return {"n": n, "ties": ties, "accuracy": p, "low": min(low, p), "high": max(high, p)}
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:

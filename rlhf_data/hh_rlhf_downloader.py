@@ -48,7 +48,7 @@ def check_rows(content: bytes, num_rows: int, what: str, fix: str) -> None:
         raise UserError(f"{what} does not hold the {num_rows:,} pairs of {REPO}: {fix}")
 
 
-def download(config: HHConfig, split: str, num_rows: int, path: pathlib.Path) -> None:
+def download_split(config: HHConfig, split: str, num_rows: int, path: pathlib.Path) -> None:
     """Downloads one file, unpacks and checks it, and writes `path`. Raises UserError."""
     retry, name = RetryPolicy(config.retries), f"{config.subset}/{split}.jsonl.gz"
     commit, folder = find_commit(REPO, config.revision, retry), path.parent / ".hh_rlhf"
@@ -74,7 +74,7 @@ def main() -> None:
                                                                    "--out-dir")
                 print(f"{path} is already complete: {num_rows:,} pairs")
             else:
-                download(config, split, num_rows, path)
+                download_split(config, split, num_rows, path)
                 print(f"wrote {path}: {num_rows:,} pairs")
 
 

@@ -1,0 +1,511 @@
+"""The reward model, its training script, and the report on held-out pairs."""
+
+import json
+import math
+import random
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import worlds
+from helpers.common import CPU_LAUNCH, TINY, main_error, user_error
+from helpers.ranks import Ranks, wait_until
+from helpers.training import losses
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import chat
+import dpo
+import evaluate
+import finetune
+import inference
+import reward
+from dataloader import row_batches
+from minigpt2 import rewards
+from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoint
+from minigpt2.metrics import read_log
+from minigpt2.preferences import make_pairs, sequences
+from minigpt2.rewards import RewardModel, accuracy_interval, calibration, pad_batch, score_rows
+from minigpt2.run import Run
+from minigpt2.tokenizer import EOT_TOKEN, encode
+from model import GPT, GPTConfig
+from reward import RewardConfig, swap_prompts, train
+
+SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
+ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (n % 2),
+         "chosen": f"{word} " * n, "rejected": "No." * (8 - n)} for n in range(1, 8)
+        for word in ("yes", "perhaps", "<|endoftext|>", "{braces}")]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path / "base", 1, GPT(SIZES))
+
+
+@pytest.fixture
+def reward_model() -> RewardModel:
+    torch.manual_seed(0)
+    return RewardModel.from_language_model(GPT(SIZES), seed=0).eval()
+
+
+def tiny(base, pairs_file, out, **changes) -> RewardConfig:
+    options = {"checkpoint": str(base), "data": str(pairs_file), "out_dir": str(out),
+               "batch_size": 8, "micro_batch_size": 3, "max_lr": 1e-3, "val_fraction": 0.2,
+               "eval_interval": 2, "save_interval": 2, "normalize_samples": 24, "max_response": 4,
+               "device": "cpu"} | changes
+    return RewardConfig(**options)
+
+
+def arguments(base, pairs_file, out, *more) -> list[str]:
+    """The command line of `tiny`."""
+    config = tiny(base, pairs_file, out)
+    names = ("checkpoint", "data", "out_dir", "batch_size", "micro_batch_size", "max_lr",
+             "val_fraction", "eval_interval", "save_interval", "normalize_samples", "max_response",
+             "device")
+    return [word for name in names
+            for word in ("--" + name.replace("_", "-"), str(getattr(config, name)))] + list(more)
+
+
+@pytest.fixture
+def always_stops(monkeypatch):
+    """Random weights seldom sample <|endoftext|>: every response counts as stopped."""
+    monkeypatch.setattr(reward, "finish_reasons", lambda ids, *_: ["stop"] * len(ids))
+
+
+def report_of(out) -> dict:
+    return json.loads((out / reward.REPORT).read_text())
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+def test_scores_do_not_depend_on_padding_pad_ids_or_company(reward_model):
+    """Rows alone and together, padded with the id of <|endoftext|>, 0, and random ids."""
+    rows = sequences(make_pairs([("", row) for row in ROWS], 128)[0])
+    alone = torch.cat([reward_model(torch.tensor([row]), torch.ones(1, len(row)).long())
+                       for row in rows])
+    ids, masks = pad_batch(rows, 128, torch.device("cpu"))
+    assert ids.size(1) % 16 == 0 and torch.equal(masks.sum(1), torch.tensor(list(map(len, rows))))
+    for pad in (EOT_TOKEN, 0, torch.randint(50257, (len(rows), 128))):
+        wide, wide_masks = F.pad(ids, (0, 128 - ids.size(1))), F.pad(masks, (0, 128 - ids.size(1)))
+        wide = wide.where(wide_masks.bool(), torch.as_tensor(pad))
+        torch.testing.assert_close(reward_model(wide, wide_masks), alone, atol=1e-5, rtol=0)
+    for size in (1, 3, len(rows)):
+        scores = score_rows(reward_model, rows, rows, CPU_LAUNCH, torch.float32, size)
+        torch.testing.assert_close(scores.float(), alone, atol=1e-5, rtol=0)
+    assert all(row[-1] == EOT_TOKEN for row in rows)  # the token that is read
+    assert alone.std() > 0.1
+
+
+def test_the_head_starts_as_in_openais_code():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=1024))
+    head = RewardModel.from_language_model(model, seed=0).score.weight
+    assert head.shape == (1, 1024) and head.std().item() == pytest.approx(1025**-0.5, rel=0.1)
+    assert torch.equal(head, RewardModel.from_language_model(model, seed=0).score.weight)
+    assert not torch.equal(head, RewardModel.from_language_model(model, seed=1).score.weight)
+
+
+def test_scores_are_float32_under_autocast(reward_model):
+    ids = torch.randint(50257, (64, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = reward_model(ids, torch.ones_like(ids))
+    assert scores.dtype == torch.float32 and len(scores.unique()) == 64  # bfloat16 has ties
+
+
+@torch.no_grad()
+def test_rescaling_moves_every_score(reward_model):
+    ids = torch.randint(50257, (64, 9))
+    before = reward_model(ids, torch.ones_like(ids))
+    reward_model.rescale(before.mean().item(), before.std(correction=0).item())
+    after = reward_model(ids, torch.ones_like(ids))
+    torch.testing.assert_close(after, (before - before.mean()) / before.std(correction=0),
+                               atol=1e-5, rtol=0)
+    assert abs(after.mean()) < 1e-5 and after.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_transformers_loads_the_folder_with_equal_scores(reward_model, tmp_path):
+    reward_model.rescale(0.7, 0.2)
+    folder = save_checkpoint(tmp_path, 3, reward_model, prompt_template="alpaca")
+    theirs, loading = AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert type(theirs).__name__ == "GPT2ForSequenceClassification" and theirs.num_labels == 1
+    rows = sequences(make_pairs([("", row) for row in ROWS], 128)[0])
+    ids, masks = pad_batch(rows, 128, torch.device("cpu"))
+    ours = reward_model(ids, masks)
+    scores = theirs.eval()(ids, attention_mask=masks).logits[:, 0]
+    torch.testing.assert_close(scores, ours, atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)  # pads with the id that the model skips
+    texts = ["Yes, it is.<|endoftext|>", "No.<|endoftext|>"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    alone = [[*encode(text.removesuffix("<|endoftext|>")), EOT_TOKEN] for text in texts]
+    torch.testing.assert_close(theirs(**batch).logits[:, 0].double(), score_rows(
+        reward_model, alone, texts, CPU_LAUNCH, torch.float32, 1), atol=1e-5, rtol=0)
+    again = load_model(tmp_path, model_class=RewardModel)
+    assert torch.equal(again(ids, masks), ours) and read_prompt_template(tmp_path) == "alpaca"
+
+
+@pytest.mark.parametrize("script, argv", [
+    (inference, ["--checkpoint", "{}", "Hello"]), (chat, ["--checkpoint", "{}"]),
+    (evaluate, ["{}", "--tasks", "val"]), (finetune, ["--checkpoint", "{}"]),
+    (dpo, ["--checkpoint", "{}", "--data", "{pairs}"]),
+    (reward, ["--checkpoint", "{}", "--data", "{pairs}"])], ids=lambda x: getattr(x, "__name__", 0))
+def test_a_reward_model_in_place_of_a_language_model_is_one_line(
+        script, argv, reward_model, tmp_path, pairs_file, monkeypatch, capsys):
+    folder = save_checkpoint(tmp_path / "reward", 1, reward_model)
+    monkeypatch.chdir(tmp_path)
+    argv = [word.format(folder, pairs=pairs_file) for word in argv]
+    if script in (finetune, dpo, reward):
+        argv += ["--out-dir", str(tmp_path / "out")]
+    if script is finetune:
+        rows = [{"instruction": "a", "output": "b"}] * 3
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        argv += ["--data", str(tmp_path / "rows.json")]
+    error = main_error(script.main, [*argv, "--device", "cpu"], monkeypatch, capsys)
+    assert f"{folder} is a reward model, expected a language model" in error
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_language_model_in_place_of_a_reward_model_is_one_line(base):
+    message = user_error(load_model, base, model_class=RewardModel)
+    assert "is a language model, expected a reward model: train one with reward.py" in message
+
+
+# ---------------------------------------------------------------------------- the training
+
+
+def test_what_a_run_writes(base, pairs_file, tmp_path, capsys, always_stops):
+    out = tmp_path / "out"
+    model = train(tiny(base, pairs_file, out), CPU_LAUNCH)
+    log, printed, report = read_log(out / "metrics.jsonl"), capsys.readouterr().out, report_of(out)
+    assert "28 of 28 pairs (left out: none); 21 to train on, 7 held out" in printed
+    assert sorted(log["train"]) == [0, 1, 2] and sorted(log["val"]) == [0, 2, 3]
+    assert {"loss", "accuracy", "margin", "lr", "grad_norm", "tokens_per_sec"} <= set(
+        log["train"][0])
+    assert log["val"][3]["loss"] == report["loss"]
+    assert log["val"][3]["accuracy"] == report["accuracy"]["reward model"]["accuracy"]
+    assert list(report["accuracy"]) == [
+        "reward model", "chosen is the shorter", "against another prompt's", "longer", "shorter",
+        "no artifact", "bag of words"]
+    for name, row in report["accuracy"].items():
+        assert row["n"] == 0 or f"{name:26} {row['accuracy']:8.4f}" in printed
+    assert abs(report["mean"]) + report["deviation"] > 0 and report["samples"] == 21
+    for image in ("reward_loss.png", reward.CALIBRATION):
+        assert (out / image).read_bytes().startswith(b"\x89PNG")
+    assert read_prompt_template(out) == "alpaca"
+    saved = load_model(out, model_class=RewardModel)
+    assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(),
+                                                 strict=True))
+    assert "already holds a run" in user_error(train, tiny(base, pairs_file, out), CPU_LAUNCH)
+    assert "is itself a checkpoint" in user_error(train, tiny(base, pairs_file, base), CPU_LAUNCH)
+
+
+def test_the_first_loss_equals_one_computed_row_by_row(base, pairs_file, tmp_path):
+    """From scores of one unpadded row at a time."""
+    config = tiny(base, pairs_file, tmp_path / "out", normalize_samples=0)
+    train(config, CPU_LAUNCH)
+    model = RewardModel.from_language_model(load_model(base), config.seed)
+    pairs = reward.read_splits(config, 128)[0]
+    pairs = next(row_batches(pairs, [pair.num_tokens for pair in pairs], 8, config.seed, 0))
+    margins = [(model(torch.tensor([pair.prompt + pair.chosen]), torch.ones(
+        1, len(pair.prompt + pair.chosen)).long()) - model(torch.tensor(
+            [pair.prompt + pair.rejected]), torch.ones(
+                1, len(pair.prompt + pair.rejected)).long())).item() for pair in pairs]
+    record = read_log(tmp_path / "out" / "metrics.jsonl")["train"][0]
+    assert record["loss"] == pytest.approx(
+        sum(math.log1p(math.exp(-m)) for m in margins) / 8, abs=1e-5)
+    assert record["margin"] == pytest.approx(sum(margins) / 8, abs=1e-5)
+    assert record["accuracy"] == sum(m > 0 for m in margins) / 8
+
+
+def gradients(folder, rank: int = 0) -> list[torch.Tensor]:
+    return torch.load(folder / f"gradients_{rank}.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_the_gradient_does_not_depend_on_micro_batches_and_ranks(base, tmp_path, monkeypatch):
+    """16 pairs of very unequal length: no mean of means. Two ranks as real processes; with
+    micro-batches of 3, the last one of rank 1 is smaller, with 5 it is empty."""
+    rows = [{"prompt": f"Say {n}.", "chosen": "yes " * (n * n // 4 + 1),
+             "rejected": "no " * (17 - n)} for n in range(17)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    shared = ["--val-fraction", "0", "--batch-size", "16", "--grad-clip", "0"]
+    found = {}
+    for world_size, size in ((1, 16), (1, 8), (1, 5), (1, 1), (2, 8), (2, 5), (2, 3), (2, 1)):
+        folder = tmp_path / f"{world_size}x{size}"
+        argv = [*arguments(base, tmp_path / "pairs.json", folder / "out", *shared),
+                "--micro-batch-size", str(size)]
+        folder.mkdir()
+        ranks = Ranks(world_size, "reward", argv, folder / "log", save_gradients=folder)
+        assert ranks.wait() == [0] * world_size, ranks.output()
+        found[folder] = gradients(folder)
+    first, *others = found.values()
+    assert sum(g.square().sum() for g in first) > 1e-4
+    for other in others:
+        for ours, theirs in zip(first, other, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_resumes_exactly(base, pairs_file, tmp_path, world_size):
+    """Killed at its checkpoints and at random instants, in training and in the final evaluation."""
+    argv = arguments(base, pairs_file, "", "--epochs", "3", "--save-interval", "1", "--resume")
+    argv[argv.index("--out-dir") + 1] = str(tmp_path / "whole")
+    ranks = Ranks(world_size, "reward", argv, tmp_path / "a")
+    assert ranks.wait() == [0] * world_size, ranks.output()
+    argv[argv.index("--out-dir") + 1] = str(out := tmp_path / "out")
+    chosen = random.Random(world_size)
+    for kill in range(4):
+        ranks = Ranks(world_size, "reward", argv, tmp_path / f"b{kill}")
+        latest, step = out / "latest", 2 * kill + 1
+        wait_until(lambda: latest.exists() and int(latest.read_text()[5:]) >= step, ranks)  # noqa: B023
+        instant = chosen.random() / 10
+        ranks.wait(instant)  # kills it
+    ranks = Ranks(world_size, "reward", argv, tmp_path / "c")
+    assert ranks.wait() == [0] * world_size, ranks.output()
+    assert_same_reward_run(out, tmp_path / "whole")
+
+
+def assert_same_reward_run(a, b) -> None:
+    """Weights, optimizer and curves, bit for bit, and the report."""
+    for p, q in zip(*(load_model(out, model_class=RewardModel).parameters() for out in (a, b)),
+                    strict=True):
+        assert torch.equal(p, q)
+    assert losses(a) == losses(b)
+    assert read_log(a / "metrics.jsonl")["val"] == read_log(b / "metrics.jsonl")["val"]
+    assert report_of(a) == report_of(b)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_another_number_of_ranks_resumes(base, pairs_file, tmp_path):
+    argv = arguments(base, pairs_file, "", "--epochs", "6", "--save-interval", "1000",
+                     "--eval-interval", "1000", "--resume")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    argv[argv.index("--out-dir") + 1] = str(whole)
+    ranks = Ranks(1, "reward", argv, tmp_path / "a")
+    assert ranks.wait() == [0], ranks.output()
+    argv[argv.index("--out-dir") + 1] = str(out)
+    ranks = Ranks(2, "reward", argv, tmp_path / "two")
+    log = out / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 3, ranks)
+    ranks.kill(1, number=signal.SIGTERM)
+    assert ranks.wait() == [0, 0] and "--resume" in ranks.output()
+    assert not (out / reward.REPORT).exists() and len(losses(out)) < len(losses(whole))
+    ranks = Ranks(1, "reward", argv, tmp_path / "one")
+    assert ranks.wait() == [0], ranks.output()
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    ours, theirs = report_of(out), report_of(whole)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_report_and_normalization_ends_the_same(base, pairs_file, tmp_path,
+                                                                     monkeypatch, always_stops):
+    """And a finished run that is resumed changes nothing."""
+    train(tiny(base, pairs_file, tmp_path / "whole"), CPU_LAUNCH)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        def killed(self):
+            raise KeyboardInterrupt
+        patch.setattr(Run, "save_again", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(base, pairs_file, out), CPU_LAUNCH)
+    for _ in range(2):
+        train(tiny(base, pairs_file, out, resume=True), CPU_LAUNCH)
+        assert_same_reward_run(out, tmp_path / "whole")
+    assert report_of(out)["deviation"] > 0 and (out / "step_000003").is_dir()
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_final_evaluation_stops_the_run(base, pairs_file, tmp_path, capsys,
+                                                        always_stops):
+    config, asked = tiny(base, pairs_file, tmp_path / "out"), []
+    stop = SimpleNamespace(requested=lambda: bool(asked), report=lambda *_: "stopped: --resume")
+    real, reward.make_report = reward.make_report, lambda *a: asked.append(1) or real(*a)
+    try:
+        train(config, CPU_LAUNCH, stop)
+    finally:
+        reward.make_report = real
+    assert "stopped: --resume" in capsys.readouterr().out
+    assert not (tmp_path / "out" / reward.REPORT).exists()
+    train(tiny(base, pairs_file, tmp_path / "out", resume=True), CPU_LAUNCH)
+    train(tiny(base, pairs_file, tmp_path / "whole"), CPU_LAUNCH)
+    assert_same_reward_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, pairs_file, tmp_path,
+                                                                  always_stops):
+    """Fresh samples, of another seed, have a mean near 0 and a deviation near 1."""
+    changes = {"normalize_samples": 200, "max_response": 8}
+    rows = [row | {"instruction": f"{row['instruction']} {n}"} for n in range(3) for row in ROWS]
+    pairs_file.write_text(json.dumps(rows))
+    config = tiny(base, pairs_file, tmp_path / "out", **changes)
+    model = train(config, CPU_LAUNCH)
+    pairs, _, _ = reward.read_splits(config, 128)
+    fresh = RewardConfig(**vars(config) | {"seed": 7})
+    run = SimpleNamespace(launch=CPU_LAUNCH, dtype=torch.float32,
+                          stop=SimpleNamespace(requested=bool))
+    rows = reward.sample_responses(fresh, pairs, run)
+    assert rows != reward.sample_responses(config, pairs, run)
+    scores = score_rows(model, rows, rows, CPU_LAUNCH, torch.float32, 16)
+    assert abs(scores.mean()) < 0.2 and 0.8 < scores.std() < 1.2
+    report = report_of(tmp_path / "out")
+    assert report["samples"] == len(pairs) and report["deviation"] != pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.slow
+def test_too_few_samples_that_stop_leave_the_scores_as_they_are(base, pairs_file, tmp_path, capsys):
+    model = train(tiny(base, pairs_file, tmp_path / "a", normalize_samples=0), CPU_LAUNCH)
+    capsys.readouterr()
+    other = train(tiny(base, pairs_file, tmp_path / "b"), CPU_LAUNCH)  # random weights do not stop
+    assert "scores are not normalized: 0 of 24 samples" in capsys.readouterr().out
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(),
+                                                 strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, pairs_file, tmp_path,
+                                                                 monkeypatch, late):
+    """In training; on a GPU, the host reads the loss one step late."""
+    real, rows = RewardModel.forward, [*ROWS]
+    rows[5] = rows[5] | {"rejected": "poison"}
+    pairs_file.write_text(json.dumps(rows))
+    poison = encode("poison")[0]
+
+    def forward(self, ids, masks):
+        scores = real(self, ids, masks)
+        return torch.where((ids == poison).any(1), torch.nan, scores)
+
+    monkeypatch.setattr(RewardModel, "forward", forward)
+    monkeypatch.setattr("minigpt2.run.STEPS_LATE", {"cpu": late})
+    config = tiny(base, pairs_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
+    (tmp_path / "val.json").write_text(json.dumps(ROWS[:4]))
+    assert f"the score of {pairs_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
+    config = tiny(base, tmp_path / "val.json", tmp_path / "other", val_data=str(pairs_file))
+    assert f"the score of {pairs_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
+
+
+@pytest.mark.slow
+def test_held_out_pairs_of_a_file_of_their_own(base, pairs_file, tmp_path, capsys):
+    (tmp_path / "val.json").write_text(json.dumps([*ROWS[:3], ROWS[3] | {"instruction": "New"}]))
+    config = tiny(base, pairs_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
+    train(config, CPU_LAUNCH)
+    assert report_of(tmp_path / "out")["accuracy"]["reward model"]["n"] == 4
+    assert "4 of 4 pairs (left out: none) held out, 3 of them" in capsys.readouterr().out
+    (tmp_path / "val.json").write_text(json.dumps(ROWS[:2]))
+    again = RewardConfig(**vars(config) | {"resume": True})
+    assert "trained with other data" in user_error(train, again, CPU_LAUNCH)
+
+
+@pytest.mark.slow
+def test_resume_refuses_other_settings(base, pairs_file, tmp_path):
+    train(tiny(base, pairs_file, tmp_path / "out"), CPU_LAUNCH)
+    torch.manual_seed(1)
+    other = save_checkpoint(tmp_path / "other", 1, GPT(SIZES))
+    for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
+                          ({"val_start": 0.2}, "--val-start"), ({"cut": True}, "--cut"),
+                          ({"checkpoint": str(other)}, "--checkpoint")):
+        again = tiny(base, pairs_file, tmp_path / "out", resume=True, **changes)
+        assert word in user_error(train, again, CPU_LAUNCH)
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+def test_accuracy_with_wilsons_interval_and_ties_counted_half():
+    assert accuracy_interval(torch.tensor([])) == {"n": 0}
+    five = accuracy_interval(torch.tensor([1.0] * 4 + [-1.0] * 4 + [0.0] * 2))
+    assert five["accuracy"] == 0.5 and five["ties"] == 2 and five["n"] == 10
+    assert (five["low"], five["high"]) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    all_right = accuracy_interval(torch.ones(100))
+    assert (all_right["low"], all_right["high"]) == pytest.approx((0.9630, 1.0), abs=1e-4)
+
+
+def test_calibration_by_hand():
+    """Margins of log 4 are right with probability .8: 8 of 10 is calibrated, 5 of 10 is not."""
+    calibrated = torch.tensor([math.log(4)] * 8 + [-math.log(4)] * 2, dtype=torch.float64)
+    error, [row] = calibration(calibrated)
+    assert error == pytest.approx(0, abs=1e-12) and row["confidence"] == pytest.approx(0.8)
+    error, rows = calibration(torch.cat([calibrated.abs() * torch.tensor([1, -1] * 5),
+                                         torch.tensor([1e4, 0.0]).double()]))
+    assert [row["n"] for row in rows] == [1, 10, 1]
+    assert error == pytest.approx((10 * 0.3) / 12)
+
+
+def test_null_baselines():
+    pairs = [("a long answer", "short ## Instruction"), ("b", "b, but longer"), ("c", "d")]
+    margins = rewards.baseline_margins(pairs, [("good a", "bad a"), ("good b", "bad c")] * 50)
+    assert margins["longer"].tolist() == [-7, -12, 0]
+    assert margins["shorter"].tolist() == [7, 12, 0]
+    assert margins["no artifact"].tolist() == [1, 0, 0]
+    words = rewards.bag_of_words_margins([("good", "bad"), ("bad x", "good y"), ("x", "y")],
+                                         [("good a", "bad a"), ("good b", "bad c")] * 50)
+    assert words[0] > 2 and words[1] == -words[0] and words[2] == 0
+    assert rewards.bag_of_words_margins([("a", "b")], []).tolist() == [0]
+
+
+def test_the_bag_of_words_is_at_its_optimum():
+    """The gradient of the penalized loss is 0, for one word by hand: w = 3 sigmoid(-w)."""
+    [margin] = rewards.bag_of_words_margins([("x", "")], [("x", "")] * 3).tolist()
+    assert margin == pytest.approx(3 / (1 + math.exp(margin)), abs=1e-6)
+
+
+def test_another_prompts_response_is_never_of_an_equal_prompt():
+    rows = [{"prompt": f"p{i // 3}", "chosen": f"c{i}", "rejected": "r"} for i in range(30)]
+    pairs, _ = make_pairs([("", row) for row in rows], 128)
+    swapped = swap_prompts(pairs, 128)
+    assert len(swapped) > 20
+    of_prompt = {tuple(pair.prompt): [] for pair in pairs}
+    for pair in pairs:
+        of_prompt[tuple(pair.prompt)].append(pair.chosen)
+    for pair in swapped:
+        assert pair.chosen in of_prompt[tuple(pair.prompt)]
+        assert pair.rejected not in of_prompt[tuple(pair.prompt)]
+
+
+# ------------------------------------------------------------------------- a known optimum
+
+
+@pytest.mark.slow
+def test_world_w_is_learned_from_plain_rows(tmp_path, monkeypatch):
+    """The rewards of all 26 responses, the entropy of the labels as loss, and the best possible
+    accuracy. See helpers/worlds.py."""
+    worlds.use_small_vocabulary(monkeypatch)
+    rows = worlds.write_rows(tmp_path / "rows.jsonl")
+    config = RewardConfig(
+        checkpoint=str(worlds.save_reference(tmp_path / "base")), data=str(rows),
+        val_data=str(rows), out_dir=str(tmp_path / "out"), epochs=16, batch_size=125,
+        micro_batch_size=500, max_lr=3e-3, eval_interval=10000, device="cpu", max_response=2)
+    model = train(config, CPU_LAUNCH)
+    sequences = [prompt + response for prompt in worlds.PROMPTS for response in worlds.RESPONSES]
+    scores = score_rows(model, sequences, sequences, CPU_LAUNCH, torch.float32, 26).view(2, -1)
+    report = report_of(tmp_path / "out")
+    scores *= report["deviation"]  # normalization has divided by it
+
+    def centered(table):
+        return table - table.mean(1, keepdim=True)
+
+    assert (centered(scores) - centered(worlds.REWARDS)).abs().max() < 0.1
+    first, second = torch.triu_indices(13, 13, 1)
+    p = torch.sigmoid(worlds.REWARDS[:, first] - worlds.REWARDS[:, second])
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean().item()
+    assert entropy == pytest.approx(0.6004, abs=1e-4)
+    assert report["loss"] == pytest.approx(entropy, abs=0.02)
+    best = torch.maximum(p, 1 - p).mean().item()
+    assert best == pytest.approx(0.6423, abs=1e-4)
+    assert report["accuracy"]["reward model"]["accuracy"] == pytest.approx(best, abs=0.01)
+    assert report["calibration_error"] < 0.03
