@@ -266,7 +266,7 @@ def names_before_the_first_forward_pass(tree: ast.Module) -> set[str]:
             if isinstance(node, ast.Name) and node.id in ours and node.lineno < forward}
 
 
-@pytest.mark.parametrize("path", ["trainer.py", "finetune.py"])
+@pytest.mark.parametrize("path", ["trainer.py", "finetune.py", "dpo.py"])
 def test_the_training_loop_is_short_and_near_the_top(path):
     """conventions: at most 25 names before the first forward pass, `train` about 100 lines."""
     tree = parse(Path(path))
