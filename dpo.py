@@ -83,8 +83,8 @@ def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
     every rank. The ranks share the work, in the micro-batches of training. None, on all ranks, if
     one was asked to stop. Raises UserError naming a pair whose log-probability is not finite."""
     launch, found, stopped = run.launch, {}, run.stop.requested()
-    bar = progress_bar(len(batches), 0, "reference", unit="batch", over=batches,
-                       enabled=launch.is_master and len(batches) > 1)
+    enabled = launch.is_master and len(batches) > 1
+    bar = progress_bar(len(batches), 0, "reference", unit="batch", over=batches, enabled=enabled)
     with torch.compiler.set_stance("force_eager"):
         for pairs in (pairs for batch in bar for pairs in
                       rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)):
@@ -115,7 +115,7 @@ def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: R
     facts = [run.metadata["reference_sha256"], run.dtype, reference.bf16_residual,
              *((pair.prompt, pair.chosen, pair.rejected) for pair in pairs)]
     key, path = hashlib.sha256(repr(facts).encode()).hexdigest(), run.out_dir / CACHE
-    rows = None  # a list of N pairs of numbers
+    rows = None
     if run.launch.is_master and path.exists():
         try:
             with safe_open(path, framework="pt") as file:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # a target ignored by the loss
 # Rows of logits held at a time by the eager loss. 512 x 50257 bfloat16 is 51 MB, beyond which a CPU
@@ -145,6 +146,7 @@ class RowCrossEntropy(torch.autograd.Function):
         return row_losses(x, weight, targets)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_losses):
         _, grad_x, grad_weight = loss_and_gradients(*ctx.saved_tensors, grad_losses)
         return grad_x, grad_weight, None

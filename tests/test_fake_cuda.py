@@ -12,12 +12,14 @@ from helpers.generation import LONG, SAMPLING_OPTIONS
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
 
 import inference
+from dpo import DPOConfig, collate_pairs, figure_sums
 from finetune import collate
 from inference import DecodingBatch, KVCache
 from minigpt2.distributed import autocast
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import make_optimizer, set_lr
+from minigpt2.preferences import Pair
 from minigpt2.resume import CheckpointWriter
 from minigpt2.sampling import SamplingParams
 from model import GPT, GPTConfig
@@ -82,6 +84,22 @@ def test_the_loss_of_fine_tuning_does_not_wait_for_the_gpu(device, dtype):
     assert loss.device == device
     with pytest.raises(DynamicOutputShapeException):  # this is how such a place fails
         inputs[targets != IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_pairs", [0, 2])  # of a rank without pairs, and of others
+def test_the_loss_of_dpo_does_not_wait_for_the_gpu(device, dtype, num_pairs, monkeypatch):
+    monkeypatch.setattr("dpo.to_device", torch.Tensor.to)  # pinned memory cannot be fake
+    model = new_model(device)
+    pairs = [Pair(str(i), "", "", [1] * i, [2] * i, [3, 4]) for i in (1, 2)][:num_pairs]
+    inputs, targets = (tensor.to(device) for tensor in collate_pairs(pairs, 32, CPU_LAUNCH.device))
+    with autocast(device, dtype):
+        _, losses = model(inputs, targets, reduction="none", return_logits=False)
+    logprobs = -losses.sum(1)[: 2 * num_pairs].view(-1, 2)
+    figures = figure_sums(logprobs, pairs, {"1": [-1.0, -2.0], "2": [-1.0, -2.0]}, DPOConfig())
+    backward(figures[0])
+    assert figures.device == device and figures.dtype == torch.float32
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
