@@ -79,8 +79,8 @@ class TuningConfig(RunConfig):
                               minimum=1)
     keep_last: int = flag(3, "newest checkpoints to keep, plus the one with the lowest "
                              "validation loss; 0: all", minimum=0)
-    compile: bool | None = flag(False, "torch.compile the training step (off by default: it takes "
-                                       "minutes, and rows differ in length)")
+    compile: bool | None = flag(False, "torch.compile the training step, once per shape (off by "
+                                       "default: slower on a CPU, not measured on a GPU)")
 
 
 class Run:
@@ -146,8 +146,7 @@ class Run:
             self.saved = None  # free it: the moments are twice the size of the weights
         compiled = distributed.should_compile(config.compile, launch)
         if compiled:
-            # In place: parameter names stay as they are. Rows of 26 lengths compile one by one.
-            model.compile(dynamic=False, recompile_limit=64)
+            model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
         if config.micro_batch_size == "auto":
             ranks = launch.world_size if self.shard_optimizer else 1
