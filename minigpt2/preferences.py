@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
+from operator import itemgetter
 
 from minigpt2.config import UserError
 from minigpt2.tokenizer import encode_example
@@ -98,8 +100,10 @@ def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: 
     """The pair of a row with a question, or why it is left out."""
     if cut:
         chosen, rejected = cut_response(chosen), cut_response(rejected)
-    if reason := unusable(chosen, rejected):
-        return reason
+    if not (chosen.strip() and rejected.strip()):
+        return EMPTY
+    if chosen.strip() == rejected.strip():
+        return EQUAL
     prompt, first = encode_example(instruction, input, chosen)
     return Pair(place, instruction, input, prompt, first,
                 encode_example(instruction, input, rejected)[1])
@@ -132,23 +136,10 @@ def transcript_pair(place: str, chosen: str, rejected: str, cut: bool) -> Pair |
 def transcript_turns(text: str) -> list[tuple[str, str]]:
     """The turns of a transcript as (question, answer), the last with an empty answer. Turns of one
     speaker in a row, of which hh-rlhf has a few, are joined."""
-    turns: list[tuple[str, str]] = []
     _, *parts = SPEAKER.split(text)
-    for speaker, said in zip(parts[::2], map(str.strip, parts[1::2]), strict=True):
-        if speaker == "Human" and (not turns or turns[-1][1]):
-            turns.append((said, ""))
-        else:
-            question, answer = turns.pop()
-            joined = "\n\n".join(filter(None, (question if speaker == "Human" else answer, said)))
-            turns.append((joined, answer) if speaker == "Human" else (question, joined))
-    return turns
-
-
-def unusable(chosen: str, rejected: str) -> str | None:
-    """Why two responses are no preference, or None."""
-    if not (chosen.strip() and rejected.strip()):
-        return EMPTY
-    return EQUAL if chosen.strip() == rejected.strip() else None
+    texts = ["\n\n".join(filter(None, (said.strip() for _, said in turns)))
+             for _, turns in groupby(zip(parts[::2], parts[1::2], strict=True), itemgetter(0))]
+    return list(zip_longest(texts[::2], texts[1::2], fillvalue=""))
 
 
 def sequences(pairs: Sequence[Pair]) -> list[list[int]]:

@@ -250,6 +250,9 @@ def test_the_gradient_does_not_depend_on_micro_batches_and_ranks(base, tmp_path,
         ranks = Ranks(world_size, "reward", argv, folder / "log", save_gradients=folder)
         assert ranks.wait() == [0] * world_size, ranks.output()
         found[folder] = gradients(folder)
+    logged = [[read_log(folder / "out" / "metrics.jsonl")["train"][0][name]
+               for name in ("loss", "accuracy", "margin", "grad_norm")] for folder in found]
+    assert all(row == pytest.approx(logged[0], abs=1e-6) for row in logged)
     first, *others = found.values()
     assert sum(g.square().sum() for g in first) > 1e-4
     for other in others:
