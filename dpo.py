@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -188,15 +189,14 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
                         micro_batch_sizes=[B], sequence_length=block_size)
     launch.print0(f"{summary}; {split_summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} "
                   f"pairs, {B} per micro-step")
-    lengths = [pair.num_tokens for pair in train_pairs]
-    epoch = islice(row_batches(train_pairs, lengths, num_pairs, config.seed, 0), steps_per_epoch)
-    batches = row_batches(train_pairs, lengths, num_pairs, config.seed, run.step)
+    epoch, batches = (row_batches(train_pairs, attrgetter("num_tokens"), num_pairs, config.seed,
+                                  step) for step in (0, run.step))
 
     with run:
         # 3. The reference, once. It sees the batches of the first epoch and of validation: a CPU
         # then gives the policy of step 0 the same log-probabilities, bit for bit
         run.pause_clock()
-        ref = reference_logprobs(reference, [*epoch, val_pairs], run)
+        ref = reference_logprobs(reference, [*islice(epoch, steps_per_epoch), val_pairs], run)
         run.stopping = ref is None  # a signal came
         del reference  # of a resumed run, it is not needed any more
 

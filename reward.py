@@ -15,6 +15,7 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                         milestones=range(steps_per_epoch, max_steps, steps_per_epoch))
     launch.print0(f"{summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} pairs, {B} per "
                   "micro-step")
-    batches = row_batches(train_pairs, [pair.num_tokens for pair in train_pairs], num_pairs,
-                          config.seed, run.step)
+    batches = row_batches(train_pairs, attrgetter("num_tokens"), num_pairs, config.seed, run.step)
     recent = deque(maxlen=1 + run.steps_late)  # the last batches; the host reads a loss late
 
     # 3. The loop

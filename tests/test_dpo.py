@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -169,8 +170,7 @@ def test_figures_equal_those_computed_row_by_row(base, rows_file, tmp_path, chan
     train(config, CPU_LAUNCH)
     policy, reference = load_model(tmp_path / "out" / "step_000001"), load_model(base)
     train_pairs, val_pairs, _ = split_pairs(pairs_of(rows_file), 0.1)
-    lengths = [pair.num_tokens for pair in train_pairs]
-    batches = dpo.row_batches(train_pairs, lengths, 8, config.seed, 1)
+    batches = dpo.row_batches(train_pairs, attrgetter("num_tokens"), 8, config.seed, 1)
     for pairs, record in ((next(batches), records(tmp_path / "out")[1]),
                           (val_pairs, records(tmp_path / "out", "val")[1])):
         scores = torch.tensor([[[single_logprob(model, pair.prompt, response)
