@@ -217,7 +217,7 @@ def test_the_first_loss_equals_one_computed_row_by_row(base, pairs_file, tmp_pat
     train(config, CPU_LAUNCH)
     model = RewardModel.from_language_model(load_model(base), config.seed)
     pairs = reward.read_splits(config, 128)[0]
-    pairs = next(row_batches(pairs, [pair.num_tokens for pair in pairs], 8, config.seed, 0))
+    pairs = next(row_batches(pairs, lambda pair: pair.num_tokens, 8, config.seed, 0))
     margins = [(model(torch.tensor([pair.prompt + pair.chosen]), torch.ones(
         1, len(pair.prompt + pair.chosen)).long()) - model(torch.tensor(
             [pair.prompt + pair.rejected]), torch.ones(
