@@ -128,7 +128,7 @@ def bench_dpo(config: BenchDPOConfig) -> None:
     seconds = {name: statistics.median(timing.results[1:]) for name, timing in timings.items()}
     tokens = sum(map(len, sequences(pairs)))
     for name, timing in timings.items():
-        record(config, "dpo epoch", name=name, seconds=seconds[name], pairs=len(pairs),
+        record(config, "dpo epoch", system=name, seconds=seconds[name], pairs=len(pairs),
                tokens=tokens, tokens_per_s=tokens / seconds[name],
                all_seconds=[round(value, 3) for value in timing.results[1:]],
                peak_mb=timing.peak / 2**20, parameters=model.num_parameters())
