@@ -99,7 +99,7 @@ def test_the_loss_of_dpo_equals_trls(checkpoint, pairs, tmp_path, beta):
     loss, accuracy, *_ = (figure_sums(logprobs, pairs, ref, DPOConfig(beta=beta)) / PAIRS).tolist()
     assert len(pairs) == PAIRS and abs(loss - 0.6931) > 5e-3  # the policy has moved
     assert loss == pytest.approx(sum(expected) / 8, abs=1e-5)
-    metrics = trainer._metrics["train"]
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
     assert accuracy == pytest.approx(sum(metrics["rewards/accuracies"]) / 8, abs=1e-6)
 
 
@@ -122,4 +122,4 @@ def test_scores_and_loss_of_a_reward_model_equal_trls(checkpoint, pairs, tmp_pat
     theirs = outputs.logits[:, 0].double().view(2, -1)  # (2, R)
     assert torch.allclose(scores.view(-1, 2).t(), theirs, rtol=0, atol=1e-5)
     loss = preference_loss(scores[::2] - scores[1::2]).mean().item()
-    assert loss == pytest.approx(expected.item(), abs=1e-5) and scores.std() > 0.1
+    assert loss == pytest.approx(expected.item(), abs=1e-5) and scores.std() > 0.05
