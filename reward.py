@@ -85,9 +85,8 @@ def read_splits(config: RewardConfig, block_size: int) -> tuple[list[Pair], list
 
 
 def pair_margins(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.Tensor | None:
-    """The margins (R,) float64 of R pairs, on every rank: score of the chosen response minus that
-    of the rejected one. None after a signal. Raises UserError naming a pair whose score is not
-    finite."""
+    """The margins (R,) float64 of R pairs: score of the chosen minus score of the rejected. None
+    after a signal. Raises UserError naming a pair whose score is not finite."""
     scores = score_rows(model, sequences(pairs), [pair.place for pair in pairs for _ in range(2)],
                         run.launch, run.dtype, 2 * run.micro_batch_size, run.stop.requested)
     return None if scores is None else scores[::2] - scores[1::2]
@@ -180,8 +179,7 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
     because normalization has changed the margins."""
     path, launch = run.out_dir / REPORT, run.launch
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    is_new = report.get("loss") != run.state.val_loss
-    if is_new:
+    if is_new := report.get("loss") != run.state.val_loss:
         report = make_report(model, train_pairs, val_pairs, run)
     samples = sample_responses(config, train_pairs, run)
     scores = None if samples is None else score_rows(
