@@ -10,15 +10,8 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH
 
-from evaluate import (
-    choice_figures,
-    hellaswag,
-    hellaswag_harness,
-    lambada,
-    last_word_figures,
-    read_questions,
-    score,
-)
+from dataloader import read_rows
+from minigpt2.benchmarks import RENDERERS, choice_figures, last_word_figures, make_questions, score
 from minigpt2.checkpoint import load_model, save_checkpoint
 from model import GPT, GPTConfig
 
@@ -113,10 +106,10 @@ def test_scores_and_accuracies_equal_the_harness(checkpoint, tmp_path, monkeypat
     metrics, expected = harness_results(checkpoint, task, path)
 
     model = load_model(checkpoint)
-    render = {"hellaswag": hellaswag, "hellaswag_harness": hellaswag_harness, "lambada": lambada}
-    questions = read_questions(own_path, render[task], None, model.config.block_size)
+    questions = make_questions(own_path, read_rows(own_path), RENDERERS[task],
+                               model.config.block_size)
     pairs = [pair for question in questions for pair in question.pairs]
-    scores = score(model, pairs, CPU_LAUNCH, torch.float32, 8192, task)
+    scores = score(model, pairs, CPU_LAUNCH, torch.float32)
     assert scores[:, 0].tolist() == pytest.approx(expected, abs=1e-3)
     if task == "lambada":
         figures = last_word_figures(scores)
