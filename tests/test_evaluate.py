@@ -8,7 +8,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH, main_error, make_corpus, user_error, write_shard
+from helpers.common import (
+    CPU_LAUNCH,
+    STORIES,
+    main_error,
+    make_corpus,
+    user_error,
+    write_rows,
+    write_shard,
+)
 from helpers.hub_server import run_module, serve
 from helpers.ranks import Ranks
 
@@ -32,11 +40,6 @@ from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=16)
-STORIES = [{"ctx": f"The {a} went to the {b}. There it", "label": str(i % 4), "ind": i,
-            "endings": [f"slept{' very' * n} well.", "ate a fish and a loaf of bread.", "sang.",
-                        f"met {i} other animals, all of them older."]}
-           for i, (a, b, n) in enumerate((a, b, n) for a in ("cat", "old dog") for b in
-                                         ("forest", "sea") for n in range(4))]
 PASSAGES = [{"text": f"She had {n} apples{' and pears' * n} and gave them to {name}"}
             for n in range(5) for name in ("John", "Maximiliana", "the\nking")]
 
@@ -45,11 +48,6 @@ PASSAGES = [{"text": f"She had {n} apples{' and pears' * n} and gave them to {na
 def model():
     torch.manual_seed(0)
     return GPT(SIZES).eval()
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def pairs_of(questions: list[Question]) -> list:
