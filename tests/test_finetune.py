@@ -1,5 +1,6 @@
 import itertools
 import json
+import operator
 import re
 import signal
 import sys
@@ -176,7 +177,7 @@ def first_batch(rows_file) -> list:
     """The rows of step 0 of `tiny`."""
     keys, examples, _ = make_examples(read_turns(rows_file), 128)
     rows = [examples[i] for i in split_rows(keys, 0.1)[0]]
-    return next(row_batches(rows, list(map(num_inputs, rows)), 8, 1337, 0))
+    return next(row_batches(rows, num_inputs, 8, 1337, 0))
 
 
 def test_the_example_that_is_printed():
@@ -257,7 +258,8 @@ def test_a_prompt_of_a_large_share_of_the_rows_is_split_by_response():
 def test_every_epoch_visits_each_row_once_in_a_new_order():
     lengths = np.random.RandomState(0).randint(1, 300, 500).tolist()
     rows = list(zip(lengths, range(500), strict=True))
-    batches = row_batches(rows, lengths, 7, 1, 0)
+    first = operator.itemgetter(0)
+    batches = row_batches(rows, first, 7, 1, 0)
     epochs = [[next(batches) for _ in range(72)] for _ in range(3)]
     for epoch in epochs:
         assert list(map(len, epoch)) == [7] * 71 + [3] and sorted(sum(epoch, [])) == sorted(rows)
@@ -267,9 +269,9 @@ def test_every_epoch_visits_each_row_once_in_a_new_order():
     assert len({str(sorted(map(sorted, epoch))) for epoch in epochs}) == 3  # other steps, too
     assert len({padded_length(epoch[-1][0][0]) for epoch in epochs}) > 1
     for step in (0, 1, 71, 72, 100, 143, 144):  # a pure function of (seed, step)
-        assert next(row_batches(rows, lengths, 7, 1, step)) == sum(epochs, [])[step]
-    assert next(row_batches(rows, lengths, 7, 2, 0)) != epochs[0][0]
-    assert sorted(next(row_batches(rows, lengths, 500, 1, 3))) == sorted(rows)
+        assert next(row_batches(rows, first, 7, 1, step)) == sum(epochs, [])[step]
+    assert next(row_batches(rows, first, 7, 2, 0)) != epochs[0][0]
+    assert sorted(next(row_batches(rows, first, 500, 1, 3))) == sorted(rows)
 
 
 def test_rows_are_padded_to_few_lengths():
@@ -306,7 +308,7 @@ def test_an_epoch_has_little_padding_and_few_shapes(micro_batch_size, world_size
     rows = alpaca_like(10_000)
     lengths = list(map(num_inputs, rows))
     assert 90 < np.median(lengths) < 115 and max(lengths) == 1024
-    epoch = list(itertools.islice(row_batches(rows, lengths, 64, 0, 0), 157))
+    epoch = list(itertools.islice(row_batches(rows, num_inputs, 64, 0, 0), 157))
     shapes, valid = [], np.zeros(world_size)
     for rank in range(world_size):
         launch, shapes_of_rank = Launch(rank, world_size, torch.device("cpu")), []
@@ -321,7 +323,7 @@ def test_an_epoch_has_little_padding_and_few_shapes(micro_batch_size, world_size
     computed = world_size * sum(B * T for B, T in shapes[0])
     padding = 1 - sum(lengths) / computed
     assert padding < 0.1 and 12 < len(set(shapes[0])) <= 26
-    assert measure_padding(epoch, micro_batch_size, 1024, world_size) == (
+    assert measure_padding(epoch, micro_batch_size, 1024, launch) == (
         f"padding {padding:.1%} of the tokens, {len(set(shapes[0]))} shapes")
 
 
