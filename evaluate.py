@@ -223,8 +223,8 @@ def parse_tasks(config: EvaluateConfig) -> dict[str, Path | None]:
     return tasks
 
 
-def evaluate(name: str, config: EvaluateConfig, tasks: dict[str, Path | None],
-             launch: Launch) -> dict[str, dict[str, float]]:
+def evaluate_checkpoint(name: str, config: EvaluateConfig, tasks: dict[str, Path | None],
+                        launch: Launch) -> dict[str, dict[str, float]]:
     """The figures of a checkpoint in every task, `answers` last; those of a local checkpoint are
     also written to its folder."""
     folder, is_local = find_checkpoint(name), Path(name).exists()
@@ -312,7 +312,7 @@ def main() -> None:
             return
         tasks, results = parse_tasks(config), {}
         for name in config.checkpoints:
-            results[name] = evaluate(name, config, tasks, launch)
+            results[name] = evaluate_checkpoint(name, config, tasks, launch)
             if published := PUBLISHED.get(name.removeprefix("openai-community/")):
                 manifest = read_manifest(Path(config.data_dir)) if "val" in tasks else {}
                 corpus = manifest.get("source", {}).get("name")

@@ -524,6 +524,7 @@ def test_hellaswag_is_scored_at_its_interval_and_at_the_end(corpus, tmp_path, fi
     assert [record["rows"] for record in scores_of(tmp_path / "few").values()] == [5, 5]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_scores_after_its_checkpoint_only(corpus, tmp_path):
     """Checkpoint 6 was saved after its weights were scored. TensorBoard shows each step once."""
     options = {"save_interval": 3, "tensorboard": True, "keep_last": 0}
@@ -668,7 +669,8 @@ def test_only_the_training_step_is_compiled_and_only_once(corpus, tmp_path, fini
                                                           monkeypatch):
     """Validations with batches of other shapes, HellaSwag and samples compile nothing."""
     counter, real = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=counter))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(
+        self, backend=counter, **options))
     train(scored(corpus, tmp_path / "compiled", compile=True, sample_steps=2), CPU_LAUNCH)
     assert counter.frame_count == 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(finished_run), abs=1e-5)
@@ -696,7 +698,8 @@ def test_no_step_waits_for_the_device(optimizer, corpus, tmp_path, monkeypatch):
 
     real_finish, real_compile = run.Run.finish_step, torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda self: real_compile(self, backend=CompileCounter()))
+                        lambda self, **options: real_compile(
+                            self, backend=CompileCounter(), **options))
     monkeypatch.setattr(run.Run, "finish_step", finish_step)
     for name in (*SYNCHRONIZING, "numpy"):
         counted(torch.Tensor, name)
