@@ -156,9 +156,9 @@ def test_rows_without_an_answer_are_left_out(output):
 
 def test_training_on_the_prompt_adds_its_tokens_and_changes_no_validation(base, rows_file, tmp_path,
                                                                           capsys):
-    train(tiny(base, rows_file, tmp_path / "a"), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "a", epochs=1), CPU_LAUNCH)
     assert "### Response:\n[[yes" in capsys.readouterr().out
-    train(tiny(base, rows_file, tmp_path / "b", train_on_prompt=True), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "b", epochs=1, train_on_prompt=True), CPU_LAUNCH)
     assert "Below[[ is an instruction" in capsys.readouterr().out
     model, total, count = load_model(base), 0.0, 0
     for example in first_batch(rows_file):
@@ -422,6 +422,7 @@ def assert_saved_gradients(path, expected: list) -> None:
         assert (ours - reference).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_any_micro_batch_of_16_rows_gives_the_same_gradient(sixteen, tmp_path, monkeypatch):
     argv, expected = sixteen
     for size in (1, 2, 4, 8, 16):
@@ -778,8 +779,8 @@ def test_resume_refuses_a_run_of_a_version_with_another_order(base, rows_file, t
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "Run", lambda *given, row_order, facts=facts, **options: Run(
                 *given, **facts, **options))
-            train(tiny(base, rows_file, tmp_path / name), CPU_LAUNCH)
-        again = tiny(base, rows_file, tmp_path / name, resume=True)
+            train(tiny(base, rows_file, tmp_path / name, epochs=1), CPU_LAUNCH)
+        again = tiny(base, rows_file, tmp_path / name, epochs=1, resume=True)
         assert "rows in another order" in user_error(train, again, CPU_LAUNCH)
 
 
