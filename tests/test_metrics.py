@@ -380,6 +380,17 @@ def test_graph_shows_the_logged_values(tmp_path, monkeypatch):
     assert {line.get_color() for line in loss.lines} == {"C0", "C1"}
 
 
+def test_graph_shows_hellaswag_if_it_was_scored(tmp_path, monkeypatch):
+    path = write_log(tmp_path / "log.jsonl", [
+        (0, "train", {"loss": 5.0, "lr": 0.5, "grad_norm": 1.0}),
+        *((step, "hellaswag", {"accuracy_per_token": 0.25 + step}) for step in (0, 4))])
+    figure = draw_and_capture(monkeypatch, [("", path)], tmp_path / "x.png", "")
+    _, hellaswag, lr, grad_norm = figure.axes
+    assert list(lines_of(hellaswag).values()) == [([0, 4], [0.25, 4.25])]
+    assert [axes.get_ylabel() for axes in (hellaswag, lr, grad_norm)] == [
+        "HellaSwag", "learning rate", "gradient norm"]
+
+
 @pytest.mark.parametrize("names", [["_a", "__b"], ["_nolegend_", "b"], ["_", ""], ["a"], ["_a"]])
 def test_every_run_is_in_the_legend(names, tmp_path, monkeypatch):
     path = write_log(tmp_path / "log.jsonl", [(0, "val", {"loss": 2.5}), (1, "train", {"loss": 2})])
