@@ -13,7 +13,6 @@ flush to disk: when a unit of the source is done, and about once a second.
 
 import contextlib
 import copy
-import functools
 import itertools
 import multiprocessing
 import os
@@ -39,7 +38,6 @@ from pretrain_data.documents import EOT_TEXT, Part, Source
 COMMIT_SECONDS = 1.0  # a killed build loses at most this much work and one part
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
 CURSOR = ("documents", "tokens", "outcomes", "position", "open_start")  # in a build's record
-CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
@@ -49,7 +47,7 @@ OUTCOMES = {"empty": "had no text and were skipped",
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
                  shard_tokens: int, max_tokens: int | None = None, workers: int = 1,
-                 encoder: str = "tiktoken", file_counts: dict | None = None) -> dict:
+                 file_counts: dict | None = None) -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
     `description` identifies the documents; a folder with another one in its manifest is refused.
@@ -68,13 +66,13 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
         if (out_dir / shards.MANIFEST).exists():
             manifest = shards.read_manifest(out_dir)
             check_same_corpus(out_dir, manifest, settings, max_tokens)
-            rebuild_missing_shards(open_source, out_dir, manifest, workers, encoder)
+            rebuild_missing_shards(open_source, out_dir, manifest, workers)
             if manifest["max_tokens"] == max_tokens:
                 return manifest
             reopen(out_dir, manifest)
         record = load_progress(out_dir, settings, max_tokens)
         record |= {"files": file_counts} if file_counts else {}
-        return write_shards(open_source(), out_dir, name, record, workers, encoder)
+        return write_shards(open_source(), out_dir, name, record, workers)
 
 
 def check_same_corpus(out_dir: Path, record: dict, settings: dict, max_tokens: int | None) -> None:
@@ -133,8 +131,7 @@ def load_progress(out_dir: Path, settings: dict, max_tokens: int | None) -> dict
     return record | progress | {"max_tokens": max_tokens}
 
 
-def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int,
-                 encoder: str) -> dict:
+def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int) -> dict:
     """Writes the shards that are missing, then the manifest, and returns it."""
     writer, tokens_before = shards.ShardWriter(out_dir, name, record), record["tokens"]
     limit = record["max_tokens"] or sys.maxsize
@@ -145,7 +142,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     position = shards.Position(**record["position"])
     outcomes = record["outcomes"] = Counter(record["outcomes"])
     with (forget_damaged_file(writer),
-          contextlib.closing(token_stream(source, position, workers, encoder)) as stream,
+          contextlib.closing(token_stream(source, position, workers)) as stream,
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         for start, tokens, part_outcomes, file in stream:
             unit_done = start.unit > position.unit
@@ -207,15 +204,14 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, position: shards.Position, workers: int, encoder: str,
+def token_stream(source: Source, position: shards.Position, workers: int,
                  ) -> Iterator[tuple[shards.Position, np.ndarray, Counter, str | None]]:
     """Yields (start, tokens, outcomes, name of a file that starts here) for each part from
     `position` on, and after each unit the start of the next one with no tokens."""
-    tokenize = functools.partial(tokenize_part, encoder=encoder)
     with worker_map(workers) as ordered_map:
         while position.unit < source.num_units:
             parts = itertools.islice(source.open_unit(position.unit), position.part, None)
-            for tokens, outcomes, file in ordered_map(tokenize, parts):
+            for tokens, outcomes, file in ordered_map(tokenize_part, parts):
                 yield position, tokens[position.tokens :], outcomes, file
                 position = shards.Position(position.unit, position.part + 1)
             position = shards.Position(position.unit + 1)
@@ -256,7 +252,7 @@ def exit_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, str | None]:
+def tokenize_part(part: Part) -> tuple[np.ndarray, Counter, str | None]:
     """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.starts)."""
     eot = np.array([EOT_TOKEN], dtype=np.uint32)
     arrays, outcomes = [eot[:0]], Counter()
@@ -267,14 +263,10 @@ def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, str | 
             continue
         valid = repair(text)
         try:
-            tokens = encode_to_array(valid, encoder)
+            tokens = encode_to_array(valid)
         except ValueError:  # tiktoken's regular expression failed: skip this document only
             outcomes["failed"] += 1
             continue
-        if (encoder != "tiktoken" and number % CHECK_EVERY == 0
-                and not np.array_equal(tokens, encode_to_array(valid))):
-            raise UserError(f"--encoder {encoder} and tiktoken give different ids for the document "
-                            f"{text[:60]!r}: omit the flag, and delete the shards written with it")
         outcomes["repaired"] += valid != text
         outcomes["cut"] += len(cut_runs(valid)) > 1
         outcomes["marked"] += EOT_TEXT in valid
@@ -289,7 +281,7 @@ def default_workers() -> int:
 
 
 def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
-                           workers: int, encoder: str) -> None:
+                           workers: int) -> None:
     """Rebuilds the shards of a finished folder that are missing or have another size. Raises
     UserError if their checksums differ from the manifest's."""
     missing = [shard for shard in manifest["shards"]
@@ -299,7 +291,7 @@ def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, man
     for shard in missing:
         path, remaining = out_dir / shard["file"], shard["tokens"]
         print(f"{path} is missing or damaged: rebuilding it", flush=True)
-        stream = token_stream(source, shards.Position(**shard["start"]), workers, encoder)
+        stream = token_stream(source, shards.Position(**shard["start"]), workers)
         with contextlib.closing(stream), atomic_write(path) as file:
             file.write(shards.shard_header(shard["tokens"]))
             while remaining and (item := next(stream, None)):

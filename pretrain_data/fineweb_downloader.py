@@ -18,7 +18,6 @@ import pathlib
 import shutil
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -42,9 +41,6 @@ class FineWebConfig:
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
     workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
-    encoder: Literal["tiktoken", "gigatoken"] = flag(
-        "tiktoken", "gigatoken (pip install gigatoken) gives the same ids faster; every 100th "
-                    "document is checked")
     files: str | None = flag(None, "read local files: a quoted glob or a folder", is_path=True)
     split_eot: bool = flag(False, "split .txt files into documents at <|endoftext|>")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
@@ -94,7 +90,7 @@ def main() -> None:
         open_source = functools.partial(hub_source, repo, commit, scratch, retry)
     write_corpus(description, open_source, out_dir, name=name, shard_tokens=config.shard_tokens,
                  max_tokens=config.max_tokens, workers=config.workers or default_workers(),
-                 encoder=config.encoder, file_counts=counts)
+                 file_counts=counts)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
