@@ -6,13 +6,11 @@ Each document becomes <|endoftext|> followed by its tokens. The token stream is 
 `shard_tokens` tokens; the first shard is the validation split, the others are for training. Parts
 are written in the order of the source: the shards are byte-identical for any number of workers.
 
-A folder is unfinished until it has a `manifest.json`. Its `progress.json` says which tokens are
-safely on disk, and a killed build resumes from there. It is written between two parts, after a
-flush to disk: when a unit of the source is done, and about once a second.
+A folder is unfinished until it has a `manifest.json`. Until then its record is `progress.json`,
+written after each shard: a killed build resumes at the first token of its incomplete shard.
 """
 
 import contextlib
-import copy
 import itertools
 import multiprocessing
 import os
@@ -27,17 +25,16 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from minigpt2 import shards
 from minigpt2.config import UserError
-from minigpt2.files import atomic_write, folder_lock, sha256_of, sync_folder
+from minigpt2.files import folder_lock, sha256_of
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
 from pretrain_data.documents import EOT_TEXT, Part, Source
 
-COMMIT_SECONDS = 1.0  # a killed build loses at most this much work and one part
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
-CURSOR = ("documents", "tokens", "outcomes", "position", "open_start")  # in a build's record
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
@@ -92,99 +89,114 @@ def changed_files(old: dict | None, new: dict) -> str:
     """The local files in which two sources differ, "" if there are none."""
     old, new = (old or {}).get("files", {}), new.get("files", {})
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    changes = [name + (" is new" if name not in old else " is missing" if name not in new
-                       else " has changed") for name in names[:3]]
-    more = [f"{len(names) - 3:,} more"] if len(names) > 3 else []
-    return ", ".join(changes + more) if old else ""
+    return f"{len(names):,} changed files: {', '.join(names[:3])}" if old and names else ""
 
 
 def reopen(out_dir: Path, manifest: dict) -> None:
-    """Turns a finished folder into an unfinished one that can be resumed."""
-    *complete, last = manifest["shards"]
-    path = out_dir / last["file"]
-    if sha256_of(path) != last["sha256"]:
+    """Makes a finished folder unfinished, so that it can be extended."""
+    last = manifest["shards"][-1]
+    if sha256_of(path := out_dir / last["file"]) != last["sha256"]:
         raise UserError(f"{path} is damaged, so it cannot be extended: rm -f {path} and run again "
                         "to rebuild it")
-    if last["tokens"] == manifest["shard_tokens"]:
-        complete.append(last)
-    record = manifest | {"shards": complete, "open_start": last["start"]}
-    shards.write_record(out_dir / shards.PROGRESS, record)
-    (out_dir / shards.MANIFEST).unlink()  # a build killed just before this line runs `reopen` again
-    sync_folder(out_dir)
+    os.replace(out_dir / shards.MANIFEST, out_dir / shards.PROGRESS)
 
 
 def load_progress(out_dir: Path, settings: dict, max_tokens: int | None) -> dict:
-    """The record of an unfinished build, or a new one. Raises UserError if the source has changed.
-    A file that stopped the build may have: the record holds nothing of it."""
-    record = settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0,
-                         "outcomes": dict.fromkeys(OUTCOMES, 0),
-                         "position": shards.Position()._asdict(), "shards": [], "open_start": None}
+    """The record of an unfinished build, or a new one. Raises UserError if the source has changed;
+    only local files that no complete shard has tokens of may have."""
     if not (out_dir / shards.PROGRESS).exists():
-        return record
+        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0,
+                           "outcomes": dict.fromkeys(OUTCOMES, 0),
+                           "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": []}
     progress = shards.read_record(out_dir / shards.PROGRESS)
-    damaged, files = progress.pop("damaged", None), settings["source"].get("files", {})
-    if damaged in files:
-        progress["source"]["files"][damaged] = files[damaged]
+    if "open_start" in progress:
+        raise UserError(f"{out_dir} was begun by an older version of this script and cannot be "
+                        f"resumed: rm -r {out_dir} and run again")
+    old, new = (record.get("source", {}).get("files", {}) for record in (progress, settings))
+    for file in list(old)[progress.get("files_read", len(old)) :]:
+        old[file] = new.get(file, old[file])
     check_same_corpus(out_dir, progress, settings, max_tokens)
-    print(f"{out_dir}: resuming after {progress['tokens']:,} tokens"
-          + (f" and reading {damaged} anew" if damaged else ""), flush=True)
-    return record | progress | {"max_tokens": max_tokens}
+    print(f"{out_dir}: resuming after {progress['tokens']:,} tokens", flush=True)
+    return progress | {"max_tokens": max_tokens}
 
 
 def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int) -> dict:
-    """Writes the shards that are missing, then the manifest, and returns it."""
-    writer, tokens_before = shards.ShardWriter(out_dir, name, record), record["tokens"]
-    limit = record["max_tokens"] or sys.maxsize
+    """Writes the shards that are missing, then the manifest, and returns it. Raises UserError, and
+    deletes what was written, if there is no training shard."""
+    limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
-    writer.commit()
-    t0 = committed = time.monotonic()
-    position = shards.Position(**record["position"])
-    outcomes = record["outcomes"] = Counter(record["outcomes"])
-    with (forget_damaged_file(writer),
-          contextlib.closing(token_stream(source, position, workers)) as stream,
+    shards.write_record(out_dir / shards.PROGRESS, record)
+    t0, reader = time.monotonic(), TokenReader(source, record, workers)
+    with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
-        for start, tokens, part_outcomes, file in stream:
-            unit_done = start.unit > position.unit
-            record["position"] = start._asdict()
-            if unit_done or time.monotonic() - committed > COMMIT_SECONDS:
-                writer.commit()
-                committed = time.monotonic()
-            if unit_done:
-                source.release_unit(position.unit)
-            position = start
-            if file is not None and not start.tokens:
-                record["file_start"] = {
-                    "file": file, "num_shards": len(record["shards"]),
-                    "cursor": {key: copy.copy(record[key]) for key in CURSOR}}
-            tokens = tokens[: limit - record["tokens"]]
-            writer.add(tokens, start)
-            bar.update(len(tokens))
-            if record["tokens"] == limit:
-                break
-            outcomes.update(part_outcomes)
-    manifest = writer.finish()
-    report(out_dir, manifest, manifest["tokens"] - tokens_before, time.monotonic() - t0)
-    return manifest
+        while record["tokens"] < limit and reader.has_next():
+            write_next_shard(reader, out_dir, name, limit, bar)
+            shards.write_record(out_dir / shards.PROGRESS, record)
+    if len(record["shards"]) < 2:
+        for file in (shards.PROGRESS, *(shard["file"] for shard in record["shards"])):
+            (out_dir / file).unlink()
+        tokens = record["tokens"]
+        raise UserError("the source has no text: nothing to write" if tokens <= 1 else
+                        f"all {tokens:,} tokens fit into the first shard, which is for "
+                        f"validation: lower --shard-tokens, e.g. to {shards.good_size(tokens)}")
+    record.pop("files_read", None)
+    shards.write_record(out_dir / shards.PROGRESS, record)
+    os.replace(out_dir / shards.PROGRESS, out_dir / shards.MANIFEST)
+    report(out_dir, record, record["tokens"] - tokens_before, time.monotonic() - t0)
+    return record
 
 
-@contextlib.contextmanager
-def forget_damaged_file(writer: shards.ShardWriter) -> Iterator[None]:
-    """If a local file cannot be read, drops the tokens of that file and notes its name: the next
-    run may find it repaired, and resumes with nothing of the damaged version."""
-    try:
-        yield
-    except UserError as error:
-        record, start = writer.record, writer.record.get("file_start")
-        order = list(record["source"].get("files", ()))
-        if (damaged := getattr(error, "file", None)) in order:  # local_files.py sets it
-            begun = order.index(start["file"]) if start else len(order) if record["tokens"] else 0
-            if order.index(damaged) >= begun:
-                record["damaged"] = damaged
-            if start and start["file"] == damaged:
-                writer.roll_back(start["cursor"], start["num_shards"])
-            writer.commit()
-        raise
+def write_next_shard(reader: "TokenReader", out_dir: Path, name: str, limit: int,
+                     bar: tqdm) -> None:
+    """Writes one more shard and enters it in the record. A last shard that is short, because the
+    build had a smaller max_tokens, is completed instead."""
+    record, written = reader.record, reader.record["shards"]
+    begun, start = np.empty(0, shards.TOKEN_DTYPE), record["position"]
+    if written and written[-1]["tokens"] < record["shard_tokens"]:
+        last = written.pop()  # its file is already longer if the build was killed right here
+        begun = np.array(shards.open_shard(out_dir / last["file"])[: last["tokens"]])
+        start = last["start"]
+    split = "train" if written else "val"
+    path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
+    chunks = reader.take(min(record["shard_tokens"] - len(begun), limit - record["tokens"]), bar)
+    tokens, sha256 = shards.write_shard(path, itertools.chain([begun], chunks))
+    written.append({"file": path.name, "split": split, "tokens": tokens, "sha256": sha256,
+                    "start": start})
+
+
+class TokenReader:
+    """Reads the tokens of a source, and keeps account of them in `record`: the `position` of the
+    next token, the numbers of `tokens` and `documents`, the `outcomes` of parts read to the end."""
+
+    def __init__(self, source: Source, record: dict, workers: int):
+        self.record, record["outcomes"] = record, Counter(record["outcomes"])
+        self.stream = token_stream(source, record["position"], workers)
+        self.rest, self.outcomes = np.empty(0, shards.TOKEN_DTYPE), Counter()  # of the current part
+
+    def has_next(self) -> bool:
+        """Whether there is another token. If so, `position` is in its part."""
+        while not len(self.rest):
+            item = next(self.stream, None)
+            if item is None:
+                return False
+            self.record["outcomes"].update(self.outcomes)
+            self.record["position"], self.rest, self.outcomes, file = item
+            if file:
+                self.record["files_read"] = file
+        return True
+
+    def take(self, count: int, bar: tqdm) -> Iterator[np.ndarray]:
+        """Yields arrays (n,) uint16 of `count` tokens together, fewer at the end of the source."""
+        while count and self.has_next():
+            chunk, self.rest = self.rest[:count], self.rest[count:]
+            count -= len(chunk)
+            position = self.record["position"]
+            self.record["position"] = position | {"tokens": position["tokens"] + len(chunk)}
+            self.record["tokens"] += len(chunk)
+            self.record["documents"] += int(np.count_nonzero(chunk == EOT_TOKEN))
+            bar.update(len(chunk))
+            yield chunk
 
 
 def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
@@ -204,18 +216,20 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, position: shards.Position, workers: int,
-                 ) -> Iterator[tuple[shards.Position, np.ndarray, Counter, str | None]]:
-    """Yields (start, tokens, outcomes, name of a file that starts here) for each part from
-    `position` on, and after each unit the start of the next one with no tokens."""
+def token_stream(source: Source, start: dict, workers: int,
+                 ) -> Iterator[tuple[dict, np.ndarray, Counter, int]]:
+    """Yields (position, tokens, outcomes, file) for each part from `start` on, and after each unit
+    the start of the next one with no tokens."""
+    part, skipped = start["part"], start["tokens"]
     with worker_map(workers) as ordered_map:
-        while position.unit < source.num_units:
-            parts = itertools.islice(source.open_unit(position.unit), position.part, None)
+        for unit in range(start["unit"], source.num_units):
+            parts = itertools.islice(source.open_unit(unit), part, None)
             for tokens, outcomes, file in ordered_map(tokenize_part, parts):
-                yield position, tokens[position.tokens :], outcomes, file
-                position = shards.Position(position.unit, position.part + 1)
-            position = shards.Position(position.unit + 1)
-            yield position, np.empty(0, dtype=shards.TOKEN_DTYPE), Counter(), None
+                yield ({"unit": unit, "part": part, "tokens": skipped}, tokens[skipped:], outcomes,
+                       file)
+                part, skipped = part + 1, 0
+            part, skipped = 0, 0
+            yield {"unit": unit + 1, "part": 0, "tokens": 0}, tokens[:0], Counter(), 0
 
 
 @contextlib.contextmanager
@@ -252,8 +266,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_part(part: Part) -> tuple[np.ndarray, Counter, str | None]:
-    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.starts)."""
+def tokenize_part(part: Part) -> tuple[np.ndarray, Counter, int]:
+    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.file)."""
     eot = np.array([EOT_TOKEN], dtype=np.uint32)
     arrays, outcomes = [eot[:0]], Counter()
     for number, text in enumerate(part.read()):
@@ -272,7 +286,7 @@ def tokenize_part(part: Part) -> tuple[np.ndarray, Counter, str | None]:
         outcomes["marked"] += EOT_TEXT in valid
         arrays += [tokens] if continues else [eot, tokens]
     tokens = np.concatenate(arrays, dtype=shards.TOKEN_DTYPE, casting="unsafe")
-    return tokens, outcomes, part.starts
+    return tokens, outcomes, part.file
 
 
 def default_workers() -> int:
@@ -289,16 +303,13 @@ def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, man
                or path.stat().st_size != shards.shard_bytes(shard["tokens"])]
     source = open_source() if missing else None
     for shard in missing:
-        path, remaining = out_dir / shard["file"], shard["tokens"]
+        path, reader = out_dir / shard["file"], TokenReader(source, manifest | {
+            "position": shard["start"]}, workers)
         print(f"{path} is missing or damaged: rebuilding it", flush=True)
-        stream = token_stream(source, shards.Position(**shard["start"]), workers)
-        with contextlib.closing(stream), atomic_write(path) as file:
-            file.write(shards.shard_header(shard["tokens"]))
-            while remaining and (item := next(stream, None)):
-                tokens = item[1][:remaining]
-                file.write(tokens.data)
-                remaining -= len(tokens)
-        if sha256_of(path) != shard["sha256"]:
+        with (contextlib.closing(reader.stream),
+              progress_bar(shard["tokens"], 0, "rebuilding", unit="token") as bar):
+            _, sha256 = shards.write_shard(path, reader.take(shard["tokens"], bar))
+        if sha256 != shard["sha256"]:
             path.unlink()
             raise UserError(f"{path} cannot be rebuilt, its source has changed: delete {out_dir} "
                             "and run again")

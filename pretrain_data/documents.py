@@ -36,24 +36,23 @@ ERRORS = {"utf-8": INVALID_UTF8, "utf-8-sig": INVALID_UTF8}  # codec error handl
 @dataclass(frozen=True)
 class Part:
     """A picklable function that reads some documents; None and "" are documents without text. If
-    `continues`, the first text continues the last document of the previous part. `starts` is the
-    name of the local file that starts with this part."""
+    `continues`, the first text continues the last document of the previous part. `file` counts the
+    local files up to the one that is read."""
 
     read: Callable[[], Iterable[str | None]]
     continues: bool = False
-    starts: str | None = None
+    file: int = 0
 
 
 @dataclass
 class Source:
     """The documents of a corpus, in units: all local files together, or each file of the hub. Units
-    are opened in order, and released when their tokens are safely on disk."""
+    are opened in order."""
 
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
     text_bytes: int  # roughly, to estimate the disk space for the shards
     scratch_bytes: int = 0  # additional disk space needed during the build
-    release_unit: Callable[[int], None] = lambda unit: None
 
 
 def memory_source(texts: list[str]) -> Source:

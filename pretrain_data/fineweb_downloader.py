@@ -17,6 +17,7 @@ import functools
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -24,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
 from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
-from pretrain_data.documents import Source, open_parts
+from pretrain_data.documents import Part, Source, open_parts
 from pretrain_data.local_files import local_source
 
 SAMPLE_FOLDER = "sample/10BT"
@@ -50,21 +51,22 @@ class FineWebConfig:
 
 
 def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy) -> Source:
-    """The 10BT sample of a dataset on the hub, one unit per file. A file is in `scratch` from when
-    it is opened until it is released. Raises UserError."""
+    """The 10BT sample of a dataset on the hub, one unit per file. `scratch` holds the file that is
+    read, and the one before it, where the incomplete shard may begin. Raises UserError."""
     files = [file for file in list_files(repo, commit, SAMPLE_FOLDER, retry)
              if file.path.endswith(".parquet")]
     if not files:
         raise UserError(f"{repo} has no parquet file in {SAMPLE_FOLDER} at {commit}: choose "
                         "another --revision")
 
-    def open_unit(unit: int):
-        print(f"downloading {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
+    def open_unit(unit: int) -> Iterator[Part]:
+        for done in files[: max(0, unit - 1)]:
+            (scratch / done.path).unlink(missing_ok=True)
+        print(f"reading {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
         return open_parts(fetch(repo, commit, files[unit], scratch, retry))
 
     sizes = [file.size for file in files]
-    return Source(len(files), open_unit, int(TEXT_RATIO * sum(sizes)), max(sizes),
-                  release_unit=lambda unit: (scratch / files[unit].path).unlink())
+    return Source(len(files), open_unit, int(TEXT_RATIO * sum(sizes)), 2 * max(sizes))
 
 
 def main() -> None:
@@ -81,7 +83,7 @@ def main() -> None:
         return
     counts = None
     if config.files:
-        description, open_source, counts = local_source(config.files, out_dir, config.split_eot)
+        description, open_source, counts = local_source(config.files, config.split_eot)
     else:
         retry = RetryPolicy(config.retries)
         repo, commit = FINEWEB_EDU if config.edu else FINEWEB
