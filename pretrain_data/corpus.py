@@ -25,11 +25,10 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from minigpt2 import shards
 from minigpt2.config import UserError
-from minigpt2.files import folder_lock, sha256_of
+from minigpt2.files import folder_lock
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
 from pretrain_data.documents import EOT_TEXT, Part, Source
@@ -43,17 +42,16 @@ OUTCOMES = {"empty": "had no text and were skipped",
 
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
-                 shard_tokens: int, max_tokens: int | None = None, workers: int = 1,
-                 file_counts: dict | None = None) -> dict:
+                 shard_tokens: int, max_tokens: int | None = None, workers: int = 1) -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
-    `description` identifies the documents; a folder with another one in its manifest is refused.
-    An unfinished build is resumed, and so is a finished one with a smaller max_tokens. In a
-    finished folder, missing and truncated shards are rebuilt. Raises UserError if the folder holds
-    another corpus or is in use, if the disk is full, or if the tokens fill only one shard.
+    `description` identifies the documents. An unfinished build is resumed; in a finished one,
+    missing shards are rebuilt. Raises UserError if the folder holds another corpus or is in use, if
+    the disk is full, or if the tokens fill only one shard.
     """
-    settings = {"source": description, "shard_tokens": shard_tokens,
-                "tokenizer": {"name": "gpt2", "sha256": {k: v[1] for k, v in VOCABULARY.items()}}}
+    tokenizer = {"name": "gpt2", "sha256": {name: file[1] for name, file in VOCABULARY.items()}}
+    settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer,
+                "max_tokens": max_tokens}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the first shard, which is for "
                         f"validation: lower --shard-tokens {shard_tokens}, e.g. to "
@@ -62,62 +60,32 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
     with folder_lock(out_dir):
         if (out_dir / shards.MANIFEST).exists():
             manifest = shards.read_manifest(out_dir)
-            check_same_corpus(out_dir, manifest, settings, max_tokens)
+            shards.check_same_corpus(out_dir, manifest, settings)
             rebuild_missing_shards(open_source, out_dir, manifest, workers)
-            if manifest["max_tokens"] == max_tokens:
-                return manifest
-            reopen(out_dir, manifest)
-        record = load_progress(out_dir, settings, max_tokens)
-        record |= {"files": file_counts} if file_counts else {}
-        return write_shards(open_source(), out_dir, name, record, workers)
+            return manifest
+        record, source = load_progress(out_dir, settings), open_source()
+        record |= {"files": source.file_counts} if source.file_counts else {}
+        return write_shards(source, out_dir, name, record, workers)
 
 
-def check_same_corpus(out_dir: Path, record: dict, settings: dict, max_tokens: int | None) -> None:
-    """Raises UserError if a manifest or progress record has other settings or too many tokens."""
-    for key, new in settings.items():
-        if (old := record.get(key)) != new:
-            found = ((changed_files(old, new) if key == "source" else "")
-                     or f"its {key} is {old!s:.150}, expected {new!s:.150}")
-            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
-                            f"or delete that folder to begin anew: rm -r {out_dir}")
-    if max_tokens is not None and record["tokens"] > max_tokens:
-        raise UserError(f"{out_dir} already holds {record['tokens']:,} tokens, more than "
-                        f"--max-tokens {max_tokens:,}: choose another --out-dir, or delete it")
-
-
-def changed_files(old: dict | None, new: dict) -> str:
-    """The local files in which two sources differ, "" if there are none."""
-    old, new = (old or {}).get("files", {}), new.get("files", {})
-    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return f"{len(names):,} changed files: {', '.join(names[:3])}" if old and names else ""
-
-
-def reopen(out_dir: Path, manifest: dict) -> None:
-    """Makes a finished folder unfinished, so that it can be extended."""
-    last = manifest["shards"][-1]
-    if sha256_of(path := out_dir / last["file"]) != last["sha256"]:
-        raise UserError(f"{path} is damaged, so it cannot be extended: rm -f {path} and run again "
-                        "to rebuild it")
-    os.replace(out_dir / shards.MANIFEST, out_dir / shards.PROGRESS)
-
-
-def load_progress(out_dir: Path, settings: dict, max_tokens: int | None) -> dict:
-    """The record of an unfinished build, or a new one. Raises UserError if the source has changed;
-    only local files that no complete shard has tokens of may have."""
+def load_progress(out_dir: Path, settings: dict) -> dict:
+    """The record of an unfinished build, or a new one. Raises UserError if the settings or the
+    source have changed; only local files that no complete shard has tokens of may have."""
     if not (out_dir / shards.PROGRESS).exists():
-        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0,
-                           "outcomes": dict.fromkeys(OUTCOMES, 0),
-                           "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": []}
-    progress = shards.read_record(out_dir / shards.PROGRESS)
-    if "open_start" in progress:
+        return settings | {"documents": 0, "tokens": 0, "outcomes": dict.fromkeys(OUTCOMES, 0),
+                           "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": [],
+                           "files_read": 0}
+    record = shards.read_record(out_dir / shards.PROGRESS)
+    if "open_start" in record:
         raise UserError(f"{out_dir} was begun by an older version of this script and cannot be "
                         f"resumed: rm -r {out_dir} and run again")
-    old, new = (record.get("source", {}).get("files", {}) for record in (progress, settings))
-    for file in list(old)[progress.get("files_read", len(old)) :]:
+    old, new = (one.get("source", {}).get("files", {}) for one in (record, settings))
+    record.setdefault("files_read", len(old))  # absent if killed when all had been read
+    for file in list(old)[record["files_read"] :]:
         old[file] = new.get(file, old[file])
-    check_same_corpus(out_dir, progress, settings, max_tokens)
-    print(f"{out_dir}: resuming after {progress['tokens']:,} tokens", flush=True)
-    return progress | {"max_tokens": max_tokens}
+    shards.check_same_corpus(out_dir, record, settings)
+    print(f"{out_dir}: resuming after {record['tokens']:,} tokens", flush=True)
+    return record
 
 
 def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int) -> dict:
@@ -126,43 +94,31 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
-    shards.write_record(out_dir / shards.PROGRESS, record)
+    written, progress = record["shards"], out_dir / shards.PROGRESS
+    shards.write_record(progress, record)
     t0, reader = time.monotonic(), TokenReader(source, record, workers)
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
-            write_next_shard(reader, out_dir, name, limit, bar)
-            shards.write_record(out_dir / shards.PROGRESS, record)
-    if len(record["shards"]) < 2:
-        for file in (shards.PROGRESS, *(shard["file"] for shard in record["shards"])):
+            split, start = "train" if written else "val", record["position"]
+            path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
+            count = min(record["shard_tokens"], limit - record["tokens"])
+            tokens, sha256 = shards.write_shard(path, reader.take(count, bar.update))
+            written.append({"file": path.name, "split": split, "tokens": tokens, "sha256": sha256,
+                            "start": start})
+            shards.write_record(progress, record)
+    if len(written) < 2:
+        for file in (progress.name, *(shard["file"] for shard in written)):
             (out_dir / file).unlink()
         tokens = record["tokens"]
         raise UserError("the source has no text: nothing to write" if tokens <= 1 else
                         f"all {tokens:,} tokens fit into the first shard, which is for "
                         f"validation: lower --shard-tokens, e.g. to {shards.good_size(tokens)}")
-    record.pop("files_read", None)
-    shards.write_record(out_dir / shards.PROGRESS, record)
-    os.replace(out_dir / shards.PROGRESS, out_dir / shards.MANIFEST)
+    del record["files_read"]
+    shards.write_record(progress, record)
+    os.replace(progress, out_dir / shards.MANIFEST)
     report(out_dir, record, record["tokens"] - tokens_before, time.monotonic() - t0)
     return record
-
-
-def write_next_shard(reader: "TokenReader", out_dir: Path, name: str, limit: int,
-                     bar: tqdm) -> None:
-    """Writes one more shard and enters it in the record. A last shard that is short, because the
-    build had a smaller max_tokens, is completed instead."""
-    record, written = reader.record, reader.record["shards"]
-    begun, start = np.empty(0, shards.TOKEN_DTYPE), record["position"]
-    if written and written[-1]["tokens"] < record["shard_tokens"]:
-        last = written.pop()  # its file is already longer if the build was killed right here
-        begun = np.array(shards.open_shard(out_dir / last["file"])[: last["tokens"]])
-        start = last["start"]
-    split = "train" if written else "val"
-    path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
-    chunks = reader.take(min(record["shard_tokens"] - len(begun), limit - record["tokens"]), bar)
-    tokens, sha256 = shards.write_shard(path, itertools.chain([begun], chunks))
-    written.append({"file": path.name, "split": split, "tokens": tokens, "sha256": sha256,
-                    "start": start})
 
 
 class TokenReader:
@@ -182,12 +138,11 @@ class TokenReader:
                 return False
             self.record["outcomes"].update(self.outcomes)
             self.record["position"], self.rest, self.outcomes, file = item
-            if file:
-                self.record["files_read"] = file
+            self.record["files_read"] = max(file, self.record["files_read"])
         return True
 
-    def take(self, count: int, bar: tqdm) -> Iterator[np.ndarray]:
-        """Yields arrays (n,) uint16 of `count` tokens together, fewer at the end of the source."""
+    def take(self, count: int, show: Callable[[int], None]) -> Iterator[np.ndarray]:
+        """Yields arrays (n,) uint16, `count` tokens or all that are left. `show` gets each size."""
         while count and self.has_next():
             chunk, self.rest = self.rest[:count], self.rest[count:]
             count -= len(chunk)
@@ -195,7 +150,7 @@ class TokenReader:
             self.record["position"] = position | {"tokens": position["tokens"] + len(chunk)}
             self.record["tokens"] += len(chunk)
             self.record["documents"] += int(np.count_nonzero(chunk == EOT_TOKEN))
-            bar.update(len(chunk))
+            show(len(chunk))
             yield chunk
 
 
@@ -296,38 +251,19 @@ def default_workers() -> int:
 
 def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
                            workers: int) -> None:
-    """Rebuilds the shards of a finished folder that are missing or have another size. Raises
-    UserError if their checksums differ from the manifest's."""
-    missing = [shard for shard in manifest["shards"]
-               if not (path := out_dir / shard["file"]).exists()
-               or path.stat().st_size != shards.shard_bytes(shard["tokens"])]
+    """Rebuilds the shards of a finished folder that are missing. Raises UserError if the source has
+    changed."""
+    missing = [one for one in manifest["shards"] if not (out_dir / one["file"]).exists()]
     source = open_source() if missing else None
     for shard in missing:
         path, reader = out_dir / shard["file"], TokenReader(source, manifest | {
-            "position": shard["start"]}, workers)
-        print(f"{path} is missing or damaged: rebuilding it", flush=True)
+            "position": shard["start"], "files_read": 0}, workers)
         with (contextlib.closing(reader.stream),
-              progress_bar(shard["tokens"], 0, "rebuilding", unit="token") as bar):
-            _, sha256 = shards.write_shard(path, reader.take(shard["tokens"], bar))
+              progress_bar(shard["tokens"], 0, f"rebuilding {path.name}", unit="token") as bar):
+            _, sha256 = shards.write_shard(path, reader.take(shard["tokens"], bar.update))
         if sha256 != shard["sha256"]:
             path.unlink()
             raise UserError(f"{path} cannot be rebuilt, its source has changed: delete {out_dir} "
                             "and run again")
     print(f"{out_dir} is {'complete again' if missing else 'already complete'}: "
           f"{manifest['tokens']:,} tokens, {len(manifest['shards'])} shards")
-
-
-def verify_corpus(out_dir: Path) -> None:
-    """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
-    entries, bad = shards.read_manifest(out_dir)["shards"], []
-    if not all("sha256" in shard for shard in entries):
-        raise UserError(f"{out_dir} has no {shards.MANIFEST} with checksums to verify against")
-    for shard in progress_bar(len(entries), 0, "verifying", unit="shard", over=entries):
-        path = out_dir / shard["file"]
-        if not path.exists() or sha256_of(path) != shard["sha256"]:
-            bad.append(str(path))
-    if bad:
-        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: delete them "
-                        "and rerun the command that wrote them, which rebuilds only those: "
-                        f"rm -f {' '.join(bad)}")
-    print(f"{out_dir} is intact: {len(entries)} shards match their checksums")

@@ -9,8 +9,8 @@ Parquet files are downloaded from the Hugging Face hub one at a time and deleted
 --files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain
 text, one document per file. For pre-tokenized shards, see pretokenized_downloader.py.
 
-The same command resumes an interrupted build; a larger --max-tokens extends a finished one. If
---verify finds damaged shards, delete them and run the command again to rebuild them.
+The same command resumes an interrupted build. If --verify finds damaged shards, delete them and
+run the command again to rebuild them.
 """
 
 import functools
@@ -24,9 +24,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
-from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
-from pretrain_data.documents import Part, Source, open_parts
-from pretrain_data.local_files import local_source
+from minigpt2.shards import verify_corpus
+from pretrain_data.corpus import default_workers, write_corpus
+from pretrain_data.documents import Part, Source, local_source, open_parts
 
 SAMPLE_FOLDER = "sample/10BT"
 FINEWEB = ("HuggingFaceFW/fineweb", "9bb295ddab0e05d785b879661af7260fed5140fc")  # v1.4.0
@@ -81,9 +81,8 @@ def main() -> None:
     if config.verify:
         verify_corpus(out_dir)
         return
-    counts = None
     if config.files:
-        description, open_source, counts = local_source(config.files, config.split_eot)
+        description, open_source = local_source(config.files, config.split_eot)
     else:
         retry = RetryPolicy(config.retries)
         repo, commit = FINEWEB_EDU if config.edu else FINEWEB
@@ -91,8 +90,7 @@ def main() -> None:
         description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
         open_source = functools.partial(hub_source, repo, commit, scratch, retry)
     write_corpus(description, open_source, out_dir, name=name, shard_tokens=config.shard_tokens,
-                 max_tokens=config.max_tokens, workers=config.workers or default_workers(),
-                 file_counts=counts)
+                 max_tokens=config.max_tokens, workers=config.workers or default_workers())
     shutil.rmtree(scratch, ignore_errors=True)
 
 

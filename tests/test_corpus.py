@@ -26,12 +26,18 @@ from dataloader import TokenLoader
 from minigpt2 import hub
 from minigpt2.files import sha256_of
 from minigpt2.hub import RetryPolicy
-from minigpt2.shards import read_manifest
+from minigpt2.shards import read_manifest, verify_corpus
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from pretrain_data import corpus, documents
-from pretrain_data.corpus import verify_corpus, write_corpus
-from pretrain_data.documents import Part, Source, memory_source
-from pretrain_data.local_files import file_source, local_source, select_files
+from pretrain_data.corpus import write_corpus
+from pretrain_data.documents import (
+    Part,
+    Source,
+    file_source,
+    local_source,
+    memory_source,
+    select_files,
+)
 
 SCRIPT = ROOT / "pretrain_data" / "fineweb_downloader.py"
 FINEWEB, PRETOKENIZED = "pretrain_data.fineweb_downloader", "pretrain_data.pretokenized_downloader"
@@ -181,19 +187,17 @@ def test_splitting_a_text_file_does_not_change_the_ids(tmp_path, monkeypatch):
         assert all_tokens(out) == [EOT_TOKEN, *encode(text)]
 
 
-def test_max_tokens_is_exact_and_can_be_raised(tmp_path, small_parts):
+def test_max_tokens_is_exact_and_does_not_change(tmp_path, small_parts):
     full = write(TEXTS, tmp_path / "full")
-    grown = tmp_path / "grown"
     for limit in (301, 302, 600, 750, 900, full["tokens"] + 5):
         out = tmp_path / str(limit)
         manifest = write(TEXTS, out, max_tokens=limit)
         assert manifest["tokens"] == len(all_tokens(out)) == min(limit, full["tokens"])
         assert all_tokens(out) == all_tokens(tmp_path / "full")[:limit]
-        write(TEXTS, grown, max_tokens=limit)  # continues from the previous limit
-        assert file_bytes(grown) == file_bytes(out)
-    before = file_bytes(grown)
-    assert "--max-tokens" in user_error(write, TEXTS, grown, max_tokens=500)
-    assert file_bytes(grown) == before
+    before = file_bytes(tmp_path / "900")
+    message = user_error(write, TEXTS, tmp_path / "900", max_tokens=1000)
+    assert "max_tokens is 900, expected 1000" in message and "rm -r" in message
+    assert file_bytes(tmp_path / "900") == before
 
 
 def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
@@ -217,21 +221,6 @@ def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
     bad[0].unlink()
     message = user_error(write, [text.upper() for text in TEXTS], out)
     assert "cannot be rebuilt" in message and not bad[0].exists()
-
-
-def test_a_folder_with_a_damaged_shard_is_not_extended(tmp_path, small_parts):
-    out = tmp_path / "out"
-    write(TEXTS, out, max_tokens=750)
-    first, last = (out / read_manifest(out)["shards"][i]["file"] for i in (0, -1))
-    content = last.read_bytes()
-    last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    message = user_error(write, TEXTS, out)
-    assert f"rm -f {last}" in message and (out / "manifest.json").exists()
-    last.unlink()
-    first.unlink()
-    write(TEXTS, out)
-    write(TEXTS, tmp_path / "expected")
-    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("error", [
@@ -351,11 +340,11 @@ def test_kill_at_20_random_times_gives_the_same_bytes(tmp_path):
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import pathlib\nfrom pretrain_data import corpus, documents, local_files\n"
+            "import pathlib\nfrom pretrain_data import corpus, documents\n"
             "documents.PART_BYTES = 50_000\n"
             "def main(out, workers):\n"
             "    paths = [pathlib.Path(sys.argv[1])]\n"
-            "    source = lambda: local_files.file_source(paths)\n"
+            "    source = lambda: documents.file_source(paths)\n"
             "    corpus.write_corpus({}, source, pathlib.Path(out), name='x',\n"
             "                        shard_tokens=20_000, workers=int(workers))\n"
             "if __name__ == '__main__': main(*sys.argv[2:])\n")
@@ -488,17 +477,6 @@ def test_an_unfinished_build_of_an_older_version_is_refused(tmp_path):
     (out / "progress.json").write_text(json.dumps(record))
     assert f"rm -r {out}" in user_error(write, TEXTS, out)
     assert "unfinished" in user_error(read_manifest, out)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_kill_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_parts, when, number):
-    out = tmp_path / "out"
-    write(TEXTS, out, max_tokens=750)
-    stop_at(f"{when} replace {number}", monkeypatch, out, TEXTS)
-    write(TEXTS, out)
-    write(TEXTS, tmp_path / "expected")
-    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 @pytest.mark.slow
@@ -715,10 +693,10 @@ def test_a_build_resumes_after_a_corrupt_row_group_is_repaired(tmp_path, small_p
     damaged[page : page + 20] = b"\xff" * 20
     assert 1 << 16 < page < len(content) - (1 << 17)  # not in the bytes that identify the file
     path.write_bytes(damaged)
-    message = user_error(write, [path], out, 10_000)
+    message = user_error(write, [path], out, 120_000)
     assert "row group 3" in message and "a.parquet" in message
     path.write_bytes(content)
-    write([path], out, 10_000)
+    write([path], out, 120_000)
     assert documents_of(all_tokens(out)) == texts
 
 
@@ -746,9 +724,9 @@ def prose(seed: int, words: int = 60_000) -> str:
 
 def build_from_files(pattern, out: Path, shard_tokens: int = 2000, split_eot=False, **options):
     """What fineweb_downloader.py does with --files."""
-    description, open_source, counts = local_source(str(pattern), split_eot)
+    description, open_source = local_source(str(pattern), split_eot)
     return write_corpus(description, open_source, out, name="files", shard_tokens=shard_tokens,
-                        file_counts=counts, **options)
+                        **options)
 
 
 def edit_in_place(path: Path) -> None:
@@ -767,7 +745,7 @@ def test_a_source_edited_under_an_unfinished_build_is_refused(tmp_path, monkeypa
     edit_in_place(path)
     before = file_bytes(out)
     message = user_error(build_from_files, path, out)
-    assert "1 changed files: a.txt;" in message and f"rm -r {out}" in message
+    assert "changed files: a.txt;" in message and f"rm -r {out}" in message
     assert file_bytes(out) == before
     path.write_text(prose(1))  # of another length
     assert "a.txt" in user_error(build_from_files, path, out)
@@ -782,15 +760,15 @@ def test_every_change_of_a_finished_source_is_named(tmp_path):
     os.utime(folder / "b.txt", (1, 1))  # touched, not edited
     build_from_files(folder, out)
     edit_in_place(folder / "a.txt")
-    assert "corpus: 1 changed files: a.txt;" in user_error(build_from_files, folder, out)
+    assert "corpus: changed files: a.txt;" in user_error(build_from_files, folder, out)
     edit_in_place(folder / "a.txt")  # and back
     (folder / "b.txt").unlink()
     (folder / "d.txt").write_text("new")
-    assert "2 changed files: b.txt, d.txt;" in user_error(build_from_files, folder, out)
+    assert "changed files: b.txt, d.txt;" in user_error(build_from_files, folder, out)
     (folder / "a.txt").write_text("")
     (folder / "c.txt").write_text("")
     message = user_error(build_from_files, folder, out)
-    assert "4 changed files: a.txt, b.txt, c.txt;" in message
+    assert "changed files: a.txt, b.txt, c.txt, d.txt;" in message
 
 
 def test_a_file_that_changes_while_it_is_read_stops_the_build(tmp_path, small_parts):
@@ -798,7 +776,7 @@ def test_a_file_that_changes_while_it_is_read_stops_the_build(tmp_path, small_pa
     folder.mkdir()
     for name in "abc":
         (folder / f"{name}.txt").write_text(prose(ord(name)))
-    description, open_source, _ = local_source(str(folder), False)
+    description, open_source = local_source(str(folder), False)
 
     def edited_in_the_middle():
         source = open_source()
@@ -820,11 +798,9 @@ def test_a_file_that_changes_while_it_is_read_stops_the_build(tmp_path, small_pa
     message = user_error(write_corpus, description, edited_in_the_middle, out, name="files",
                          shard_tokens=2000)
     assert "b.txt changed while it was read" in message
-    build_from_files(folder, out)
-    expected = [(folder / f"{name}.txt").read_text() for name in "abc"]
-    assert documents_of(all_tokens(out)) == expected
-    build_from_files(folder, tmp_path / "expected")
-    assert file_bytes(out) == file_bytes(tmp_path / "expected")
+    before = file_bytes(out)  # with shards of the text before the edit
+    assert "changed files: b.txt;" in user_error(build_from_files, folder, out)
+    assert file_bytes(out) == before and "manifest.json" not in before
 
 
 def lines(seed: int, count: int) -> str:
@@ -851,7 +827,7 @@ def test_a_repaired_file_replaces_everything_of_the_damaged_one(tmp_path, small_
     build(tmp_path / "expected")
     assert file_bytes(out) == file_bytes(tmp_path / "expected")
     edit_in_place(folder / "b.jsonl")
-    assert "1 changed files: b.jsonl;" in user_error(build, out)
+    assert "changed files: b.jsonl;" in user_error(build, out)
 
 
 def test_a_file_in_a_complete_shard_may_not_change(tmp_path, small_parts):
@@ -1022,8 +998,7 @@ def test_endoftext_in_the_text_is_reported(tmp_path):
 # ---------------------------------------------------------------------------- column types
 
 
-@pytest.mark.parametrize("kind", [pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-                                  pyarrow.large_string(), pyarrow.string_view()], ids=str)
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.string_view()], ids=str)
 def test_every_type_of_text_column_is_read(tmp_path, kind):
     texts = [*TEXTS, None, ""]
     table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(kind)})
