@@ -106,11 +106,11 @@ def select_files(pattern: str) -> tuple[list[Path], dict]:
 
 
 def walk(roots: list[str], skipped: dict[str, set]) -> Iterator[Path]:
-    """The files to read, by the first of several paths to one. Adds others to `skipped`."""
+    """The files to read, by the shortest of several paths to one. Adds others to `skipped`."""
     seen, level = {}, set(map(os.path.normpath, roots))
     while level:
         below = set()
-        for path in sorted(level):
+        for path in sorted(level, key=lambda path: (path.count(os.sep), path)):
             if seen.setdefault(os.path.realpath(path), path) != path:
                 skipped["a link to another"].add(path)
             elif os.path.isdir(path):
