@@ -1,4 +1,4 @@
-"""The corpus format: token shards and `manifest.json`.
+"""The corpus format: token shards and `manifest.json`, written atomically, read and verified.
 
 A corpus is a folder of shards and a manifest that lists them. A shard is a `.npy` file with one
 vector of uint16 token ids, read through a memory map. A folder without a manifest is unfinished;
