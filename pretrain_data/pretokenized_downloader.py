@@ -23,8 +23,16 @@ from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
 from minigpt2.progress import progress_bar
-from minigpt2.shards import MANIFEST, PROGRESS, open_shard, read_record, write_record
-from pretrain_data.corpus import check_disk, check_same_corpus, verify_corpus
+from minigpt2.shards import (
+    MANIFEST,
+    PROGRESS,
+    check_same_corpus,
+    open_shard,
+    read_record,
+    verify_corpus,
+    write_record,
+)
+from pretrain_data.corpus import check_disk
 
 REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
 SHARD_NAME = re.compile(r"fineweb_(val|train)_\d{6}\.bin")
@@ -64,7 +72,7 @@ def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None
     with folder_lock(out_dir):
         for name in (PROGRESS, MANIFEST):
             if (out_dir / name).exists():
-                check_same_corpus(out_dir, read_record(out_dir / name), {"source": source}, None)
+                check_same_corpus(out_dir, read_record(out_dir / name), {"source": source})
         write_record(out_dir / PROGRESS, {"source": source, "shards": []})  # now unfinished
         (out_dir / MANIFEST).unlink(missing_ok=True)
         check_disk(out_dir, sum(f.size for f, _ in files if not (out_dir / f.path).exists()))
