@@ -58,7 +58,6 @@ class RunConfig:
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
     tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
-    wandb: str | None = flag(None, "also log to this Weights & Biases project")
     loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)",
                                   is_path=True)
 
@@ -153,7 +152,7 @@ class Run:
                     write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(start_log(
                     self.out_dir, fresh=not self.is_resumed, start_step=self.step,
-                    metadata=self.metadata, tensorboard=config.tensorboard, wandb=config.wandb)))
+                    metadata=self.metadata, tensorboard=config.tensorboard)))
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()
