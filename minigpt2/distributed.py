@@ -140,15 +140,10 @@ def read_launch() -> tuple[int, int, int]:
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory. By default it returns every large tensor to the system, which
     hands it out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
-    mallopt = c_function("mallopt")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def c_function(name: str) -> Callable | None:
-    """A function of the C library, or None."""
-    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def use_fastest_exact_matmul() -> None:
