@@ -27,7 +27,6 @@ from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
 STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_state.pt
-LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
 @dataclass
@@ -71,8 +70,6 @@ class CheckpointWriter:
         self.options = {"keep_last": keep_last, "keep_every": keep_every,
                         "prompt_template": prompt_template}
         self.buffers: dict[str, torch.Tensor] = {}  # reused: allocating pinned memory is slow
-        self.block: torch.UntypedStorage | None = None  # the last one, of which `used` is taken
-        self.used = 0
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.lock = contextlib.ExitStack()
@@ -112,23 +109,9 @@ class CheckpointWriter:
             return value
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self.buffers[name] = self.allocate(value)
+            buffer = self.buffers[name] = torch.empty(value.shape, dtype=value.dtype,
+                                                      pin_memory=value.is_cuda)
         return buffer.copy_(value, non_blocking=value.is_cuda)
-
-    def allocate(self, like: torch.Tensor) -> torch.Tensor:
-        """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
-        allocations up to powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share
-        blocks of such a size, each with its own storage: torch.save writes whole storages."""
-        if like.nbytes < LARGE_BYTES:
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        size = like.nbytes + -like.nbytes % 64  # aligned
-        if self.block is None or self.used + size > self.block.nbytes():
-            self.block, self.used = torch.empty(
-                max(BLOCK_BYTES, 1 << (size - 1).bit_length()), dtype=torch.uint8,
-                pin_memory=like.is_cuda).untyped_storage(), 0
-        storage = self.block[self.used : self.used + like.nbytes]
-        self.used += size
-        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     @property
     def folder(self) -> Path:
@@ -249,18 +232,14 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
     UserError if it belongs to another model or lies past max_steps, which `flag` sets."""
     try:
         state = TrainState(**saved["progress"])
-    except TypeError as error:
-        raise UserError(f"--resume: {folder} was written by another version of this project "
-                        f"({error}): start in another --out-dir") from None
+        load_optimizer_state(optimizer, saved["optimizer"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: the state in {folder} does not fit this model, optimizer or "
+                        f"version of the project ({error}): rm -r {folder} to resume from the "
+                        "previous one") from None
     if state.step > max_steps:
         raise UserError(f"--resume: {folder} was saved after {state.step} steps, more than the "
                         f"{max_steps} of this run: raise {flag}")
-    try:
-        load_optimizer_state(optimizer, saved["optimizer"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: the optimizer state in {folder} does not fit this model or "
-                        f"optimizer ({error}): rm -r {folder} to resume from the previous one"
-                        ) from None
     if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
         scaler.load_state_dict(saved["scaler"])
     launch.print0(f"--resume: continuing from {folder}, after {state.step:,} of {max_steps:,} "
