@@ -1,8 +1,9 @@
 """Checkpoints of a run in progress: written in the background, found again, and restored.
 
-The training state of a checkpoint holds the optimizer, the gradient scaler, the random generators
-of every rank, `TrainState`, and the run's metadata (`metrics.run_metadata`: settings, versions, the
-SHA-256 of the data). The data need no cursor of their own: the step alone determines the batch.
+The training state of a checkpoint holds the optimizer, the gradient scaler, `TrainState`, and the
+run's metadata (`metrics.run_metadata`: settings, versions, the SHA-256 of the data). Data and
+random generators need no state of their own: seed, step and rank determine the batch and seed the
+generators.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from minigpt2.files import folder_lock
 from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
-STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_state.pt
+STATE_KEYS = {"progress", "optimizer", "scaler", "facts"}  # of training_state.pt
 
 
 @dataclass
@@ -48,14 +49,8 @@ def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
                    copy: Callable[[object, str], object]) -> dict:
     """A copy of what a checkpoint holds besides the model, gathered on rank 0. A collective. For
     `copy` see `optimizer_state`."""
-    rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict(),
-            "rng": launch.gather(rng_state(launch.device))}
+    rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict()}
     return {"optimizer": optimizer_state(optimizer, launch, copy), **copy(rest, "state")}
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 class CheckpointWriter:
@@ -226,10 +221,10 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
 
 
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler, launch: Launch, *, seed: int, max_steps: int,
+            scaler: torch.amp.GradScaler, launch: Launch, *, max_steps: int,
             flag: str) -> TrainState:
-    """Loads a training state into the optimizer, the scaler and the generators of this rank. Raises
-    UserError if it belongs to another model or lies past max_steps, which `flag` sets."""
+    """Loads a training state into the optimizer and the scaler. Raises UserError if it belongs to
+    another model or lies past max_steps, which `flag` sets."""
     try:
         state = TrainState(**saved["progress"])
         load_optimizer_state(optimizer, saved["optimizer"])
@@ -244,16 +239,11 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
         scaler.load_state_dict(saved["scaler"])
     launch.print0(f"--resume: continuing from {folder}, after {state.step:,} of {max_steps:,} "
                   "steps")
-    seed_rank(seed, state.step, launch)
-    if len(saved["rng"]) == launch.world_size:  # at another world size, the new seed stays
-        torch.set_rng_state(saved["rng"][launch.rank]["cpu"])
-        if launch.device_type == "cuda" and "cuda" in saved["rng"][launch.rank]:
-            torch.cuda.set_rng_state(saved["rng"][launch.rank]["cuda"], launch.device)
     return state
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:
-    """Seeds this rank's generators. Nothing here draws from them; code that a user adds, such as
-    dropout, may."""
+    """Seeds this rank's generators for a step. Nothing here draws from them; code that a user adds,
+    such as dropout, may, and a resumed run must repeat it."""
     sequence = np.random.SeedSequence([seed, step, launch.rank])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -118,12 +118,12 @@ class Run:
         model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
         if config.bf16_residual and not model.bf16_residual:
             launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
-        resume.seed_rank(config.seed, 0, launch)
         if self.is_resumed:
             self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
-                                        seed=config.seed, max_steps=max_steps, flag=max_steps_flag)
+                                        max_steps=max_steps, flag=max_steps_flag)
             self.saved = None  # free it: the moments are twice the size of the weights
-        compiled = distributed.should_compile(config.compile, launch)
+        resume.seed_rank(config.seed, self.step, launch)
+        compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile()  # in place: parameter names stay as they are
         self.micro_batch_size = micro_batch_sizes[0]
@@ -231,6 +231,7 @@ class Run:
         self.unread.append((HostCopy(numbers), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
+        resume.seed_rank(self.config.seed, self.step, self.launch)
         self.read_steps(all_but=self.steps_late)
         self.writer.poll()
         self.bar.update()

@@ -28,8 +28,10 @@ from helpers.training import (
 from minigpt2 import checkpoint, resume
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, save_checkpoint
 from minigpt2.config import UserError
+from minigpt2.distributed import Launch
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
+from minigpt2.optimizer import set_lr
 from trainer import train
 
 # --------------------------------------------------------------------------------- killed
@@ -274,6 +276,24 @@ def test_training_continues_while_a_checkpoint_is_written(corpus, tmp_path, fini
         assert ((tmp_path / "out" / step / "model.safetensors").read_bytes()
                 == (finished_run / step / "model.safetensors").read_bytes())
     assert_same_run(tmp_path / "out", finished_run)
+
+
+def test_a_resumed_run_repeats_random_numbers(corpus, tmp_path, finished_run, monkeypatch):
+    """Of a user's dropout, for example; every step and every rank has its own."""
+    drawn = []
+
+    def set_lr_and_draw(optimizer, lr):
+        set_lr(optimizer, lr)
+        drawn.append(torch.rand(()).item())
+
+    monkeypatch.setattr("trainer.set_lr", set_lr_and_draw)
+    train(tiny(corpus, tmp_path / "out"), CPU_LAUNCH)
+    whole, drawn[:] = [*drawn], []
+    train(tiny(corpus, interrupted(finished_run, tmp_path / "resumed", 5), resume=True), CPU_LAUNCH)
+    assert drawn == whole[5:] and len(set(whole)) == 10
+    for rank in (0, 1):
+        resume.seed_rank(1337, 5, Launch(rank, 2, torch.device("cpu")))
+        assert (torch.rand(()).item() == whole[5]) is (rank == 0)
 
 
 def test_resume_repairs_latest_and_best(corpus, tmp_path, finished_run):
