@@ -57,7 +57,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     same; flags cannot be abbreviated. Everything after "--" is a positional value."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints, fields = typing.get_type_hints(cls), own_fields_first(cls)
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
     for field in fields:
         add_argument(parser, field, hints[field.name])
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -77,13 +78,6 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
             parser.error(f"{name} is {value}, expected a finite number of at least {minimum}"
                          + (f" and less than {below}" if below < math.inf else ""))
     return cls(**values)
-
-
-def own_fields_first(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass, followed by those of its base classes."""
-    names = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    return [fields[name] for name in names if name in fields]
 
 
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
@@ -134,8 +128,6 @@ def flag_name(field_name: str) -> str:
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
     """Runs `main` and exits. A UserError, or a file that cannot be read or written, prints one line
     and exits with status 2."""
-    if sys.stderr is None:  # closed by the calling process
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open until exit
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
