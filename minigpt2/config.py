@@ -83,24 +83,23 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    # `X | None` is parsed as X. Before Python 3.14, `int | Literal["auto"]` is a typing.Union.
-    arms = [hint]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kind, *words = (arm for arm in (typing.get_args(hint) if is_union else [hint])
+                    if arm is not types.NoneType)  # `X | None` is parsed as X
     if field.metadata["is_path"]:
         options["type"] = path_value
+    elif kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif words:  # int | Literal[...]
+        options["type"] = functools.partial(int_or_word, words=typing.get_args(words[0]))
+    elif typing.get_origin(kind) is typing.Literal:
+        options["choices"] = typing.get_args(kind)
+    elif not field.metadata["positional"]:
+        options["type"] = kind
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", **options)
-        return
-    if arms[0] is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif len(arms) == 2:  # int | Literal[...]
-        options["type"] = functools.partial(int_or_word, words=typing.get_args(arms[1]))
-    elif typing.get_origin(arms[0]) is typing.Literal:
-        options["choices"] = typing.get_args(arms[0])
-    elif not field.metadata["is_path"]:
-        options["type"] = arms[0]
-    parser.add_argument(flag_name(field.name), default=field.default, **options)
+    else:
+        parser.add_argument(flag_name(field.name), default=field.default, **options)
 
 
 def path_value(text: str) -> str:
