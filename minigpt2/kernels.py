@@ -20,13 +20,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
-        self.dtype = dtype
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(
             linear.weight.detach().to(dtype).contiguous(), ROWS_HINT)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias,
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias,
                                                   "none", [], "")
 
 
@@ -61,8 +60,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     if the model was already prepared in another dtype."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
-        c_attn = model.transformer.h[0].attn.c_attn
-        current = c_attn.dtype if isinstance(c_attn, PackedLinear) else c_attn.weight.dtype
+        current = model.transformer.h[0].attn.c_attn.weight.dtype
         if current != dtype:
             raise ValueError(f"the model is already prepared in {current}, cannot use {dtype}")
         return model

@@ -60,12 +60,11 @@ def git_commit() -> str | None:
 
 class RunLog:
     """Appends records to a JSON Lines file: {"step": 3, "kind": "train", "loss": 4.2}. `fresh`
-    deletes an existing file first. `mirror` gets a copy of every record and is closed with the
-    log."""
+    deletes an existing file first. A TensorBoard `SummaryWriter` gets the numbers as well."""
 
-    def __init__(self, path: Path, fresh: bool = False, mirror: "TensorBoardMirror | None" = None):
+    def __init__(self, path: Path, fresh: bool = False, writer=None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.mirror = path, mirror
+        self.path, self.writer = path, writer
         self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115, see `close`
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # drop a line that a kill cut short
@@ -83,13 +82,19 @@ class RunLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
-        if self.mirror is not None:
-            self.mirror.write(record)
+        self.copy_to_tensorboard(record)
+
+    def copy_to_tensorboard(self, record: dict) -> None:
+        """Writes the numbers of a train or val record as train/loss, val/loss, ..."""
+        if self.writer and record["kind"] in ("train", "val"):
+            for name in record.keys() - {"step", "kind"}:
+                if isinstance(record[name], int | float):
+                    self.writer.add_scalar(f"{record['kind']}/{name}", record[name], record["step"])
 
     def close(self) -> None:
         self.file.close()
-        if self.mirror is not None:
-            self.mirror.close()
+        if self.writer:
+            self.writer.close()
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
@@ -116,37 +121,19 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
 
 def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict,
               tensorboard: bool) -> RunLog:
-    """Opens OUT_DIR/metrics.jsonl of a new (`fresh`) or resumed run, mirrored to TensorBoard if
-    asked for, and writes a "run" record. Raises UserError if TensorBoard is missing, and for a
+    """Opens OUT_DIR/metrics.jsonl of a new (`fresh`) or resumed run, copied to OUT_DIR/tensorboard
+    if asked for, and writes a "run" record. Raises UserError if TensorBoard is missing, and for a
     damaged log, which could not be plotted later."""
-    path = out_dir / "metrics.jsonl"
+    path, writer = out_dir / "metrics.jsonl", None
     records = read_log(path) if path.exists() and not fresh else {}
-    mirror = TensorBoardMirror(out_dir / "tensorboard", start_step) if tensorboard else None
-    log = RunLog(path, fresh=fresh, mirror=mirror)
-    log.write(start_step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **metadata)
-    if mirror and start_step in records.get("val", {}):  # purged, but still valid
-        mirror.write(records["val"][start_step])
-    return log
-
-
-class TensorBoardMirror:
-    """Copies the numbers of a run log to event files in a folder, named train/loss, val/loss, ...
-    A resumed run hides what was written from `start_step` on."""
-
-    def __init__(self, folder: Path, start_step: int):
+    if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter  # optional
         except ImportError:
             raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-        self.writer = SummaryWriter(str(folder), flush_secs=10, purge_step=start_step)
-
-    def write(self, record: dict) -> None:
-        step, kind = record["step"], record["kind"]
-        if kind == "run":
-            self.writer.add_text("run", f"```\n{json.dumps(record, indent=1)}\n```", step)
-        for name, value in record.items():
-            if kind not in ("run", "end") and name != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        self.writer.close()
+        writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10, purge_step=start_step)
+    log = RunLog(path, fresh=fresh, writer=writer)
+    log.write(start_step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **metadata)
+    if start_step in records.get("val", {}):  # purged, but still valid
+        log.copy_to_tensorboard(records["val"][start_step])
+    return log
