@@ -1,4 +1,4 @@
-"""The run log and its mirror, run metadata, FLOPs, and the graphs drawn from logs."""
+"""The run log and its copy in TensorBoard, run metadata, FLOPs, and the graphs drawn from logs."""
 
 import dataclasses
 import errno
