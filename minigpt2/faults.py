@@ -200,8 +200,8 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 def agree(loss_sum: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
           launch: Launch) -> torch.Tensor:
     """What all ranks must agree on in a step, on the device: (3,) float32, the sum of `loss_sum` ()
-    over ranks, how many ranks were asked to stop, and the norm of the all-reduced gradients. One
-    small all-reduce; the host does not wait for it."""
+    over ranks, how many ranks were asked to stop, and the gradient norm. One small all-reduce, and
+    no synchronization with the host. The gradients are all-reduced already."""
     asked = torch.full((), float(request.requested()), device=launch.device)
     sums = launch.sum(torch.stack([loss_sum, asked]))  # (2,)
     return torch.cat([sums, grad_norm[None]])

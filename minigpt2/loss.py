@@ -18,9 +18,9 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor,
     """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,).
 
     Rows whose target is IGNORE_INDEX count 0. Eager code computes a few rows of logits at a time
-    and never waits for a GPU. torch.compile fuses the float32 softmax, so all logits are computed
-    in the compute dtype. So they are in float16, whose gradients must be scaled before they are
-    computed: LinearCrossEntropy computes them in the forward pass."""
+    and never waits for a GPU. Under torch.compile all logits are computed in the compute dtype,
+    since the compiler fuses the float32 softmax. float16 takes that path too: its gradients must be
+    scaled before they are computed, and LinearCrossEntropy computes them in the forward pass."""
     device_type, V = x.device.type, len(weight)
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
@@ -71,9 +71,11 @@ def loss_without_gradients(x: torch.Tensor, weight: torch.Tensor,
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum over rows of -log softmax(x @ weight.T)[target] in O(block x V) memory. Since the
-    gradient depends on the logits alone, each block's share of both gradients is computed in the
-    forward pass; `backward` only scales them."""
+    """The sum over rows of -log softmax(x @ weight.T)[target], one block of logits at a time. The
+    gradient of a softmax cross-entropy depends on the logits alone. Each block's share of both
+    gradients is therefore computed in the forward pass, and `backward` only scales it by the
+    incoming scalar. Memory is O(block x V) instead of O(N x V); the result equals
+    `F.cross_entropy(..., reduction="sum")`."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
