@@ -85,8 +85,8 @@ class RunLog:
         self.copy_to_tensorboard(record)
 
     def copy_to_tensorboard(self, record: dict) -> None:
-        """Writes the numbers of a train or val record as train/loss, val/loss, ..."""
-        if self.writer and record["kind"] in ("train", "val"):
+        """Writes the numbers of a record as train/loss, val/loss, ..."""
+        if self.writer and record["kind"] not in ("run", "end"):
             for name in record.keys() - {"step", "kind"}:
                 if isinstance(record[name], int | float):
                     self.writer.add_scalar(f"{record['kind']}/{name}", record[name], record["step"])
