@@ -2,14 +2,9 @@
 
 import contextlib
 import ctypes
-import importlib.util
-import json
 import os
 import re
 import secrets
-import shutil
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -75,14 +70,13 @@ class Launch:
 
     def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
         """Raises UserError, on every rank, if one of the facts differs between ranks."""
-        all_facts = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
+        all_facts = self.gather(facts)
         for rank, others in enumerate(all_facts):
-            for name in sorted(all_facts[0].keys() | others.keys()):
-                first, other = all_facts[0].get(name), others.get(name)
-                if first != other:
-                    raise UserError(f"{name} differs: {first!r:.80} on rank 0, {other!r:.80} on "
-                                    f"rank {rank}; start all nodes with the same code, flags, "
-                                    "packages and data")
+            for name, first in sorted(all_facts[0].items()):
+                if name not in except_for and others.get(name) != first:
+                    raise UserError(f"{name} differs: {first!r:.80} on rank 0, "
+                                    f"{others.get(name)!r:.80} on rank {rank}; start all nodes "
+                                    "with the same code, flags, packages and data")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -138,17 +132,12 @@ def read_launch() -> tuple[int, int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory. By default it returns every large tensor to the system, which
-    hands it out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
-    mallopt = c_function("mallopt")
+    """Makes glibc keep freed memory; by default, every large tensor is returned to the system and
+    handed out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def c_function(name: str) -> Callable | None:
-    """A function of the C library, or None."""
-    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def use_fastest_exact_matmul() -> None:
@@ -176,27 +165,20 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
 
     torchrun's store outlives its ranks: without a prefix, a restarted gloo group reads addresses of
     dead processes (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own,
-    with the numbers it has seen, until every other rank has found its number in the offer."""
+    with the numbers it has seen, until every other rank has found its number in the offer. Nobody
+    waits inside the store, where signal handlers would not run."""
     def read(key: str) -> str:
-        """store.get, which would keep signal handlers from running while it waits."""
-        end = time.monotonic() + 60 * TIMEOUT_MINUTES
-        while not store.check([key]) and time.monotonic() < end:
-            time.sleep(POLL_SECONDS)
-        return store.get(key).decode()
+        return store.get(key).decode() if store.check([key]) else ""
 
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
-        while (offer := json.loads(read("offer")))["hellos"].get(str(rank)) != mine:
+        while mine not in (offer := read("offer").split()):
             time.sleep(POLL_SECONDS)
-        store.set(f"seen/{rank}", offer["attempt"])
-        return offer["attempt"]
-    others = range(1, world_size)
-    for other in others:  # clear replies of an earlier attempt
-        store.set(f"seen/{other}", "")
-    while not all(read(f"seen/{other}") == mine for other in others):
-        hellos = {other: read(f"hello/{other}") for other in others}
-        store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
+        store.set(f"seen/{rank}", offer[0])
+        return offer[0]
+    while any(read(f"seen/{other}") != mine for other in range(1, world_size)):
+        store.set("offer", " ".join([mine, *(read(f"hello/{r}") for r in range(1, world_size))]))
         time.sleep(POLL_SECONDS)
     return mine
 
@@ -231,34 +213,6 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
-def missing_for_compile(device: torch.device) -> str | None:
-    """What torch.compile lacks for this device, or None: Inductor generates C++ for a CPU, and
-    Triton code, whose launchers need a C compiler, for a GPU."""
-    on_gpu = device.type == "cuda"
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    if on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
-        return "a GPU of compute capability 7.0 or more"
-    names = (os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "cc") if on_gpu else ("g++",)),
-             "clang" if on_gpu else "clang++")
-    if not any(shutil.which(name) for name in names if name):
-        return f"a compiler, one of {', '.join(filter(None, names))}"
-    header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
-    if sys.platform == "linux" and not os.path.exists(header):
-        return f"{header} (Debian's package python3-dev)"
-    return None
-
-
-def should_compile(wanted: bool | None, launch: Launch) -> bool:
-    """Whether to compile the training step (None: on CUDA). Without a compiler, prints one line and
-    returns False."""
-    wanted = launch.device_type == "cuda" if wanted is None else wanted
-    missing = missing_for_compile(launch.device) if wanted else None
-    if missing:
-        launch.print0(f"torch.compile needs {missing}: training without it, which is slower")
-    return wanted and missing is None
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context of a forward pass; disabled for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -275,13 +229,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @contextlib.contextmanager
 def allow_nondeterministic() -> Iterator[None]:
     """Allows nondeterministic algorithms for work that does not affect training."""
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
@@ -303,18 +256,16 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
 
     Summed in float64, so that world size and micro-batch do not change it, and run eagerly: other
     shapes would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
-    summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
             inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
             with autocast(launch.device, dtype):
                 _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-            summed += loss.item()
-            count += (targets != IGNORE_INDEX).sum().item()
-            stopped = should_stop()
-            if stopped:
+            valid = (targets != IGNORE_INDEX).sum()
+            sums += torch.tensor([loss.item(), valid.item(), should_stop()])
+            if sums[2]:
                 break
-    sums = torch.tensor([summed, count, stopped], dtype=torch.float64)
     summed, count, stopped = launch.sum(sums).tolist()
     return None if stopped else summed / count
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import Launch, connect_store, start
 from minigpt2.memory import is_out_of_memory
@@ -33,20 +32,20 @@ RESUME_HINT = "--resume continues from the newest checkpoint"
 
 class IgnoreBrokenPipe:
     """A text stream that ignores write errors: Ctrl-C also ends the `tee` of `| tee log`."""
+
     def __init__(self, stream):
         self.stream = stream
 
-    def write(self, text: str) -> int:
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
             self.stream.write(text)
-        return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
 
 
 class StopRequest:
@@ -54,8 +53,7 @@ class StopRequest:
     loop to check once a step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
-        self.name: str | None = None  # of the signal
-        self.since = 0.0
+        self.name, self.since = None, 0.0  # of the signal
         self.previous_handlers: dict = {}
 
     def requested(self) -> bool:
@@ -96,9 +94,9 @@ class LostRankError(UserError):
 
 class RankMonitor:
     """A thread that ends this process when another rank fails or sends no heartbeat, or when its
-    torchrun is killed. Without it NCCL would wait for half an hour, and an orphaned rank forever.
-    Every rank increments a counter in torchrun's store once a second and reads the others'. Only
-    counters are compared, never clocks, so a slow rank is not declared lost."""
+    torchrun is killed: NCCL would wait for half an hour, and an orphaned rank forever. Once a
+    second, every rank increments a counter in torchrun's store and checks that the others' change.
+    """
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -116,9 +114,8 @@ class RankMonitor:
         """Starts to watch the other ranks as well. A collective."""
         if launch.world_size > 1:
             self.rank, self.world_size = launch.rank, launch.world_size
-            # A fresh prefix hides keys of earlier attempts; a separate connection, because that of
-            # the process group may be blocked
-            prefix = launch.broadcast(secrets.token_hex(8))
+            prefix = launch.broadcast(secrets.token_hex(8))  # hides keys of earlier attempts
+            # A connection of its own: that of the process group may be blocked
             store = connect_store(timedelta(seconds=SILENT_SECONDS))
             self.store = dist.PrefixStore(prefix, store)
 
@@ -131,14 +128,14 @@ class RankMonitor:
         self.thread.join(HEARTBEAT_SECONDS)
 
     def heartbeat(self) -> tuple[list[int], str | None]:
-        """Increments this rank's counter; returns all counters, and the exit status (one digit) and
-        message of a failed rank."""
+        """Increments this rank's counter; returns all counters, and the exit status (one digit)
+        and message of a failed rank."""
         self.store.add(f"alive/{self.rank}", 1)
         counts = [self.store.add(f"alive/{rank}", 0) for rank in range(self.world_size)]
         return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
 
     def run(self) -> None:
-        last, last_heartbeat, last_poll = [], [], time.monotonic()
+        last_poll, counters, changed = time.monotonic(), {}, {}  # by rank; and when it changed
         while not self.leaving.wait(HEARTBEAT_SECONDS):
             if self.parent not in (None, os.getppid()):
                 self.end(f"the torchrun that started rank {self.rank} was killed. {RESUME_HINT}")
@@ -153,16 +150,15 @@ class RankMonitor:
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
             now = time.monotonic()
-            if not last or now - last_poll > 5 * HEARTBEAT_SECONDS:
-                # First poll, or this process was suspended, perhaps with all others: reset
-                last, last_heartbeat = [-1] * self.world_size, [now] * self.world_size
-            last_heartbeat = [now if count != before else since for count, before, since in
-                              zip(counts, last, last_heartbeat, strict=True)]
-            last, last_poll = counts, now
-            oldest = min(last_heartbeat)
-            if now - oldest > SILENT_SECONDS:
-                self.end(f"rank {last_heartbeat.index(oldest)} is lost: no heartbeat for "
-                         f"{SILENT_SECONDS:.0f} s (killed, or its node is down). {RESUME_HINT}")
+            if now - last_poll > 5 * HEARTBEAT_SECONDS:
+                counters.clear()  # this process was suspended, perhaps with all others
+            last_poll = now
+            for rank, count in enumerate(counts):
+                if count != counters.get(rank):
+                    counters[rank], changed[rank] = count, now
+                elif now - changed[rank] > SILENT_SECONDS:
+                    self.end(f"rank {rank} is lost: no heartbeat for {SILENT_SECONDS:.0f} s "
+                             f"(killed, or its node is down). {RESUME_HINT}")
 
     def end(self, why: str, status: int = 1) -> None:
         """Exits at once, even if other threads are blocked; no effect during a normal exit. A
@@ -177,9 +173,8 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
-    """Joins the process group, monitors the other ranks, and leaves the group at the end (see
-    `distributed.start`). Raises UserError for out of memory and lost ranks, in place of PyTorch's
-    errors."""
+    """Joins the process group (see `distributed.start`), monitors the other ranks, and leaves the
+    group at the end. Raises UserError for out of memory and lost ranks."""
     with RankMonitor() as monitor:
         try:
             launch = start(device, deterministic)
@@ -189,11 +184,14 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(
-                    f"out of memory ({first_line(error):.120}): lower --micro-batch-size, or let "
-                    "--micro-batch-size auto find the largest that fits") from error
+                    f"out of memory ({first_line(error):.120}): lower --micro-batch-size, or use "
+                    "--micro-batch-size auto") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 raise LostRankError("lost the connection to another rank: it was killed, or its "
                                     f"node is down. {RESUME_HINT}") from error
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
+                raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
+                                "lacks, or train with --no-compile, which is slower") from error
             raise
     if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
         dist.destroy_process_group()
@@ -221,7 +219,6 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
         return skipped
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
-    before = [path for path in list_checkpoints(out_dir) if step_of(path) <= step - skipped]
-    good = f"the last checkpoint before them is {before[-1]}" if before else "no earlier checkpoint"
-    raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
-                    f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")
+    raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps up to {step} had a "
+                    f"non-finite loss ({loss}) or gradient norm ({grad_norm}); they changed "
+                    f"nothing: lower --max-lr, and --resume continues {out_dir}")

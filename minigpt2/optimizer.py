@@ -49,11 +49,10 @@ SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
     replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
-    equally far. c_attn stacks three matrices: q, k and v are orthogonalized separately. As in Liu
-    et al. 2025 ("Muon is scalable for LLM training"), updates are scaled to AdamW's usual RMS, so
-    that learning rates are comparable, and weights decay. Matrices of equal shape are batched. As
-    in PyTorch's fused AdamW, the attribute `found_inf` (), set by `step_if_finite`, skips a step if
-    it is 1. The skip is computed, not branched on: the host does not wait for the device."""
+    equally far; q, k and v, stacked in c_attn, each by itself. As in Liu et al. 2025 ("Muon is
+    scalable for LLM training"), weights decay, and updates have AdamW's usual RMS, so that learning
+    rates are comparable. As in PyTorch's fused AdamW, the attribute `found_inf` (), 1 or 0, skips a
+    step without the host waiting for it."""
 
     @torch.no_grad()
     def step(self):
@@ -70,8 +69,7 @@ class Muon(torch.optim.AdamW):
     def step_matrices(self, group: dict) -> None:
         if not group["params"]:  # of a rank that owns no matrix
             return
-        device = group["params"][0].device
-        skip = getattr(self, "found_inf", torch.zeros((), device=device)).bool()  # ()
+        skip = getattr(self, "found_inf", group["params"][0].new_zeros(())).bool()  # ()
         decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])  # ()
         share = torch.where(skip, 0.0, 1 - group["momentum"])  # (), of the gradient
         batches = defaultdict(list)  # shape -> wide views of (weight, gradient, momentum)
@@ -103,9 +101,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Approximately U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by
-    Muon's Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a
-    GPU, which is precise enough."""
+    """About U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by Muon's
+    Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a GPU."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # no singular value above 1
@@ -124,10 +121,8 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     named = list(model.named_parameters())  # a tied weight occurs once
     muon_params = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
     rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     if muon_params:
         groups.insert(0, {"params": muon_params, "weight_decay": weight_decay, "muon": True,
                           "momentum": MUON_MOMENTUM, "lr": muon_lr, "lr_scale": muon_lr / lr})
@@ -156,8 +151,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> N
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
                     copy: Callable[[object, str], object]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(value, name)` makes the copy that is returned, of a tensor or of all tensors
-    in a dict; a tensor that it is given is overwritten later."""
+    collective. `copy(value, name)` copies a tensor, or all tensors in a dict, before they change.
+    """
     state = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer: settings only
     if local_optimizer(optimizer) is not optimizer:
         state["state"] = gather_state(optimizer, launch, copy)
@@ -168,9 +163,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
 
 def gather_state(optimizer: torch.optim.Optimizer, launch: Launch,
                  copy: Callable[[object, str], object]) -> dict[int, dict]:
-    """The state of a sharded optimizer by parameter, on rank 0. Tensors are broadcast one after the
-    other into one buffer as large as the largest of them. `consolidate_state_dict` would pickle all
-    of a rank's state at once and block the interpreter, heartbeats included, for minutes."""
+    """The state of a sharded optimizer by parameter, on rank 0. Tensors are broadcast one by one
+    into one buffer: `consolidate_state_dict` would pickle all of a rank's state at once and block
+    the interpreter, heartbeats included, for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = optimizer.optim.state  # of this rank's parameters
     buffer = torch.empty(max(p.numel() for p in params), device=params[0].device)
@@ -190,9 +185,8 @@ def gather_state(optimizer: torch.optim.Optimizer, launch: Launch,
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Copies the moments of this rank's parameters, but keeps the settings (betas, eps, weight
-    decay) of `optimizer`, which come from the command line. Raises KeyError, TypeError or
-    ValueError for a state of another model or optimizer."""
+    """Copies the moments of this rank's parameters; the settings (betas, eps, weight decay) stay.
+    Raises KeyError, TypeError or ValueError for a state of another model or optimizer."""
     local = local_optimizer(optimizer)
     mine = {parameter for group in local.param_groups for parameter in group["params"]}
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):

@@ -58,7 +58,6 @@ class RunConfig:
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
     tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
-    wandb: str | None = flag(None, "also log to this Weights & Biases project")
     loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)",
                                   is_path=True)
 
@@ -119,12 +118,12 @@ class Run:
         model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
         if config.bf16_residual and not model.bf16_residual:
             launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
-        resume.seed_rank(config.seed, 0, launch)
         if self.is_resumed:
             self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
-                                        seed=config.seed, max_steps=max_steps, flag=max_steps_flag)
+                                        max_steps=max_steps, flag=max_steps_flag)
             self.saved = None  # free it: the moments are twice the size of the weights
-        compiled = distributed.should_compile(config.compile, launch)
+        resume.seed_rank(config.seed, self.step, launch)
+        compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
@@ -153,7 +152,7 @@ class Run:
                     write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(start_log(
                     self.out_dir, fresh=not self.is_resumed, start_step=self.step,
-                    metadata=self.metadata, tensorboard=config.tensorboard, wandb=config.wandb)))
+                    metadata=self.metadata, tensorboard=config.tensorboard)))
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()
@@ -250,6 +249,7 @@ class Run:
         self.unread.append((HostCopy(numbers), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
+        resume.seed_rank(self.config.seed, self.step, self.launch)
         self.read_steps(all_but=self.steps_late)
         self.writer.poll()
         self.bar.update()

@@ -6,8 +6,8 @@ distribution proportional to the weights w_i. Rounding changes the result only i
 tokens are tied to within rounding, so sampling is batch-invariant (docs/sampling.md).
 
 The noise is a stateless function of the row's key, a counter and the token id (Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3"). SplitMix64 (Steele et al. 2014) turns key and
-counter into two words; MurmurHash3's finalizer mixes each of them with the token id.
+"Parallel random numbers: as easy as 1, 2, 3"): SplitMix64 (Steele et al. 2014) makes two words of
+key and counter, which MurmurHash3's finalizer mixes with the token id.
 """
 
 import hashlib
@@ -90,8 +90,7 @@ def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def unnormalized_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, so that no temperature
-    overflows."""
+    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1: none overflows."""
     temperature = max(temperature, torch.finfo(torch.float32).tiny)  # float32 would round to 0
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
 
@@ -121,9 +120,8 @@ def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[in
             repetitions[prompt] += 1
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
-        shown = " ".join(repr(seed)[:60].split())
-        raise UserError(f"seed is {shown}, expected an integer from 0 to 2**64 - 1, or a list with "
-                        "one for each row")
+        raise UserError(f"seed is {seed!r:.60}, expected an integer from 0 to 2**64 - 1, or a list "
+                        "with one for each row")
     return list(map(int, seeds))
 
 

@@ -511,12 +511,12 @@ def test_a_nan_loss_on_one_rank_skips_the_step_on_both(corpus, tmp_path, shard_o
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_three_skipped_steps_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, late):
+def test_three_skipped_steps_stop_the_run_with_what_to_do(corpus, tmp_path, late):
     config = tiny(corpus, tmp_path / "out", micro_batch_size=2, save_interval=3)
     ranks = Ranks(2, "trainer", flags(config), tmp_path / "ranks", inject_nan={0: [10, 12, 14]},
                   constants=NO_WAIT | (ONE_STEP_LATE if late else {}))
     assert ranks.wait() == [2, 2]
-    assert_one_line(ranks.output(), "diverged", "--max-lr", "before them is", "step_000003")
+    assert_one_line(ranks.output(), "diverged", "steps up to 7", "--max-lr", "--resume")
     log = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
     assert [step for step, record in log.items() if record.get("skipped")] == [5, 6]
     assert all(p.isfinite().all() for p in load_model(tmp_path / "out").parameters())
@@ -585,7 +585,6 @@ def assert_only_the_first_checkpoint(out_dir, finished_run) -> None:
     assert [folder.name for folder in list_checkpoints(out_dir)] == ["step_000005"]
     assert final_state(out_dir)["progress"]["step"] == 5
     load_model(out_dir)
-    assert (out_dir / "metrics.jsonl").read_bytes().endswith(b"}\n")
     assert curves(out_dir)["train"].keys() <= curves(finished_run)["train"].keys()
 
 
@@ -660,6 +659,7 @@ def test_auto_finds_a_micro_batch_and_keeps_the_losses(corpus, tmp_path, finishe
         return real(x, weight, targets)
 
     monkeypatch.setattr(model, "linear_cross_entropy", limited)
+    monkeypatch.setattr("minigpt2.memory.on_cpu", lambda device: False)  # by trial, as on a GPU
     train(tiny(corpus, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
     assert "2 micro-steps x 4 x 16" in capsys.readouterr().out
     assert losses(tmp_path / "auto") == pytest.approx(losses(finished_run), abs=1e-6)
