@@ -19,8 +19,7 @@ from evaluate import (
     read_questions,
     score,
 )
-from minigpt2.checkpoint import load_model, save_checkpoint
-from model import GPT, GPTConfig
+from minigpt2.checkpoint import load_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install -r requirements-referees.txt")
 
@@ -64,17 +63,6 @@ def rows_of(task: str) -> list[dict]:
     else:
         rows = made_rows()["lambada" if task == "lambada" else "hellaswag"]
     return rows
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A random model whose logits are as far apart as those of a trained one."""
-    if given := os.environ.get("REFEREE_CHECKPOINT"):
-        return Path(given)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=32))
-    model.transformer.wte.weight.data *= 10
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), 1, model)
 
 
 def harness_results(checkpoint: Path, task: str, path: Path) -> tuple[dict, list[float]]:
