@@ -69,11 +69,10 @@ def test_llama_cpp_gives_the_same_tokens_and_logprobs(checkpoint, model, tmp_pat
     answers = llama_cpp_answers(tmp_path / "model.gguf")
     for row, prompt, answer in zip(greedy_rows(model), PROMPTS, answers, strict=True):
         length, tokens = len(encode(prompt)), answer["logprobs"]["content"]
-        new = row[length : len(row) - (row[-1] == EOT_TOKEN)]
+        new = row[length:]  # perhaps with <|endoftext|>, after which llama.cpp stops, too
         assert [token["id"] for token in tokens][: len(new)] == new
-        assert row[-1] != EOT_TOKEN or answer["finish_reason"] == "stop"
-        assert row[-1] != EOT_TOKEN or len(tokens) == len(new)
-        ids = torch.tensor([row[: length + len(new)]])
+        assert (answer["finish_reason"] == "stop") == (tokens[-1]["id"] == EOT_TOKEN)
+        ids = torch.tensor([row])
         expected = logprobs(model, ids, torch.ones_like(ids))[0, length - 1 :].tolist()
         assert [token["logprob"] for token in tokens][: len(new)] == pytest.approx(
             expected, abs=5e-3)  # on a CPU, llama.cpp reads GELU from a table in float16
