@@ -18,7 +18,7 @@ TEXTS = ["Once upon a time an old king lived in a small house by the river, with
          "Dogs bark.",
          "Trees sang to the apples under them until the wind came over the hills, and then, as "
          "nobody listened any more, they sang to the wind.",
-         "Maximiliana, in 1984, at the café: naïve, quick and over the moon ☾."]
+         "Maximiliana, in 1984, at the café: naïve, quick and over the moon."]
 
 
 @pytest.fixture(scope="session")
