@@ -11,7 +11,6 @@ template) after every epoch and every --save-interval steps, OUT_DIR/metrics.jso
 the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --resume continues it.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from dataloader import PAD_TOKEN, normalize, permutation, read_rows, split_by_content
+from dataloader import PAD_TOKEN, permutation, read_rows, split_rows
 from inference import check_vocabulary
 from minigpt2.checkpoint import CONFIG_FILE, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
@@ -29,7 +28,7 @@ from minigpt2.files import sha256_of
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig
-from minigpt2.tokenizer import PROMPT_TEMPLATE, decode, encode_example
+from minigpt2.tokenizer import PROMPT_TEMPLATE, encode_example
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -136,10 +135,12 @@ def token_ids(example: Example) -> list[int]:
     return [token for prompt, response in example for token in prompt + response]
 
 
-def make_examples(rows: list[list[TextTurn]], block_size: int) -> tuple[list[Example], str]:
-    """Rows as token ids, and a summary that counts what was left out: rows without an answer
-    (Alpaca has some), and rows longer than the context, whose <|endoftext|> would be cut off."""
-    examples, empty, long = [], 0, 0
+def make_examples(rows: list[list[TextTurn]], block_size: int,
+                  ) -> tuple[list[TextTurn], list[Example], str]:
+    """(the first turns, the token ids) of the usable rows, and a summary that counts what was left
+    out: rows without an answer (Alpaca has some), and rows longer than the context, whose
+    <|endoftext|> would be cut off."""
+    keys, examples, empty, long = [], [], 0, 0
     for turns in rows:
         example = [encode_example(*turn) for turn in turns]
         if not all(output.strip() for _, _, output in turns):
@@ -147,32 +148,10 @@ def make_examples(rows: list[list[TextTurn]], block_size: int) -> tuple[list[Exa
         elif num_tokens(example) > block_size + 1:  # the last token is only a target
             long += 1
         else:
+            keys.append(turns[0])
             examples.append(example)
-    return examples, (f"{len(examples):,} of {len(rows):,} rows (left out: {empty:,} without an "
-                      f"answer and {long:,} over {block_size} tokens)")
-
-
-def split_rows(examples: list[Example], val_fraction: float,
-               seed: int) -> tuple[list[Example], list[Example], str]:
-    """(training rows, held-out rows by length, summary). Rows with equal first prompts are on the
-    same side: no row is validated on a prompt that was trained on. Raises UserError."""
-    num_val = max(1, round(len(examples) * val_fraction))
-    if num_val >= len(examples):
-        raise UserError(f"{len(examples)} usable rows cannot be split into training and validation "
-                        f"rows at --val-fraction {val_fraction}: give more rows or lower it")
-    contents = [normalize(decode(example[0][0])) for example in examples]
-    summary = f"{len(contents) - len(set(contents)):,} repeat another's prompt"
-    rarest = min(Counter(contents).values())
-    if rarest > max(num_val, len(examples) // 5):  # so many rows cannot be spared
-        summary += ", too many to split by prompt: split by prompt and response"
-        contents = [normalize(decode(token_ids(example))) for example in examples]
-        rarest = min(Counter(contents).values())
-    trained, held_out = split_by_content(contents, max(num_val, rarest), seed)
-    if not trained:
-        raise UserError(f"all {len(examples)} usable rows are equal: give other rows")
-    return ([examples[i] for i in trained],
-            sorted((examples[i] for i in held_out), key=num_tokens),
-            f"{len(trained):,} to train on, {len(held_out):,} held out; {summary}")
+    return keys, examples, (f"{len(examples):,} of {len(rows):,} rows (left out: {empty:,} without "
+                            f"an answer and {long:,} over {block_size} tokens)")
 
 
 def global_batch(examples: list[Example], step: int, batch_size: int, seed: int) -> list[Example]:
@@ -236,7 +215,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     rows = read_turns(data)
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
               data={"sha256": sha256_of(data)}, fixed=FIXED_ON_RESUME,
-              prompt_template=PROMPT_TEMPLATE, row_order="split by content")
+              prompt_template=PROMPT_TEMPLATE, row_order="split by hash")
     if run.is_resumed and "row_order" not in run.saved["facts"]:
         raise UserError(f"--resume: {run.checkpoint} was written by a version that trained on the "
                         "rows in another order: start in another --out-dir")
@@ -244,11 +223,13 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     raw_model = load_model(base, device)
     check_vocabulary(raw_model, base)
     block_size = raw_model.config.block_size
-    examples, summary = make_examples(rows, block_size)
+    keys, examples, summary = make_examples(rows, block_size)
     if len(examples) < 2:  # one to train on, one to validate on
         raise UserError(f"--data {data}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
-    train_rows, val_rows, split_summary = split_rows(examples, config.val_fraction, config.seed)
+    trained, held_out, split_summary = split_rows(keys, config.val_fraction)
+    train_rows = [examples[i] for i in trained]
+    val_rows = sorted((examples[i] for i in held_out), key=num_tokens)
     launch.print0(f"{summary}; {split_summary}")
 
     # 2. The number of steps, and the optimizer

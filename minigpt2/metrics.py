@@ -23,6 +23,7 @@ PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "A100": 312,
     "A40": 149.7, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "RTX A6000": 154.8,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125, "T4": 65}
+OF_WEIGHTS = ("val", "hellaswag")  # kinds of records about the weights after so many steps
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -118,8 +119,8 @@ class RunLog:
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
     """The records of a run log as {kind: {step: record}}; the last of a step wins. A "run" record
-    of step S discards the train records from S on and the val records after S. An incomplete last
-    line is ignored. Raises UserError for a damaged line."""
+    of step S discards the train records from S on and those of OF_WEIGHTS after S. An incomplete
+    last line is ignored. Raises UserError for a damaged line."""
     records: dict[str, dict[int, dict]] = {}
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete
@@ -133,7 +134,8 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
                 raise TypeError(f"step is {step!r}, kind is {kind!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not a record ({error!r:.200})") from None
-        for other, first in (("train", step), ("val", step + 1)) if kind == "run" else ():
+        for other in ("train", *OF_WEIGHTS) if kind == "run" else ():
+            first = step if other == "train" else step + 1
             if other in records:
                 records[other] = {s: r for s, r in records[other].items() if s < first}
         records.setdefault(kind, {})[step] = record
@@ -155,8 +157,9 @@ def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict, te
     mirror = TensorBoardMirror(out_dir, start_step, wandb, metadata) if packages else None
     log = RunLog(path, fresh=fresh, mirror=mirror)
     log.write(start_step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **metadata)
-    if start_step in records.get("val", {}):  # TensorBoard purges it, but it is still valid
-        log.call_mirror("write", records["val"][start_step])
+    for kind in OF_WEIGHTS:
+        if start_step in records.get(kind, {}):  # TensorBoard purges it, but it is still valid
+            log.call_mirror("write", records[kind][start_step])
     return log
 
 

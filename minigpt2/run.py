@@ -174,8 +174,14 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
-        due = (self.state.val_loss is None
-               and (self.step in self.milestones or self.step % self.config.eval_interval == 0))
+        return self.state.val_loss is None and self.is_due(self.config.eval_interval)
+
+    def benchmark_due(self, interval: int) -> bool:
+        """Whether the weights are to be scored on a benchmark now; never with interval 0."""
+        return interval > 0 and self.state.scored_step != self.step and self.is_due(interval)
+
+    def is_due(self, interval: int) -> bool:
+        due = self.step in self.milestones or self.step % interval == 0
         if due:
             self.pause_clock()
         return due and not self.stopping
@@ -188,6 +194,18 @@ class Run:
             self.log.write(self.step, "val", loss=loss, **figures)
             self.bar.write(f"step {self.step}: validation loss {loss:.4f}")
         return loss is not None
+
+    def log_benchmark(self, name: str, figures: dict[str, float] | None) -> None:
+        """Records the figures of the current weights; None, after a signal, stops the run."""
+        self.stopping = figures is None
+        if figures is None:
+            return
+        self.state.scored_step = self.step
+        if self.launch.is_master:
+            self.log.write(self.step, name, **figures)
+            self.bar.write(f"step {self.step}: {name} " + ", ".join(
+                f"{figure} {value:.4f}" for figure, value in figures.items()
+                if isinstance(value, float) and not figure.endswith("_stderr")))
 
     def save_or_finish(self) -> bool:
         """Saves a checkpoint if one is due; returns whether the run ends here, after its last step

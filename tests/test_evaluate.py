@@ -8,36 +8,38 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH, main_error, make_corpus, user_error, write_shard
+from helpers.common import (
+    CPU_LAUNCH,
+    STORIES,
+    main_error,
+    make_corpus,
+    user_error,
+    write_rows,
+    write_shard,
+)
 from helpers.hub_server import run_module, serve
 from helpers.ranks import Ranks
 
 import evaluate
-from dataloader import pad_rows
-from evaluate import (
-    EvaluateConfig,
+from dataloader import pad_rows, read_rows
+from evaluate import EvaluateConfig, validation_figures
+from inference import logprobs
+from minigpt2.benchmarks import (
     Question,
     choice_figures,
     hellaswag,
     hellaswag_harness,
     lambada,
     last_word_figures,
+    make_questions,
     multiple_choice,
-    read_questions,
     score,
-    validation_figures,
 )
-from inference import logprobs
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=16)
-STORIES = [{"ctx": f"The {a} went to the {b}. There it", "label": str(i % 4), "ind": i,
-            "endings": [f"slept{' very' * n} well.", "ate a fish and a loaf of bread.", "sang.",
-                        f"met {i} other animals, all of them older."]}
-           for i, (a, b, n) in enumerate((a, b, n) for a in ("cat", "old dog") for b in
-                                         ("forest", "sea") for n in range(4))]
 PASSAGES = [{"text": f"She had {n} apples{' and pears' * n} and gave them to {name}"}
             for n in range(5) for name in ("John", "Maximiliana", "the\nking")]
 
@@ -46,11 +48,6 @@ PASSAGES = [{"text": f"She had {n} apples{' and pears' * n} and gave them to {na
 def model():
     torch.manual_seed(0)
     return GPT(SIZES).eval()
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def pairs_of(questions: list[Question]) -> list:
@@ -122,7 +119,7 @@ def test_scores_match_hugging_face_and_our_own_logprobs(model, tmp_path):
     from transformers import GPT2LMHeadModel
     reference = GPT2LMHeadModel.from_pretrained(save_checkpoint(tmp_path, 1, model)).eval()
     pairs = pairs_of([hellaswag(row) for row in STORIES] + [lambada(row) for row in PASSAGES])
-    scores = score(model, pairs, CPU_LAUNCH, torch.float32, 256, "test")
+    scores = score(model, pairs, CPU_LAUNCH, torch.float32, batch_tokens=256)
     for (context, continuation), (total, greedy, last) in zip(pairs, scores.tolist(), strict=True):
         ids = torch.tensor([context + continuation])
         with torch.no_grad():
@@ -139,8 +136,8 @@ def test_scores_match_hugging_face_and_our_own_logprobs(model, tmp_path):
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_scores_do_not_depend_on_the_batch(model, batch_tokens):
     pairs = pairs_of([hellaswag(row) for row in STORIES])
-    scores = score(model, pairs, CPU_LAUNCH, torch.float32, batch_tokens, "test")
-    alone = torch.cat([score(model, [pair], CPU_LAUNCH, torch.float32, 100, "test")
+    scores = score(model, pairs, CPU_LAUNCH, torch.float32, batch_tokens=batch_tokens)
+    alone = torch.cat([score(model, [pair], CPU_LAUNCH, torch.float32, batch_tokens=100)
                        for pair in pairs])
     assert torch.allclose(scores, alone, atol=1e-4)
 
@@ -154,15 +151,15 @@ def test_a_greedy_continuation_is_recognized(model):
     wrong = [*continuation[:-1], (continuation[-1] + 1) % 100]
     middle = [continuation[0], (continuation[1] + 1) % 100]
     scores = score(model, [(context, continuation), (context, wrong), (context, middle)],
-                   CPU_LAUNCH, torch.float32, 100, "test")
+                   CPU_LAUNCH, torch.float32, batch_tokens=100)
     assert scores[:, 1].tolist() == [1, 0, 0] and scores[:2, 2].tolist() == [1, 0]
 
 
 def test_a_long_context_is_cut_on_the_left(model):
     continuation, context = encode(" the end of it"), encode("word " * 200)
-    scores = score(model, [(context, continuation)], CPU_LAUNCH, torch.float32, 100, "test")
+    scores = score(model, [(context, continuation)], CPU_LAUNCH, torch.float32, batch_tokens=100)
     kept = context[len(context) + len(continuation) - 65 :]  # 64 inputs, and the last target
-    alone = score(model, [(kept, continuation)], CPU_LAUNCH, torch.float32, 100, "test")
+    alone = score(model, [(kept, continuation)], CPU_LAUNCH, torch.float32, batch_tokens=100)
     assert torch.equal(scores, alone)
 
 
@@ -263,10 +260,11 @@ def test_results_of_other_tasks_are_kept(files, monkeypatch, capsys):
 def test_malformed_rows_are_named(tmp_path, row, words):
     good = {"context": "a", "choices": ["b", "c"], "label": 0}
     path = write_rows(tmp_path / "rows.jsonl", [good, row])
-    message = user_error(read_questions, path, multiple_choice, None, 64)
+    rows = read_rows(path)
+    message = user_error(make_questions, path, rows, multiple_choice, 64)
     for word in ["line 2", *words]:
         assert word in message
-    assert len(read_questions(path, multiple_choice, 1, 64)) == 1
+    assert len(make_questions(path, rows[:1], multiple_choice, 64)) == 1
 
 
 def test_wrong_files_and_tasks(files, monkeypatch, capsys):
@@ -303,7 +301,7 @@ def test_benchmarks_are_downloaded_and_verified(tmp_path):
 def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monkeypatch):
     path = tmp_path / "hellaswag_val.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), path)
-    assert len(read_questions(path, hellaswag, None, 64)) == 16
+    assert len(make_questions(path, read_rows(path), hellaswag, 64)) == 16
     assert "is not the file of Rowan/hellaswag" in user_error(evaluate.download_benchmark, path)
     monkeypatch.setattr(evaluate, "sha256_of", lambda _: evaluate.DOWNLOADS[path.name][3])
     evaluate.download_benchmark(path)
