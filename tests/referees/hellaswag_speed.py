@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.harness import BenchConfig, Step, compare, record, run_bench
 from bench.train import SIZES

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH
+from helpers.common import CPU_LAUNCH, ROOT, run_script
 
 from dataloader import read_rows
 from minigpt2.benchmarks import RENDERERS, choice_figures, last_word_figures, make_questions, score
@@ -81,3 +81,13 @@ def test_scores_and_accuracies_equal_the_harness(checkpoint, tmp_path, monkeypat
         figures = choice_figures(questions, scores)
         assert figures["accuracy_summed"] == metrics["acc,none"]
         assert figures["accuracy_per_character"] == metrics["acc_norm,none"]
+
+
+def test_the_speed_of_hellaswag_is_measured_on_equal_accuracies(tmp_path):
+    path, log = tmp_path / "rows.jsonl", tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made_rows()["hellaswag"]))
+    run_script(ROOT / "tests/referees/hellaswag_speed.py", "--file", path, "--quick", "--log", log)
+    figures = json.loads(log.read_text().splitlines()[-1])
+    assert figures["rows"] == 8 and figures["ours_accuracy"] == figures["lm_eval_accuracy"]
+    assert figures["ratio"] == pytest.approx(
+        figures["ours_rows_per_sec"] / figures["lm_eval_rows_per_sec"])
