@@ -293,3 +293,30 @@ def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float,
     if common:
         summary += f"; {len(common)} prompts of over a fifth of the rows each: split by response"
     return train, held_out, summary
+
+
+def padded_length(length: int) -> int:
+    """`length` rounded up to a multiple of 16 up to 192, of 32 up to 384, of 64 up to 768, and so
+    on: 26 lengths up to 1,024, and a twelfth more tokens on Alpaca's rows (27 % with 64 alone)."""
+    return length + -length % (16 << ((length - 1) // 192).bit_length())
+
+
+def row_batches(rows: Sequence, lengths: Sequence[int], batch_size: int, seed: int,
+                step: int) -> Iterator[list]:
+    """The rows of `step`, and then of every later one: a pure function of (seed, step).
+
+    An epoch visits every row once, in a new order: shuffled, sorted by `padded_length`, cut into
+    steps, the steps shuffled. So the rows of a step have one padded length or two neighboring ones.
+    The last step of an epoch has fewer rows if they do not divide evenly, of a random length."""
+    steps_per_epoch = -(-len(rows) // batch_size)  # ceiling division
+    padded = np.array(list(map(padded_length, lengths)))
+    for epoch in itertools.count(step // steps_per_epoch):
+        order = permutation(len(rows), seed, epoch)
+        order = order[np.argsort(padded[order], kind="stable")]
+        shuffled = permutation(steps_per_epoch, seed, epoch, 1)
+        cuts = np.arange(batch_size, len(rows), batch_size)
+        cuts[shuffled[-1] :] -= -len(rows) % batch_size  # so that the last step is the short one
+        steps = np.split(order, cuts)
+        for i in shuffled[step % steps_per_epoch :]:
+            yield [rows[j] for j in steps[i]]
+        step = 0

@@ -11,14 +11,15 @@ template) after every epoch and every --save-interval steps, OUT_DIR/metrics.jso
 the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --resume continues it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from dataloader import PAD_TOKEN, permutation, read_rows, split_rows
+from dataloader import PAD_TOKEN, normalize, padded_length, read_rows, row_batches, split_rows
 from inference import check_vocabulary
 from minigpt2.checkpoint import CONFIG_FILE, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
@@ -28,7 +29,7 @@ from minigpt2.files import sha256_of
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig
-from minigpt2.tokenizer import PROMPT_TEMPLATE, encode_example
+from minigpt2.tokenizer import PROMPT_TEMPLATE, decode, encode_example
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -37,10 +38,8 @@ ROLES = "user and assistant in turn, at most one system message before them"
 TextTurn = tuple[str, str, str]  # instruction, input, output
 Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
 Example = list[Turn]  # one turn, or those of a conversation
-# Micro-batches are padded to a multiple of this many tokens, so that few shapes occur: for each new
-# one, a GPU plans its kernels and a CPU keeps memory
-PAD_TO_CPU = 16
-PAD_TO_GPU = 64
+NO_ANSWER = ("<nooutput>", "<no output>", "<noinput>")  # how such outputs begin in Alpaca
+SHOWN = 240  # characters of each part of the example that is printed
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class FinetuneConfig(RunConfig):
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
     val_fraction: float = flag(0.05, "fraction of rows held out for validation, at least one",
                                minimum=0, below=1)
+    train_on_prompt: bool = flag(False, "train on the prompts' tokens too, not only the responses'")
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(200, "steps between checkpoints, in addition to one per epoch",
                               minimum=1)
@@ -71,6 +71,7 @@ class FinetuneConfig(RunConfig):
                                        "minutes, and rows differ in length)")
 
 
+ROW_ORDER = "split by hash, steps by length"  # in checkpoints; other versions had other orders
 # A resumed run may not change which rows a step sees
 FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "seed", "data_sha256")
 
@@ -127,8 +128,9 @@ def require_text(value: object, name: str, place: str) -> str:
     return value
 
 
-def num_tokens(example: Example) -> int:
-    return sum(len(prompt) + len(response) for prompt, response in example)
+def num_inputs(example: Example) -> int:
+    """Its tokens but for the last, which is only a target."""
+    return sum(len(prompt) + len(response) for prompt, response in example) - 1
 
 
 def token_ids(example: Example) -> list[int]:
@@ -143,9 +145,10 @@ def make_examples(rows: list[list[TextTurn]], block_size: int,
     keys, examples, empty, long = [], [], 0, 0
     for turns in rows:
         example = [encode_example(*turn) for turn in turns]
-        if not all(output.strip() for _, _, output in turns):
+        outputs = [normalize(output) for _, _, output in turns]
+        if any(not output or output.startswith(NO_ANSWER) for output in outputs):
             empty += 1
-        elif num_tokens(example) > block_size + 1:  # the last token is only a target
+        elif num_inputs(example) > block_size:
             long += 1
         else:
             keys.append(turns[0])
@@ -154,19 +157,23 @@ def make_examples(rows: list[list[TextTurn]], block_size: int,
                             f"an answer and {long:,} over {block_size} tokens)")
 
 
-def global_batch(examples: list[Example], step: int, batch_size: int, seed: int) -> list[Example]:
-    """The rows of one step, sorted by length so that micro-batches need little padding. Every epoch
-    visits each row once, in a new order; its last step may have fewer rows."""
-    epoch, step_of_epoch = divmod(step, -(-len(examples) // batch_size))  # ceiling division
-    first = step_of_epoch * batch_size
-    order = permutation(len(examples), seed, epoch)[first : first + batch_size]
-    return sorted((examples[i] for i in order), key=num_tokens)
+def with_prompt_targets(example: Example) -> Example:
+    """The example with all tokens as targets but the first, which follows nothing."""
+    first, *others = token_ids(example)
+    return [([first], others)]
 
 
-def padded_length(rows: list[Example], block_size: int, launch: Launch) -> int:
-    """The T of a micro-batch: the longest row, rounded up to few different values."""
-    T = max(map(num_tokens, rows), default=2) - 1  # the last token is only a target
-    return min(T + -T % (PAD_TO_CPU if launch.device_type == "cpu" else PAD_TO_GPU), block_size)
+def show_example(example: Example) -> str:
+    """The text of an example with its trained parts in [[ ]]; long parts and the turns after the
+    second are left out."""
+    parts = []
+    for ids in (ids for turn in example[:2] for ids in turn):
+        text = decode(ids)
+        cut = f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+        parts.append(cut if len(text) > SHOWN else text)
+    shown = "".join(f"{prompt}[[{response}]]" for prompt, response in
+                    zip(parts[::2], parts[1::2], strict=True))
+    return shown + f" ... ({len(example) - 2} more turns)" * (len(example) > 2)
 
 
 def collate(rows: list[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,26 +190,49 @@ def collate(rows: list[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Te
     return inputs, targets
 
 
+def micro_steps(rows: list[Example], micro_batch_size: int, block_size: int, world_size: int,
+                ) -> Iterator[tuple[list[Example], int]]:
+    """The rows of each micro-step, of all ranks, and the T of its micro-batches."""
+    for first in range(0, len(rows), micro_batch_size * world_size):
+        part = rows[first : first + micro_batch_size * world_size]
+        yield part, min(padded_length(max(map(num_inputs, part))), block_size)
+
+
 def micro_batches(rows: list[Example], micro_batch_size: int, block_size: int, launch: Launch,
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's micro-batches of `rows`, as inputs and targets (B, T): equally many on every
-    rank, the last one perhaps without a row."""
-    B = micro_batch_size
-    for first in range(0, len(rows), B * launch.world_size):
-        mine = rows[first + launch.rank * B :][:B]
-        yield collate(mine, B, padded_length(mine, block_size, launch))
+    """This rank's micro-batches of `rows`, as inputs and targets (B, T): equally many and of equal
+    shapes on every rank. The rows of a micro-step are dealt out in turn, so that ranks have equally
+    many of them, up to one, of nearly equal lengths."""
+    for part, T in micro_steps(rows, micro_batch_size, block_size, launch.world_size):
+        yield collate(part[launch.rank :: launch.world_size], micro_batch_size, T)
+
+
+def measure_padding(epoch: Iterable[list[Example]], micro_batch_size: int, block_size: int,
+                    world_size: int) -> str:
+    """How many of the tokens that an epoch computes are padding, and in how many shapes."""
+    tokens, computed, shapes = 0, 0, set()
+    for rows in epoch:
+        for part, T in micro_steps(rows, micro_batch_size, block_size, world_size):
+            tokens += sum(map(num_inputs, part))
+            computed += T * micro_batch_size * world_size
+            shapes.add(T)
+    return f"padding {1 - tokens / computed:.1%} of the tokens, {len(shapes)} shapes"
 
 
 def micro_batch_sizes(config: FinetuneConfig, num_rows: int, launch: Launch) -> list[int]:
-    """The micro-batches to choose from, largest first. None exceeds a rank's share of the num_rows
-    of a step, which would leave other ranks without rows."""
+    """The micro-batches to choose from, largest first: even parts of a rank's share of the num_rows
+    of a step, so that no micro-step has many rows of padding."""
     share = -(-num_rows // launch.world_size)
-    if config.micro_batch_size == "auto":
-        return [share >> n for n in range(share.bit_length())]
-    if config.micro_batch_size > share:
-        launch.print0(f"--micro-batch-size {config.micro_batch_size} is more than a rank's share "
-                      f"of the {num_rows} rows of a step: using {share}")
-    return [min(config.micro_batch_size, share)]
+    wanted = config.micro_batch_size
+    if wanted == "auto":
+        sizes = [share >> n for n in range(share.bit_length())]
+    else:
+        sizes = [min(wanted, share)]
+    sizes = [-(-share // -(-share // size)) for size in sizes]  # in equally many micro-steps
+    if wanted not in ("auto", sizes[0]):
+        launch.print0(f"--micro-batch-size {wanted}: using {sizes[0]}, an even part of a rank's "
+                      f"share of the {num_rows} rows of a step")
+    return sizes
 
 
 def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
@@ -215,8 +245,8 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     rows = read_turns(data)
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
               data={"sha256": sha256_of(data)}, fixed=FIXED_ON_RESUME,
-              prompt_template=PROMPT_TEMPLATE, row_order="split by hash")
-    if run.is_resumed and "row_order" not in run.saved["facts"]:
+              prompt_template=PROMPT_TEMPLATE, row_order=ROW_ORDER)
+    if run.is_resumed and run.saved["facts"].get("row_order") != ROW_ORDER:
         raise UserError(f"--resume: {run.checkpoint} was written by a version that trained on the "
                         "rows in another order: start in another --out-dir")
     base = run.checkpoint or config.checkpoint
@@ -228,9 +258,11 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
         raise UserError(f"--data {data}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
     trained, held_out, split_summary = split_rows(keys, config.val_fraction)
-    train_rows = [examples[i] for i in trained]
-    val_rows = sorted((examples[i] for i in held_out), key=num_tokens)
-    launch.print0(f"{summary}; {split_summary}")
+    train_rows = [with_prompt_targets(examples[i]) if config.train_on_prompt else examples[i]
+                  for i in trained]
+    val_rows = sorted((examples[i] for i in held_out), key=num_inputs)
+    launch.print0(f"{summary}; {split_summary}\nThe first row, its trained part in [[ ]]:\n"
+                  + show_example(train_rows[0]))
 
     # 2. The number of steps, and the optimizer
     num_rows = min(config.batch_size, len(train_rows))  # of a step
@@ -242,11 +274,14 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
         raw_model, optimizer, max_steps, max_steps_flag="--epochs",
         milestones=range(steps_per_epoch, max_steps, steps_per_epoch),
         micro_batch_sizes=micro_batch_sizes(config, num_rows, launch),
-        sequence_length=padded_length(examples, block_size, launch))
-    B = run.micro_batch_size
-    left = len(train_rows) % num_rows
+        sequence_length=min(padded_length(max(map(num_inputs, examples))), block_size))
+    B, left = run.micro_batch_size, len(train_rows) % num_rows
+    lengths = list(map(num_inputs, train_rows))
+    epoch = islice(row_batches(train_rows, lengths, num_rows, config.seed, 0), steps_per_epoch)
     launch.print0(f"{run.summary}; {max_steps:,} steps of {num_rows} rows"
-                  + (f", the last of an epoch of {left}" if left else ""))
+                  + (f", the last of an epoch of {left}" if left else "") + "; "
+                  + measure_padding(epoch, B, block_size, launch.world_size))
+    global_batches = row_batches(train_rows, lengths, num_rows, config.seed, run.step)
 
     # 3. The loop
     with run:
@@ -261,7 +296,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             lr = cosine_lr(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
                            max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
-            batch = global_batch(train_rows, run.step, num_rows, config.seed)  # of all ranks
+            batch = next(global_batches)  # of all ranks
             num_valid_tokens = sum(len(response) for row in batch for _, response in row)
             batches = list(micro_batches(batch, B, block_size, launch))
             loss_sum = torch.zeros((), device=device)
@@ -274,7 +309,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
                     loss = loss * (launch.world_size / num_valid_tokens)
                     run.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            tokens = sum(map(num_tokens, batch))
+            tokens = sum(map(num_inputs, batch))
             run.finish_step(loss_sum, lr=lr, tokens=tokens, sequence_length=tokens // len(batch))
     return raw_model.eval()
 

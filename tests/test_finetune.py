@@ -1,6 +1,8 @@
+import itertools
 import json
-import math
+import re
 import signal
+import sys
 
 import numpy as np
 import pyarrow
@@ -8,25 +10,29 @@ import pyarrow.parquet
 import pytest
 import torch
 from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
-from helpers.ranks import Ranks, wait_until
+from helpers.ranks import Ranks, save_gradients, wait_until
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat
 import finetune
+from dataloader import content_hash, padded_length, row_batches, split_rows
 from finetune import (
-    PAD_TO_CPU,
     FinetuneConfig,
     collate,
-    global_batch,
     make_examples,
+    measure_padding,
+    micro_batch_sizes,
     micro_batches,
-    num_tokens,
+    num_inputs,
     read_turns,
-    split_rows,
+    show_example,
     token_ids,
     train,
+    with_prompt_targets,
 )
+from inference import tokenize_batch_input
+from minigpt2 import run
 from minigpt2.checkpoint import (
     list_checkpoints,
     load_model,
@@ -37,9 +43,9 @@ from minigpt2.checkpoint import (
 from minigpt2.distributed import Launch, mean_loss
 from minigpt2.loss import IGNORE_INDEX, ROW_MULTIPLE_CPU
 from minigpt2.metrics import read_log
-from minigpt2.optimizer import cosine_lr
+from minigpt2.optimizer import cosine_lr, make_optimizer
 from minigpt2.run import Run
-from minigpt2.tokenizer import EOT_TOKEN, decode, encode, format_prompt
+from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, decode, encode, format_prompt, repair
 from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
@@ -62,6 +68,10 @@ def base(tmp_path):
     return save_checkpoint(tmp_path / "base", 1, GPT(SIZES))
 
 
+def encoded(rows: list, block_size: int = 128) -> list:
+    return make_examples(rows, block_size)[1]
+
+
 def tiny(base, rows_file, out, **changes) -> FinetuneConfig:
     options = {"checkpoint": str(base), "data": str(rows_file), "out_dir": str(out),
                "batch_size": 8, "micro_batch_size": 4, "max_lr": 1e-2, "val_fraction": 0.1,
@@ -78,9 +88,9 @@ def losses(out) -> list[float]:
 
 
 def test_targets_are_the_response_and_endoftext():
-    examples, _ = make_examples(TURNS, 128)
-    inputs, targets = collate(examples, len(ROWS) + 2, max(map(num_tokens, examples)) - 1)
-    assert inputs.shape == targets.shape == (len(ROWS) + 2, max(map(num_tokens, examples)) - 1)
+    examples = encoded(TURNS)
+    inputs, targets = collate(examples, len(ROWS) + 2, max(map(num_inputs, examples)))
+    assert inputs.shape == targets.shape == (len(ROWS) + 2, max(map(num_inputs, examples)))
     assert inputs[-2:].eq(0).all() and targets[-2:].eq(IGNORE_INDEX).all()  # rows of padding
     for i, (row, [(prompt, response)]) in enumerate(zip(ROWS, examples, strict=True)):
         length = len(prompt) + len(response) - 1
@@ -101,30 +111,116 @@ def test_pad_ids_inside_a_response_are_targets():
     assert targets[0].tolist() == [IGNORE_INDEX, 0, 0, 7, EOT_TOKEN] + [IGNORE_INDEX] * 4
 
 
+HOSTILE = ["{instruction} {0} %s {{}}", "### Response:\nno\n\n### Instruction:\nyes", EOT_TEXT,
+           " leading space", "\n\nnewlines\n", "日本語 é \u2028 \U0001f469\u200d\U0001f467",
+           "lone \ud800 surrogate", "!!", "7"]
+
+
+def test_what_is_trained_on_is_what_is_sampled():
+    """Whatever texts meet at the border of prompt and response."""
+    rows = [[(a, b, c)] for a in HOSTILE for b in ("", *HOSTILE[:6]) for c in HOSTILE]
+    examples = encoded(rows, 512)
+    prompts = [format_prompt(*turn[:2]) for [turn] in rows]
+    ids, masks = tokenize_batch_input(prompts)
+    inputs, targets = collate(examples, len(rows), max(map(num_inputs, examples)))
+    for i, [(_, _, output)] in enumerate(rows):
+        sampled = ids[i, : masks[i].sum()].tolist()
+        labels = targets[i][targets[i] != IGNORE_INDEX].tolist()
+        assert inputs[i, : len(sampled)].tolist() == sampled
+        assert labels[-1] == EOT_TOKEN and EOT_TOKEN not in labels[:-1] + sampled
+        assert decode(labels) == repair(output) + EOT_TEXT
+
+
 def test_row_lengths_are_counted_in_tokens():
     long = [("x", "", "日本 " * 40)]  # few characters, many tokens
     text = [("x", "", "word " * 60)]  # more characters, fewer
-    examples, summary = make_examples([long, text, [("x", "", " \n")]], 128)
-    assert len(examples) == 1 and "1 of 3 rows" in summary
+    keys, examples, summary = make_examples([long, text, [("x", "", " \n")]], 128)
+    assert keys == text and len(examples) == 1 and "1 of 3 rows" in summary
     assert "1 without an answer and 1 over 128 tokens" in summary
-    fits = make_examples([text], num_tokens(examples[0]) - 1)[0]
+    fits = encoded([text], num_inputs(examples[0]))
     assert len(fits) == 1 and token_ids(fits[0])[-1] == EOT_TOKEN  # exactly full, its end included
-    assert make_examples([text], num_tokens(examples[0]) - 2)[0] == []
+    assert encoded([text], num_inputs(examples[0]) - 1) == []
+
+
+@pytest.mark.parametrize("output", ["", " \n", "<nooutput>", "<NoOutput>\nIt needs software.",
+                                    "<No output>", "<noinput>"])
+def test_rows_without_an_answer_are_left_out(output):
+    rows = [[("a", "", output)], [("b", "", f"not {output}")], [("c", "", "d"), ("e", "", output)]]
+    keys, _, summary = make_examples(rows, 128)
+    assert keys == rows[1] and "left out: 2 without an answer and 0 over" in summary
+
+
+# --------------------------------------------------------------------- loss on the prompt
+
+
+def test_training_on_the_prompt_adds_its_tokens_and_changes_no_validation(base, rows_file, tmp_path,
+                                                                          capsys):
+    train(tiny(base, rows_file, tmp_path / "a"), CPU_LAUNCH)
+    assert "### Response:\n[[yes" in capsys.readouterr().out
+    train(tiny(base, rows_file, tmp_path / "b", train_on_prompt=True), CPU_LAUNCH)
+    assert "Below[[ is an instruction" in capsys.readouterr().out
+    model, total, count = load_model(base), 0.0, 0
+    for example in first_batch(rows_file):
+        with torch.no_grad():
+            logits = model(torch.tensor([token_ids(example)]))[0][0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(token_ids(example)[1:]),
+                                                   reduction="sum").item()
+        count += num_inputs(example)
+    assert losses(tmp_path / "b")[0] == pytest.approx(total / count, abs=1e-4)
+    assert losses(tmp_path / "b")[0] != pytest.approx(losses(tmp_path / "a")[0], abs=1e-3)
+    val = [read_log(tmp_path / name / "metrics.jsonl")["val"][0]["loss"] for name in "ab"]
+    assert val[0] == val[1]
+
+
+def first_batch(rows_file) -> list:
+    """The rows of step 0 of `tiny`."""
+    keys, examples, _ = make_examples(read_turns(rows_file), 128)
+    rows = [examples[i] for i in split_rows(keys, 0.1)[0]]
+    return next(row_batches(rows, list(map(num_inputs, rows)), 8, 1337, 0))
+
+
+def test_the_example_that_is_printed():
+    conversation, = encoded([[(f"Question {n}", "", f"Answer {n}") for n in range(4)]], 512)
+    text = show_example(conversation)
+    assert text.startswith("Below is an instruction that describes a task.")
+    assert "Question 0\n\n### Response:\n[[Answer 0<|endoftext|>]]Below" in text
+    assert text.endswith("[[Answer 1<|endoftext|>]] ... (2 more turns)")
+    assert "is an instruction" in show_example(with_prompt_targets(conversation))
+    long, = encoded([[("x", "", "word " * 300)]], 512)
+    text = show_example(long)
+    assert "[[word word" in text and text.endswith("word <|endoftext|>]]") and len(text) < 520
+    assert " ... " in text
 
 
 # ------------------------------------------------------------------------ order and splits
 
 
-def test_the_split_is_random_and_decided_by_the_seed():
-    examples, _ = make_examples(TURNS, 128)
-    trained, held_out, summary = split_rows(examples, 0.2, seed=3)
-    assert len(held_out) == 6 and sorted(trained + held_out) == sorted(examples)
-    assert summary == "24 to train on, 6 held out; 0 repeat another's prompt"
-    assert split_rows(examples, 0.2, seed=3)[:2] == (trained, held_out)
-    assert sorted(split_rows(examples[::-1], 0.2, seed=3)[1]) == sorted(held_out)
-    assert held_out != examples[:6] and split_rows(examples, 0.2, seed=4)[1] != held_out
-    assert len(split_rows(examples, 0.0, seed=3)[1]) == 1
-    assert "--val-fraction" in user_error(split_rows, examples[:1], 0.1, 0)
+KEYS = [(f"Question {n}", "input" * (n % 2), f"answer {n}") for n in range(2000)]
+
+
+def held_out_keys(keys: list, val_fraction: float) -> set:
+    return {keys[i][:2] for i in split_rows(keys, val_fraction)[1]}
+
+
+def test_a_row_is_held_out_of_every_file_or_of_none():
+    assert content_hash("Name three colors.", "") == 0.06674873834986883
+    assert content_hash("  name THREE\ncolors.", " ") == content_hash("Name three colors.", "")
+    assert content_hash("a", "b") != content_hash("ab", "") != content_hash("", "ab")
+    trained, held_out, summary = split_rows(KEYS, 0.05)
+    assert sorted(trained + held_out) == list(range(2000)) and 70 < len(held_out) < 130
+    assert summary == (f"{len(trained):,} to train on, {len(held_out):,} held out; 0 repeat "
+                       "another's prompt")
+    pairs = [(a, b, "other") for a, b, _ in KEYS[::-3]]  # some, in another order
+    assert held_out_keys(pairs, 0.05) == held_out_keys(KEYS, 0.05) & {key[:2] for key in pairs}
+    assert held_out_keys([key[:2] for key in KEYS], 0.05) == held_out_keys(KEYS, 0.05)
+    assert held_out_keys(KEYS, 0.05) < held_out_keys(KEYS, 0.15) < held_out_keys(KEYS, 0.9)
+
+
+def test_at_least_the_lowest_hash_is_held_out_and_never_all():
+    assert held_out_keys(KEYS, 0.0) == {min(KEYS, key=lambda key: content_hash(*key[:2]))[:2]}
+    assert "--val-fraction 0.999" in user_error(split_rows, KEYS[:3], 0.999)
+    assert "--val-fraction 0.0" in user_error(split_rows, KEYS[:1], 0.0)
+    assert "0 usable rows" in user_error(split_rows, [], 0.1)
 
 
 def test_rows_with_equal_prompts_are_on_the_same_side(base, tmp_path, capsys):
@@ -132,46 +228,61 @@ def test_rows_with_equal_prompts_are_on_the_same_side(base, tmp_path, capsys):
     copies = [{"instruction": f" {row['instruction']}\n".upper(), "input": row["input"],
                "output": f"{row['output']}{n}"} for row in ROWS for n in ("", "", 3)]
     (tmp_path / "rows.json").write_text(json.dumps(ROWS + copies))
-    turns = read_turns(tmp_path / "rows.json")
-    trained, held_out, summary = split_rows(make_examples(turns, 128)[0], 0.2, 3)
-    prompts = [{" ".join(decode(prompt).lower().split()) for [(prompt, _)] in part}
-               for part in (trained, held_out)]
-    assert len(trained) == 96 and len(held_out) == 24 and not prompts[0] & prompts[1]
-    assert "90 repeat another's prompt" in summary
+    keys = make_examples(read_turns(tmp_path / "rows.json"), 128)[0]
+    parts = split_rows(keys, 0.2)
+    prompts = [{" ".join(keys[i][0].lower().split()) for i in part} for part in parts[:2]]
+    assert sum(map(len, prompts)) == 30 and min(map(len, prompts)) and not prompts[0] & prompts[1]
+    assert "90 repeat another's prompt" in parts[2]
     train(tiny(base, tmp_path / "rows.json", tmp_path / "out", epochs=1, batch_size=60),
           CPU_LAUNCH)
-    assert "108 to train on, 12 held out; 90 repeat" in capsys.readouterr().out
+    assert "90 repeat another's prompt" in capsys.readouterr().out
 
 
-def test_answers_to_one_prompt_are_split_by_the_answer():
-    answers = [[("Write a word.", "", word)] for word in "one two three four five six".split()]
-    trained, held_out, summary = split_rows(make_examples(answers * 2, 128)[0], 0.2, 3)
-    assert len(held_out) == 2 and held_out[0] == held_out[1] and held_out[0] not in trained
-    assert "11 repeat another's prompt, too many to split by prompt" in summary
-    assert len(split_rows(make_examples(answers * 3, 128)[0], 0.0, 3)[1]) == 3
-    trained, held_out, summary = split_rows(make_examples(
-        [[(f"Say {n % 9}.", "", str(n))] for n in range(20)], 128)[0], 0.05, 3)  # all repeated
-    assert len(held_out) == 2 and held_out[0][0][0] == held_out[1][0][0]
-    assert not {str(prompt) for [(prompt, _)] in trained} & {str(held_out[0][0][0])}
-    equal = make_examples(answers[:1] * 9, 128)[0]
-    assert "all 9 usable rows are equal" in user_error(split_rows, equal, 0.2, 3)
+def test_a_prompt_of_a_large_share_of_the_rows_is_split_by_response():
+    answers = [("Write a story.", "", f"story {n}") for n in range(1000)]
+    for keys in (answers, answers + KEYS[:500], answers + KEYS):
+        trained, held_out, summary = split_rows(keys * 2, 0.1)
+        assert 0.07 < len(held_out) / len(keys * 2) < 0.13
+        assert not {keys[i % len(keys)] for i in trained} & {keys[i % len(keys)] for i in held_out}
+        assert "1 prompts of over a fifth of the rows each: split by response" in summary
+    fifths = [(f"Write story {n % 5}.", "", str(n)) for n in range(1000)]  # each exactly a fifth
+    assert {len(split_rows(fifths, fraction)[1]) for fraction in (0.0, 0.05)} == {200}
+    assert "split by response" not in split_rows(KEYS[:3], 0.0)[2]  # without repeated prompts
+    assert "all 9 usable rows" in user_error(split_rows, answers[:1] * 9, 0.2)
+
+
+# -------------------------------------------------------------------- steps by row length
 
 
 def test_every_epoch_visits_each_row_once_in_a_new_order():
-    examples, _ = make_examples(TURNS, 128)
-    steps = 3 * math.ceil(len(examples) / 7)
-    batches = [global_batch(examples, step, 7, seed=1) for step in range(steps)]
-    assert list(map(len, batches)) == [7, 7, 7, 7, 2] * 3
-    for epoch in range(3):
-        assert sorted(sum(batches[5 * epoch : 5 * epoch + 5], [])) == sorted(examples)
-    assert sorted(batches[0]) != sorted(batches[5]) != sorted(batches[10])
-    for batch in batches:
-        assert list(map(num_tokens, batch)) == sorted(map(num_tokens, batch))
+    lengths = np.random.RandomState(0).randint(1, 300, 500).tolist()
+    rows = list(zip(lengths, range(500), strict=True))
+    batches = row_batches(rows, lengths, 7, 1, 0)
+    epochs = [[next(batches) for _ in range(72)] for _ in range(3)]
+    for epoch in epochs:
+        assert list(map(len, epoch)) == [7] * 71 + [3] and sorted(sum(epoch, [])) == sorted(rows)
+        widths = [{padded_length(length) for length, _ in batch} for batch in epoch]
+        assert sum(len(one) == 1 for one in widths) >= 72 - 2 * 15 and max(map(len, widths)) <= 3
+        assert widths != sorted(widths, key=min)  # steps of all lengths alternate
+    assert len({str(sorted(map(sorted, epoch))) for epoch in epochs}) == 3  # other steps, too
+    assert len({padded_length(epoch[-1][0][0]) for epoch in epochs}) > 1
+    for step in (0, 1, 71, 72, 100, 143, 144):  # a pure function of (seed, step)
+        assert next(row_batches(rows, lengths, 7, 1, step)) == sum(epochs, [])[step]
+    assert next(row_batches(rows, lengths, 7, 2, 0)) != epochs[0][0]
+    assert sorted(next(row_batches(rows, lengths, 500, 1, 3))) == sorted(rows)
+
+
+def test_rows_are_padded_to_few_lengths():
+    widths = [padded_length(n) for n in range(1, 1025)]
+    assert widths == sorted(widths) and len(set(widths)) == 26 and widths[-1] == 1024
+    assert all(n <= width < n + 16 for n, width in zip(range(1, 193), widths, strict=False))
+    assert all(width <= n * 7 / 6 for n, width in enumerate(widths, 1) if n > 90)
+    assert {width % 16 for width in widths} == {0} == {width % 128 for width in widths[768:]}
 
 
 @pytest.mark.parametrize("num_rows, batch_size, steps, text", [
     (4, 64, 3, "3 steps of 3 rows"), (2, 64, 3, "3 steps of 1 rows"),
-    (10, 9, 3, "3 steps of 9 rows"), (11, 9, 6, "6 steps of 9 rows, the last of an epoch of 1")])
+    (11, 9, 3, "3 steps of 9 rows"), (12, 9, 6, "6 steps of 9 rows, the last of an epoch of 1")])
 def test_an_epoch_is_at_least_one_step(base, tmp_path, capsys, num_rows, batch_size, steps, text):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:num_rows]))
     out = tmp_path / "out"
@@ -181,20 +292,57 @@ def test_an_epoch_is_at_least_one_step(base, tmp_path, capsys, num_rows, batch_s
     assert {step for step in log["val"] if step} >= {steps // 3, 2 * steps // 3, steps}
 
 
-def test_an_epoch_has_few_shapes():
-    """Lengths as in Alpaca: most rows are short, some fill the context."""
+def alpaca_like(n: int) -> list:
+    """Examples with the lengths of Alpaca's rows: most are short, some fill the context."""
     random = np.random.RandomState(0)
-    prompts = random.randint(40, 120, 3000)
-    responses = np.clip(random.lognormal(3.8, 1, 3000), 2, 1024 - prompts).astype(int)
-    examples = [[([i] * p, [2] * r)]
-                for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
-    trained, held_out, _ = split_rows(examples, 0.05, 0)
-    on_gpu = Launch(0, 1, torch.device("cuda"))
-    shapes = {inputs.shape for rows in (held_out, *(global_batch(trained, step, 64, 0)
-                                                    for step in range(45)))
-              for inputs, _ in micro_batches(rows, 16, 1024, on_gpu)}
-    assert 8 < len(shapes) <= 16 and {B for B, _ in shapes} == {16}
-    assert all(T % 64 == 0 for _, T in shapes) and max(T for _, T in shapes) == 1024
+    prompts = np.clip(random.lognormal(3.9, 0.4, n), 35, 500).astype(int)
+    responses = np.clip(random.lognormal(3.6, 1.1, n), 2, 1025 - prompts).astype(int)
+    return [[([i] * p, [2] * r)] for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+
+
+@pytest.mark.parametrize("micro_batch_size, world_size", [(16, 1), (64, 1), (8, 8)])
+def test_an_epoch_has_little_padding_and_few_shapes(micro_batch_size, world_size):
+    """As it is printed, and as every rank computes it; ranks have equally much to compute."""
+    rows = alpaca_like(10_000)
+    lengths = list(map(num_inputs, rows))
+    assert 90 < np.median(lengths) < 115 and max(lengths) == 1024
+    epoch = list(itertools.islice(row_batches(rows, lengths, 64, 0, 0), 157))
+    shapes, valid = [], np.zeros(world_size)
+    for rank in range(world_size):
+        launch, shapes_of_rank = Launch(rank, world_size, torch.device("cpu")), []
+        for batch in epoch:
+            for inputs, targets in micro_batches(batch, micro_batch_size, 1024, launch):
+                shapes_of_rank.append(inputs.shape)
+                valid[rank] += (targets != IGNORE_INDEX).sum()
+        shapes.append(shapes_of_rank)
+    assert all(one == shapes[0] for one in shapes)  # all ranks, in every micro-step
+    assert valid.sum() == sum(len(response) for [(_, response)] in rows)
+    assert valid.max() < 1.02 * valid.mean()
+    computed = world_size * sum(B * T for B, T in shapes[0])
+    padding = 1 - sum(lengths) / computed
+    assert padding < 0.1 and 12 < len(set(shapes[0])) <= 26
+    assert measure_padding(epoch, micro_batch_size, 1024, world_size) == (
+        f"padding {padding:.1%} of the tokens, {len(set(shapes[0]))} shapes")
+
+
+def test_the_rows_of_a_short_micro_step_are_dealt_out_evenly():
+    rows = alpaca_like(11)
+    launches = [Launch(rank, 3, torch.device("cpu")) for rank in range(3)]
+    batches = [list(micro_batches(rows, 2, 1024, launch)) for launch in launches]
+    counts = [[(targets != IGNORE_INDEX).any(1).sum().item() for _, targets in one]
+              for one in batches]
+    assert counts == [[2, 2], [2, 2], [2, 1]]
+    assert batches[0][1][0].shape == batches[2][1][0].shape
+
+
+@pytest.mark.parametrize("wanted, num_rows, world_size, sizes", [
+    (16, 64, 1, [16]), (16, 64, 8, [8]), (16, 64, 3, [11]), (40, 64, 1, [32]), (16, 5, 2, [3]),
+    (1, 64, 1, [1]), ("auto", 64, 3, [22, 11, 5, 2, 1]), ("auto", 1, 2, [1])])
+def test_micro_batches_are_even_parts_of_a_ranks_share(wanted, num_rows, world_size, sizes, capsys):
+    launch = Launch(0, world_size, torch.device("cpu"))
+    assert micro_batch_sizes(FinetuneConfig(micro_batch_size=wanted), num_rows, launch) == sizes
+    assert (f"--micro-batch-size {wanted}: using" in capsys.readouterr().out) == (
+        wanted not in ("auto", sizes[0]))
 
 
 class ProductShapes(TorchDispatchMode):
@@ -219,10 +367,10 @@ def test_a_cpu_computes_products_of_few_shapes(base, rows_file, tmp_path):
     assert len(products.shapes) < 80  # of 21 steps and 8 validations; 193 without padding
 
 
-@pytest.mark.parametrize("pad_to", [1, 64])
-def test_padding_does_not_change_the_losses(base, rows_file, tmp_path, pad_to, monkeypatch):
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_padding_does_not_change_the_losses(base, rows_file, tmp_path, multiple, monkeypatch):
     train(tiny(base, rows_file, tmp_path / "a"), CPU_LAUNCH)
-    monkeypatch.setattr(finetune, "PAD_TO_CPU", pad_to)
+    monkeypatch.setattr(finetune, "padded_length", lambda length: length + -length % multiple)
     train(tiny(base, rows_file, tmp_path / "b"), CPU_LAUNCH)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
 
@@ -247,14 +395,61 @@ def test_two_processes_give_the_losses_of_one(base, rows_file, tmp_path):
     assert val[0][8]["loss"] == pytest.approx(val[1][8]["loss"], abs=1e-5)
 
 
+@pytest.fixture
+def sixteen(base, tmp_path) -> tuple[list[str], list]:
+    """Flags of a run of one step of 16 rows of 1 to 80 response tokens, and its gradients, computed
+    row by row."""
+    rows = [{"instruction": f"Count to {n}.", "output": "one " * n}
+            for n in (1, 1, 2, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 75, 80)]
+    path, model = tmp_path / "rows.json", load_model(base)
+    path.write_text(json.dumps(rows))
+    keys, examples, _ = make_examples(read_turns(path), 128)
+    batch = [examples[i] for i in split_rows(keys, 0.0)[0]]
+    loss = sum(model(*collate([row], 1, num_inputs(row)), reduction="sum")[1] for row in batch)
+    (loss / sum(len(response) for [(_, response)] in batch)).backward()
+    optimizer = make_optimizer(model, lr=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0,
+                               shard=False)  # for its order of the parameters
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    assert len(batch) == 16 and max(gradient.abs().max() for gradient in gradients) > 0.05
+    return ["--checkpoint", str(base), "--data", str(path), "--batch-size", "16", "--val-fraction",
+            "0", "--epochs", "1", "--grad-clip", "0", "--device", "cpu"], gradients
+
+
+def assert_saved_gradients(path, expected: list) -> None:
+    for ours, reference in zip(torch.load(path), expected, strict=True):
+        assert (ours - reference).abs().max() < 1e-6
+
+
+def test_any_micro_batch_of_16_rows_gives_the_same_gradient(sixteen, tmp_path, monkeypatch):
+    argv, expected = sixteen
+    for size in (1, 2, 4, 8, 16):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *argv, "--micro-batch-size", str(size),
+                                          "--out-dir", str(tmp_path / str(size))])
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "step_if_finite", run.step_if_finite)  # restored at the end
+            save_gradients(tmp_path)
+            finetune.main()
+        assert_saved_gradients(tmp_path / "gradients_0.pt", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
+def test_any_split_of_16_rows_over_two_ranks_gives_the_same_gradient(sixteen, tmp_path,
+                                                                     micro_batch_size):
+    argv, expected = sixteen
+    argv += ["--micro-batch-size", str(micro_batch_size), "--out-dir", str(tmp_path / "out")]
+    ranks = Ranks(2, "finetune", argv, tmp_path / "ranks", save_gradients=tmp_path)
+    assert ranks.wait() == [0, 0], ranks.output()
+    for rank in range(2):
+        assert_saved_gradients(tmp_path / f"gradients_{rank}.pt", expected)
+
+
 def test_the_first_loss_equals_one_computed_row_by_row(base, rows_file, tmp_path):
     """From log-probabilities, one unpadded row at a time."""
     train(tiny(base, rows_file, tmp_path / "out", micro_batch_size=3), CPU_LAUNCH)
     model = load_model(base)
-    examples, _ = make_examples(read_turns(rows_file), 128)
-    batch = global_batch(split_rows(examples, 0.1, 1337)[0], 0, 8, 1337)
     total = count = 0
-    for [(prompt, response)] in batch:
+    for [(prompt, response)] in first_batch(rows_file):
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
         for i, token in enumerate(response):
@@ -283,7 +478,8 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     assert (out / "latest").read_text() == "step_000008\n" and (out / "step_000004").is_dir()
     assert read_prompt_template(out) == "alpaca" and read_prompt_template(base) is None
     assert (out / "finetune_loss.png").read_bytes().startswith(b"\x89PNG")
-    val_rows = split_rows(make_examples(TURNS, 128)[0], 0.1, 1337)[1]
+    keys, examples, _ = make_examples(TURNS, 128)
+    val_rows = [examples[i] for i in split_rows(keys, 0.1)[1]]
     loss = mean_loss(load_model(out), micro_batches(val_rows, 2, 128, CPU_LAUNCH), CPU_LAUNCH,
                      torch.float32)
     assert loss == pytest.approx(log["val"][8]["loss"], abs=1e-6)
@@ -297,18 +493,21 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
 
 @pytest.mark.slow
 def test_compiling_and_the_log_interval_do_not_change_the_losses(base, rows_file, tmp_path,
-                                                                 monkeypatch):
-    """Rows of many lengths compile with dynamic shapes; validation stays eager."""
+                                                                 monkeypatch, capsys):
+    """Every shape compiles once; validation stays eager."""
     counter, real = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=counter))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **options: real(self, backend=counter, **options))
+    rows_file.write_text(json.dumps(ROWS[:6] + ROWS[-6:]))
     train(tiny(base, rows_file, tmp_path / "eager"), CPU_LAUNCH)
     assert counter.frame_count == 0
     train(tiny(base, rows_file, tmp_path / "compiled", compile=True, log_interval=2), CPU_LAUNCH)
-    assert 1 <= counter.frame_count <= 3
+    shapes = re.search(r"(\d+) shapes", capsys.readouterr().out.split("compiled")[1])
+    assert counter.frame_count == int(shapes.group(1)) >= 2
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager")[::2], abs=1e-5)
     log = read_log(tmp_path / "compiled" / "metrics.jsonl")
-    assert sorted(log["train"]) == [0, 2, 4, 6] and "mfu" in log["train"][2]
-    assert log["end"][8]["seconds"] > log["end"][8]["overhead_s"] > 0
+    assert sorted(log["train"]) == [0, 2] and "mfu" in log["train"][2]
+    assert log["end"][4]["seconds"] > log["end"][4]["overhead_s"] > 0
 
 
 def test_resume_with_only_a_log_starts_from_scratch(base, rows_file, tmp_path):
@@ -412,18 +611,18 @@ def test_messages_and_prompt_completion_are_read(tmp_path, suffix):
 def test_a_conversation_is_trained_on_as_chat_shows_it():
     """Each message in the template; all responses, each with its <|endoftext|>, are targets."""
     turns = [("What is 1 + 1?", "", "It is 2."), ("And 2 + 2?", "", "It is 4.")]
-    (example,), _ = make_examples([turns], 512)
+    example, = encoded([turns], 512)
     conversation = chat.Conversation(use_template=True, block_size=512, max_steps=8)
     for question, _, answer in turns:
         seen = conversation.turns_with(question)
         conversation.add_response(seen, encode(answer))
     assert token_ids(example) == sum(conversation.turns, [])
-    inputs, targets = collate([example], 1, num_tokens(example) - 1)
+    inputs, targets = collate([example], 1, num_inputs(example))
     labels = targets[targets != IGNORE_INDEX].tolist()
     assert labels == [*encode("It is 2."), EOT_TOKEN, *encode("It is 4."), EOT_TOKEN]
     assert inputs[0].tolist() == token_ids(example)[:-1]
-    assert "1 without an answer" in make_examples([[*turns, ("And?", "", " ")]], 512)[1]
-    assert "1 over 64 tokens" in make_examples([turns], 64)[1]
+    assert "1 without an answer" in make_examples([[*turns, ("And?", "", " ")]], 512)[2]
+    assert "1 over 64 tokens" in make_examples([turns], 64)[2]
 
 
 @pytest.mark.parametrize("text, words", [
@@ -573,12 +772,13 @@ def test_resume_refuses_settings_that_change_the_rows_and_prints_others(base, ro
 
 def test_resume_refuses_a_run_of_a_version_with_another_order(base, rows_file, tmp_path,
                                                               monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "Run", lambda *arguments, row_order, **options: Run(
-            *arguments, **options))
-        train(tiny(base, rows_file, tmp_path / "out"), CPU_LAUNCH)
-    again = tiny(base, rows_file, tmp_path / "out", resume=True)
-    assert "rows in another order" in user_error(train, again, CPU_LAUNCH)
+    for name, facts in ("a", {}), ("b", {"row_order": "split by content"}):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "Run", lambda *given, row_order, facts=facts, **options: Run(
+                *given, **facts, **options))
+            train(tiny(base, rows_file, tmp_path / name), CPU_LAUNCH)
+        again = tiny(base, rows_file, tmp_path / name, resume=True)
+        assert "rows in another order" in user_error(train, again, CPU_LAUNCH)
 
 
 @pytest.mark.slow
@@ -594,6 +794,5 @@ def test_auto_finds_a_micro_batch_for_the_longest_rows(base, rows_file, tmp_path
 
     monkeypatch.setattr(GPT, "forward", limited)
     train(tiny(base, rows_file, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
-    longest = max(map(num_tokens, make_examples(TURNS, 128)[0])) - 1
-    assert seen[0] == (2, longest + -longest % PAD_TO_CPU)
+    assert seen[0] == (2, padded_length(max(map(num_inputs, encoded(TURNS)))))
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)

@@ -225,6 +225,18 @@ def record_gradients(folder: Path) -> None:
     distributed.data_parallel, run.Run.gradient_sync = data_parallel, gradient_sync
 
 
+def save_gradients(folder: Path) -> None:
+    """Saves the gradients of this rank's last step as the optimizer receives them."""
+    real = run.step_if_finite
+
+    def step_if_finite(optimizer, numbers):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        torch.save(gradients, folder / f"gradients_{os.environ.get('RANK', 0)}.pt")
+        real(optimizer, numbers)
+
+    run.step_if_finite = step_if_finite
+
+
 def record_broadcasts(folder: Path) -> None:
     """Appends the type and the number of elements of every tensor that this rank broadcasts."""
     path, real = folder / f"broadcasts_{os.environ['RANK']}.jsonl", torch.distributed.broadcast
