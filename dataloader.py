@@ -301,7 +301,7 @@ def padded_length(length: int) -> int:
     return length + -length % (16 << ((length - 1) // 192).bit_length())
 
 
-def row_batches(rows: Sequence, lengths: Sequence[int], batch_size: int, seed: int,
+def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,
                 step: int) -> Iterator[list]:
     """The rows of `step`, and then of every later one: a pure function of (seed, step).
 
@@ -309,7 +309,7 @@ def row_batches(rows: Sequence, lengths: Sequence[int], batch_size: int, seed: i
     steps, the steps shuffled. So the rows of a step have one padded length or two neighboring ones.
     The last step of an epoch has fewer rows if they do not divide evenly, of a random length."""
     steps_per_epoch = -(-len(rows) // batch_size)  # ceiling division
-    padded = np.array(list(map(padded_length, lengths)))
+    padded = np.array([padded_length(length_of(row)) for row in rows])
     for epoch in itertools.count(step // steps_per_epoch):
         order = permutation(len(rows), seed, epoch)
         order = order[np.argsort(padded[order], kind="stable")]

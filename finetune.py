@@ -13,6 +13,7 @@ the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --res
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -67,8 +68,8 @@ class FinetuneConfig(RunConfig):
                               minimum=1)
     keep_last: int = flag(3, "newest checkpoints to keep, plus the one with the lowest "
                              "validation loss; 0: all", minimum=0)
-    compile: bool | None = flag(False, "torch.compile the training step (off by default: it takes "
-                                       "minutes, and rows differ in length)")
+    compile: bool | None = flag(False, "torch.compile the training step, once per shape (off by "
+                                       "default: slower on a CPU, not measured on a GPU)")
 
 
 ROW_ORDER = "split by hash, steps by length"  # in checkpoints; other versions had other orders
@@ -166,13 +167,11 @@ def with_prompt_targets(example: Example) -> Example:
 def show_example(example: Example) -> str:
     """The text of an example with its trained parts in [[ ]]; long parts and the turns after the
     second are left out."""
-    parts = []
-    for ids in (ids for turn in example[:2] for ids in turn):
-        text = decode(ids)
-        cut = f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
-        parts.append(cut if len(text) > SHOWN else text)
+    texts = [decode(ids) for turn in example[:2] for ids in turn]
+    texts = [text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+             for text in texts]
     shown = "".join(f"{prompt}[[{response}]]" for prompt, response in
-                    zip(parts[::2], parts[1::2], strict=True))
+                    zip(texts[::2], texts[1::2], strict=True))
     return shown + f" ... ({len(example) - 2} more turns)" * (len(example) > 2)
 
 
@@ -190,12 +189,33 @@ def collate(rows: list[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Te
     return inputs, targets
 
 
+def split_examples(config: FinetuneConfig, turns: list[list[TextTurn]], block_size: int,
+                   ) -> tuple[list[Example], list[Example], str]:
+    """(training rows, held-out rows by length, what to print about them). Raises UserError."""
+    keys, examples, summary = make_examples(turns, block_size)
+    if len(examples) < 2:  # one to train on, one to validate on
+        raise UserError(f"--data {config.data}: {summary}; expected at least 2: give other rows, "
+                        "or a model with a longer context")
+    trained, held_out, split_summary = split_rows(keys, config.val_fraction)
+    train_rows = [examples[i] for i in trained]
+    if config.train_on_prompt:
+        train_rows = list(map(with_prompt_targets, train_rows))
+    return train_rows, sorted((examples[i] for i in held_out), key=num_inputs), (
+        f"{summary}; {split_summary}\nThe first row, its trained part in [[ ]]:\n"
+        f"{show_example(train_rows[0])}")
+
+
+def padded_to(rows: list[Example], block_size: int) -> int:
+    """The T to which rows of one micro-step are padded."""
+    return min(padded_length(max(map(num_inputs, rows))), block_size)
+
+
 def micro_steps(rows: list[Example], micro_batch_size: int, block_size: int, world_size: int,
                 ) -> Iterator[tuple[list[Example], int]]:
     """The rows of each micro-step, of all ranks, and the T of its micro-batches."""
     for first in range(0, len(rows), micro_batch_size * world_size):
         part = rows[first : first + micro_batch_size * world_size]
-        yield part, min(padded_length(max(map(num_inputs, part))), block_size)
+        yield part, padded_to(part, block_size)
 
 
 def micro_batches(rows: list[Example], micro_batch_size: int, block_size: int, launch: Launch,
@@ -208,13 +228,13 @@ def micro_batches(rows: list[Example], micro_batch_size: int, block_size: int, l
 
 
 def measure_padding(epoch: Iterable[list[Example]], micro_batch_size: int, block_size: int,
-                    world_size: int) -> str:
+                    launch: Launch) -> str:
     """How many of the tokens that an epoch computes are padding, and in how many shapes."""
     tokens, computed, shapes = 0, 0, set()
     for rows in epoch:
-        for part, T in micro_steps(rows, micro_batch_size, block_size, world_size):
+        for part, T in micro_steps(rows, micro_batch_size, block_size, launch.world_size):
             tokens += sum(map(num_inputs, part))
-            computed += T * micro_batch_size * world_size
+            computed += T * micro_batch_size * launch.world_size
             shapes.add(T)
     return f"padding {1 - tokens / computed:.1%} of the tokens, {len(shapes)} shapes"
 
@@ -235,34 +255,32 @@ def micro_batch_sizes(config: FinetuneConfig, num_rows: int, launch: Launch) -> 
     return sizes
 
 
-def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
-    """Fine-tunes for the given epochs, or until a signal; returns the final model."""
-    device, data = launch.device, Path(config.data)
-
-    # 1. The rows, the model, and the checkpoint to resume from
+def start_run(config: FinetuneConfig, launch: Launch, stop: StopRequest | None) -> Run:
+    """The run in --out-dir, resumed or new. Raises UserError if the folder cannot be used."""
     if (Path(config.out_dir) / CONFIG_FILE).exists():
         raise UserError(f"--out-dir {config.out_dir} is itself a checkpoint: choose another")
-    rows = read_turns(data)
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
-              data={"sha256": sha256_of(data)}, fixed=FIXED_ON_RESUME,
+              data={"sha256": sha256_of(Path(config.data))}, fixed=FIXED_ON_RESUME,
               prompt_template=PROMPT_TEMPLATE, row_order=ROW_ORDER)
     if run.is_resumed and run.saved["facts"].get("row_order") != ROW_ORDER:
         raise UserError(f"--resume: {run.checkpoint} was written by a version that trained on the "
                         "rows in another order: start in another --out-dir")
+    return run
+
+
+def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
+    """Fine-tunes for the given epochs, or until a signal; returns the final model."""
+    device = launch.device
+
+    # 1. The rows, the model, and the checkpoint to resume from
+    turns = read_turns(Path(config.data))
+    run = start_run(config, launch, stop)
     base = run.checkpoint or config.checkpoint
     raw_model = load_model(base, device)
     check_vocabulary(raw_model, base)
     block_size = raw_model.config.block_size
-    keys, examples, summary = make_examples(rows, block_size)
-    if len(examples) < 2:  # one to train on, one to validate on
-        raise UserError(f"--data {data}: {summary}; expected at least 2: give other rows, or a "
-                        "model with a longer context")
-    trained, held_out, split_summary = split_rows(keys, config.val_fraction)
-    train_rows = [with_prompt_targets(examples[i]) if config.train_on_prompt else examples[i]
-                  for i in trained]
-    val_rows = sorted((examples[i] for i in held_out), key=num_inputs)
-    launch.print0(f"{summary}; {split_summary}\nThe first row, its trained part in [[ ]]:\n"
-                  + show_example(train_rows[0]))
+    train_rows, val_rows, summary = split_examples(config, turns, block_size)
+    launch.print0(summary)
 
     # 2. The number of steps, and the optimizer
     num_rows = min(config.batch_size, len(train_rows))  # of a step
@@ -274,14 +292,13 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
         raw_model, optimizer, max_steps, max_steps_flag="--epochs",
         milestones=range(steps_per_epoch, max_steps, steps_per_epoch),
         micro_batch_sizes=micro_batch_sizes(config, num_rows, launch),
-        sequence_length=min(padded_length(max(map(num_inputs, examples))), block_size))
+        sequence_length=padded_to(train_rows + val_rows, block_size))
     B, left = run.micro_batch_size, len(train_rows) % num_rows
-    lengths = list(map(num_inputs, train_rows))
-    epoch = islice(row_batches(train_rows, lengths, num_rows, config.seed, 0), steps_per_epoch)
+    batches_from = partial(row_batches, train_rows, num_inputs, num_rows, config.seed)
+    padding = measure_padding(islice(batches_from(0), steps_per_epoch), B, block_size, launch)
     launch.print0(f"{run.summary}; {max_steps:,} steps of {num_rows} rows"
-                  + (f", the last of an epoch of {left}" if left else "") + "; "
-                  + measure_padding(epoch, B, block_size, launch.world_size))
-    global_batches = row_batches(train_rows, lengths, num_rows, config.seed, run.step)
+                  + (f", the last of an epoch of {left}" if left else "") + f"; {padding}")
+    global_batches = batches_from(run.step)
 
     # 3. The loop
     with run:

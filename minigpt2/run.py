@@ -126,8 +126,7 @@ class Run:
             self.saved = None  # free it: the moments are twice the size of the weights
         compiled = distributed.should_compile(config.compile, launch)
         if compiled:
-            # In place: parameter names stay as they are. Rows of 26 lengths compile one by one.
-            model.compile(dynamic=False, recompile_limit=64)
+            model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
         if config.micro_batch_size == "auto":
             ranks = launch.world_size if self.shard_optimizer else 1
