@@ -26,6 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError, first_line
+from minigpt2.instructions import normalize
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.shards import open_shard, read_manifest
 from minigpt2.tokenizer import N_VOCAB
@@ -255,11 +256,6 @@ def parse_json(path: Path, text: str, line: int):
         place, problem = f"line {line}", first_line(error)
     raise UserError(f"{path} {place} is not JSON ({problem}); expected a JSON list, or JSON Lines "
                     "with one object per line, or parquet")
-
-
-def normalize(text: str) -> str:
-    """The text without differences in case and whitespace."""
-    return " ".join(text.casefold().split())
 
 
 def content_hash(*texts: str) -> float:
