@@ -26,12 +26,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from bench.harness import BenchConfig, compare, record, run_bench, run_script
 from bench.train import ADAMW, SIZES
 from dataloader import read_rows, split_rows
-from minigpt2.checkpoint import save_checkpoint
+from minigpt2.checkpoint import read_config, save_checkpoint
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import autocast
+from minigpt2.instructions import make_examples, text_turns, token_ids
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
-from minigpt2.tokenizer import encode_example
 from model import GPT
 
 Result = tuple[float, list[float]]  # seconds of all steps, and the loss of each
@@ -43,32 +43,31 @@ FLAGS = {"max_lr": ADAMW["lr"], "min_lr": ADAMW["lr"], "warmup_fraction": 0, "we
 
 @dataclass(frozen=True)
 class FinetuneBenchConfig(BenchConfig):
-    data: str | None = flag(None, "rows of instruction, input and output", is_path=True)
+    data: str | None = flag(None, "rows, as finetune.py reads them", is_path=True)
     model: Literal["tiny", "30M", "124M"] = flag("124M", "model size (with --quick: tiny)")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "autocast dtype")
-    rows: int = flag(128, "rows of an epoch (with --quick: 24)", minimum=8)
+    rows: int = flag(128, "rows, a random sample (with --quick: 24)", minimum=8)
 
 
-def load_rows(path: str | None, count: int, block_size: int) -> list[dict]:
-    """A random sample of the rows that have an answer and fit into the context, as nearly all."""
+def load_rows(path: str | None, count: int) -> list:
+    """A random sample of the rows of a file."""
     if path is None:
         raise UserError("no rows to train on: give --data")
-    rows = [{name: row.get(name) or "" for name in ("instruction", "input", "output")}
-            for _, row in read_rows(pathlib.Path(path))]
-    random.Random(0).shuffle(rows)
-    return [row for row in rows[: 2 * count] if row["output"].strip()
-            and sum(map(len, encode_example(**row))) <= block_size][:count]
+    rows = [row for _, row in read_rows(pathlib.Path(path))]
+    return random.Random(0).sample(rows, min(count, len(rows)))
 
 
-def make_examples(rows: list[dict]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels (T,) of the rows that finetune.py does not hold out."""
-    pairs = [encode_example(**rows[i]) for i in split_rows(
-        [(row["instruction"], row["input"]) for row in rows], 0)[0]]
-    return [(torch.tensor(prompt + response),
-             torch.tensor([IGNORE_INDEX] * len(prompt) + response)) for prompt, response in pairs]
+def trained_rows(rows: list, block_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and labels (T,) of the rows that finetune.py trains on: not those that it leaves out or
+    holds out."""
+    keys, examples, _ = make_examples([text_turns(row, "a row") for row in rows], block_size)
+    labels = [[label for prompt, response in example
+               for label in [IGNORE_INDEX] * len(prompt) + response] for example in examples]
+    return [(torch.tensor(token_ids(examples[i])), torch.tensor(labels[i]))
+            for i in split_rows(keys, 0)[0]]
 
 
-def make_finetuning(way: str, folder: pathlib.Path, rows: list[dict], dtype: str, epochs: int,
+def make_finetuning(way: str, folder: pathlib.Path, rows: list, dtype: str, epochs: int,
                     batch_size: int, micro_batch_size: int) -> Callable[[], Result]:
     """Trains the checkpoint in `folder` on the rows. finetune.py runs as it is; its log leaves out
     start-up, validation and checkpoints."""
@@ -83,8 +82,11 @@ def make_finetuning(way: str, folder: pathlib.Path, rows: list[dict], dtype: str
         end, = log["end"].values()
         return end["seconds"] - end["overhead_s"], [one["loss"] for one in log["train"].values()]
 
-    return finetune if way == "ours" else lambda: run_hugging_face(
-        folder, make_examples(rows), getattr(torch, dtype), epochs, batch_size, micro_batch_size)
+    if way == "ours":
+        return finetune
+    examples = trained_rows(rows, read_config(folder).block_size)
+    return lambda: run_hugging_face(folder, examples, getattr(torch, dtype), epochs, batch_size,
+                                    micro_batch_size)
 
 
 def run_hugging_face(folder: pathlib.Path, examples: list, dtype: torch.dtype, epochs: int,
@@ -117,9 +119,9 @@ def run_hugging_face(folder: pathlib.Path, examples: list, dtype: torch.dtype, e
 def bench_finetune(config: FinetuneBenchConfig) -> None:
     name, count, batch_size, rounds = (("tiny", 24, 8, 1) if config.quick else
                                        (config.model, config.rows, BATCH_SIZE, config.rounds))
-    rows = load_rows(config.data, count, SIZES[name].block_size)
-    micro_B, tokens = min(batch_size, MICRO_BATCH_SIZE), sum(
-        len(ids) for ids, _ in make_examples(rows))
+    rows, micro_B = load_rows(config.data, count), min(batch_size, MICRO_BATCH_SIZE)
+    lengths = [len(ids) for ids, _ in trained_rows(rows, SIZES[name].block_size)]
+    tokens = sum(lengths)
     with tempfile.TemporaryDirectory() as root:
         common = make_finetuning, save_checkpoint(pathlib.Path(root), 0, GPT(SIZES[name]))
         some = rows[: 2 * micro_B]  # steps of all rows: equal rows in both, in whichever order
@@ -128,7 +130,7 @@ def bench_finetune(config: FinetuneBenchConfig) -> None:
         timings = compare(WAYS, rounds + 1, *common, rows, config.dtype, 1, batch_size, micro_B)
     ours, other = (statistics.median(taken for taken, _ in timing.results[1:])
                    for timing in timings.values())
-    record(config, "fine-tuning", model=name, dtype=config.dtype, rows=len(rows), tokens=tokens,
+    record(config, "fine-tuning", model=name, dtype=config.dtype, rows=len(lengths), tokens=tokens,
            batch_size=batch_size, micro_batch_size=micro_B, threads=torch.get_num_threads(),
            ours_tokens_per_sec=tokens / ours, hugging_face_tokens_per_sec=tokens / other,
            ratio=other / ours, losses=losses[0],

@@ -211,7 +211,7 @@ def test_fine_tuning_compares_equal_losses(tmp_path, quick):
                                                 log=quick.log)
     bench_finetune.bench_finetune(config)
     found, = records_of(tmp_path / "log.jsonl")["fine-tuning"]
-    assert found["rows"] == 24 and len(found["losses"]) == bench_finetune.LOSS_STEPS
+    assert 12 < found["rows"] < 24 and len(found["losses"]) == bench_finetune.LOSS_STEPS
     assert found["losses"][0] > found["losses"][-1] and found["loss_differs"] < 1e-5
     assert found["ratio"] == pytest.approx(
         found["ours_tokens_per_sec"] / found["hugging_face_tokens_per_sec"])
