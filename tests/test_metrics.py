@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bench.recipes import draw_recipes
 from image.plot_loss import main
 from minigpt2 import metrics
 from minigpt2.graphs import check_image, draw_runs
@@ -459,8 +458,12 @@ def test_committed_figures_match_the_committed_logs(name, title, tmp_path, monke
     assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.002
 
 
-def test_committed_recipe_comparison_matches_its_logs(tmp_path):
-    draw_recipes(tmp_path / "x.png")
+def test_committed_recipe_comparison_matches_its_logs(tmp_path, monkeypatch):
+    logs = sorted((ROOT / "image" / "logs" / "recipes").glob("*.jsonl"), reverse=True)
+    monkeypatch.setattr("sys.argv", [
+        "plot_loss.py", *map(str, logs), "--group", "--out", str(tmp_path / "x.png"), "--title",
+        "Two recipes, three seeds each; 4,096 tokens per step"])
+    main()
     drawn, committed = imread(tmp_path / "x.png"), imread(ROOT / "image" / "recipes.png")
     assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.002
     summary = [json.loads(line) for line in
