@@ -66,7 +66,7 @@ def script_flags() -> dict[str, set[str]]:
     """The flags of every script, by path."""
     flags = {}
     for path in (name for name in tracked_files() if name.endswith("_speed.py")
-                 or name.endswith(".py") and "tests/" not in name):
+                 or (name.endswith(".py") and "tests/" not in name)):
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         for value in vars(module).values():
             if inspect.isclass(value) and value.__module__ == module.__name__ and (
@@ -108,7 +108,8 @@ def test_docs_and_shell_scripts_use_only_flags_that_exist():
             known = flags[scripts[0]] if len(scripts) == 1 else every
             for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", line):
                 checked += 1
-                assert {flag, flag.replace("_", "-")} & (known | of_others), f"{path}: --{flag} in {line}"
+                names = {flag, flag.replace("_", "-")}
+                assert names & (known | of_others), f"{path}: --{flag} in {line}"
     assert checked > 100
 
 
