@@ -82,12 +82,12 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
         return settings | {
             "max_tokens": max_tokens, "documents": 0, "tokens": 0,
             "outcomes": dict.fromkeys(OUTCOMES, 0),
-            "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": [], "files_read": 0}
+            "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": []}
     record = shards.read_record(path)
     if "open_start" in record:
         raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
     old, new = (one.get("source", {}).get("files", {}) for one in (record, settings))
-    record.setdefault("files_read", len(old))  # absent in manifests of older versions
+    record.setdefault("files_read", len(old) if record["shards"] else 0)  # not in old manifests
     for file in list(old)[record["files_read"] :]:
         old[file] = new.get(file, old[file])
     shards.check_same_corpus(out_dir, record, settings)
@@ -160,7 +160,7 @@ class TokenReader:
             if (ended["unit"], ended["part"]) >= (counted["unit"], counted["part"]):
                 self.record["outcomes"].update(self.outcomes)
             self.record["position"], self.rest, self.outcomes, file = item
-            self.record["files_read"] = max(file, self.record["files_read"])
+            self.record["files_read"] = max(file, self.record.get("files_read", 0))
         return len(self.rest) > 0
 
     def take(self, count: int, show: Callable[[int], None]) -> Iterator[np.ndarray]:

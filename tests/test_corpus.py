@@ -227,14 +227,13 @@ def test_a_corpus_of_the_version_before_is_recognized_and_extended(tmp_path, sma
     build_from_files(path, out, max_tokens=5000)
     manifest = read_manifest(out)
     del manifest["files_read"]
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     before = file_bytes(out)
     build_from_files(path, out, max_tokens=5000)
     assert "already complete" in capsys.readouterr().out and file_bytes(out) == before
     build_from_files(path, out)
     build_from_files(path, tmp_path / "expected")
-    assert read_manifest(out) == read_manifest(tmp_path / "expected")
-    assert all_tokens(out) == all_tokens(tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
