@@ -1,4 +1,4 @@
-"""Data: the encoder, files to shards against bare tiktoken loops, and the loader.
+"""Data: the encoders, files to shards against bare tiktoken loops, and the loader.
 
     python bench/data.py --files 'dir/*.parquet' --log image/logs/bench_data.jsonl
 """
@@ -19,8 +19,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from bench import harness
 from bench.harness import BenchConfig, alternate, record, run_script
 from dataloader import TokenLoader
-from minigpt2.config import flag
-from minigpt2.tokenizer import encode_to_array, load_tokenizer
+from minigpt2.config import UserError, flag
+from minigpt2.tokenizer import load_encoder, load_tokenizer
 from pretrain_data.corpus import write_corpus
 from pretrain_data.documents import file_source, select_files
 from pretrain_data.pydocs import read_documents
@@ -45,14 +45,20 @@ def load_texts(config: DataBenchConfig) -> list[str]:
     return list(itertools.islice(texts, 1000 if config.quick else config.max_documents))
 
 
-def measure_encoder(config: DataBenchConfig, texts: list[str]) -> None:
-    """Our encoder, to arrays, against tiktoken to lists."""
-    reference, name = load_tokenizer().encode_ordinary, "tiktoken_array"
-    taken = alternate(config.rounds, reference=lambda: list(map(reference, texts)),
-                      arrays=lambda: list(map(encode_to_array, texts)))
-    different = sum(not np.array_equal(encode_to_array(t), reference(t)) for t in texts)
-    record(config, "encoder equality", encoder=name, documents=len(texts), different=different)
-    record(config, "encoder", encoder=name, speedup=taken["reference"] / taken["arrays"])
+def measure_encoders(config: DataBenchConfig, texts: list[str]) -> None:
+    """tiktoken to arrays, and gigatoken if installed, against tiktoken to lists."""
+    reference = load_tokenizer().encode_ordinary
+    encoders = {"tiktoken_array": load_encoder("tiktoken")}
+    try:
+        encoders["gigatoken"] = load_encoder("gigatoken")
+    except UserError as error:
+        print(f"gigatoken is not measured: {error}")
+    taken = alternate(config.rounds, reference=lambda: list(map(reference, texts)), **{
+        name: lambda encode=encode: list(map(encode, texts)) for name, encode in encoders.items()})
+    for name, encode in encoders.items():
+        different = sum(not np.array_equal(encode(text), reference(text)) for text in texts)
+        record(config, "encoder equality", encoder=name, documents=len(texts), different=different)
+        record(config, "encoder", encoder=name, speedup=taken["reference"] / taken[name])
 
 
 def make_bare_loop(texts: list[str]) -> harness.Step:
@@ -92,7 +98,7 @@ def measure_loader(config: DataBenchConfig, data_dir: pathlib.Path) -> None:
 
 def bench_data(config: DataBenchConfig) -> None:
     texts = load_texts(config)
-    measure_encoder(config, texts)
+    measure_encoders(config, texts)
     with tempfile.TemporaryDirectory() as name:
         path = pathlib.Path(name) / "documents.parquet"  # like FineWeb's: zstd, groups of 1000
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd",

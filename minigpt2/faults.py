@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import Launch, connect_store, start
 from minigpt2.memory import is_out_of_memory
@@ -219,6 +220,7 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
         return skipped
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
-    raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps up to {step} had a "
-                    f"non-finite loss ({loss}) or gradient norm ({grad_norm}); they changed "
-                    f"nothing: lower --max-lr, and --resume continues {out_dir}")
+    before = [path for path in list_checkpoints(out_dir) if step_of(path) <= step - skipped]
+    good = f"the last checkpoint before them is {before[-1]}" if before else "no earlier checkpoint"
+    raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
+                    f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")

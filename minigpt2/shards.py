@@ -74,9 +74,9 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
     return tokens
 
 
-def write_shard(path: Path, chunks: Iterable[np.ndarray]) -> tuple[int, str]:
+def write_shard(path: Path, chunks: Iterable[np.ndarray]) -> dict:
     """Writes arrays (n,) uint16 as one shard, which gets its name when it is complete. Returns the
-    number of tokens and the SHA-256 of the file."""
+    number of `tokens` and the `sha256` of the file."""
     written = 0
     with atomic_write(path) as file:
         file.write(shard_header(0))
@@ -85,7 +85,7 @@ def write_shard(path: Path, chunks: Iterable[np.ndarray]) -> tuple[int, str]:
             written += len(chunk)
         file.seek(0)
         file.write(shard_header(written))
-    return written, sha256_of(path)
+    return {"tokens": written, "sha256": sha256_of(path)}
 
 
 def shard_error(path: Path, problem: str) -> UserError:
@@ -95,8 +95,7 @@ def shard_error(path: Path, problem: str) -> UserError:
 def write_record(path: Path, record: dict) -> None:
     """Writes `manifest.json` or `progress.json`."""
     with atomic_write(path, text=True) as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict:

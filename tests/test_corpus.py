@@ -187,17 +187,53 @@ def test_splitting_a_text_file_does_not_change_the_ids(tmp_path, monkeypatch):
         assert all_tokens(out) == [EOT_TOKEN, *encode(text)]
 
 
-def test_max_tokens_is_exact_and_does_not_change(tmp_path, small_parts):
+def test_max_tokens_is_exact_and_can_be_raised(tmp_path, small_parts):
     full = write(TEXTS, tmp_path / "full")
+    grown = tmp_path / "grown"
     for limit in (301, 302, 600, 750, 900, full["tokens"] + 5):
         out = tmp_path / str(limit)
         manifest = write(TEXTS, out, max_tokens=limit)
         assert manifest["tokens"] == len(all_tokens(out)) == min(limit, full["tokens"])
         assert all_tokens(out) == all_tokens(tmp_path / "full")[:limit]
-    before = file_bytes(tmp_path / "900")
-    message = user_error(write, TEXTS, tmp_path / "900", max_tokens=1000)
-    assert "max_tokens is 900, expected 1000" in message and "rm -r" in message
-    assert file_bytes(tmp_path / "900") == before
+        write(TEXTS, grown, max_tokens=limit)  # continues from the previous limit
+        assert file_bytes(grown) == file_bytes(out)
+    before = file_bytes(grown)
+    message = user_error(write, TEXTS, grown, max_tokens=500)
+    assert f"already holds {full['tokens']:,} tokens, more than --max-tokens 500" in message
+    assert file_bytes(grown) == before
+
+
+def test_the_limit_of_an_unfinished_build_can_be_raised(tmp_path, monkeypatch, small_parts):
+    """Killed before the first shard, after two of them, and when all are written but not the
+    manifest; continued, killed again, and finished."""
+    texts = [*TEXTS[:20], "", "\ud800", *TEXTS[20:40], "", *TEXTS[40:]]
+    outcomes = write(texts, tmp_path / "expected")["outcomes"]
+    assert (outcomes["empty"], outcomes["repaired"], outcomes["marked"]) == (2, 1, 12)
+    for replace in (2, 7, 10, 11):
+        out = tmp_path / str(replace)
+        stop_at(f"before replace {replace}", monkeypatch, out, texts, max_tokens=1000)
+        if replace > 2:
+            message = user_error(write, texts, out, max_tokens=400)
+            assert "more than --max-tokens 400" in message
+        stop_at("after replace 2", monkeypatch, out, texts, max_tokens=1200)
+        write(texts, out)
+        assert file_bytes(out) == file_bytes(tmp_path / "expected")
+
+
+def test_a_corpus_of_the_version_before_is_recognized_and_extended(tmp_path, small_parts, capsys):
+    """Its manifest has no `files_read`."""
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(prose(0))
+    build_from_files(path, out, max_tokens=5000)
+    manifest = read_manifest(out)
+    del manifest["files_read"]
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    before = file_bytes(out)
+    build_from_files(path, out, max_tokens=5000)
+    assert "already complete" in capsys.readouterr().out and file_bytes(out) == before
+    build_from_files(path, out)
+    build_from_files(path, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
@@ -221,6 +257,18 @@ def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
     bad[0].unlink()
     message = user_error(write, [text.upper() for text in TEXTS], out)
     assert "cannot be rebuilt" in message and not bad[0].exists()
+
+
+def test_damaged_and_missing_shards_do_not_stay_in_an_extended_folder(tmp_path, small_parts):
+    out = tmp_path / "out"
+    write(TEXTS, out, max_tokens=750)
+    first, last = (out / read_manifest(out)["shards"][i]["file"] for i in (0, -1))
+    content = last.read_bytes()
+    last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # short: is written again
+    first.unlink()
+    write(TEXTS, out)
+    write(TEXTS, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("error", [
@@ -307,10 +355,10 @@ def test_invalid_utf8_is_repaired_and_counted(tmp_path):
 
 
 def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, monkeypatch):
-    def encode_or_fail(text):
+    def encode_or_fail(text, encoder):
         if "7" in text:
             raise ValueError("Regex error while tokenizing")
-        return real(text)
+        return real(text, encoder)
 
     real = corpus.encode_to_array
     monkeypatch.setattr(corpus, "encode_to_array", encode_or_fail)
@@ -318,6 +366,14 @@ def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, monkeypatch):
     kept = [text for text in TEXTS if "7" not in text]
     assert documents_of(all_tokens(tmp_path / "out")) == kept
     assert manifest["outcomes"]["failed"] == len(TEXTS) - len(kept) > 0
+
+
+def test_another_encoder_is_checked_against_tiktoken(tmp_path, monkeypatch):
+    real = corpus.encode_to_array
+    monkeypatch.setattr(corpus, "encode_to_array",
+                        lambda text, encoder="tiktoken": real(text)[encoder != "tiktoken":])
+    message = user_error(write, TEXTS, tmp_path / "out", encoder="gigatoken")
+    assert "--encoder gigatoken" in message and "Document 0" in message
 
 
 def test_large_row_groups_are_split_into_parts(tmp_path):
@@ -465,6 +521,25 @@ def test_a_leftover_of_a_killed_build_is_overwritten(tmp_path, monkeypatch, smal
     number = len(json.loads((out / "progress.json").read_text())["shards"])
     assert number > 1
     (out / f".x_train_{number:06d}.npy.tmp").write_bytes(b"junk" * 500)
+    write(TEXTS, out)
+    write(TEXTS, tmp_path / "expected")
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_kill_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_parts, when, number):
+    out = tmp_path / "out"
+    write(TEXTS, out, max_tokens=750)
+    before = file_bytes(out)
+    stop_at(f"{when} replace {number}", monkeypatch, out, TEXTS)
+    if (number, when) == (4, "after"):  # the longer shard is on record
+        assert "already holds 900 tokens" in user_error(write, TEXTS, out, max_tokens=750)
+    else:
+        assert "already holds 750 tokens" in user_error(write, TEXTS, out, max_tokens=700)
+        write(TEXTS, out, max_tokens=750)
+        assert file_bytes(out) == before
+        stop_at(f"{when} replace {number}", monkeypatch, out, TEXTS)
     write(TEXTS, out)
     write(TEXTS, tmp_path / "expected")
     assert file_bytes(out) == file_bytes(tmp_path / "expected")

@@ -511,12 +511,12 @@ def test_a_nan_loss_on_one_rank_skips_the_step_on_both(corpus, tmp_path, shard_o
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_three_skipped_steps_stop_the_run_with_what_to_do(corpus, tmp_path, late):
+def test_three_skipped_steps_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, late):
     config = tiny(corpus, tmp_path / "out", micro_batch_size=2, save_interval=3)
     ranks = Ranks(2, "trainer", flags(config), tmp_path / "ranks", inject_nan={0: [10, 12, 14]},
                   constants=NO_WAIT | (ONE_STEP_LATE if late else {}))
     assert ranks.wait() == [2, 2]
-    assert_one_line(ranks.output(), "diverged", "steps up to 7", "--max-lr", "--resume")
+    assert_one_line(ranks.output(), "diverged", "--max-lr", "before them is", "step_000003")
     log = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
     assert [step for step, record in log.items() if record.get("skipped")] == [5, 6]
     assert all(p.isfinite().all() for p in load_model(tmp_path / "out").parameters())
