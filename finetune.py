@@ -20,21 +20,25 @@ from typing import Literal
 
 import torch
 
-from dataloader import PAD_TOKEN, padded_length, read_rows, row_batches, split_rows
+from dataloader import (
+    PAD_TOKEN,
+    Example,
+    TextTurn,
+    make_examples,
+    num_inputs,
+    padded_length,
+    read_rows,
+    row_batches,
+    split_rows,
+    text_turns,
+    token_ids,
+)
 from inference import check_vocabulary
 from minigpt2.checkpoint import CONFIG_FILE, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.files import sha256_of
-from minigpt2.instructions import (
-    Example,
-    TextTurn,
-    make_examples,
-    num_inputs,
-    text_turns,
-    token_ids,
-)
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig

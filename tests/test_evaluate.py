@@ -22,7 +22,7 @@ from helpers.ranks import Ranks
 
 import evaluate
 import finetune
-from dataloader import pad_rows, read_rows, split_rows
+from dataloader import make_examples, pad_rows, read_rows, split_rows, text_turns
 from evaluate import EvaluateConfig, answer_figures, plain, repeated_4grams, validation_figures
 from inference import generate, logprobs
 from minigpt2.benchmarks import (
@@ -37,7 +37,6 @@ from minigpt2.benchmarks import (
     score,
 )
 from minigpt2.checkpoint import save_checkpoint
-from minigpt2.instructions import make_examples, text_turns
 from minigpt2.shards import MANIFEST, read_manifest, write_record
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode, format_prompt
 from model import GPT, GPTConfig
