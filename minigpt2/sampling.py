@@ -2,17 +2,12 @@
 
 Tokens are sampled with the Gumbel-max trick in its exponential form (Maddison et al. 2014, "A*
 Sampling", section 2.1): argmax_i w_i / E_i, with independent exponential noise E_i, follows the
-distribution proportional to the weights w_i. Rounding changes the result only if the two best
-tokens are tied to within rounding, so sampling is batch-invariant (docs/sampling.md).
-
-The noise is a stateless function of the row's key, a counter and the token id (Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3"): SplitMix64 (Steele et al. 2014) makes two words of
-key and counter, which MurmurHash3's finalizer mixes with the token id.
+distribution proportional to the weights w_i. The noise is a stateless function of the row's key, a
+counter and the token id (Salmon et al. 2011). So sampling is batch-invariant (docs/sampling.md).
 """
 
 import hashlib
 import numbers
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -31,17 +26,13 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled. Temperature 1 and the defaults: the model's own distribution.
+    """How tokens are sampled, as in Hugging Face: penalty, temperature, top_k, top_p, in this
+    order. Ties are kept or dropped together. Raises UserError for invalid values."""
 
-    temperature: 0 takes the most likely token. top_k: keeps the k most likely tokens; 0, or more
-    than the vocabulary, keeps all. top_p: keeps the smallest set of most likely tokens with total
-    probability p (nucleus sampling, Holtzman et al. 2019). repetition_penalty: divides the positive
-    and multiplies the negative logits of tokens already in the row (Keskar et al. 2019). Order, as
-    in Hugging Face: penalty, temperature, top_k, top_p. Ties are kept or dropped together."""
-
-    temperature: float
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float  # 0: the most likely token
+    top_k: int = 0  # keeps the k most likely tokens; 0, or more than the vocabulary: all
+    top_p: float = 1.0  # keeps the most likely tokens with total probability p (Holtzman 2019)
+    # Divides positive and multiplies negative logits of tokens already in the row (Keskar 2019)
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
@@ -111,18 +102,14 @@ def keep_top_p(weights: torch.Tensor, top_p: float) -> torch.Tensor:
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
     """One seed per row. From a single seed, the n-th repetition of a prompt gets seed + n. Raises
     UserError for invalid seeds or a wrong number of them."""
-    if isinstance(seed, list | tuple):
-        seeds = list(seed)
-    else:
-        seeds, repetitions = [seed] * len(prompts), Counter()
-        for i, prompt in enumerate(prompts if isinstance(seed, numbers.Integral) else ()):
-            seeds[i] += repetitions[prompt]
-            repetitions[prompt] += 1
+    one_per_row = isinstance(seed, list | tuple)
+    seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
         raise UserError(f"seed is {seed!r:.60}, expected an integer from 0 to 2**64 - 1, or a list "
                         "with one for each row")
-    return list(map(int, seeds))
+    repetitions = [0 if one_per_row else prompts[:i].count(prompts[i]) for i in range(len(prompts))]
+    return [int(one) + n for one, n in zip(seeds, repetitions, strict=True)]
 
 
 def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> torch.Tensor:
@@ -152,7 +139,7 @@ def fmix32(x: torch.Tensor) -> torch.Tensor:
 
 
 def splitmix64(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
-    """Output number `counter` (from 0) of SplitMix64 with the given seed, element-wise on int64."""
+    """Output number `counter` (from 0) of SplitMix64 (Steele et al. 2014), element-wise, int64."""
     z = seed + (counter + 1) * SPLITMIX_GAMMA  # sums and products wrap around
     z = xor_shift_right(z, 30) * SPLITMIX_1
     z = xor_shift_right(z, 27) * SPLITMIX_2
