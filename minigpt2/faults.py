@@ -74,9 +74,8 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def __enter__(self) -> "StopRequest":
-        for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)  # Windows lacks some
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+        for number in map(signal.Signals.__getitem__, STOP_SIGNALS):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self.previous_handlers[number] = signal.signal(number, self.handle)
         self.streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (stream and IgnoreBrokenPipe(stream) for stream in self.streams)
@@ -156,8 +155,7 @@ class RankMonitor:
                              f"(killed, or its node is down). {RESUME_HINT}")
 
     def end(self, why: str, status: int = 1) -> None:
-        """Exits at once, even if other threads are blocked; no effect during a normal exit. A
-        user error on one rank gives every rank exit status 2."""
+        """Exits at once, even if other threads are blocked; no effect during a normal exit."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
