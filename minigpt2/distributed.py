@@ -81,7 +81,7 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Joins torchrun's process group (NCCL on GPUs, gloo elsewhere). Raises UserError for incomplete
+    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere. Raises UserError for incomplete
     variables and a device that does not exist. `deterministic`: bit-reproducible algorithms only.
     """
     if deterministic:
@@ -232,7 +232,7 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model wrapped in DistributedDataParallel; the model itself on a single rank. Gradients are
+    """The model in DistributedDataParallel, or the model itself on a single rank. Gradients are
     views of DDP's buckets and must stay: once set to None, micro-steps under `no_sync` allocate
     others beside the buckets."""
     if launch.world_size == 1:

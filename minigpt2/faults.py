@@ -74,8 +74,9 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def __enter__(self) -> "StopRequest":
-        for number in map(signal.Signals.__getitem__, STOP_SIGNALS):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 self.previous_handlers[number] = signal.signal(number, self.handle)
         self.streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (stream and IgnoreBrokenPipe(stream) for stream in self.streams)

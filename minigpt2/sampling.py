@@ -60,8 +60,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, cou
         logits = torch.where(seen, penalized.clamp(-largest, largest), logits)
     if params.temperature == 0:
         return logits.argmax(-1)
-    weights = unnormalized_probs(keep_top_k(logits, params.top_k), params.temperature)
-    weights = keep_top_p(weights, params.top_p)
+    weights = token_weights(logits, params)  # (B, V')
     token_ids = torch.arange(weights.size(1), device=logits.device, dtype=torch.int32)  # (V',)
     return (weights / exponential_noise(keys, counter, token_ids)).argmax(-1)
 
@@ -73,28 +72,21 @@ def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> to
     return seen.scatter_(1, ids.where(~is_padding, ids[:, :1]), True)  # instead: the first token
 
 
-def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Keeps the k largest logits (B, V) of each row and ties with the k-th; others become -inf."""
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return logits
-
-
-def unnormalized_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1: none overflows."""
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # float32 would round to 0
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
-
-
-def keep_top_p(weights: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Sets the smallest weights (B, V) of each row to 0, up to a fraction 1 - p of their sum."""
-    if top_p < 1:
+def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, so that none overflows;
+    0 for the tokens that top_k and top_p leave out."""
+    if 0 < params.top_k < logits.size(-1):
+        smallest = logits.topk(params.top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    temperature = max(params.temperature, torch.finfo(torch.float32).tiny)  # else rounded to 0
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+    if params.top_p < 1:
         # On a CPU, NumPy sorts 15 times as fast as PyTorch
         ascending = (torch.from_numpy(np.sort(weights.numpy(), axis=-1))  # (B, V)
                      if weights.device.type == "cpu" else weights.sort(-1).values)
         cumulative = ascending.cumsum(-1)
-        dropped = (cumulative <= (1 - top_p) * cumulative[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
-        dropped = dropped.clamp(max=weights.size(-1) - 1)  # keep at least one token
+        dropped = (cumulative <= (1 - params.top_p) * cumulative[:, -1:]).sum(-1, keepdim=True)
+        dropped = dropped.clamp(max=weights.size(-1) - 1)  # (B, 1): keep at least one token
         weights = weights * (weights >= ascending.gather(-1, dropped))
     return weights
 
