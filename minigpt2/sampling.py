@@ -18,8 +18,9 @@ from minigpt2.config import UserError
 from minigpt2.tokenizer import N_VOCAB
 
 SPLITMIX_GAMMA = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64
-SPLITMIX_1, SPLITMIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # 0xBF58..., 0x94D0...
-MURMUR_1, MURMUR_2 = -0x7A143595, -0x3D4D51CB  # 0x85EBCA6B and 0xC2B2AE35, as int32
+# Shifts and factors for `mix`: of SplitMix64, and of MurmurHash3's finalizer (Appleby)
+SPLITMIX64 = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None))
+FMIX32 = ((16, -0x7A143595), (13, -0x3D4D51CB), (16, None))
 GOLDEN_32 = -0x61C8864F  # 2**32 / golden ratio, as int32
 MAX_SEED = 2**64 - 1
 
@@ -116,29 +117,23 @@ def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
     """Counter-based exponential noise with mean 1: keys (B,) int64, counter (B,) or () int64,
     token_ids (V,) int32 -> (B, V) float32."""
     words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
-    x = fmix32((token_ids * GOLDEN_32) ^ words[:, :1])  # (B, V)
-    x = fmix32(x ^ words[:, 1:])
+    x = mix((token_ids * GOLDEN_32) ^ words[:, :1], FMIX32)  # (B, V)
+    x = mix(x ^ words[:, 1:], FMIX32)
     uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], with full precision near 0
     # exclude 0, with which any token would be sampled, and 1, with which none could be
     return uniform.clamp_(2**-32, 1 - 2**-24).neg_().log1p_().neg_()
 
 
-def fmix32(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer (Appleby), element-wise on int32."""
-    x = xor_shift_right(x, 16).mul_(MURMUR_1)
-    x = xor_shift_right(x, 13).mul_(MURMUR_2)
-    return xor_shift_right(x, 16)
-
-
 def splitmix64(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     """Output number `counter` (from 0) of SplitMix64 (Steele et al. 2014), element-wise, int64."""
-    z = seed + (counter + 1) * SPLITMIX_GAMMA  # sums and products wrap around
-    z = xor_shift_right(z, 30) * SPLITMIX_1
-    z = xor_shift_right(z, 27) * SPLITMIX_2
-    return xor_shift_right(z, 31)
+    return mix(seed + (counter + 1) * SPLITMIX_GAMMA, SPLITMIX64)  # integers wrap around
 
 
-def xor_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z ^ (z >> bits), treating z as unsigned."""
-    mask = 2 ** (8 * z.element_size() - bits) - 1
-    return (z >> bits).bitwise_and_(mask).bitwise_xor_(z)
+def mix(x: torch.Tensor, rounds: tuple[tuple[int, int | None], ...]) -> torch.Tensor:
+    """x ^ (x >> shift), with x as unsigned, times a factor, round by round; element-wise."""
+    for shift, factor in rounds:
+        mask = 2 ** (8 * x.element_size() - shift) - 1
+        x = (x >> shift).bitwise_and_(mask).bitwise_xor_(x)
+        if factor is not None:
+            x.mul_(factor)
+    return x

@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from minigpt2.sampling import (
+    FMIX32,
     SamplingParams,
     exponential_noise,
-    fmix32,
+    mix,
     sample,
     seen_tokens,
     splitmix64,
@@ -184,7 +185,7 @@ def fmix32_reference(h: int) -> int:
 
 def test_fmix32_matches_the_reference():
     values = [1, 2, -1, 123456789, -987654321]
-    got = fmix32(torch.tensor(values, dtype=torch.int32))
+    got = mix(torch.tensor(values, dtype=torch.int32), FMIX32)
     assert [x % 2**32 for x in got.tolist()] == [fmix32_reference(x % 2**32) for x in values]
     assert got[0].item() % 2**32 == 0x514E28B7  # from Appleby's MurmurHash3.cpp
 
