@@ -64,15 +64,14 @@ def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
              dtype: torch.dtype, optimizer_bytes: int) -> bool:
     """Whether forward and backward fit, on random tokens, while memory is held for gradients, for
     moments that do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
-    try:  # autotuning draws random numbers
+    try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8,
                                   device=device)
             for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
                 parameter.grad = torch.zeros_like(parameter)
-            generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length),
-                                   generator=generator).to(device)
+                                   device=device)
             with autocast(device, dtype):
                 _, loss = model(*tokens, reduction="sum", return_logits=False)
             loss.backward()
