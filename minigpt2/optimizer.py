@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,32 +16,21 @@ MUON_BATCH = 12  # matrices per batched product: more only takes more memory
 MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about AdamW's
 
 
-def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
-              min_lr: float) -> float:
+def learning_rate(step: int, *, warmup_steps: int, max_steps: int, max_lr: float, min_lr: float,
+                  schedule: Literal["cosine", "linear"] = "cosine") -> float:
     """The learning rate of step number `step`, counted from 0: linear warm-up from max_lr /
-    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine down to min_lr at step
-    max_steps (Brown et al. 2020, appendix B)."""
+    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine (Brown et al. 2020, appendix
+    B), or a straight line (Defazio et al. 2023), down to min_lr at step max_steps."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 .. 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
-
-
-def linear_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
-              min_lr: float) -> float:
-    """As cosine_lr, but with a linear decay to min_lr (Defazio et al. 2023)."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 .. 1
-    return max_lr + progress * (min_lr - max_lr)
+    decay = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr + decay * (max_lr - min_lr)
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether Muon applies: to the four matrices of every block."""
     return name.startswith("transformer.h.") and parameter.dim() == 2
-
-
-SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
 
 
 class Muon(torch.optim.AdamW):
