@@ -8,6 +8,7 @@ counter and the token id (Salmon et al. 2011). So sampling is batch-invariant (d
 
 import hashlib
 import numbers
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -101,8 +102,11 @@ def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[in
             isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
         raise UserError(f"seed is {seed!r:.60}, expected an integer from 0 to 2**64 - 1, or a list "
                         "with one for each row")
-    repetitions = [0 if one_per_row else prompts[:i].count(prompts[i]) for i in range(len(prompts))]
-    return [int(one) + n for one, n in zip(seeds, repetitions, strict=True)]
+    repetitions = Counter()
+    for i, prompt in enumerate(() if one_per_row else prompts):
+        seeds[i] += repetitions[prompt]
+        repetitions[prompt] += 1
+    return list(map(int, seeds))
 
 
 def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> torch.Tensor:
