@@ -30,7 +30,17 @@ from pathlib import Path
 
 import torch
 
-from dataloader import TokenLoader, pad_rows, read_rows, split_rows
+from dataloader import (
+    Example,
+    TokenLoader,
+    make_examples,
+    normalize,
+    pad_rows,
+    read_rows,
+    split_rows,
+    text_turns,
+    token_ids,
+)
 from inference import check_vocabulary, decode_generation, finish_reasons, generate
 from minigpt2 import benchmarks
 from minigpt2.checkpoint import find_checkpoint, load_model
@@ -39,7 +49,6 @@ from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, list_files
-from minigpt2.instructions import Example, make_examples, normalize, text_turns, token_ids
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 from minigpt2.progress import progress_bar

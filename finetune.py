@@ -20,23 +20,27 @@ from typing import Literal
 
 import torch
 
-from dataloader import PAD_TOKEN, padded_length, read_rows, row_batches, split_rows
+from dataloader import (
+    PAD_TOKEN,
+    Example,
+    TextTurn,
+    make_examples,
+    num_inputs,
+    padded_length,
+    read_rows,
+    row_batches,
+    split_rows,
+    text_turns,
+    token_ids,
+)
 from inference import check_vocabulary
 from minigpt2.checkpoint import CONFIG_FILE, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.files import sha256_of
-from minigpt2.instructions import (
-    Example,
-    TextTurn,
-    make_examples,
-    num_inputs,
-    text_turns,
-    token_ids,
-)
 from minigpt2.loss import IGNORE_INDEX
-from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
+from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 from model import GPT
@@ -240,8 +244,8 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             if run.save_or_finish():
                 break
 
-            lr = cosine_lr(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
-                           max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
+            lr = learning_rate(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
+                               max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             batch = next(global_batches)  # of all ranks
             num_valid_tokens = sum(len(response) for row in batch for _, response in row)

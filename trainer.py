@@ -29,7 +29,7 @@ from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.metrics import RunLog
-from minigpt2.optimizer import SCHEDULES, make_optimizer, set_lr
+from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig
 from minigpt2.shards import read_manifest
 from model import GPT, PRESETS, GPTConfig
@@ -239,9 +239,9 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if run.save_or_finish():
                 break
 
-            lr = SCHEDULES[config.schedule](
-                run.step, warmup_steps=config.warmup_steps, max_steps=max_steps,
-                max_lr=config.max_lr, min_lr=config.min_lr)
+            lr = learning_rate(
+                run.step, schedule=config.schedule, warmup_steps=config.warmup_steps,
+                max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):

@@ -25,11 +25,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.harness import BenchConfig, compare, record, run_bench, run_script
 from bench.train import ADAMW, SIZES
-from dataloader import read_rows, split_rows
+from dataloader import make_examples, read_rows, split_rows, text_turns, token_ids
 from minigpt2.checkpoint import read_config, save_checkpoint
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import autocast
-from minigpt2.instructions import make_examples, text_turns, token_ids
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
 from model import GPT

@@ -1,5 +1,4 @@
-"""HellaSwag, LAMBADA and multiple choice: rows as pairs of a context and a continuation, the
-log-probability of each continuation, and the figures that follow from them."""
+"""HellaSwag, LAMBADA and multiple choice: log-probabilities of continuations, and accuracies."""
 
 import math
 import re
@@ -30,8 +29,7 @@ class Question:
 
 def make_question(contexts: list[str], choices: list[str], label: int) -> Question:
     """A question with one context per choice. Whitespace between them, a single space unless the
-    context ends with some, belongs to the continuation. An empty context is <|endoftext|>; the
-    choice then starts a text."""
+    context ends with some, belongs to the continuation. An empty context is <|endoftext|>."""
     pairs = []
     for context, choice in zip(contexts, choices, strict=True):
         end = len(context.rstrip())
@@ -42,16 +40,15 @@ def make_question(contexts: list[str], choices: list[str], label: int) -> Questi
 
 def multiple_choice(row: dict) -> Question:
     """A row of `context` (or a list of contexts, one per choice), `choices` and `label`, an index
-    that may be text, as in the official HellaSwag files."""
+    that may be text, as in the official HellaSwag files. Raises ValueError."""
     context, choices, label = (row.get(key) for key in ("context", "choices", "label"))
     choices = choices if isinstance(choices, list) else []
     contexts = context if isinstance(context, list) else [context] * len(choices)
-    if len(choices) < 2 or len(contexts) != len(choices):
-        raise ValueError("expected a list of at least two `choices`, and a `context`, or one each")
-    if not all(isinstance(text, str) for text in (*contexts, *choices)):
-        raise ValueError("`context` and `choices` must be text")
-    if not all(map(str.strip, choices)):
-        raise ValueError("a choice is empty")
+    is_text = all(isinstance(text, str) for text in (*contexts, *choices))
+    if len(choices) < 2 or len(contexts) != len(choices) or not is_text or "" in map(
+            str.strip, choices):
+        raise ValueError("expected a list of at least two `choices`, texts that are not empty, and "
+                         "a `context`, or one for each choice")
     index = int(label) if isinstance(label, str) and label.isdecimal() else label
     if type(index) is not int or not 0 <= index < len(choices):
         raise ValueError(f"label is {label!r:.40}, expected 0 to {len(choices) - 1}")
@@ -69,13 +66,13 @@ def hellaswag_harness(row: dict) -> Question:
     def clean(text: str) -> str:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-    if not all(isinstance(row.get(key), str) for key in ("activity_label", "ctx_a", "ctx_b")):
-        raise ValueError("activity_label, ctx_a and ctx_b are not all there, which the harness's "
-                         "form needs: use the official file, or the task hellaswag")
-    question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    endings = row["endings"] if isinstance(row.get("endings"), list) else []
-    choices = [clean(ending) if isinstance(ending, str) else ending for ending in endings]
-    return multiple_choice(row | {"context": clean(question), "choices": choices})
+    texts = [row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")]
+    endings = row["endings"] if isinstance(row.get("endings"), list) else [None]
+    if not all(isinstance(text, str) for text in (*texts, *endings)):
+        raise ValueError("activity_label, ctx_a, ctx_b and endings are not all there, which the "
+                         "harness's form needs: use the official file, or the task hellaswag")
+    question = clean(f"{texts[0]}: {texts[1]} {texts[2].capitalize()}")
+    return multiple_choice(row | {"context": question, "choices": list(map(clean, endings))})
 
 
 def lambada(row: dict) -> Question:
@@ -163,14 +160,15 @@ def question_figures(model: GPT, questions: list[Question], launch: Launch, dtyp
     the options and None see `score`."""
     pairs = [pair for question in questions for pair in question.pairs]
     scores = score(model, pairs, launch, dtype, **options)
-    if scores is None or len(pairs) == len(questions):
-        return None if scores is None else last_word_figures(scores)
-    return choice_figures(questions, scores)
+    if scores is None:
+        return None
+    return (last_word_figures(scores) if len(pairs) == len(questions) else
+            choice_figures(questions, scores))
 
 
 def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str, float]:
-    """Accuracies of the choice with the highest log-probability: summed (lm-evaluation-harness's
-    acc), per token (build-nanogpt's acc_norm) and per character (the harness's acc_norm)."""
+    """Accuracies of the choice with the highest log-probability: summed, per token, per character
+    (docs/evaluation.md)."""
     right = {"accuracy_summed": [], "accuracy_per_token": [], "accuracy_per_character": []}
     parts = scores[:, 0].split([len(question.pairs) for question in questions])
     for question, logprobs in zip(questions, parts, strict=True):
@@ -181,12 +179,13 @@ def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str,
 
 
 def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
-    """LAMBADA: accuracy of the whole last word (lm-evaluation-harness) and of its last token (the
-    GPT-2 paper's), and the perplexity per word, exp of the mean negative log-probability."""
-    nats, error = means({"nats": -scores[:, 0]}).values()
-    return means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]}) | {
-        "perplexity_per_word": math.exp(nats), "perplexity_per_word_stderr": math.exp(nats) * error,
-        "rows": len(scores)}
+    """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
+    paper's), and the perplexity per word, exp of the mean negative log-probability."""
+    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2],
+                     "nats": -scores[:, 0]})
+    perplexity = math.exp(figures.pop("nats"))
+    return figures | {"perplexity_per_word": perplexity, "rows": len(scores),
+                      "perplexity_per_word_stderr": perplexity * figures.pop("nats_stderr")}
 
 
 def means(values: dict[str, Sequence[float]]) -> dict[str, float]:

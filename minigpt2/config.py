@@ -1,8 +1,4 @@
-"""Command lines from frozen dataclasses, and one-line errors with exit status 2.
-
-Each script declares its settings as one frozen dataclass, one `flag(...)` per field.
-`parse_config` derives the command line from it. `run_main` is the last line of every script.
-"""
+"""Command lines from frozen dataclasses, and one-line errors with exit status 2."""
 
 import argparse
 import dataclasses
@@ -52,12 +48,12 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
     """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error.
     Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
-    these `| None`, and tuple[str, ...] for a positional argument with any number of values. --help
-    lists the flags of `cls` before those of its base classes. `--max-lr` and `--max_lr` are the
-    same; flags cannot be abbreviated. Everything after "--" is a positional value."""
+    these `| None`, and tuple[str, ...] for a positional argument with any number of values.
+    `--max-lr` and `--max_lr` are the same. Everything after "--" is a positional value."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    # --help lists the flags of `cls` before those of its base classes
     fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
     for field in fields:
         add_argument(parser, field, hints[field.name])
@@ -111,13 +107,9 @@ def path_value(text: str) -> str:
 
 def int_or_word(text: str, words: tuple[str, ...]) -> int | str:
     """Parses the value of an `int | Literal[...]` flag."""
-    if text in words:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, expected an integer or {' or '.join(words)}") from None
+    if text not in words and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected an integer or {' or '.join(words)}")
+    return text if text in words else int(text)
 
 
 def flag_name(field_name: str) -> str:
@@ -152,7 +144,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name if the message is empty."""
+    """The first line of an exception's message, or its class name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -62,20 +62,17 @@ class Launch:
         return values
 
     def broadcast(self, value: object) -> object:
-        """A picklable value from rank 0, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+        """A small picklable value from rank 0, on every rank."""
+        return self.gather(value)[0]
 
     def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
         """Raises UserError, on every rank, if one of the facts differs between ranks."""
-        all_facts = self.gather(facts)
-        for rank, others in enumerate(all_facts):
-            for name, first in sorted(all_facts[0].items()):
-                if name not in except_for and others.get(name) != first:
-                    raise UserError(f"{name} differs: {first!r:.80} on rank 0, "
-                                    f"{others.get(name)!r:.80} on rank {rank}; start all nodes "
+        first, *others = self.gather(facts)
+        for rank, theirs in enumerate(others, 1):
+            for name in sorted(first.keys() - set(except_for)):
+                if theirs.get(name) != first[name]:
+                    raise UserError(f"{name} differs: {first[name]!r:.80} on rank 0, "
+                                    f"{theirs.get(name)!r:.80} on rank {rank}; start all nodes "
                                     "with the same code, flags, packages and data")
 
     def barrier(self) -> None:
@@ -84,9 +81,9 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Reads torchrun's variables, picks the device, and joins the process group (NCCL on GPUs, gloo
-    elsewhere). Raises UserError for incomplete variables and a device that does not exist.
-    `deterministic` makes PyTorch refuse algorithms that are not bit-reproducible."""
+    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere. Raises UserError for incomplete
+    variables and a device that does not exist. `deterministic`: bit-reproducible algorithms only.
+    """
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -100,13 +97,12 @@ def start(device: str, deterministic: bool = False) -> Launch:
         keep_freed_memory()
         use_fastest_exact_matmul()
     if world_size > 1:
-        on_gpus = torch_device.type == "cuda"
+        backend, gpu = ("nccl", torch_device) if torch_device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=TIMEOUT_MINUTES)
         store = connect_store(timeout, may_host=rank == 0)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
-        dist.init_process_group("nccl" if on_gpus else "gloo", rank=rank, world_size=world_size,
-                                store=store, timeout=timeout,
-                                device_id=torch_device if on_gpus else None)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
+                                timeout=timeout, device_id=gpu)
     return Launch(rank, world_size, torch_device)
 
 
@@ -141,9 +137,9 @@ def keep_freed_memory() -> None:
 
 
 def use_fastest_exact_matmul() -> None:
-    """Uses oneDNN for float32 matrix products on a CPU; on AMD it is about twice as fast as MKL.
-    PyTorch does so only under "medium" precision, with which some processors (Intel's with AMX)
-    round to bfloat16. A trial product detects that and restores "highest"."""
+    """Uses oneDNN for float32 matrix products on a CPU; on AMD it is twice as fast as MKL. PyTorch
+    does so only under "medium" precision, with which processors with AMX round to bfloat16. A trial
+    product detects that and restores "highest"."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
@@ -163,10 +159,10 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """A key prefix shared by exactly the processes of this attempt.
 
-    torchrun's store outlives its ranks: without a prefix, a restarted gloo group reads addresses of
-    dead processes (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own,
-    with the numbers it has seen, until every other rank has found its number in the offer. Nobody
-    waits inside the store, where signal handlers would not run."""
+    Without it, a restarted gloo group reads addresses of dead processes in torchrun's store
+    (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own, with those it
+    has seen, until every other rank has found its number in the offer. Nobody waits inside the
+    store, where signal handlers would not run."""
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
@@ -205,12 +201,10 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" on CUDA is bfloat16 if the GPU supports it natively, else float16
     (with a gradient scaler); elsewhere float32, so that machines agree to rounding."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type != "cuda":
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+    if dtype == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -238,9 +232,9 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model wrapped in DistributedDataParallel; the model itself on a single rank. DDP makes
-    existing gradients views of its buckets, and they must stay (never be set to None): without
-    them, micro-steps under `no_sync` would allocate gradients beside the buckets."""
+    """The model in DistributedDataParallel, or the model itself on a single rank. Gradients are
+    views of DDP's buckets and must stay: once set to None, micro-steps under `no_sync` allocate
+    others beside the buckets."""
     if launch.world_size == 1:
         return model
     for parameter in model.parameters():
@@ -252,10 +246,9 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 @torch.no_grad()
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
-    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T).
-
-    Summed in float64, so that world size and micro-batch do not change it, and run eagerly: other
-    shapes would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
+    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), summed
+    in float64, so that world size and micro-batch do not change it, and run eagerly: other shapes
+    would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
     sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:

@@ -1,5 +1,4 @@
-"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses. Every fault is
-reported in one line, all ranks make the same decision, and no rank waits forever."""
+"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses."""
 
 import contextlib
 import math
@@ -9,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -95,9 +95,8 @@ class LostRankError(UserError):
 
 class RankMonitor:
     """A thread that ends this process when another rank fails or sends no heartbeat, or when its
-    torchrun is killed: NCCL would wait for half an hour, and an orphaned rank forever. Once a
-    second, every rank increments a counter in torchrun's store and checks that the others' change.
-    """
+    torchrun is killed. Once a second, every rank increments a counter in torchrun's store and
+    checks that the others' change."""
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -129,14 +128,13 @@ class RankMonitor:
         self.thread.join(HEARTBEAT_SECONDS)
 
     def heartbeat(self) -> tuple[list[int], str | None]:
-        """Increments this rank's counter; returns all counters, and the exit status (one digit)
-        and message of a failed rank."""
+        """All counters, and the exit status (one digit) and message of a failed rank."""
         self.store.add(f"alive/{self.rank}", 1)
         counts = [self.store.add(f"alive/{rank}", 0) for rank in range(self.world_size)]
         return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
 
     def run(self) -> None:
-        last_poll, counters, changed = time.monotonic(), {}, {}  # by rank; and when it changed
+        counters, unchanged = {}, Counter()  # by rank: its counter, and for how many heartbeats
         while not self.leaving.wait(HEARTBEAT_SECONDS):
             if self.parent not in (None, os.getppid()):
                 self.end(f"the torchrun that started rank {self.rank} was killed. {RESUME_HINT}")
@@ -150,20 +148,16 @@ class RankMonitor:
                 return
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
-            now = time.monotonic()
-            if now - last_poll > 5 * HEARTBEAT_SECONDS:
-                counters.clear()  # this process was suspended, perhaps with all others
-            last_poll = now
             for rank, count in enumerate(counts):
-                if count != counters.get(rank):
-                    counters[rank], changed[rank] = count, now
-                elif now - changed[rank] > SILENT_SECONDS:
+                # In heartbeats, not by the clock: all processes may have been suspended
+                unchanged[rank] = unchanged[rank] + 1 if count == counters.get(rank) else 0
+                counters[rank] = count
+                if unchanged[rank] * HEARTBEAT_SECONDS > SILENT_SECONDS:
                     self.end(f"rank {rank} is lost: no heartbeat for {SILENT_SECONDS:.0f} s "
                              f"(killed, or its node is down). {RESUME_HINT}")
 
     def end(self, why: str, status: int = 1) -> None:
-        """Exits at once, even if other threads are blocked; no effect during a normal exit. A
-        user error on one rank gives every rank exit status 2."""
+        """Exits at once, even if other threads are blocked; no effect during a normal exit."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
@@ -174,8 +168,8 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
-    """Joins the process group (see `distributed.start`), monitors the other ranks, and leaves the
-    group at the end. Raises UserError for out of memory and lost ranks."""
+    """A process group joined by `distributed.start`, with the other ranks monitored. Raises
+    UserError for out of memory, lost ranks and a failed torch.compile."""
     with RankMonitor() as monitor:
         try:
             launch = start(device, deterministic)

@@ -1,5 +1,4 @@
-"""Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU.
-Without packing, every token would repack each weight, or read it with a stride."""
+"""Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +14,8 @@ ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number wor
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with a packed float32 or bfloat16 weight and no gradient: x (..., in) in any
-    floating dtype -> (..., out) in the weight's dtype."""
+    """nn.Linear with a packed weight, which is not repacked for every token, and no gradient:
+    x (..., in) in any floating dtype -> (..., out) in the weight's dtype."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
@@ -38,8 +37,7 @@ class Float32Head(nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.size(-1))  # (N, C)
-        logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)  # (N, V)
+        logits = torch.mm(x.flatten(0, -2), self.weight.t(), out_dtype=torch.float32)  # (N, V)
         return logits.view(*x.shape[:-1], -1)
 
 
@@ -53,11 +51,10 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     """Prepares a model for `generate` and `logprobs`, in place: it can then be neither trained nor
-    saved. On a GPU, converts the weights to `dtype`. On a CPU, packs the linear layers, those
-    of the blocks in `dtype`, and leaves all else in float32; without oneDNN (on macOS, for example)
-    only float32 is supported. Logits are float32 everywhere: GPT-2's are around -100, where
-    bfloat16 values are 0.5 apart. Raises UserError if the CPU does not support `dtype`, ValueError
-    if the model was already prepared in another dtype."""
+    saved. On a GPU, converts the weights to `dtype`. On a CPU, packs the linear layers, those of
+    the blocks in `dtype`, if PyTorch has oneDNN. Logits are float32 everywhere: GPT-2's are around
+    -100, where bfloat16 values are 0.5 apart. Raises UserError if the CPU does not support `dtype`,
+    ValueError if the model was already prepared in another dtype."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
         current = model.transformer.h[0].attn.c_attn.weight.dtype
@@ -84,8 +81,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
 
 
 def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Captures a function, after a warm-up call, as a CUDA graph that repeats its work on the same
-    tensors."""
+    """A CUDA graph that repeats what `step`, called once before, does with the same tensors."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: a data loader's thread may pin memory during the capture
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):

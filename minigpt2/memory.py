@@ -22,17 +22,15 @@ OUT_OF_MEMORY_MESSAGES = (
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one of its causes, is an out-of-memory error of any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(text in str(error)
-                                               for text in OUT_OF_MEMORY_MESSAGES):
-        return True
-    return error is not None and is_out_of_memory(error.__cause__)
+    messages = OUT_OF_MEMORY_MESSAGES if isinstance(error, RuntimeError) else ()
+    return (isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or any(text in str(error) for text in messages)
+            or (error is not None and is_out_of_memory(error.__cause__)))
 
 
 def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
-    """Estimates AdamW's moments per rank, 8 bytes per parameter, sharded over `ranks`: an equal
-    share, but at least the largest tensor, since ZeroRedundancyOptimizer assigns whole tensors."""
+    """AdamW's moments, 8 bytes per parameter, on the fullest of `ranks`: an equal share, or the
+    largest tensor if that is more, since ZeroRedundancyOptimizer assigns whole tensors."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     return 8 * max(-(-sum(sizes) // ranks), *sizes)
 
@@ -40,12 +38,9 @@ def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
-    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH.
-
-    A trial runs forward and backward on random tokens while memory is held for gradients, for
-    moments that do not exist yet (`optimizer_bytes`) and for some headroom. All ranks must call
-    this, before the model is wrapped in DDP. It leaves no gradients and preserves the random state.
-    Raises UserError if no candidate fits."""
+    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. All ranks must call this before
+    the model is wrapped in DDP. It leaves no gradients and preserves the random state. Raises
+    UserError if no candidate fits."""
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
@@ -67,16 +62,16 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
 
 def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
              dtype: torch.dtype, optimizer_bytes: int) -> bool:
-    """Whether a micro-step of `size` sequences fits. Leaves gradients behind."""
-    try:  # autotuning draws random numbers
+    """Whether forward and backward fit, on random tokens, while memory is held for gradients, for
+    moments that do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
+    try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8,
                                   device=device)
             for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
                 parameter.grad = torch.zeros_like(parameter)
-            generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length),
-                                   generator=generator).to(device)
+                                   device=device)
             with autocast(device, dtype):
                 _, loss = model(*tokens, reduction="sum", return_logits=False)
             loss.backward()

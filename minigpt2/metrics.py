@@ -1,9 +1,11 @@
 """The run log (JSON Lines, optionally TensorBoard), run metadata, and the peak FLOP/s of GPUs."""
 
+import contextlib
 import hashlib
 import json
 import math
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -23,40 +25,34 @@ OF_WEIGHTS = ("val", "hellaswag")  # kinds of records about the weights after so
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the data-sheet peak of a GPU in FLOP/s; None for a CPU or an unknown GPU."""
+    """The data-sheet peak of a GPU in FLOP/s; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
-    words = set(torch.cuda.get_device_name(device).replace("-", " ").replace("_", " ").split())
+    words = set(re.split("[-_ ]", torch.cuda.get_device_name(device)))
     known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
-    """Returns what is needed to reproduce a run, as a flat JSON object: settings, versions, commit,
-    SHA-256 of the code and of `data` (a manifest, as canonical JSON), world size, device name."""
+    """What is needed to reproduce a run, as a flat JSON object. `data` is a manifest. `git_commit`
+    is None without a repository, and ends with "+changes" if tracked files are modified."""
     root = Path(__file__).resolve().parents[1]
     code = b"".join(path.read_bytes() for folder in (root, root / "minigpt2")
                     for path in sorted(folder.glob("*.py")))
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
     name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{device.type} {platform.machine()}")
+    describe = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always",
+                "--abbrev=64", "--exclude=*", "--dirty=+changes"]
+    commit = None
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(describe, text=True, capture_output=True).stdout.strip() or None
     environment = {"python": platform.python_version(), "torch": str(torch.__version__),
-                   "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": git_commit(),
+                   "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": commit,
                    "code_sha256": hashlib.sha256(code).hexdigest(),
                    "data_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
                    "world_size": world_size, "device_name": name}
     return vars(config) | environment
-
-
-def git_commit() -> str | None:
-    """Returns the commit of the repository that holds this file, with "+changes" if tracked files
-    are modified; None without git or outside a repository."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "--no-optional-locks", "describe",
-               "--always", "--abbrev=64", "--exclude=*", "--dirty=+changes"]
-    try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 class RunLog:
@@ -124,8 +120,8 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
 def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict,
               tensorboard: bool) -> RunLog:
     """Opens OUT_DIR/metrics.jsonl of a new (`fresh`) or resumed run, copied to OUT_DIR/tensorboard
-    if asked for, and writes a "run" record. Raises UserError if TensorBoard is missing, and for a
-    damaged log, which could not be plotted later."""
+    if asked for, and writes a "run" record. Raises UserError for a damaged log, or no TensorBoard.
+    """
     path, writer = out_dir / "metrics.jsonl", None
     records = read_log(path) if path.exists() and not fresh else {}
     if tensorboard:

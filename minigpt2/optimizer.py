@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,27 +16,16 @@ MUON_BATCH = 12  # matrices per batched product: more only takes more memory
 MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about AdamW's
 
 
-def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
-              min_lr: float) -> float:
+def learning_rate(step: int, *, warmup_steps: int, max_steps: int, max_lr: float, min_lr: float,
+                  schedule: Literal["cosine", "linear"] = "cosine") -> float:
     """The learning rate of step number `step`, counted from 0: linear warm-up from max_lr /
-    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine down to min_lr at step
-    max_steps (Brown et al. 2020, appendix B)."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    if step >= max_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 .. 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
-
-
-def linear_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
-              min_lr: float) -> float:
-    """As cosine_lr, but with a linear decay to min_lr (Defazio et al. 2023 find linear decay to 0
-    best)."""
+    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine (Brown et al. 2020, appendix
+    B), or a straight line (Defazio et al. 2023), down to min_lr at step max_steps."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 .. 1
-    return max_lr + progress * (min_lr - max_lr)
+    decay = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr + decay * (max_lr - min_lr)
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
@@ -43,16 +33,11 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     return name.startswith("transformer.h.") and parameter.dim() == 2
 
 
-SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
-
-
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
-    replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
-    equally far; q, k and v, stacked in c_attn, each by itself. As in Liu et al. 2025 ("Muon is
-    scalable for LLM training"), weights decay, and updates have AdamW's usual RMS, so that learning
-    rates are comparable. As in PyTorch's fused AdamW, the attribute `found_inf` (), 1 or 0, skips a
-    step without the host waiting for it."""
+    replaces a matrix's momentum by the nearest orthogonal matrix; q, k and v, stacked in c_attn,
+    each by itself. Weights decay, and updates have AdamW's usual RMS (Liu et al. 2025). As in
+    PyTorch's fused AdamW, `found_inf` (), 1 or 0, skips a step without the host waiting for it."""
 
     @torch.no_grad()
     def step(self):
@@ -149,51 +134,43 @@ def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> N
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
-                    copy: Callable[[object, str], object]) -> dict | None:
+                    copy: Callable[[torch.Tensor, str], torch.Tensor]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(value, name)` copies a tensor, or all tensors in a dict, before they change.
-    """
-    state = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer: settings only
-    if local_optimizer(optimizer) is not optimizer:
-        state["state"] = gather_state(optimizer, launch, copy)
-    elif launch.is_master:
-        state["state"] = copy(state["state"], "optimizer")
-    return state if launch.is_master else None
+    collective. `copy(tensor, name)` copies a tensor before it changes.
 
-
-def gather_state(optimizer: torch.optim.Optimizer, launch: Launch,
-                 copy: Callable[[object, str], object]) -> dict[int, dict]:
-    """The state of a sharded optimizer by parameter, on rank 0. Tensors are broadcast one by one
-    into one buffer: `consolidate_state_dict` would pickle all of a rank's state at once and block
-    the interpreter, heartbeats included, for minutes."""
+    The tensors of a sharded optimizer are broadcast one by one: `consolidate_state_dict` would
+    pickle a rank's whole state and block the interpreter, heartbeats included, for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = optimizer.optim.state  # of this rank's parameters
-    buffer = torch.empty(max(p.numel() for p in params), device=params[0].device)
-    held = launch.gather([(index, name) for index, p in enumerate(params)
-                          for name in states.get(p, ())])
+    states = local_optimizer(optimizer).state
+    is_sharded = local_optimizer(optimizer) is not optimizer
+    held = [(index, name) for index, p in enumerate(params) for name in states.get(p, ())]
+    keys_by_rank = launch.gather(held) if is_sharded else [held]
+    largest = max(p.numel() for p in params) if is_sharded else 0
+    buffer = torch.empty(largest, device=params[0].device)
     gathered: dict[int, dict] = defaultdict(dict)
-    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(held)
+    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(keys_by_rank)
                                      for key in keys):
         shape = () if name == "step" else params[index].shape
-        tensor = (states[params[index]][name].to(buffer.device) if owner == launch.rank else
+        tensor = (states[params[index]][name].to(buffer.device) if params[index] in states else
                   buffer[: math.prod(shape)].view(shape))
         if owner > 0:
             dist.broadcast(tensor, src=owner)
         if launch.is_master:
             gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
-    return dict(gathered)
+    settings = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer, only these
+    return settings | {"state": dict(gathered)} if launch.is_master else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Copies the moments of this rank's parameters; the settings (betas, eps, weight decay) stay.
     Raises KeyError, TypeError or ValueError for a state of another model or optimizer."""
+    if not state["state"]:  # saved before the first step
+        return
     local = local_optimizer(optimizer)
     mine = {parameter for group in local.param_groups for parameter in group["params"]}
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         names = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
         for parameter, index in zip(group["params"], saved["params"], strict=True):
-            if not state["state"]:  # saved before the first step
-                continue
             held = {name: state["state"][index][name] for name in ("step", *names)}
             for name in names:  # the fused kernel would crash on a wrong shape
                 if held[name].shape != parameter.shape:

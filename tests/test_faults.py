@@ -36,7 +36,7 @@ from minigpt2 import faults
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
 from minigpt2.faults import StopRequest, count_skipped
 from minigpt2.metrics import read_log
-from minigpt2.optimizer import SCHEDULES, is_block_matrix, set_lr
+from minigpt2.optimizer import is_block_matrix, set_lr
 from trainer import train
 
 ONE_STEP_LATE = {"minigpt2.run.STEPS_LATE": {"cpu": 1}}  # numbers are read as on a GPU
@@ -539,7 +539,7 @@ def test_skipped_steps_are_counted_across_a_resume(corpus, tmp_path, monkeypatch
 
     config = tiny(corpus, tmp_path / "out", save_interval=1)
     with monkeypatch.context() as patch, StopRequest() as stop:
-        patch.setitem(SCHEDULES, "cosine", schedule)
+        patch.setattr("trainer.learning_rate", schedule)
         patch.setattr("trainer.set_lr", stop_when_diverging)
         train(config, CPU_LAUNCH, stop)
     assert load_training_state(tmp_path / "out" / "step_000005")["progress"]["skipped"] == 1

@@ -44,7 +44,7 @@ from minigpt2.checkpoint import (
 from minigpt2.distributed import Launch, mean_loss
 from minigpt2.loss import IGNORE_INDEX, ROW_MULTIPLE_CPU
 from minigpt2.metrics import read_log
-from minigpt2.optimizer import cosine_lr, make_optimizer
+from minigpt2.optimizer import learning_rate, make_optimizer
 from minigpt2.run import Run
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, decode, encode, format_prompt, repair
 from model import GPT, GPTConfig
@@ -490,8 +490,8 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     inside = tiny(base, rows_file, base)
     assert "is itself a checkpoint" in user_error(train, inside, CPU_LAUNCH)
     assert [r["lr"] for _, r in sorted(log["train"].items())] == pytest.approx(
-        [cosine_lr(step, warmup_steps=0, max_steps=8, max_lr=inside.max_lr, min_lr=inside.min_lr)
-         for step in range(8)])
+        [learning_rate(step, warmup_steps=0, max_steps=8, max_lr=inside.max_lr,
+                       min_lr=inside.min_lr) for step in range(8)])
 
 
 @pytest.mark.slow

@@ -226,7 +226,7 @@ def test_git_commit(monkeypatch, tmp_path):
         return run_metadata(SomeConfig(), world_size=1, device=torch.device("cpu"),
                             data={})["git_commit"]
 
-    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "minigpt2" / "metrics.py"))
     (tmp_path / "metrics.py").write_text("pass\n")
     assert found() is None  # not in a repository
     git("init", "--quiet")
