@@ -29,10 +29,16 @@ from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.preferences import Pair, make_pairs
 from minigpt2.shards import open_shard, read_manifest
-from minigpt2.tokenizer import N_VOCAB, decode
+from minigpt2.tokenizer import N_VOCAB, decode, encode_example
 from model import GPT
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
+TextTurn = tuple[str, str, str]  # instruction, input, output
+Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
+Example = list[Turn]  # one turn, or those of a conversation
+NO_ANSWER = ("<nooutput>", "<no output>", "<noinput>")  # how such outputs begin in Alpaca
+SCHEMAS = "instruction, output and optionally input; prompt and completion; or messages"
+ROLES = "user and assistant in turn, at most one system message before them"
 
 
 @lru_cache(maxsize=4)
@@ -270,6 +276,71 @@ def load_pairs(path: str, flag: str, block_size: int, cut: bool) -> tuple[list[P
         raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
     return pairs, summary
+
+
+def text_turns(row: object, place: str) -> list[TextTurn]:
+    """The turns of a row, in one of the three schemas (docs/formats.md). Raises UserError."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is {row!r:.60}, expected an object with {SCHEMAS}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if {"instruction", "output"} <= row.keys():
+        names = ("instruction", "input", "output")
+    elif "messages" in row:
+        return message_turns(row["messages"], place)
+    elif {"prompt", "completion"} <= row.keys():
+        names = ("prompt", "", "completion")
+    else:
+        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {SCHEMAS}")
+    turn = tuple(require_text(row.get(name, ""), name, place) for name in names)
+    if not turn[0].strip():
+        raise UserError(f"{place} has an empty {names[0]}")
+    return [turn]
+
+
+def message_turns(messages: object, place: str) -> list[TextTurn]:
+    """The turns of a list of {role, content}. A system message becomes the beginning of the first
+    user message. Raises UserError."""
+    roles = [message.get("role") if isinstance(message, dict) else None
+             for message in messages] if isinstance(messages, list) else []
+    start = int(roles[:1] == ["system"])
+    if len(roles) < 2 or roles[start:] != ["user", "assistant"] * (len(roles) // 2):
+        raise UserError(f"{place}: messages have the roles {roles!r:.80}, expected {ROLES}")
+    texts = [require_text(message.get("content"), "content", place) for message in messages]
+    if not all(text.strip() for text in texts[start::2]):
+        raise UserError(f"{place} has an empty user message")
+    if start:
+        texts[1] = "\n\n".join(filter(None, texts[:2]))
+    return [(user, "", assistant)
+            for user, assistant in zip(texts[start::2], texts[start + 1 :: 2], strict=True)]
+
+
+def require_text(value: object, name: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {name} is {value!r:.60}, expected text")
+    return value
+
+
+def token_ids(example: Example) -> list[int]:
+    return [token for prompt, response in example for token in prompt + response]
+
+
+def num_inputs(example: Example) -> int:
+    """Its tokens but for the last, which is only a target."""
+    return sum(len(prompt) + len(response) for prompt, response in example) - 1
+
+
+def make_examples(rows: list[list[TextTurn]], block_size: int,
+                  ) -> tuple[list[TextTurn], list[Example], str]:
+    """(the first turns, the token ids) of the usable rows, and a summary that counts what was left
+    out: rows without an answer, and those longer than the context, whose end would be cut off."""
+    answered = [turns for turns in rows if all(
+        (text := normalize(output)) and not text.startswith(NO_ANSWER) for *_, output in turns)]
+    encoded = [(turns[0], [encode_example(*turn) for turn in turns]) for turns in answered]
+    usable = [(turn, example) for turn, example in encoded if num_inputs(example) <= block_size]
+    keys, examples = [turn for turn, _ in usable], [example for _, example in usable]
+    return keys, examples, (
+        f"{len(usable):,} of {len(rows):,} rows (left out: {len(rows) - len(answered):,} without "
+        f"an answer and {len(answered) - len(usable):,} over {block_size} tokens)")
 
 
 def normalize(text: str) -> str:

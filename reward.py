@@ -32,7 +32,7 @@ from minigpt2.faults import StopRequest, launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.graphs import draw_calibration
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.optimizer import cosine_lr, make_optimizer, set_lr
+from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run, TuningConfig
@@ -140,8 +140,8 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
             if run.save_or_finish():
                 break
 
-            lr = cosine_lr(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
-                           max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
+            lr = learning_rate(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
+                               max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             recent.append(batch := next(batches))  # of all ranks
             micro_batches = rank_share(batch, B, launch.rank, launch.world_size)

@@ -21,14 +21,15 @@ from typing import Literal
 
 import torch
 
-from dataloader import TokenLoader, count_micro_steps
+from dataloader import TokenLoader, count_micro_steps, read_rows
 from inference import decode_generation, generate, tokenize_batch_input
+from minigpt2.benchmarks import Question, hellaswag, make_questions, question_figures
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.metrics import RunLog
-from minigpt2.optimizer import SCHEDULES, make_optimizer, set_lr
+from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig
 from minigpt2.shards import read_manifest
 from model import GPT, PRESETS, GPTConfig
@@ -72,6 +73,10 @@ class TrainerConfig(RunConfig):
     sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation; empty: "
                               "no samples", may_be_empty=True)
     sample_steps: int = flag(32, "tokens per sample; 0: no samples", minimum=0)
+    hellaswag_interval: int = flag(0, "steps between HellaSwag scores; 0: none", minimum=0)
+    hellaswag: str = flag(str(ROOT / "eval_data" / "hellaswag_val.parquet"),
+                          "rows of HellaSwag, see evaluate.py --download", is_path=True)
+    hellaswag_rows: int | None = flag(None, "only the first rows (default: all)", minimum=1)
 
 
 # A resumed run may not change the model, the optimizer, which windows a step sees, or what is
@@ -175,6 +180,20 @@ def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
     return "  " + text.replace("\n", "\n  ")
 
 
+def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:
+    """The rows to score; none without --hellaswag-interval. Raises UserError."""
+    path = Path(config.hellaswag)
+    if config.hellaswag_interval and not path.is_file():
+        raise UserError(f"--hellaswag {path} does not exist: run python evaluate.py --download")
+    if config.hellaswag_interval:
+        rows = read_rows(path)[: config.hellaswag_rows]
+        return make_questions(path, rows, hellaswag, block_size)
+    if config.hellaswag_rows or config.hellaswag != TrainerConfig.hellaswag:
+        raise UserError("--hellaswag and --hellaswag-rows need --hellaswag-interval: add it, or "
+                        "leave them out")
+    return []
+
+
 def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Pre-trains to the last step, or until a signal; returns the final model."""
     device, T = launch.device, config.sequence_length
@@ -182,6 +201,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     # 1. The data, the number of steps, and the checkpoint to resume from
     sizes = model_config(config)
     candidates = micro_batch_sizes(config, launch)
+    questions = read_hellaswag(config, sizes.block_size)
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png",
               data=read_manifest(Path(config.data_dir)), fixed=FIXED_ON_RESUME,
               **dataclasses.asdict(sizes))
@@ -213,12 +233,15 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                                      run.dtype, run.stop.requested)
                 if run.log_validation(val_loss) and launch.is_master and wants_samples:
                     run.bar.write(write_sample(raw_model, config, run.step))
+            if run.benchmark_due(config.hellaswag_interval):
+                run.log_benchmark("hellaswag", question_figures(
+                    raw_model, questions, launch, run.dtype, should_stop=run.stop.requested))
             if run.save_or_finish():
                 break
 
-            lr = SCHEDULES[config.schedule](
-                run.step, warmup_steps=config.warmup_steps, max_steps=max_steps,
-                max_lr=config.max_lr, min_lr=config.min_lr)
+            lr = learning_rate(
+                run.step, schedule=config.schedule, warmup_steps=config.warmup_steps,
+                max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):

@@ -22,7 +22,7 @@ from dataloader import TokenLoader
 from minigpt2.config import UserError, flag
 from minigpt2.tokenizer import load_encoder, load_tokenizer
 from pretrain_data.corpus import write_corpus
-from pretrain_data.local_files import file_source, select_files
+from pretrain_data.documents import file_source, select_files
 from pretrain_data.pydocs import read_documents
 
 SHARD_TOKENS = 5_000_000  # FineWeb's shards have 100M; a sample should fill several

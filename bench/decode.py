@@ -1,4 +1,4 @@
-"""Greedy sampling against Hugging Face's `generate`; validation against a textbook forward pass.
+"""Greedy sampling against Hugging Face's `generate`; first tokens; growth within a text.
 
     python bench/decode.py --quick                                # smoke test, half a minute
     python bench/decode.py --log image/logs/bench_decode.jsonl    # 50 minutes
@@ -16,15 +16,13 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.harness import BenchConfig, Step, compare, record, run_bench
-from bench.train import DTYPES, SIZES, Shape, as_hugging_face, zipf_tokens
+from bench.train import DTYPES, SIZES, as_hugging_face, zipf_tokens
 from inference import generate
-from minigpt2.distributed import Launch, autocast, mean_loss, start
 from minigpt2.kernels import prepare_to_sample
 from model import GPT, GPTConfig
 
 # Random weights repeat one token; scaled like this they do not, and round like trained weights
 PROJECTION_SCALE, OTHER_SCALE = 10.0, 2.0
-EVAL_SHAPE, QUICK_EVAL_SHAPE = (8, 1024), (2, 128)  # (B, T)
 
 
 def make_decoding(way: str, sizes: GPTConfig, prompts: torch.Tensor, new_tokens: int,
@@ -72,44 +70,22 @@ def make_growth(way: str, sizes: GPTConfig, batch: int, early: int, late: int) -
     return step
 
 
-def make_validation(way: str, sizes: GPTConfig, tokens: torch.Tensor, shape: Shape,
-                    dtype: torch.dtype) -> Step:
-    """The mean loss of a batch of `shape`."""
-    launch = start("cpu") if way == "ours" else Launch(0, 1, torch.device("cpu"))
-    torch.manual_seed(0)
-    model, inputs, targets = GPT(sizes), tokens[:-1].view(shape), tokens[1:].view(shape)
-
-    @torch.no_grad()
-    def step() -> float:
-        if way == "ours":
-            return mean_loss(model, [(inputs, targets)], launch, dtype)
-        with autocast(launch.device, dtype):
-            return model(inputs, targets)[1].item()
-    return step
-
-
-def record_pair(config: BenchConfig, kind: str, timings: dict, count: int, **figures) -> None:
-    """Tokens per second of A and B, for `count` tokens per step; the ratios are A over B."""
-    a, b = timings.values()
-    rates = {f"{way}_tokens_per_sec": count / timing.seconds for way, timing in timings.items()}
-    record(config, kind, **figures, **rates, ratio=b.seconds / a.seconds,
-           memory_ratio=a.peak / b.peak)
-
-
 def measure_decoding(config: BenchConfig, name: str, prompts: torch.Tensor, new_tokens: int,
                      dtype: torch.dtype, device: str = "cpu") -> None:
     timings = compare(("ours", "hugging_face"), config.rounds + 1, make_decoding, SIZES[name],
                       prompts, new_tokens, dtype, device)
-    ours, other = (timing.results[0] for timing in timings.values())
-    record_pair(config, "decoding", timings, len(prompts) * new_tokens, model=name, dtype=dtype,
-                batch=len(prompts), prompt=prompts.size(1), new_tokens=new_tokens,
-                same_tokens=ours == other)
+    ours, other = timings.values()
+    rates = {f"{way}_tokens_per_sec": len(prompts) * new_tokens / timing.seconds
+             for way, timing in timings.items()}
+    record(config, "decoding", model=name, dtype=dtype, batch=len(prompts), prompt=prompts.size(1),
+           new_tokens=new_tokens, same_tokens=ours.results[0] == other.results[0], **rates,
+           ratio=other.seconds / ours.seconds, memory_ratio=ours.peak / other.peak)
 
 
 def bench_decode(config: BenchConfig) -> None:
-    name, batches, lengths, new_tokens, dtypes, (B, T) = (
-        ("tiny", (4,), (32,), 16, DTYPES[:1], QUICK_EVAL_SHAPE) if config.quick else
-        ("124M", (1, 8, 32), (32, 512), 128, DTYPES, EVAL_SHAPE))
+    name, batches, lengths, new_tokens, dtypes = (
+        ("tiny", (4,), (32,), 16, DTYPES[:1]) if config.quick else
+        ("124M", (1, 8, 32), (32, 512), 128, DTYPES))
     prompts = [zipf_tokens(batch * length).view(batch, length)
                for batch, length in itertools.product(batches, lengths)]
     early, late = (9, 24) if config.quick else (16, 900)
@@ -124,12 +100,6 @@ def bench_decode(config: BenchConfig) -> None:
                ms=1000 * first.seconds, ratio=first.seconds / forward.seconds)
     for dtype, ids in itertools.product(dtypes, prompts):
         measure_decoding(config, name, ids, new_tokens, dtype)
-    for dtype in DTYPES:
-        timings = compare(("ours", "textbook"), config.rounds + 1, make_validation, SIZES[name],
-                          zipf_tokens(B * T + 1), (B, T), dtype)
-        ours, textbook = (timing.results[0] for timing in timings.values())
-        record_pair(config, "validation", timings, B * T, model=name, dtype=dtype,
-                    micro_batch_size=B, sequence_length=T, loss_differs=abs(ours / textbook - 1))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ WAYS = ("ours", "ours_bf16_residual", "ours_tuned", "ours_without_cudnn", "textb
 def device_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a call, from ten at a time."""
     def ten_calls() -> None:
-        for _ in range(10):
-            call()
+        [call() for _ in range(10)]
         device_time(device)  # waits for the GPU
     return alternate(7, call=ten_calls)["call"] / 10
 

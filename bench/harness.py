@@ -105,7 +105,7 @@ def peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    seconds: float  # median of all steps but the first, which warms up
+    seconds: float  # median of all steps but the first, which warms up; of a single step, its own
     results: list[float]  # of all steps
     peak: int  # bytes
 
@@ -127,7 +127,7 @@ def compare(names: Iterable[str], steps: int, make: Callable[..., Step],
     finally:
         for worker in workers.values():
             worker.shutdown()
-    return {name: Timing(statistics.median([duration for duration, _ in pairs[1:]]),
+    return {name: Timing(statistics.median([duration for duration, _ in pairs[1:] or pairs]),
                          [result for _, result in pairs], peaks[name])
             for name, pairs in taken.items()}
 

@@ -11,20 +11,18 @@ import pathlib
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from bench.harness import BenchConfig, record, run_bench
+from bench.harness import BenchConfig, record, run_bench, seconds
 from bench.train import ADAMW, SIZES
 from minigpt2 import loss as head
-from minigpt2.checkpoint import save_checkpoint
 from minigpt2.distributed import Launch
 from minigpt2.optimizer import make_optimizer
-from minigpt2.resume import CheckpointWriter, TrainState, training_state
+from minigpt2.resume import CheckpointWriter, TrainState
 from model import GPT, PRESETS, GPTConfig
 
 # CUDA context, NCCL and cuBLAS buffers; and the share of a card that is lost to fragmentation
@@ -52,130 +50,102 @@ def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in GPT(sizes).named_parameters()}
 
 
-def moment_bytes(sizes: GPTConfig, world_size: int = 1, muon: bool = False) -> int:
-    """Moments of the rank with the most: 8 bytes per parameter (AdamW), or 4 for the matrices
-    of the blocks (Muon). ZeroRedundancyOptimizer assigns whole tensors, group by group and largest
-    first, each to the rank with the fewest parameters so far."""
-    def order(item: tuple[str, torch.Size]) -> tuple[bool, bool, int]:
-        return not has_muon(*item), len(item[1]) < 2, -item[1].numel()
-
-    def has_muon(name: str, shape: torch.Size) -> bool:
-        return muon and name.startswith("transformer.h.") and len(shape) == 2
-
-    counts, moments = [0] * world_size, [0] * world_size
-    for name, shape in sorted(parameter_shapes(sizes).items(), key=order):
-        rank = counts.index(min(counts))
-        counts[rank] += shape.numel()
-        moments[rank] += shape.numel() * (4 if has_muon(name, shape) else 8)
-    return max(moments)
+def moment_bytes(sizes: GPTConfig, world_size: int = 1) -> int:
+    """AdamW's moments of the rank with the most, 8 bytes per parameter. ZeroRedundancyOptimizer
+    assigns whole tensors, first those with weight decay and largest first, each to the rank with
+    the fewest parameters so far."""
+    counts = [0] * world_size
+    for shape in sorted(parameter_shapes(sizes).values(),
+                        key=lambda shape: (len(shape) < 2, -shape.numel())):
+        counts[counts.index(min(counts))] += shape.numel()
+    return 8 * max(counts)
 
 
 def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length: int,
                     dtype: torch.dtype, world_size: int = 1, shard_optimizer: bool = False,
-                    activation_checkpointing: bool = False, compiled: bool = False,
-                    device_type: str = "cuda") -> Memory:
+                    activation_checkpointing: bool = False, compiled: bool = True) -> Memory:
     """What a rank holds while it trains. DDP's gradients are views of its buckets and count once.
     Temporary tensors of backward are left out: when they exist, the loss and some activations are
-    freed. `compiled` changes the loss only; compiled blocks save slightly less than this."""
+    freed. Compiled means on a GPU, and eager on a CPU; they differ in the loss. Compiled blocks
+    save slightly less than this."""
     N, C, e = micro_batch_size * sequence_length, sizes.n_embd, dtype.itemsize
     shapes = parameter_shapes(sizes)
     total = sum(map(torch.Size.numel, shapes.values()))
     # Autocast casts the weights and biases of all linear layers once per forward pass
     cast = 0 if dtype == torch.float32 else e * sum(
         shape.numel() for name, shape in shapes.items() if ".attn." in name or ".mlp." in name)
-    # Saved by a block, per row:                              bytes
-    #   ln_1, ln_2: float32 inputs (the residual stream)      2 x 4C
-    #               float32 mean and 1 / std                  2 x 8
-    #   c_attn:     input                                     eC
-    #   attention:  q, k, v, output (the input of c_proj)     3eC + eC
-    #               float32 logsumexp of every head           4H
-    #   c_fc:       input                                     eC
-    #   gelu:       input, output (the input of c_proj)       4eC + 4eC
+    # Saved by a block, in bytes per row: ln_1 and ln_2: inputs 2 x 4C, means and 1 / std 2 x 8;
+    # c_attn: input eC; attention: q, k, v, output 4eC, float32 logsumexp of every head 4H;
+    # c_fc: input eC; gelu: input, output 8eC
     block = N * (8 * C + 14 * e * C + 16 + 4 * sizes.n_head)
     residual = N * 4 * C  # the input of a block, part of the above
     activations = N * 16 + residual + N * 8  # int64 inputs and targets; ln_f
-    if activation_checkpointing:  # the input of every block, and one recomputed block
-        activations += sizes.n_layer * residual + block - residual
-    else:
-        activations += sizes.n_layer * block
+    # With checkpointing: the input of every block, and one recomputed block
+    activations += (sizes.n_layer * residual + block - residual if activation_checkpointing else
+                    sizes.n_layer * block)
     return Memory(weights=4 * total + cast, gradients=4 * total, activations=activations,
                   optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1),
-                  loss=loss_bytes(sizes, N, dtype, compiled, device_type))
+                  loss=loss_bytes(sizes, N, dtype, compiled))
 
 
-def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool,
-               device_type: str) -> int:
+def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool) -> int:
     """The peak of `linear_cross_entropy` for N rows with a target."""
-    C, V, e, on_cpu = sizes.n_embd, sizes.vocab_size, dtype.itemsize, device_type == "cpu"
+    C, e = sizes.n_embd, dtype.itemsize
+    V = sizes.vocab_size + -sizes.vocab_size % head.HEAD_MULTIPLE
     hidden = N * C * (4 + e)  # output of ln_f in float32, and cast
     if compiled:  # logits and their gradient (the float32 softmax is fused); head and its gradient
-        V += -V % head.HEAD_MULTIPLE if device_type == "cuda" else 0
         return hidden + 2 * e * N * V + 2 * e * V * C
-    if dtype == torch.float16:  # float32: log-softmax, its gradient, the logits' gradient
-        return hidden + 12 * N * V + e * V * C
-    V += -V % head.HEAD_MULTIPLE
-    rows = min(head.LOSS_ROWS_CPU if on_cpu else head.LOSS_ROWS_GPU, N)
-    softmax_rows = min(head.SOFTMAX_ROWS_CPU if on_cpu else head.SOFTMAX_ROWS_GPU, N)
+    rows, softmax_rows = (min(rows, N) for rows in (head.LOSS_ROWS_CPU, head.SOFTMAX_ROWS_CPU))
     # Gradient of the rows; the cast head and its float32 gradient; a block of logits; its float32
     # scores and probabilities; its share of the head's gradient, which a CPU adds up in float32
     return (hidden + e * N * C + (e + 4) * V * C + e * rows * V + 8 * softmax_rows * V
-            + (e + (4 if e < 4 and on_cpu else 0)) * V * C)
+            + (e + (4 if e < 4 else 0)) * V * C)
 
 
-def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, *, share: int, **setting) -> int:
-    """The largest divisor of `share` (sequences per rank and step) that fits on a card besides the
-    reserve; 0 if none does. `setting` goes to `memory_per_rank`."""
+def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, **setting) -> int:
+    """The largest power of two up to 512 that fits on a card besides the reserve, or 0. `setting`
+    goes to `memory_per_rank`."""
     usable = card_bytes * (1 - RESERVE_SHARE) - RESERVE_BYTES
-    return max((size for size in range(1, share + 1) if share % size == 0
-                and memory_per_rank(sizes, micro_batch_size=size, **setting).total <= usable),
-               default=0)
+    return max((size for size in (2**k for k in range(10)) if memory_per_rank(
+        sizes, micro_batch_size=size, **setting).total <= usable), default=0)
 
 
 def measure_checkpoint(config: BenchConfig, name: str, sizes: GPTConfig) -> None:
-    """How long training waits when a checkpoint is written in place, and when a thread writes it
-    from a copy."""
+    """Seconds to copy a checkpoint, while training waits, and until a thread has written it."""
     model, launch = GPT(sizes), Launch(0, 1, torch.device("cpu"))
     optimizer, scaler = make_optimizer(model, **ADAMW), torch.amp.GradScaler("cpu", enabled=False)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates the moments
-    here, copied = [], []
     with tempfile.TemporaryDirectory() as folder, CheckpointWriter(
             pathlib.Path(folder), launch, {}, keep_last=1, keep_every=0, saved_step=None) as writer:
-        for step in range(config.rounds + 1):
-            first, second = TrainState(2 * step), TrainState(2 * step + 1)
-            t0 = time.perf_counter()
-            state = training_state(first, optimizer, scaler, launch, lambda value, name: value)
-            save_checkpoint(writer.out_dir, first.step, model, training_state=state, keep_last=1)
-            t1 = time.perf_counter()
-            writer.save(second, model, optimizer, scaler)
-            copied.append(time.perf_counter() - t1)
-            here.append(t1 - t0)
-            writer.wait()
-    here, copied = statistics.median(here[1:]), statistics.median(copied[1:])
-    record(config, "checkpoint", model=name, written_here_s=here, copied_s=copied,
-           ratio=here / copied)
+        def save(step: int) -> tuple[float, float]:
+            copied = seconds(lambda: writer.save(TrainState(step), model, optimizer, scaler))
+            return copied, copied + seconds(writer.wait)
+        copied, written = map(statistics.median, zip(*(
+            save(step) for step in range(config.rounds + 1)), strict=True))
+    record(config, "checkpoint", model=name, written_here_s=written, copied_s=copied,
+           ratio=written / copied)
 
 
 def bench_memory(config: BenchConfig) -> None:
     """The formula for a rank of 8 in bfloat16, compiled, like the trainer's defaults on a GPU."""
-    setting = {"sequence_length": 1024, "dtype": torch.bfloat16, "world_size": 8, "compiled": True}
-    options = {"plain": {}, "sharded": {"shard_optimizer": True},
-               "sharded_checkpointed": {"shard_optimizer": True, "activation_checkpointing": True}}
+    setting = {"sequence_length": 1024, "dtype": torch.bfloat16, "world_size": 8}
+    options = {"plain": setting, "sharded": setting | {"shard_optimizer": True},
+               "sharded_checkpointed": setting | {"shard_optimizer": True,
+                                                  "activation_checkpointing": True}}
     for name, sizes in PRESETS.items():
         plain, sharded, checkpointed = (
-            memory_per_rank(sizes, micro_batch_size=1, **setting, **extra)
-            for extra in options.values())
+            memory_per_rank(sizes, micro_batch_size=1, **option) for option in options.values())
         record(config, "memory", model=name,
                state_bytes=plain.weights + plain.gradients + plain.optimizer,
                state_bytes_sharded=sharded.weights + sharded.gradients + sharded.optimizer,
                activation_bytes_per_sequence=plain.activations,
                activation_bytes_per_sequence_checkpointed=checkpointed.activations,
-               **{f"{option}_{card}gb": largest_micro_batch_for(sizes, card * 10**9, share=512,
-                                                                **setting, **extra)
-                  for option, extra in options.items() for card in CARDS})
-    measure_checkpoint(config, "tiny" if config.quick else "gpt2",
-                       SIZES["tiny"] if config.quick else PRESETS["gpt2"])
+               **{f"{key}_{card}gb": largest_micro_batch_for(sizes, card * 10**9, **option)
+                  for key, option in options.items() for card in CARDS})
+    measure_checkpoint(config, *(("tiny", SIZES["tiny"]) if config.quick else
+                                 ("gpt2", PRESETS["gpt2"])))
 
 
 if __name__ == "__main__":

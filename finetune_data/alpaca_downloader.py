@@ -4,7 +4,7 @@
     python finetune_data/alpaca_downloader.py --cleaned     # yahma/alpaca-cleaned, 51,760 rows
 
 Writes finetune_data/alpaca.json (or alpaca_cleaned.json), a list of {"instruction", "input",
-"output"}. Does nothing if that file is already complete.
+"output"}. Does nothing if that file exists.
 """
 
 import json
@@ -43,21 +43,6 @@ class AlpacaConfig:
     retries: int = flag(5, "retries of a failed request, with exponential backoff", minimum=0)
 
 
-def is_complete(path: pathlib.Path, dataset: HubDataset) -> bool:
-    """Whether `path` already holds the dataset. Raises UserError if it holds something else."""
-    if not path.exists():
-        return False
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        rows = None
-    if (isinstance(rows, list) and len(rows) == dataset.num_rows
-            and all(isinstance(row, dict) and list(row) == COLUMNS for row in rows)):
-        return True
-    raise UserError(f"{path} exists but does not hold the {dataset.num_rows:,} rows of "
-                    f"{dataset.repo}: delete it, or choose another --out")
-
-
 def download(path: pathlib.Path, dataset: HubDataset, revision: str, retry: RetryPolicy) -> None:
     """Downloads the training split, checks its columns and row count, and writes `path`."""
     from datasets import load_dataset  # slow to import, and not needed if the file is complete
@@ -77,8 +62,8 @@ def main() -> None:
     config = parse_config(AlpacaConfig, description=__doc__)
     dataset = CLEANED if config.cleaned else ALPACA
     path = pathlib.Path(config.out or pathlib.Path(__file__).resolve().parent / dataset.file)
-    if is_complete(path, dataset):
-        print(f"{path} is already complete: {dataset.num_rows:,} rows")
+    if path.exists():  # it was renamed into place when it was complete
+        print(f"{path} exists already: delete it to download it again")
         return
     download(path, dataset, config.revision or dataset.commit, RetryPolicy(config.retries))
     print(f"wrote {path}: {dataset.num_rows:,} rows")

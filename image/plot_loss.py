@@ -2,6 +2,7 @@
 
     python image/plot_loss.py out/pretrain/metrics.jsonl --out image/pretrain_loss.png
     python image/plot_loss.py out/a/metrics.jsonl out/b/metrics.jsonl --out a_and_b.png
+    python image/plot_loss.py image/logs/recipes/*.jsonl --group --out image/recipes.png
 """
 
 import pathlib
@@ -20,6 +21,7 @@ class PlotConfig:
                                   is_path=True)
     out: str = flag("loss.png", "PNG file to write", is_path=True)
     title: str = flag("Loss", "title of the figure")
+    group: bool = flag(False, "one color for all logs whose names agree up to the first _")
 
 
 def main() -> None:
@@ -33,7 +35,9 @@ def main() -> None:
     # label OUT_DIR/metrics.jsonl by its folder and other logs by their file name; if two labels
     # are equal, use whole paths
     runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]
-    if len({label for label, _ in runs}) < len(runs):
+    if config.group:
+        runs = [(label.partition("_")[0], path) for label, path in runs]
+    elif len({label for label, _ in runs}) < len(runs):
         runs = [(str(path.parent if path.stem == "metrics" else path), path) for path in paths]
     draw_runs(runs, image, config.title)
     print(f"wrote {config.out}")

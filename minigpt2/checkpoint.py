@@ -39,8 +39,6 @@ FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
-# Other names of gelu_new in transformers, equal up to rounding
-GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
@@ -75,10 +73,7 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
     past = [path for path in list_checkpoints(out_dir) if step_of(path) <= step]
     for path in past[:-keep_last] if keep_last > 0 else []:
         if step_of(path) != best_step and (keep_every == 0 or step_of(path) % keep_every):
-            try:
-                delete_checkpoint(path)
-            except OSError as error:  # not worth ending the run
-                print(f"could not delete {path} ({error.strerror})", flush=True)
+            delete_checkpoint(path)
     return folder
 
 
@@ -146,7 +141,7 @@ def delete_checkpoint(folder: Path) -> None:
     if folder.exists():
         renamed = folder.with_name(f".{folder.name}.old.tmp")
         os.replace(folder, renamed)
-        (os.unlink if renamed.is_symlink() else shutil.rmtree)(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)  # the next save tries again
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -279,8 +274,6 @@ def weights_sha256(model: GPT) -> str:
 def read_config(folder: Path) -> GPTConfig:
     """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
     settings = read_json(folder / CONFIG_FILE)
-    if settings.get("activation_function") in GELU_NAMES:
-        settings["activation_function"] = "gelu_new"
     try:
         for name, value in FIXED_SETTINGS.items():
             if settings.get(name, value) != value:

@@ -1,8 +1,4 @@
-"""Command lines from frozen dataclasses, and one-line errors with exit status 2.
-
-Each script declares its settings as one frozen dataclass, one `flag(...)` per field.
-`parse_config` derives the command line from it. `run_main` is the last line of every script.
-"""
+"""Command lines from frozen dataclasses, and one-line errors with exit status 2."""
 
 import argparse
 import dataclasses
@@ -52,12 +48,13 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
     """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error.
     Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
-    these `| None`, and tuple[str, ...] for a positional argument with any number of values. --help
-    lists the flags of `cls` before those of its base classes. `--max-lr` and `--max_lr` are the
-    same; flags cannot be abbreviated. Everything after "--" is a positional value."""
+    these `| None`, and tuple[str, ...] for a positional argument with any number of values.
+    `--max-lr` and `--max_lr` are the same. Everything after "--" is a positional value."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints, fields = typing.get_type_hints(cls), own_fields_first(cls)
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    # --help lists the flags of `cls` before those of its base classes
+    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
     for field in fields:
         add_argument(parser, field, hints[field.name])
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -79,34 +76,26 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     return cls(**values)
 
 
-def own_fields_first(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass, followed by those of its base classes."""
-    names = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    return [fields[name] for name in names if name in fields]
-
-
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    # `X | None` is parsed as X. Before Python 3.14, `int | Literal["auto"]` is a typing.Union.
-    arms = [hint]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kind, *words = (arm for arm in (typing.get_args(hint) if is_union else [hint])
+                    if arm is not types.NoneType)  # `X | None` is parsed as X
     if field.metadata["is_path"]:
         options["type"] = path_value
+    elif kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif words:  # int | Literal[...]
+        options["type"] = functools.partial(int_or_word, words=typing.get_args(words[0]))
+    elif typing.get_origin(kind) is typing.Literal:
+        options["choices"] = typing.get_args(kind)
+    elif not field.metadata["positional"]:
+        options["type"] = kind
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", **options)
-        return
-    if arms[0] is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif len(arms) == 2:  # int | Literal[...]
-        options["type"] = functools.partial(int_or_word, words=typing.get_args(arms[1]))
-    elif typing.get_origin(arms[0]) is typing.Literal:
-        options["choices"] = typing.get_args(arms[0])
-    elif not field.metadata["is_path"]:
-        options["type"] = arms[0]
-    parser.add_argument(flag_name(field.name), default=field.default, **options)
+    else:
+        parser.add_argument(flag_name(field.name), default=field.default, **options)
 
 
 def path_value(text: str) -> str:
@@ -118,13 +107,9 @@ def path_value(text: str) -> str:
 
 def int_or_word(text: str, words: tuple[str, ...]) -> int | str:
     """Parses the value of an `int | Literal[...]` flag."""
-    if text in words:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, expected an integer or {' or '.join(words)}") from None
+    if text not in words and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected an integer or {' or '.join(words)}")
+    return text if text in words else int(text)
 
 
 def flag_name(field_name: str) -> str:
@@ -134,8 +119,6 @@ def flag_name(field_name: str) -> str:
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
     """Runs `main` and exits. A UserError, or a file that cannot be read or written, prints one line
     and exits with status 2."""
-    if sys.stderr is None:  # closed by the calling process
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open until exit
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
@@ -161,7 +144,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name if the message is empty."""
+    """The first line of an exception's message, or its class name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -2,14 +2,9 @@
 
 import contextlib
 import ctypes
-import importlib.util
-import json
 import os
 import re
 import secrets
-import shutil
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -67,22 +62,18 @@ class Launch:
         return values
 
     def broadcast(self, value: object) -> object:
-        """A picklable value from rank 0, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+        """A small picklable value from rank 0, on every rank."""
+        return self.gather(value)[0]
 
     def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
         """Raises UserError, on every rank, if one of the facts differs between ranks."""
-        all_facts = self.gather({name: facts[name] for name in facts.keys() - {*except_for}})
-        for rank, others in enumerate(all_facts):
-            for name in sorted(all_facts[0].keys() | others.keys()):
-                first, other = all_facts[0].get(name), others.get(name)
-                if first != other:
-                    raise UserError(f"{name} differs: {first!r:.80} on rank 0, {other!r:.80} on "
-                                    f"rank {rank}; start all nodes with the same code, flags, "
-                                    "packages and data")
+        first, *others = self.gather(facts)
+        for rank, theirs in enumerate(others, 1):
+            for name in sorted(first.keys() - set(except_for)):
+                if theirs.get(name) != first[name]:
+                    raise UserError(f"{name} differs: {first[name]!r:.80} on rank 0, "
+                                    f"{theirs.get(name)!r:.80} on rank {rank}; start all nodes "
+                                    "with the same code, flags, packages and data")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -90,9 +81,9 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Reads torchrun's variables, picks the device, and joins the process group (NCCL on GPUs, gloo
-    elsewhere). Raises UserError for incomplete variables and a device that does not exist.
-    `deterministic` makes PyTorch refuse algorithms that are not bit-reproducible."""
+    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere. Raises UserError for incomplete
+    variables and a device that does not exist. `deterministic`: bit-reproducible algorithms only.
+    """
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -106,13 +97,12 @@ def start(device: str, deterministic: bool = False) -> Launch:
         keep_freed_memory()
         use_fastest_exact_matmul()
     if world_size > 1:
-        on_gpus = torch_device.type == "cuda"
+        backend, gpu = ("nccl", torch_device) if torch_device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=TIMEOUT_MINUTES)
         store = connect_store(timeout, may_host=rank == 0)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
-        dist.init_process_group("nccl" if on_gpus else "gloo", rank=rank, world_size=world_size,
-                                store=store, timeout=timeout,
-                                device_id=torch_device if on_gpus else None)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
+                                timeout=timeout, device_id=gpu)
     return Launch(rank, world_size, torch_device)
 
 
@@ -138,23 +128,18 @@ def read_launch() -> tuple[int, int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory. By default it returns every large tensor to the system, which
-    hands it out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
-    mallopt = c_function("mallopt")
+    """Makes glibc keep freed memory; by default, every large tensor is returned to the system and
+    handed out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def c_function(name: str) -> Callable | None:
-    """A function of the C library, or None."""
-    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
-
-
 def use_fastest_exact_matmul() -> None:
-    """Uses oneDNN for float32 matrix products on a CPU; on AMD it is about twice as fast as MKL.
-    PyTorch does so only under "medium" precision, with which some processors (Intel's with AMX)
-    round to bfloat16. A trial product detects that and restores "highest"."""
+    """Uses oneDNN for float32 matrix products on a CPU; on AMD it is twice as fast as MKL. PyTorch
+    does so only under "medium" precision, with which processors with AMX round to bfloat16. A trial
+    product detects that and restores "highest"."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
@@ -174,29 +159,22 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """A key prefix shared by exactly the processes of this attempt.
 
-    torchrun's store outlives its ranks: without a prefix, a restarted gloo group reads addresses of
-    dead processes (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own,
-    with the numbers it has seen, until every other rank has found its number in the offer."""
+    Without it, a restarted gloo group reads addresses of dead processes in torchrun's store
+    (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own, with those it
+    has seen, until every other rank has found its number in the offer. Nobody waits inside the
+    store, where signal handlers would not run."""
     def read(key: str) -> str:
-        """store.get, which would keep signal handlers from running while it waits."""
-        end = time.monotonic() + 60 * TIMEOUT_MINUTES
-        while not store.check([key]) and time.monotonic() < end:
-            time.sleep(POLL_SECONDS)
-        return store.get(key).decode()
+        return store.get(key).decode() if store.check([key]) else ""
 
     mine = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", mine)
-        while (offer := json.loads(read("offer")))["hellos"].get(str(rank)) != mine:
+        while mine not in (offer := read("offer").split()):
             time.sleep(POLL_SECONDS)
-        store.set(f"seen/{rank}", offer["attempt"])
-        return offer["attempt"]
-    others = range(1, world_size)
-    for other in others:  # clear replies of an earlier attempt
-        store.set(f"seen/{other}", "")
-    while not all(read(f"seen/{other}") == mine for other in others):
-        hellos = {other: read(f"hello/{other}") for other in others}
-        store.set("offer", json.dumps({"attempt": mine, "hellos": hellos}))
+        store.set(f"seen/{rank}", offer[0])
+        return offer[0]
+    while any(read(f"seen/{other}") != mine for other in range(1, world_size)):
+        store.set("offer", " ".join([mine, *(read(f"hello/{r}") for r in range(1, world_size))]))
         time.sleep(POLL_SECONDS)
     return mine
 
@@ -223,40 +201,10 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" on CUDA is bfloat16 if the GPU supports it natively, else float16
     (with a gradient scaler); elsewhere float32, so that machines agree to rounding."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type != "cuda":
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
-def missing_for_compile(device: torch.device) -> str | None:
-    """What torch.compile lacks for this device, or None: Inductor generates C++ for a CPU, and
-    Triton code, whose launchers need a C compiler, for a GPU."""
-    on_gpu = device.type == "cuda"
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    if on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
-        return "a GPU of compute capability 7.0 or more"
-    names = (os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "cc") if on_gpu else ("g++",)),
-             "clang" if on_gpu else "clang++")
-    if not any(shutil.which(name) for name in names if name):
-        return f"a compiler, one of {', '.join(filter(None, names))}"
-    header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
-    if sys.platform == "linux" and not os.path.exists(header):
-        return f"{header} (Debian's package python3-dev)"
-    return None
-
-
-def should_compile(wanted: bool | None, launch: Launch) -> bool:
-    """Whether to compile the training step (None: on CUDA). Without a compiler, prints one line and
-    returns False."""
-    wanted = launch.device_type == "cuda" if wanted is None else wanted
-    missing = missing_for_compile(launch.device) if wanted else None
-    if missing:
-        launch.print0(f"torch.compile needs {missing}: training without it, which is slower")
-    return wanted and missing is None
+    if dtype == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -275,19 +223,18 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @contextlib.contextmanager
 def allow_nondeterministic() -> Iterator[None]:
     """Allows nondeterministic algorithms for work that does not affect training."""
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model wrapped in DistributedDataParallel; the model itself on a single rank. DDP makes
-    existing gradients views of its buckets, and they must stay (never be set to None): without
-    them, micro-steps under `no_sync` would allocate gradients beside the buckets."""
+    """The model in DistributedDataParallel, or the model itself on a single rank. Gradients are
+    views of DDP's buckets and must stay: once set to None, micro-steps under `no_sync` allocate
+    others beside the buckets."""
     if launch.world_size == 1:
         return model
     for parameter in model.parameters():
@@ -299,22 +246,19 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 @torch.no_grad()
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
-    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T).
-
-    Summed in float64, so that world size and micro-batch do not change it, and run eagerly: other
-    shapes would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
-    summed, count, stopped = 0.0, 0, should_stop()  # loss, targets
+    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), summed
+    in float64, so that world size and micro-batch do not change it, and run eagerly: other shapes
+    would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
             inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
             with autocast(launch.device, dtype):
                 _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-            summed += loss.item()
-            count += (targets != IGNORE_INDEX).sum().item()
-            stopped = should_stop()
-            if stopped:
+            valid = (targets != IGNORE_INDEX).sum()
+            sums += torch.tensor([loss.item(), valid.item(), should_stop()])
+            if sums[2]:
                 break
-    sums = torch.tensor([summed, count, stopped], dtype=torch.float64)
     summed, count, stopped = launch.sum(sums).tolist()
     return None if stopped else summed / count
 

@@ -1,5 +1,4 @@
-"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses. Every fault is
-reported in one line, all ranks make the same decision, and no rank waits forever."""
+"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses."""
 
 import contextlib
 import math
@@ -9,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -33,20 +33,20 @@ RESUME_HINT = "--resume continues from the newest checkpoint"
 
 class IgnoreBrokenPipe:
     """A text stream that ignores write errors: Ctrl-C also ends the `tee` of `| tee log`."""
+
     def __init__(self, stream):
         self.stream = stream
 
-    def write(self, text: str) -> int:
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
             self.stream.write(text)
-        return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
 
 
 class StopRequest:
@@ -54,8 +54,7 @@ class StopRequest:
     loop to check once a step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
-        self.name: str | None = None  # of the signal
-        self.since = 0.0
+        self.name, self.since = None, 0.0  # of the signal
         self.previous_handlers: dict = {}
 
     def requested(self) -> bool:
@@ -96,9 +95,8 @@ class LostRankError(UserError):
 
 class RankMonitor:
     """A thread that ends this process when another rank fails or sends no heartbeat, or when its
-    torchrun is killed. Without it NCCL would wait for half an hour, and an orphaned rank forever.
-    Every rank increments a counter in torchrun's store once a second and reads the others'. Only
-    counters are compared, never clocks, so a slow rank is not declared lost."""
+    torchrun is killed. Once a second, every rank increments a counter in torchrun's store and
+    checks that the others' change."""
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -116,9 +114,8 @@ class RankMonitor:
         """Starts to watch the other ranks as well. A collective."""
         if launch.world_size > 1:
             self.rank, self.world_size = launch.rank, launch.world_size
-            # A fresh prefix hides keys of earlier attempts; a separate connection, because that of
-            # the process group may be blocked
-            prefix = launch.broadcast(secrets.token_hex(8))
+            prefix = launch.broadcast(secrets.token_hex(8))  # hides keys of earlier attempts
+            # A connection of its own: that of the process group may be blocked
             store = connect_store(timedelta(seconds=SILENT_SECONDS))
             self.store = dist.PrefixStore(prefix, store)
 
@@ -131,14 +128,13 @@ class RankMonitor:
         self.thread.join(HEARTBEAT_SECONDS)
 
     def heartbeat(self) -> tuple[list[int], str | None]:
-        """Increments this rank's counter; returns all counters, and the exit status (one digit) and
-        message of a failed rank."""
+        """All counters, and the exit status (one digit) and message of a failed rank."""
         self.store.add(f"alive/{self.rank}", 1)
         counts = [self.store.add(f"alive/{rank}", 0) for rank in range(self.world_size)]
         return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
 
     def run(self) -> None:
-        last, last_heartbeat, last_poll = [], [], time.monotonic()
+        counters, unchanged = {}, Counter()  # by rank: its counter, and for how many heartbeats
         while not self.leaving.wait(HEARTBEAT_SECONDS):
             if self.parent not in (None, os.getppid()):
                 self.end(f"the torchrun that started rank {self.rank} was killed. {RESUME_HINT}")
@@ -152,21 +148,16 @@ class RankMonitor:
                 return
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
-            now = time.monotonic()
-            if not last or now - last_poll > 5 * HEARTBEAT_SECONDS:
-                # First poll, or this process was suspended, perhaps with all others: reset
-                last, last_heartbeat = [-1] * self.world_size, [now] * self.world_size
-            last_heartbeat = [now if count != before else since for count, before, since in
-                              zip(counts, last, last_heartbeat, strict=True)]
-            last, last_poll = counts, now
-            oldest = min(last_heartbeat)
-            if now - oldest > SILENT_SECONDS:
-                self.end(f"rank {last_heartbeat.index(oldest)} is lost: no heartbeat for "
-                         f"{SILENT_SECONDS:.0f} s (killed, or its node is down). {RESUME_HINT}")
+            for rank, count in enumerate(counts):
+                # In heartbeats, not by the clock: all processes may have been suspended
+                unchanged[rank] = unchanged[rank] + 1 if count == counters.get(rank) else 0
+                counters[rank] = count
+                if unchanged[rank] * HEARTBEAT_SECONDS > SILENT_SECONDS:
+                    self.end(f"rank {rank} is lost: no heartbeat for {SILENT_SECONDS:.0f} s "
+                             f"(killed, or its node is down). {RESUME_HINT}")
 
     def end(self, why: str, status: int = 1) -> None:
-        """Exits at once, even if other threads are blocked; no effect during a normal exit. A
-        user error on one rank gives every rank exit status 2."""
+        """Exits at once, even if other threads are blocked; no effect during a normal exit."""
         if self.leaving.is_set():
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
@@ -177,9 +168,8 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
-    """Joins the process group, monitors the other ranks, and leaves the group at the end (see
-    `distributed.start`). Raises UserError for out of memory and lost ranks, in place of PyTorch's
-    errors."""
+    """A process group joined by `distributed.start`, with the other ranks monitored. Raises
+    UserError for out of memory, lost ranks and a failed torch.compile."""
     with RankMonitor() as monitor:
         try:
             launch = start(device, deterministic)
@@ -189,11 +179,14 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(
-                    f"out of memory ({first_line(error):.120}): lower --micro-batch-size, or let "
-                    "--micro-batch-size auto find the largest that fits") from error
+                    f"out of memory ({first_line(error):.120}): lower --micro-batch-size, or use "
+                    "--micro-batch-size auto") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 raise LostRankError("lost the connection to another rank: it was killed, or its "
                                     f"node is down. {RESUME_HINT}") from error
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
+                raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
+                                "lacks, or train with --no-compile, which is slower") from error
             raise
     if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
         dist.destroy_process_group()

@@ -7,6 +7,9 @@ from minigpt2.config import UserError
 from minigpt2.files import atomic_write, check_folder
 from minigpt2.metrics import read_log
 
+PANELS = {("hellaswag", "accuracy_per_token"): "HellaSwag", ("train", "lr"): "learning rate",
+          ("train", "grad_norm"): "gradient norm"}  # below the losses
+
 
 def check_image(image: Path, flag: str) -> None:
     """Raises UserError if no PNG can be written to `image`, which `flag` has set: call it before
@@ -14,30 +17,28 @@ def check_image(image: Path, flag: str) -> None:
     if image.suffix != ".png":
         raise UserError(f"{flag} {image} does not end in .png: other formats are not supported")
     check_folder(image.parent, f"{flag} {image}")
-    if image.is_dir():
-        raise UserError(f"{flag} {image} is a folder: choose another file")
 
 
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
               loss_name: str = "cross-entropy, nats per token") -> None:
-    """Plots runs, given as (label, run log), into one PNG with one color per label: losses and, if
-    logged, learning rate and gradient norm. Raises UserError if no loss was logged."""
+    """Plots runs, given as (label, run log), into one PNG with one color per label: losses and the
+    PANELS that were logged. Raises UserError if no loss was logged."""
     from matplotlib.figure import Figure  # slow to import
     logs = [(f"{label} " if len(runs) > 1 else "", read_log(path)) for label, path in runs]
     if not any(points(log, kind, "loss")[0] for _, log in logs for kind in ("train", "val")):
         raise UserError(f"no loss to plot in {', '.join(str(path) for _, path in runs)}")
-    names = [name for name in ("lr", "grad_norm")
-             if any(points(log, "train", name)[0] for _, log in logs)]
-    figure = Figure(figsize=(8, 4.2 + 1.1 * len(names)), dpi=120, layout="constrained")
-    loss, *below = figure.subplots(1 + len(names), squeeze=False, sharex=True,
-                                   height_ratios=[3.5, *[1] * len(names)])[:, 0]
+    panels = [panel for panel in PANELS if any(points(log, *panel)[0] for _, log in logs)]
+    figure = Figure(figsize=(8, 4.2 + 1.1 * len(panels)), dpi=120, layout="constrained")
+    loss, *below = figure.subplots(1 + len(panels), squeeze=False, sharex=True,
+                                   height_ratios=[3.5, *[1] * len(panels)])[:, 0]
     labels = list(dict.fromkeys(label for label, _ in logs))
     for label, log in logs:
         color = f"C{labels.index(label)}"
         draw_loss(loss, label, log, color)
-        for axes, name in zip(below, names, strict=True):
-            axes.plot(*points(log, "train", name), color=color, linewidth=0.8)
-            axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[name])
+        for axes, panel in zip(below, panels, strict=True):
+            axes.plot(*points(log, *panel), color=color, linewidth=0.8,
+                      marker="" if panel[0] == "train" else ".")
+            axes.set_ylabel(PANELS[panel])
     loss.set_ylabel(loss_name)
     # Not get_legend_handles_labels, which leaves out labels that begin with an underscore
     handles = {line.get_label(): line for line in loss.lines}

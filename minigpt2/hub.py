@@ -71,11 +71,8 @@ def list_files(repo: str, commit: str, folder: str, retry: RetryPolicy) -> list:
 
 def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path,
           retry: RetryPolicy) -> Path:
-    """Downloads a file into `folder`, unless it is there already, and verifies it. Deletes partial
-    downloads of earlier runs. Raises UserError."""
-    for partial in folder.rglob("*.incomplete"):
-        partial.unlink()
-
+    """Downloads a file into `folder`, unless it is there already, and verifies it. Raises
+    UserError."""
     def request() -> Path:
         path = Path(huggingface_hub.hf_hub_download(
             repo, file.path, repo_type="dataset", revision=commit, local_dir=folder))

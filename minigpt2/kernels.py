@@ -1,5 +1,4 @@
-"""Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU.
-Without packing, every token would repack each weight, or read it with a stride."""
+"""Faster inference: weights packed for oneDNN on a CPU, CUDA graphs and float32 logits on a GPU."""
 
 import functools
 from collections.abc import Callable
@@ -15,57 +14,50 @@ ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number wor
 
 
 class PackedLinear(nn.Module):
-    """Inference-only nn.Linear with a packed float32 or bfloat16 weight: x (..., in) in any
-    floating dtype -> (..., out) in the weight's dtype. Has no gradient."""
+    """nn.Linear with a packed weight, which is not repacked for every token, and no gradient:
+    x (..., in) in any floating dtype -> (..., out) in the weight's dtype."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
-        self.dtype = dtype
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(
             linear.weight.detach().to(dtype).contiguous(), ROWS_HINT)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias,
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias,
                                                   "none", [], "")
 
 
 class Float32Head(nn.Module):
-    """Inference-only output head for a GPU: multiplies in float16 or bfloat16 and returns the
-    float32 sums, x (..., C) -> (..., V). Has no gradient."""
+    """Output head for a GPU without a gradient: multiplies in float16 or bfloat16 and returns the
+    float32 sums, x (..., C) -> (..., V)."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.size(-1))  # (N, C)
-        logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)  # (N, V)
+        logits = torch.mm(x.flatten(0, -2), self.weight.t(), out_dtype=torch.float32)  # (N, V)
         return logits.view(*x.shape[:-1], -1)
 
 
 def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this build of PyTorch has oneDNN's packed product and the CPU supports the dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn,
-                                                               "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    has_packed = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
+                                                                  "_linear_pointwise")
+    return has_packed and (dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Prepares a model for `generate` and `logprobs`, in place, irreversibly: afterwards it can be
-    neither trained nor saved. On a GPU, converts the weights to `dtype`. On a CPU, packs the linear
-    layers, those of the blocks in `dtype`; embeddings, residual stream, LayerNorms and the
-    attention of single tokens stay in float32. Without oneDNN (on macOS, for example) the layers
-    are not packed and only float32 is supported. On a CPU, freed memory stays with the process.
-    Logits are float32 everywhere: GPT-2's logits are around -100, where bfloat16 values are 0.5
-    apart. Raises UserError if the CPU does not support `dtype`, ValueError if the model was already
-    prepared in another dtype."""
+    """Prepares a model for `generate` and `logprobs`, in place: it can then be neither trained nor
+    saved. On a GPU, converts the weights to `dtype`. On a CPU, packs the linear layers, those of
+    the blocks in `dtype`, if PyTorch has oneDNN. Logits are float32 everywhere: GPT-2's are around
+    -100, where bfloat16 values are 0.5 apart. Raises UserError if the CPU does not support `dtype`,
+    ValueError if the model was already prepared in another dtype."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
-        c_attn = model.transformer.h[0].attn.c_attn
-        current = c_attn.dtype if isinstance(c_attn, PackedLinear) else c_attn.weight.dtype
+        current = model.transformer.h[0].attn.c_attn.weight.dtype
         if current != dtype:
             raise ValueError(f"the model is already prepared in {current}, cannot use {dtype}")
         return model
@@ -89,9 +81,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
 
 
 def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Captures a function, after a warm-up call, as a CUDA graph that repeats its work on the same
-    tensors. torch.compile(mode="reduce-overhead") may do better; the two were not compared on a
-    GPU."""
+    """A CUDA graph that repeats what `step`, called once before, does with the same tensors."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: a data loader's thread may pin memory during the capture
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):

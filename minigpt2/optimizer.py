@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,27 +16,16 @@ MUON_BATCH = 12  # matrices per batched product: more only takes more memory
 MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about AdamW's
 
 
-def cosine_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
-              min_lr: float) -> float:
+def learning_rate(step: int, *, warmup_steps: int, max_steps: int, max_lr: float, min_lr: float,
+                  schedule: Literal["cosine", "linear"] = "cosine") -> float:
     """The learning rate of step number `step`, counted from 0: linear warm-up from max_lr /
-    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine down to min_lr at step
-    max_steps (Brown et al. 2020, appendix B)."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    if step >= max_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 .. 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
-
-
-def linear_lr(step: int, *, warmup_steps: int, max_steps: int, max_lr: float,
-              min_lr: float) -> float:
-    """As cosine_lr, but with a linear decay to min_lr (Defazio et al. 2023 find linear decay to 0
-    best)."""
+    warmup_steps to max_lr at step warmup_steps - 1, then half a cosine (Brown et al. 2020, appendix
+    B), or a straight line (Defazio et al. 2023), down to min_lr at step max_steps."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 .. 1
-    return max_lr + progress * (min_lr - max_lr)
+    decay = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr + decay * (max_lr - min_lr)
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
@@ -43,17 +33,11 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     return name.startswith("transformer.h.") and parameter.dim() == 2
 
 
-SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr}
-
-
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
-    replaces a matrix's momentum by the nearest orthogonal matrix, so that all directions move
-    equally far. c_attn stacks three matrices: q, k and v are orthogonalized separately. As in Liu
-    et al. 2025 ("Muon is scalable for LLM training"), updates are scaled to AdamW's usual RMS, so
-    that learning rates are comparable, and weights decay. Matrices of equal shape are batched. As
-    in PyTorch's fused AdamW, the attribute `found_inf` (), set by `step_if_finite`, skips a step if
-    it is 1. The skip is computed, not branched on: the host does not wait for the device."""
+    replaces a matrix's momentum by the nearest orthogonal matrix; q, k and v, stacked in c_attn,
+    each by itself. Weights decay, and updates have AdamW's usual RMS (Liu et al. 2025). As in
+    PyTorch's fused AdamW, `found_inf` (), 1 or 0, skips a step without the host waiting for it."""
 
     @torch.no_grad()
     def step(self):
@@ -70,8 +54,7 @@ class Muon(torch.optim.AdamW):
     def step_matrices(self, group: dict) -> None:
         if not group["params"]:  # of a rank that owns no matrix
             return
-        device = group["params"][0].device
-        skip = getattr(self, "found_inf", torch.zeros((), device=device)).bool()  # ()
+        skip = getattr(self, "found_inf", group["params"][0].new_zeros(())).bool()  # ()
         decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])  # ()
         share = torch.where(skip, 0.0, 1 - group["momentum"])  # (), of the gradient
         batches = defaultdict(list)  # shape -> wide views of (weight, gradient, momentum)
@@ -103,9 +86,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Approximately U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by
-    Muon's Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a
-    GPU, which is precise enough."""
+    """About U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by Muon's
+    Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a GPU."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # no singular value above 1
@@ -124,10 +106,8 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     named = list(model.named_parameters())  # a tied weight occurs once
     muon_params = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
     rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     if muon_params:
         groups.insert(0, {"params": muon_params, "weight_decay": weight_decay, "muon": True,
                           "momentum": MUON_MOMENTUM, "lr": muon_lr, "lr_scale": muon_lr / lr})
@@ -154,52 +134,43 @@ def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> N
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
-                    copy: Callable[[object, str], object]) -> dict | None:
+                    copy: Callable[[torch.Tensor, str], torch.Tensor]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(value, name)` makes the copy that is returned, of a tensor or of all tensors
-    in a dict; a tensor that it is given is overwritten later."""
-    state = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer: settings only
-    if local_optimizer(optimizer) is not optimizer:
-        state["state"] = gather_state(optimizer, launch, copy)
-    elif launch.is_master:
-        state["state"] = copy(state["state"], "optimizer")
-    return state if launch.is_master else None
+    collective. `copy(tensor, name)` copies a tensor before it changes.
 
-
-def gather_state(optimizer: torch.optim.Optimizer, launch: Launch,
-                 copy: Callable[[object, str], object]) -> dict[int, dict]:
-    """The state of a sharded optimizer by parameter, on rank 0. Tensors are broadcast one after the
-    other into one buffer as large as the largest of them. `consolidate_state_dict` would pickle all
-    of a rank's state at once and block the interpreter, heartbeats included, for minutes."""
+    The tensors of a sharded optimizer are broadcast one by one: `consolidate_state_dict` would
+    pickle a rank's whole state and block the interpreter, heartbeats included, for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = optimizer.optim.state  # of this rank's parameters
-    buffer = torch.empty(max(p.numel() for p in params), device=params[0].device)
-    held = launch.gather([(index, name) for index, p in enumerate(params)
-                          for name in states.get(p, ())])
+    states = local_optimizer(optimizer).state
+    is_sharded = local_optimizer(optimizer) is not optimizer
+    held = [(index, name) for index, p in enumerate(params) for name in states.get(p, ())]
+    keys_by_rank = launch.gather(held) if is_sharded else [held]
+    largest = max(p.numel() for p in params) if is_sharded else 0
+    buffer = torch.empty(largest, device=params[0].device)
     gathered: dict[int, dict] = defaultdict(dict)
-    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(held)
+    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(keys_by_rank)
                                      for key in keys):
         shape = () if name == "step" else params[index].shape
-        tensor = (states[params[index]][name].to(buffer.device) if owner == launch.rank else
+        tensor = (states[params[index]][name].to(buffer.device) if params[index] in states else
                   buffer[: math.prod(shape)].view(shape))
         if owner > 0:
             dist.broadcast(tensor, src=owner)
         if launch.is_master:
             gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
-    return dict(gathered)
+    settings = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer, only these
+    return settings | {"state": dict(gathered)} if launch.is_master else None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Copies the moments of this rank's parameters, but keeps the settings (betas, eps, weight
-    decay) of `optimizer`, which come from the command line. Raises KeyError, TypeError or
-    ValueError for a state of another model or optimizer."""
+    """Copies the moments of this rank's parameters; the settings (betas, eps, weight decay) stay.
+    Raises KeyError, TypeError or ValueError for a state of another model or optimizer."""
+    if not state["state"]:  # saved before the first step
+        return
     local = local_optimizer(optimizer)
     mine = {parameter for group in local.param_groups for parameter in group["params"]}
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         names = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
         for parameter, index in zip(group["params"], saved["params"], strict=True):
-            if not state["state"]:  # saved before the first step
-                continue
             held = {name: state["state"][index][name] for name in ("step", *names)}
             for name in names:  # the fused kernel would crash on a wrong shape
                 if held[name].shape != parameter.shape:

@@ -1,8 +1,9 @@
 """Checkpoints of a run in progress: written in the background, found again, and restored.
 
-The training state of a checkpoint holds the optimizer, the gradient scaler, the random generators
-of every rank, `TrainState`, and the run's metadata (`metrics.run_metadata`: settings, versions, the
-SHA-256 of the data). The data need no cursor of their own: the step alone determines the batch.
+The training state of a checkpoint holds the optimizer, the gradient scaler, `TrainState`, and the
+run's metadata (`metrics.run_metadata`: settings, versions, the SHA-256 of the data). Data and
+random generators need no state of their own: seed, step and rank determine the batch and seed the
+generators.
 """
 
 import contextlib
@@ -26,9 +27,8 @@ from minigpt2.files import folder_lock
 from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
-STATE_KEYS = {"progress", "optimizer", "scaler", "rng", "facts"}  # of training_state.pt
+STATE_KEYS = {"progress", "optimizer", "scaler", "facts"}  # of training_state.pt
 OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)"}
-LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
 @dataclass
@@ -40,6 +40,7 @@ class TrainState:
     best_loss: float = math.inf  # lowest validation loss of a checkpoint
     best_step: int | None = None  # the step of that checkpoint
     skipped: int = 0  # consecutive steps skipped for a non-finite loss or gradient norm
+    scored_step: int | None = None  # the last step whose weights were scored on a benchmark
 
 
 # --------------------------------------------------------------------------------- saving
@@ -50,14 +51,8 @@ def training_state(state: TrainState, optimizer: torch.optim.Optimizer,
                    copy: Callable[[object, str], object]) -> dict:
     """A copy of what a checkpoint holds besides the model, gathered on rank 0. A collective. For
     `copy` see `optimizer_state`."""
-    rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict(),
-            "rng": launch.gather(rng_state(launch.device))}
+    rest = {"progress": dataclasses.asdict(state), "scaler": scaler.state_dict()}
     return {"optimizer": optimizer_state(optimizer, launch, copy), **copy(rest, "state")}
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 class CheckpointWriter:
@@ -72,8 +67,6 @@ class CheckpointWriter:
         self.options = {"keep_last": keep_last, "keep_every": keep_every,
                         "prompt_template": prompt_template}
         self.buffers: dict[str, torch.Tensor] = {}  # reused: allocating pinned memory is slow
-        self.block: torch.UntypedStorage | None = None  # the last one, of which `used` is taken
-        self.used = 0
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.lock = contextlib.ExitStack()
@@ -113,23 +106,9 @@ class CheckpointWriter:
             return value
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self.buffers[name] = self.allocate(value)
+            buffer = self.buffers[name] = torch.empty(value.shape, dtype=value.dtype,
+                                                      pin_memory=value.is_cuda)
         return buffer.copy_(value, non_blocking=value.is_cuda)
-
-    def allocate(self, like: torch.Tensor) -> torch.Tensor:
-        """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
-        allocations up to powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share
-        blocks of such a size, each with its own storage: torch.save writes whole storages."""
-        if like.nbytes < LARGE_BYTES:
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        size = like.nbytes + -like.nbytes % 64  # aligned
-        if self.block is None or self.used + size > self.block.nbytes():
-            self.block, self.used = torch.empty(
-                max(BLOCK_BYTES, 1 << (size - 1).bit_length()), dtype=torch.uint8,
-                pin_memory=like.is_cuda).untyped_storage(), 0
-        storage = self.block[self.used : self.used + like.nbytes]
-        self.used += size
-        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     @property
     def folder(self) -> Path:
@@ -243,38 +222,29 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
 
 
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler, launch: Launch, *, seed: int, max_steps: int,
+            scaler: torch.amp.GradScaler, launch: Launch, *, max_steps: int,
             flag: str) -> TrainState:
-    """Loads a training state into the optimizer, the scaler and the generators of this rank. Raises
-    UserError if it belongs to another model or lies past max_steps, which `flag` sets."""
+    """Loads a training state into the optimizer and the scaler. Raises UserError if it belongs to
+    another model or lies past max_steps, which `flag` sets."""
     try:
         state = TrainState(**saved["progress"])
-    except TypeError as error:
-        raise UserError(f"--resume: {folder} was written by another version of this project "
-                        f"({error}): start in another --out-dir") from None
+        load_optimizer_state(optimizer, saved["optimizer"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: the state in {folder} does not fit this model, optimizer or "
+                        f"version of the project ({error}): rm -r {folder} to resume from the "
+                        "previous one") from None
     if state.step > max_steps:
         raise UserError(f"--resume: {folder} was saved after {state.step} steps, more than the "
                         f"{max_steps} of this run: raise {flag}")
-    try:
-        load_optimizer_state(optimizer, saved["optimizer"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: the optimizer state in {folder} does not fit this model or "
-                        f"optimizer ({error}): rm -r {folder} to resume from the previous one"
-                        ) from None
     if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
         scaler.load_state_dict(saved["scaler"])
     launch.print0(f"--resume: continuing from {folder}, after {state.step:,} of {max_steps:,} "
                   "steps")
-    seed_rank(seed, state.step, launch)
-    if len(saved["rng"]) == launch.world_size:  # at another world size, the new seed stays
-        torch.set_rng_state(saved["rng"][launch.rank]["cpu"])
-        if launch.device_type == "cuda" and "cuda" in saved["rng"][launch.rank]:
-            torch.cuda.set_rng_state(saved["rng"][launch.rank]["cuda"], launch.device)
     return state
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:
-    """Seeds this rank's generators. Nothing here draws from them; code that a user adds, such as
-    dropout, may."""
+    """Seeds this rank's generators for a step. Nothing here draws from them; code that a user adds,
+    such as dropout, may, and a resumed run must repeat it."""
     sequence = np.random.SeedSequence([seed, step, launch.rank])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

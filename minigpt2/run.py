@@ -58,7 +58,6 @@ class RunConfig:
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
     tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
-    wandb: str | None = flag(None, "also log to this Weights & Biases project")
     loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)",
                                   is_path=True)
 
@@ -139,12 +138,12 @@ class Run:
         model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
         if config.bf16_residual and not model.bf16_residual:
             launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
-        resume.seed_rank(config.seed, 0, launch)
         if self.is_resumed:
             self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
-                                        seed=config.seed, max_steps=max_steps, flag=max_steps_flag)
+                                        max_steps=max_steps, flag=max_steps_flag)
             self.saved = None  # free it: the moments are twice the size of the weights
-        compiled = distributed.should_compile(config.compile, launch)
+        resume.seed_rank(config.seed, self.step, launch)
+        compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
@@ -173,7 +172,7 @@ class Run:
                     write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(start_log(
                     self.out_dir, fresh=not self.is_resumed, start_step=self.step,
-                    metadata=self.metadata, tensorboard=config.tensorboard, wandb=config.wandb)))
+                    metadata=self.metadata, tensorboard=config.tensorboard)))
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()
@@ -194,8 +193,14 @@ class Run:
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
-        due = (self.state.val_loss is None
-               and (self.step in self.milestones or self.step % self.config.eval_interval == 0))
+        return self.state.val_loss is None and self.is_due(self.config.eval_interval)
+
+    def benchmark_due(self, interval: int) -> bool:
+        """Whether the weights are to be scored on a benchmark now; never with interval 0."""
+        return interval > 0 and self.state.scored_step != self.step and self.is_due(interval)
+
+    def is_due(self, interval: int) -> bool:
+        due = self.step in self.milestones or self.step % interval == 0
         if due:
             self.pause_clock()
         return due and not self.stopping
@@ -208,6 +213,18 @@ class Run:
             self.log.write(self.step, "val", loss=loss, **figures)
             self.bar.write(f"step {self.step}: validation loss {loss:.4f}")
         return loss is not None
+
+    def log_benchmark(self, name: str, figures: dict[str, float] | None) -> None:
+        """Records the figures of the current weights; None, after a signal, stops the run."""
+        self.stopping = figures is None
+        if figures is None:
+            return
+        self.state.scored_step = self.step
+        if self.launch.is_master:
+            self.log.write(self.step, name, **figures)
+            self.bar.write(f"step {self.step}: {name} " + ", ".join(
+                f"{figure} {value:.4f}" for figure, value in figures.items()
+                if isinstance(value, float) and not figure.endswith("_stderr")))
 
     def save_or_finish(self) -> bool:
         """Saves a checkpoint if one is due; returns whether the run ends here, after its last step
@@ -259,6 +276,7 @@ class Run:
         self.unread.append((HostCopy(numbers), list(sums), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
+        resume.seed_rank(self.config.seed, self.step, self.launch)
         self.read_steps(all_but=self.steps_late)
         self.writer.poll()
         self.bar.update()

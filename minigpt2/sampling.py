@@ -2,12 +2,8 @@
 
 Tokens are sampled with the Gumbel-max trick in its exponential form (Maddison et al. 2014, "A*
 Sampling", section 2.1): argmax_i w_i / E_i, with independent exponential noise E_i, follows the
-distribution proportional to the weights w_i. Rounding changes the result only if the two best
-tokens are tied to within rounding, so sampling is batch-invariant (docs/sampling.md).
-
-The noise is a stateless function of the row's key, a counter and the token id (Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3"). SplitMix64 (Steele et al. 2014) turns key and
-counter into two words; MurmurHash3's finalizer mixes each of them with the token id.
+distribution proportional to the weights w_i. The noise is a stateless function of the row's key, a
+counter and the token id (Salmon et al. 2011). So sampling is batch-invariant (docs/sampling.md).
 """
 
 import hashlib
@@ -23,25 +19,22 @@ from minigpt2.config import UserError
 from minigpt2.tokenizer import N_VOCAB
 
 SPLITMIX_GAMMA = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64
-SPLITMIX_1, SPLITMIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # 0xBF58..., 0x94D0...
-MURMUR_1, MURMUR_2 = -0x7A143595, -0x3D4D51CB  # 0x85EBCA6B and 0xC2B2AE35, as int32
+# Shifts and factors for `mix`: of SplitMix64, and of MurmurHash3's finalizer (Appleby)
+SPLITMIX64 = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None))
+FMIX32 = ((16, -0x7A143595), (13, -0x3D4D51CB), (16, None))
 GOLDEN_32 = -0x61C8864F  # 2**32 / golden ratio, as int32
 MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled. Temperature 1 and the defaults: the model's own distribution.
+    """How tokens are sampled, as in Hugging Face: penalty, temperature, top_k, top_p, in this
+    order. Ties are kept or dropped together. Raises UserError for invalid values."""
 
-    temperature: 0 takes the most likely token. top_k: keeps the k most likely tokens; 0, or more
-    than the vocabulary, keeps all. top_p: keeps the smallest set of most likely tokens with total
-    probability p (nucleus sampling, Holtzman et al. 2019). repetition_penalty: divides the positive
-    and multiplies the negative logits of tokens already in the row (Keskar et al. 2019). Order, as
-    in Hugging Face: penalty, temperature, top_k, top_p. Ties are kept or dropped together."""
-
-    temperature: float
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float  # 0: the most likely token
+    top_k: int = 0  # keeps the k most likely tokens; 0, or more than the vocabulary: all
+    top_p: float = 1.0  # keeps the most likely tokens with total probability p (Holtzman 2019)
+    # Divides positive and multiplies negative logits of tokens already in the row (Keskar 2019)
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
@@ -69,8 +62,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, cou
         logits = torch.where(seen, penalized.clamp(-largest, largest), logits)
     if params.temperature == 0:
         return logits.argmax(-1)
-    weights = unnormalized_probs(keep_top_k(logits, params.top_k), params.temperature)
-    weights = keep_top_p(weights, params.top_p)
+    weights = token_weights(logits, params)  # (B, V')
     token_ids = torch.arange(weights.size(1), device=logits.device, dtype=torch.int32)  # (V',)
     return (weights / exponential_noise(keys, counter, token_ids)).argmax(-1)
 
@@ -82,29 +74,21 @@ def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> to
     return seen.scatter_(1, ids.where(~is_padding, ids[:, :1]), True)  # instead: the first token
 
 
-def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Keeps the k largest logits (B, V) of each row and ties with the k-th; others become -inf."""
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return logits
-
-
-def unnormalized_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, so that no temperature
-    overflows."""
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # float32 would round to 0
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
-
-
-def keep_top_p(weights: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Sets the smallest weights (B, V) of each row to 0, up to a fraction 1 - p of their sum."""
-    if top_p < 1:
+def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, so that none overflows;
+    0 for the tokens that top_k and top_p leave out."""
+    if 0 < params.top_k < logits.size(-1):
+        smallest = logits.topk(params.top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    temperature = max(params.temperature, torch.finfo(torch.float32).tiny)  # else rounded to 0
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+    if params.top_p < 1:
         # On a CPU, NumPy sorts 15 times as fast as PyTorch
         ascending = (torch.from_numpy(np.sort(weights.numpy(), axis=-1))  # (B, V)
                      if weights.device.type == "cpu" else weights.sort(-1).values)
         cumulative = ascending.cumsum(-1)
-        dropped = (cumulative <= (1 - top_p) * cumulative[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
-        dropped = dropped.clamp(max=weights.size(-1) - 1)  # keep at least one token
+        dropped = (cumulative <= (1 - params.top_p) * cumulative[:, -1:]).sum(-1, keepdim=True)
+        dropped = dropped.clamp(max=weights.size(-1) - 1)  # (B, 1): keep at least one token
         weights = weights * (weights >= ascending.gather(-1, dropped))
     return weights
 
@@ -112,18 +96,16 @@ def keep_top_p(weights: torch.Tensor, top_p: float) -> torch.Tensor:
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
     """One seed per row. From a single seed, the n-th repetition of a prompt gets seed + n. Raises
     UserError for invalid seeds or a wrong number of them."""
-    if isinstance(seed, list | tuple):
-        seeds = list(seed)
-    else:
-        seeds, repetitions = [seed] * len(prompts), Counter()
-        for i, prompt in enumerate(prompts if isinstance(seed, numbers.Integral) else ()):
-            seeds[i] += repetitions[prompt]
-            repetitions[prompt] += 1
+    one_per_row = isinstance(seed, list | tuple)
+    seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
-        shown = " ".join(repr(seed)[:60].split())
-        raise UserError(f"seed is {shown}, expected an integer from 0 to 2**64 - 1, or a list with "
-                        "one for each row")
+        raise UserError(f"seed is {seed!r:.60}, expected an integer from 0 to 2**64 - 1, or a list "
+                        "with one for each row")
+    repetitions = Counter()
+    for i, prompt in enumerate(() if one_per_row else prompts):
+        seeds[i] += repetitions[prompt]
+        repetitions[prompt] += 1
     return list(map(int, seeds))
 
 
@@ -139,29 +121,23 @@ def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
     """Counter-based exponential noise with mean 1: keys (B,) int64, counter (B,) or () int64,
     token_ids (V,) int32 -> (B, V) float32."""
     words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
-    x = fmix32((token_ids * GOLDEN_32) ^ words[:, :1])  # (B, V)
-    x = fmix32(x ^ words[:, 1:])
+    x = mix((token_ids * GOLDEN_32) ^ words[:, :1], FMIX32)  # (B, V)
+    x = mix(x ^ words[:, 1:], FMIX32)
     uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], with full precision near 0
     # exclude 0, with which any token would be sampled, and 1, with which none could be
     return uniform.clamp_(2**-32, 1 - 2**-24).neg_().log1p_().neg_()
 
 
-def fmix32(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer (Appleby), element-wise on int32."""
-    x = xor_shift_right(x, 16).mul_(MURMUR_1)
-    x = xor_shift_right(x, 13).mul_(MURMUR_2)
-    return xor_shift_right(x, 16)
-
-
 def splitmix64(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
-    """Output number `counter` (from 0) of SplitMix64 with the given seed, element-wise on int64."""
-    z = seed + (counter + 1) * SPLITMIX_GAMMA  # sums and products wrap around
-    z = xor_shift_right(z, 30) * SPLITMIX_1
-    z = xor_shift_right(z, 27) * SPLITMIX_2
-    return xor_shift_right(z, 31)
+    """Output number `counter` (from 0) of SplitMix64 (Steele et al. 2014), element-wise, int64."""
+    return mix(seed + (counter + 1) * SPLITMIX_GAMMA, SPLITMIX64)  # integers wrap around
 
 
-def xor_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """z ^ (z >> bits), treating z as unsigned."""
-    mask = 2 ** (8 * z.element_size() - bits) - 1
-    return (z >> bits).bitwise_and_(mask).bitwise_xor_(z)
+def mix(x: torch.Tensor, rounds: tuple[tuple[int, int | None], ...]) -> torch.Tensor:
+    """x ^ (x >> shift), with x as unsigned, times a factor, round by round; element-wise."""
+    for shift, factor in rounds:
+        mask = 2 ** (8 * x.element_size() - shift) - 1
+        x = (x >> shift).bitwise_and_(mask).bitwise_xor_(x)
+        if factor is not None:
+            x.mul_(factor)
+    return x

@@ -1,4 +1,4 @@
-"""The corpus format: token shards, `manifest.json`, and a writer that can be killed and resumed.
+"""The corpus format: token shards and `manifest.json`, written atomically, read and verified.
 
 A corpus is a folder of shards and a manifest that lists them. A shard is a `.npy` file with one
 vector of uint16 token ids, read through a memory map. A folder without a manifest is unfinished;
@@ -7,16 +7,15 @@ only the shards of nanoGPT, build-nanogpt and llm.c are also read without one, b
 
 import io
 import json
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from minigpt2.config import UserError, first_line
-from minigpt2.files import atomic_write, sha256_of, sync_folder
-from minigpt2.tokenizer import EOT_TOKEN
+from minigpt2.files import atomic_write, sha256_of
+from minigpt2.progress import progress_bar
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # of an unfinished corpus, see pretrain_data/corpus.py
@@ -75,6 +74,20 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
     return tokens
 
 
+def write_shard(path: Path, chunks: Iterable[np.ndarray]) -> dict:
+    """Writes arrays (n,) uint16 as one shard, which gets its name when it is complete. Returns the
+    number of `tokens` and the `sha256` of the file."""
+    written = 0
+    with atomic_write(path) as file:
+        file.write(shard_header(0))
+        for chunk in chunks:
+            file.write(chunk.data)
+            written += len(chunk)
+        file.seek(0)
+        file.write(shard_header(written))
+    return {"tokens": written, "sha256": sha256_of(path)}
+
+
 def shard_error(path: Path, problem: str) -> UserError:
     return UserError(f"shard {path} {problem}: delete it and rerun the command that wrote it")
 
@@ -82,8 +95,7 @@ def shard_error(path: Path, problem: str) -> UserError:
 def write_record(path: Path, record: dict) -> None:
     """Writes `manifest.json` or `progress.json`."""
     with atomic_write(path, text=True) as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict:
@@ -127,125 +139,34 @@ def read_manifest(data_dir: Path) -> dict:
             "tokens": sum(shard["tokens"] for shard in shards)}
 
 
+def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
+    """Raises UserError if a manifest or progress record has other settings."""
+    for key, new in settings.items():
+        if (old := record.get(key)) != new:
+            found = f"its {key} is {old!s:.150}, expected {new!s:.150}"
+            if key == "source" and old and (files := old.get("files", {}).items()):
+                changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
+                found = f"changed files: {', '.join(changed[:5])}" if changed else found
+            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
+                            f"or delete that folder to begin anew: rm -r {out_dir}")
+
+
+def verify_corpus(out_dir: Path) -> None:
+    """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
+    entries = read_manifest(out_dir)["shards"]
+    if not all("sha256" in shard for shard in entries):
+        raise UserError(f"{out_dir} has no {MANIFEST} with checksums to verify against")
+    bar = progress_bar(len(entries), 0, "verifying", unit="shard", over=entries)
+    bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
+           or sha256_of(path) != shard["sha256"]]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: delete them "
+                        "and rerun the command that wrote them, which rebuilds only those: "
+                        f"rm -f {' '.join(bad)}")
+    print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
+
+
 def good_size(tokens: int) -> int:
     """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
     windows = max(1, tokens // 10 // 1024)
     return windows * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)
-
-
-class Position(NamedTuple):
-    """Where a token comes from: unit and part of the source, and offset in the part's tokens."""
-
-    unit: int = 0
-    part: int = 0
-    tokens: int = 0
-
-
-class ShardWriter:
-    """Cuts a token stream into shards of exactly `shard_tokens`; the last one may be shorter.
-    `record` is the content of `progress.json`: settings, `tokens` and `documents` written,
-    `position` of the next token, complete `shards`, and `open_start`, the position of the first
-    token of the incomplete shard. Tokens written after the last `commit` of a record are
-    dropped."""
-
-    def __init__(self, out_dir: Path, name: str, record: dict):
-        self.out_dir, self.name, self.record = out_dir, name, record
-        self.file: BinaryIO | None = None  # of the incomplete shard
-        if not self.filled:
-            return
-        partial, path = self.paths()
-        if not partial.exists() and path.exists():  # completed after the last commit
-            os.replace(path, partial)
-        size = shard_bytes(self.filled)
-        if not partial.exists() or partial.stat().st_size < size:
-            raise UserError(f"{partial} is missing or shorter than the {size:,} bytes recorded in "
-                            f"{PROGRESS}: delete {out_dir} and start again")
-        self.file = open(partial, "r+b")  # noqa: SIM115, closed by close_shard
-        self.file.write(shard_header(record["shard_tokens"]))
-        self.file.truncate(size)
-        self.file.seek(size)
-
-    @property
-    def filled(self) -> int:
-        """Tokens in the incomplete shard."""
-        return self.record["tokens"] - sum(shard["tokens"] for shard in self.record["shards"])
-
-    def paths(self) -> tuple[Path, Path]:
-        """The temporary and the final path of the incomplete shard."""
-        number = len(self.record["shards"])
-        path = self.out_dir / f"{self.name}_{'train' if number else 'val'}_{number:06d}.npy"
-        return path.with_name(f".{path.name}.partial"), path
-
-    def add(self, tokens: np.ndarray, position: Position) -> None:
-        """Appends tokens (n,) uint16, the first of which is at `position` in the source."""
-        record = self.record
-        record["documents"] += int(np.count_nonzero(tokens == EOT_TOKEN))
-        while len(tokens):
-            if self.file is None:
-                self.file = open(self.paths()[0], "wb")  # noqa: SIM115, closed by close_shard
-                self.file.write(shard_header(record["shard_tokens"]))
-                record["open_start"] = position._asdict()
-            chunk = tokens[: record["shard_tokens"] - self.filled]
-            self.file.write(chunk.data)
-            record["tokens"] += len(chunk)
-            tokens = tokens[len(chunk) :]
-            position = position._replace(tokens=position.tokens + len(chunk))
-            if self.filled == record["shard_tokens"]:
-                self.close_shard()
-        record["position"] = position._asdict()
-
-    def flush(self) -> None:
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def commit(self) -> None:
-        """Makes everything that was added so far survive a kill or a power failure."""
-        self.flush()
-        write_record(self.out_dir / PROGRESS, self.record)
-
-    def roll_back(self, cursor: dict, num_shards: int) -> None:
-        """Returns to an earlier state of the record and deletes the shards that began after it."""
-        files = [self.out_dir / shard["file"] for shard in self.record["shards"]]
-        files.append(self.paths()[0])
-        self.flush()
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-        self.record.update(cursor)
-        del self.record["shards"][num_shards:]
-        self.commit()
-        for path in files[num_shards + (self.filled > 0) :]:
-            path.unlink(missing_ok=True)
-
-    def close_shard(self) -> None:
-        """Writes the length of the shard into its header and gives it its final name."""
-        (partial, path), tokens = self.paths(), self.filled
-        self.file.seek(0)
-        self.file.write(shard_header(tokens))
-        self.flush()
-        self.file.close()
-        self.file = None
-        os.replace(partial, path)
-        sync_folder(self.out_dir)
-        self.record["shards"].append({
-            "file": path.name, "split": "train" if self.record["shards"] else "val",
-            "tokens": tokens, "sha256": sha256_of(path), "start": self.record["open_start"]})
-
-    def finish(self) -> dict:
-        """Completes the last shard, writes the manifest and returns it. Raises UserError, and
-        deletes what was written, if there is no training shard."""
-        if self.file is not None:
-            self.close_shard()
-        tokens, shards = self.record["tokens"], self.record["shards"]
-        if len(shards) < 2:
-            for name in (PROGRESS, *(shard["file"] for shard in shards)):
-                (self.out_dir / name).unlink()
-            raise UserError("the source has no text: nothing to write" if tokens <= 1 else
-                            f"all {tokens:,} tokens fit into the first shard, which is for "
-                            f"validation: lower --shard-tokens, e.g. to {good_size(tokens)}")
-        manifest = {key: value for key, value in self.record.items()
-                    if key not in ("open_start", "file_start")}
-        write_record(self.out_dir / MANIFEST, manifest)
-        (self.out_dir / PROGRESS).unlink()
-        return manifest

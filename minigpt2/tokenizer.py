@@ -55,17 +55,13 @@ def vocabulary_path(name: str) -> Path:
     return path
 
 
-def mergeable_ranks() -> dict[bytes, int]:
-    """GPT-2's vocabulary without special tokens: byte string -> id."""
-    return data_gym_to_mergeable_bpe_ranks(  # caches both files, hence the second check
-        str(vocabulary_path("merges.txt")), str(vocabulary_path("vocab.json")),
-        VOCABULARY["merges.txt"][1], VOCABULARY["vocab.json"][1])
-
-
 @functools.cache
 def load_tokenizer() -> tiktoken.Encoding:
     """The GPT-2 encoding, built on first use (0.2 s)."""
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=mergeable_ranks(),
+    ranks = data_gym_to_mergeable_bpe_ranks(  # byte string -> id; the files were cached: check them
+        str(vocabulary_path("merges.txt")), str(vocabulary_path("vocab.json")),
+        VOCABULARY["merges.txt"][1], VOCABULARY["vocab.json"][1])
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={EOT_TEXT: EOT_TOKEN}, explicit_n_vocab=N_VOCAB)
 
 
@@ -120,8 +116,7 @@ def cut_runs(text: str) -> list[str]:
 def encode(text: str) -> list[int]:
     """The token ids of a text. "<|endoftext|>" is encoded as text (seven ids), never as EOT_TOKEN.
     Lone surrogates are encoded as U+FFFD."""
-    encoding = load_tokenizer()
-    return [token for piece in cut_runs(text) for token in encoding.encode_ordinary(piece)]
+    return encode_to_array(repair(text)).tolist()
 
 
 @functools.cache
@@ -134,19 +129,18 @@ def load_encoder(name: str) -> Callable[[str], np.ndarray]:
         from gigatoken import Tokenizer
     except ImportError:
         raise UserError(f"--encoder {name} is not installed: pip install {name}") from None
-    with tempfile.TemporaryDirectory() as folder:  # gigatoken reads the ranks from a file only
+    with tempfile.TemporaryDirectory() as folder:  # gigatoken reads a vocabulary from a file only
         path = Path(folder) / "gpt2.tiktoken"
-        by_rank = sorted(mergeable_ranks().items(), key=lambda item: item[1])
-        path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank
-                                  for piece, rank in by_rank))
+        pieces = load_tokenizer().decode_tokens_bytes(range(EOT_TOKEN))
+        path.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(piece), token)
+                                  for token, piece in enumerate(pieces)))
         return Tokenizer.from_tiktoken(path, "gpt2", {}).encode
 
 
 def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
     """Like `encode`, but returns (n,) uint32 without building a Python list. The text must not hold
     lone surrogates (see `repair`)."""
-    arrays = [load_encoder(encoder)(piece) for piece in cut_runs(text)]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return np.concatenate([load_encoder(encoder)(piece) for piece in cut_runs(text)])
 
 
 def decode(ids: list[int]) -> str:

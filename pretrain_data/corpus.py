@@ -6,14 +6,12 @@ Each document becomes <|endoftext|> followed by its tokens. The token stream is 
 `shard_tokens` tokens; the first shard is the validation split, the others are for training. Parts
 are written in the order of the source: the shards are byte-identical for any number of workers.
 
-A folder is unfinished until it has a `manifest.json`. Its `progress.json` says which tokens are
-safely on disk, and a killed build resumes from there. It is written between two parts, after a
-flush to disk: when a unit of the source is done, and about once a second.
+A folder is unfinished until it has a `manifest.json`. Until then its record is `progress.json`,
+written after each shard. A build that was killed, or that a larger --max-tokens extends, resumes at
+the first token of its incomplete shard.
 """
 
 import contextlib
-import copy
-import functools
 import itertools
 import multiprocessing
 import os
@@ -25,20 +23,19 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from minigpt2 import shards
 from minigpt2.config import UserError
-from minigpt2.files import atomic_write, folder_lock, sha256_of, sync_folder
+from minigpt2.files import folder_lock
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
 from pretrain_data.documents import EOT_TEXT, Part, Source
 
-COMMIT_SECONDS = 1.0  # a killed build loses at most this much work and one part
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
-CURSOR = ("documents", "tokens", "outcomes", "position", "open_start")  # in a build's record
 CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
@@ -49,145 +46,135 @@ OUTCOMES = {"empty": "had no text and were skipped",
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
                  shard_tokens: int, max_tokens: int | None = None, workers: int = 1,
-                 encoder: str = "tiktoken", file_counts: dict | None = None) -> dict:
+                 encoder: str = "tiktoken") -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
-    `description` identifies the documents; a folder with another one in its manifest is refused.
-    An unfinished build is resumed, and so is a finished one with a smaller max_tokens. In a
-    finished folder, missing and truncated shards are rebuilt. Raises UserError if the folder holds
-    another corpus or is in use, if the disk is full, or if the tokens fill only one shard.
+    `description` identifies the documents. An unfinished build is resumed, and a larger max_tokens
+    extends a finished one; missing shards of a finished one are rebuilt. Raises UserError if the
+    folder holds another corpus or more tokens, or is in use, for a full disk, and for one shard.
     """
-    settings = {"source": description, "shard_tokens": shard_tokens,
-                "tokenizer": {"name": "gpt2", "sha256": {k: v[1] for k, v in VOCABULARY.items()}}}
+    tokenizer = {"name": "gpt2", "sha256": {name: file[1] for name, file in VOCABULARY.items()}}
+    settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     if max_tokens is not None and max_tokens <= shard_tokens:
-        raise UserError(f"--max-tokens {max_tokens} fills only the first shard, which is for "
-                        f"validation: lower --shard-tokens {shard_tokens}, e.g. to "
-                        f"{shards.good_size(max_tokens)}")
+        raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
+                        f"--shard-tokens {shard_tokens}, e.g. to {shards.good_size(max_tokens)}")
     out_dir.mkdir(parents=True, exist_ok=True)
+    read = partial(TokenReader, workers=workers, encoder=encoder)
     with folder_lock(out_dir):
-        if (out_dir / shards.MANIFEST).exists():
-            manifest = shards.read_manifest(out_dir)
-            check_same_corpus(out_dir, manifest, settings, max_tokens)
-            rebuild_missing_shards(open_source, out_dir, manifest, workers, encoder)
-            if manifest["max_tokens"] == max_tokens:
-                return manifest
-            reopen(out_dir, manifest)
-        record = load_progress(out_dir, settings, max_tokens)
-        record |= {"files": file_counts} if file_counts else {}
-        return write_shards(open_source(), out_dir, name, record, workers, encoder)
+        finished = (out_dir / shards.MANIFEST).exists()
+        record = load_record(out_dir, finished, settings, max_tokens)
+        if finished:
+            rebuild_missing_shards(open_source, out_dir, record, read)
+            if max_tokens in (record["max_tokens"], record["tokens"]):
+                return record
+            os.replace(out_dir / shards.MANIFEST, out_dir / shards.PROGRESS)
+        change_limit(record, max_tokens)
+        source = open_source()
+        record |= {"files": source.file_counts} if source.file_counts else {}
+        return write_shards(source, out_dir, name, record, read)
 
 
-def check_same_corpus(out_dir: Path, record: dict, settings: dict, max_tokens: int | None) -> None:
-    """Raises UserError if a manifest or progress record has other settings or too many tokens."""
-    for key, new in settings.items():
-        if (old := record.get(key)) != new:
-            found = ((changed_files(old, new) if key == "source" else "")
-                     or f"its {key} is {old!s:.150}, expected {new!s:.150}")
-            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
-                            f"or delete that folder to begin anew: rm -r {out_dir}")
-    if max_tokens is not None and record["tokens"] > max_tokens:
-        raise UserError(f"{out_dir} already holds {record['tokens']:,} tokens, more than "
-                        f"--max-tokens {max_tokens:,}: choose another --out-dir, or delete it")
+def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int | None) -> dict:
+    """The record of a build, or a new one. Raises UserError if it has more than `max_tokens`, or if
+    the settings or the source have changed; only local files that no shard has tokens of may."""
+    path = out_dir / (shards.MANIFEST if finished else shards.PROGRESS)
+    if not path.exists():
+        return settings | {
+            "max_tokens": max_tokens, "documents": 0, "tokens": 0,
+            "outcomes": dict.fromkeys(OUTCOMES, 0),
+            "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": []}
+    record = shards.read_record(path)
+    if "open_start" in record:
+        raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
+    old, new = (one.get("source", {}).get("files", {}) for one in (record, settings))
+    record.setdefault("files_read", len(old) if record["shards"] else 0)  # not in old manifests
+    for file in list(old)[record["files_read"] :]:
+        old[file] = new.get(file, old[file])
+    shards.check_same_corpus(out_dir, record, settings)
+    tokens = max(record["tokens"], record.get("counted", record)["tokens"])
+    if max_tokens is not None and tokens > max_tokens:
+        raise UserError(f"{out_dir} already holds {tokens:,} tokens, more than --max-tokens "
+                        f"{max_tokens:,}: choose another --out-dir, or delete it: rm -r {out_dir}")
+    return record
 
 
-def changed_files(old: dict | None, new: dict) -> str:
-    """The local files in which two sources differ, "" if there are none."""
-    old, new = (old or {}).get("files", {}), new.get("files", {})
-    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    changes = [name + (" is new" if name not in old else " is missing" if name not in new
-                       else " has changed") for name in names[:3]]
-    more = [f"{len(names) - 3:,} more"] if len(names) > 3 else []
-    return ", ".join(changes + more) if old else ""
+def change_limit(record: dict, max_tokens: int | None) -> None:
+    """Sets max_tokens. If it was another, a short last shard is written again: `counted` is where
+    it ended, because the documents and outcomes up to there are in the record already."""
+    short = [one for one in record["shards"] if one["tokens"] < record["shard_tokens"]]
+    if short and record["max_tokens"] != max_tokens:
+        record["counted"] = record["position"] | {"tokens": record["tokens"]}
+        record["position"] = record["shards"].pop()["start"]
+        record["tokens"] -= short[0]["tokens"]
+    record["max_tokens"] = max_tokens
 
 
-def reopen(out_dir: Path, manifest: dict) -> None:
-    """Turns a finished folder into an unfinished one that can be resumed."""
-    *complete, last = manifest["shards"]
-    path = out_dir / last["file"]
-    if sha256_of(path) != last["sha256"]:
-        raise UserError(f"{path} is damaged, so it cannot be extended: rm -f {path} and run again "
-                        "to rebuild it")
-    if last["tokens"] == manifest["shard_tokens"]:
-        complete.append(last)
-    record = manifest | {"shards": complete, "open_start": last["start"]}
-    shards.write_record(out_dir / shards.PROGRESS, record)
-    (out_dir / shards.MANIFEST).unlink()  # a build killed just before this line runs `reopen` again
-    sync_folder(out_dir)
-
-
-def load_progress(out_dir: Path, settings: dict, max_tokens: int | None) -> dict:
-    """The record of an unfinished build, or a new one. Raises UserError if the source has changed.
-    A file that stopped the build may have: the record holds nothing of it."""
-    record = settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0,
-                         "outcomes": dict.fromkeys(OUTCOMES, 0),
-                         "position": shards.Position()._asdict(), "shards": [], "open_start": None}
-    if not (out_dir / shards.PROGRESS).exists():
-        return record
-    progress = shards.read_record(out_dir / shards.PROGRESS)
-    damaged, files = progress.pop("damaged", None), settings["source"].get("files", {})
-    if damaged in files:
-        progress["source"]["files"][damaged] = files[damaged]
-    check_same_corpus(out_dir, progress, settings, max_tokens)
-    print(f"{out_dir}: resuming after {progress['tokens']:,} tokens"
-          + (f" and reading {damaged} anew" if damaged else ""), flush=True)
-    return record | progress | {"max_tokens": max_tokens}
-
-
-def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int,
-                 encoder: str) -> dict:
-    """Writes the shards that are missing, then the manifest, and returns it."""
-    writer, tokens_before = shards.ShardWriter(out_dir, name, record), record["tokens"]
-    limit = record["max_tokens"] or sys.maxsize
+def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: Callable) -> dict:
+    """Writes the shards that are missing, then the manifest, and returns it. Raises UserError, and
+    deletes what was written, if there is no training shard."""
+    limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
+    if tokens_before:
+        print(f"{out_dir}: resuming after {tokens_before:,} tokens", flush=True)
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
-    writer.commit()
-    t0 = committed = time.monotonic()
-    position = shards.Position(**record["position"])
-    outcomes = record["outcomes"] = Counter(record["outcomes"])
-    with (forget_damaged_file(writer),
-          contextlib.closing(token_stream(source, position, workers, encoder)) as stream,
+    written, progress = record["shards"], out_dir / shards.PROGRESS
+    shards.write_record(progress, record)
+    t0, reader = time.monotonic(), read(source, record)
+    with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
-        for start, tokens, part_outcomes, file in stream:
-            unit_done = start.unit > position.unit
-            record["position"] = start._asdict()
-            if unit_done or time.monotonic() - committed > COMMIT_SECONDS:
-                writer.commit()
-                committed = time.monotonic()
-            if unit_done:
-                source.release_unit(position.unit)
-            position = start
-            if file is not None and not start.tokens:
-                record["file_start"] = {
-                    "file": file, "num_shards": len(record["shards"]),
-                    "cursor": {key: copy.copy(record[key]) for key in CURSOR}}
-            tokens = tokens[: limit - record["tokens"]]
-            writer.add(tokens, start)
-            bar.update(len(tokens))
-            if record["tokens"] == limit:
-                break
-            outcomes.update(part_outcomes)
-    manifest = writer.finish()
-    report(out_dir, manifest, manifest["tokens"] - tokens_before, time.monotonic() - t0)
-    return manifest
+        while record["tokens"] < limit and reader.has_next():
+            split, start = "train" if written else "val", record["position"]
+            path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
+            count = min(record["shard_tokens"], limit - record["tokens"])
+            size_and_sha256 = shards.write_shard(path, reader.take(count, bar.update))
+            written.append({"file": path.name, "split": split, **size_and_sha256, "start": start})
+            shards.write_record(progress, record)
+    if len(written) < 2:
+        for file in (progress.name, *(shard["file"] for shard in written)):
+            (out_dir / file).unlink()
+        tokens = record["tokens"]
+        raise UserError("the source has no text: nothing to write" if tokens <= 1 else
+                        f"all {tokens:,} tokens fit into the first shard, which is for "
+                        f"validation: lower --shard-tokens, e.g. to {shards.good_size(tokens)}")
+    record.pop("counted", None)
+    shards.write_record(progress, record)
+    os.replace(progress, out_dir / shards.MANIFEST)
+    report(out_dir, record, record["tokens"] - tokens_before, time.monotonic() - t0)
+    return record
 
 
-@contextlib.contextmanager
-def forget_damaged_file(writer: shards.ShardWriter) -> Iterator[None]:
-    """If a local file cannot be read, drops the tokens of that file and notes its name: the next
-    run may find it repaired, and resumes with nothing of the damaged version."""
-    try:
-        yield
-    except UserError as error:
-        record, start = writer.record, writer.record.get("file_start")
-        order = list(record["source"].get("files", ()))
-        if (damaged := getattr(error, "file", None)) in order:  # local_files.py sets it
-            begun = order.index(start["file"]) if start else len(order) if record["tokens"] else 0
-            if order.index(damaged) >= begun:
-                record["damaged"] = damaged
-            if start and start["file"] == damaged:
-                writer.roll_back(start["cursor"], start["num_shards"])
-            writer.commit()
-        raise
+class TokenReader:
+    """Reads the tokens of a source, and keeps account of them in `record`: the `position` of the
+    next token, the numbers of `tokens` and `documents`, the `outcomes` of parts read to the end."""
+
+    def __init__(self, source: Source, record: dict, workers: int, encoder: str):
+        self.record, record["outcomes"] = record, Counter(record["outcomes"])
+        self.counted = record.get("counted", {"unit": 0, "part": 0, "tokens": 0})
+        self.stream = token_stream(source, record["position"], workers, encoder)
+        self.rest, self.outcomes = np.empty(0, shards.TOKEN_DTYPE), Counter()  # of the current part
+
+    def has_next(self) -> bool:
+        """Whether there is another token. If so, `position` is in its part."""
+        while not len(self.rest) and (item := next(self.stream, None)):
+            ended, counted = self.record["position"], self.counted
+            if (ended["unit"], ended["part"]) >= (counted["unit"], counted["part"]):
+                self.record["outcomes"].update(self.outcomes)
+            self.record["position"], self.rest, self.outcomes, file = item
+            self.record["files_read"] = max(file, self.record.get("files_read", 0))
+        return len(self.rest) > 0
+
+    def take(self, count: int, show: Callable[[int], None]) -> Iterator[np.ndarray]:
+        """Yields arrays (n,) uint16, `count` tokens or all that are left. `show` gets each size."""
+        while count and self.has_next():
+            chunk, self.rest = self.rest[:count], self.rest[count:]
+            count -= len(chunk)
+            position = self.record["position"]
+            self.record["position"] = position | {"tokens": position["tokens"] + len(chunk)}
+            new = chunk[max(0, self.counted["tokens"] - self.record["tokens"]) :]
+            self.record["documents"] += int(np.count_nonzero(new == EOT_TOKEN))
+            self.record["tokens"] += len(chunk)
+            show(len(chunk))
+            yield chunk
 
 
 def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
@@ -207,19 +194,21 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, position: shards.Position, workers: int, encoder: str,
-                 ) -> Iterator[tuple[shards.Position, np.ndarray, Counter, str | None]]:
-    """Yields (start, tokens, outcomes, name of a file that starts here) for each part from
-    `position` on, and after each unit the start of the next one with no tokens."""
-    tokenize = functools.partial(tokenize_part, encoder=encoder)
+def token_stream(source: Source, start: dict, workers: int, encoder: str,
+                 ) -> Iterator[tuple[dict, np.ndarray, Counter, int]]:
+    """Yields (position, tokens, outcomes, file) for each part from `start` on, and after each unit
+    the start of the next one with no tokens."""
+    tokenize = partial(tokenize_part, encoder=encoder)
+    part, skipped = start["part"], start["tokens"]
     with worker_map(workers) as ordered_map:
-        while position.unit < source.num_units:
-            parts = itertools.islice(source.open_unit(position.unit), position.part, None)
+        for unit in range(start["unit"], source.num_units):
+            parts = itertools.islice(source.open_unit(unit), part, None)
             for tokens, outcomes, file in ordered_map(tokenize, parts):
-                yield position, tokens[position.tokens :], outcomes, file
-                position = shards.Position(position.unit, position.part + 1)
-            position = shards.Position(position.unit + 1)
-            yield position, np.empty(0, dtype=shards.TOKEN_DTYPE), Counter(), None
+                yield ({"unit": unit, "part": part, "tokens": skipped}, tokens[skipped:], outcomes,
+                       file)
+                part, skipped = part + 1, 0
+            part, skipped = 0, 0
+            yield {"unit": unit + 1, "part": 0, "tokens": 0}, tokens[:0], Counter(), 0
 
 
 @contextlib.contextmanager
@@ -256,8 +245,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, str | None]:
-    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.starts)."""
+def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, int]:
+    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.file)."""
     eot = np.array([EOT_TOKEN], dtype=np.uint32)
     arrays, outcomes = [eot[:0]], Counter()
     for number, text in enumerate(part.read()):
@@ -280,7 +269,7 @@ def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, str | 
         outcomes["marked"] += EOT_TEXT in valid
         arrays += [tokens] if continues else [eot, tokens]
     tokens = np.concatenate(arrays, dtype=shards.TOKEN_DTYPE, casting="unsafe")
-    return tokens, outcomes, part.starts
+    return tokens, outcomes, part.file
 
 
 def default_workers() -> int:
@@ -289,42 +278,19 @@ def default_workers() -> int:
 
 
 def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
-                           workers: int, encoder: str) -> None:
-    """Rebuilds the shards of a finished folder that are missing or have another size. Raises
-    UserError if their checksums differ from the manifest's."""
-    missing = [shard for shard in manifest["shards"]
-               if not (path := out_dir / shard["file"]).exists()
-               or path.stat().st_size != shards.shard_bytes(shard["tokens"])]
+                           read: Callable) -> None:
+    """Rebuilds the shards of a finished folder that are missing. Raises UserError if the source has
+    changed."""
+    missing = [one for one in manifest["shards"] if not (out_dir / one["file"]).exists()]
     source = open_source() if missing else None
-    for shard in missing:
-        path, remaining = out_dir / shard["file"], shard["tokens"]
-        print(f"{path} is missing or damaged: rebuilding it", flush=True)
-        stream = token_stream(source, shards.Position(**shard["start"]), workers, encoder)
-        with contextlib.closing(stream), atomic_write(path) as file:
-            file.write(shards.shard_header(shard["tokens"]))
-            while remaining and (item := next(stream, None)):
-                tokens = item[1][:remaining]
-                file.write(tokens.data)
-                remaining -= len(tokens)
-        if sha256_of(path) != shard["sha256"]:
+    for one in missing:
+        path, reader = out_dir / one["file"], read(source, manifest | {"position": one["start"]})
+        with (contextlib.closing(reader.stream),
+              progress_bar(one["tokens"], 0, f"rebuilding {path.name}", unit="token") as bar):
+            written = shards.write_shard(path, reader.take(one["tokens"], bar.update))
+        if written["sha256"] != one["sha256"]:
             path.unlink()
             raise UserError(f"{path} cannot be rebuilt, its source has changed: delete {out_dir} "
                             "and run again")
     print(f"{out_dir} is {'complete again' if missing else 'already complete'}: "
           f"{manifest['tokens']:,} tokens, {len(manifest['shards'])} shards")
-
-
-def verify_corpus(out_dir: Path) -> None:
-    """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
-    entries, bad = shards.read_manifest(out_dir)["shards"], []
-    if not all("sha256" in shard for shard in entries):
-        raise UserError(f"{out_dir} has no {shards.MANIFEST} with checksums to verify against")
-    for shard in progress_bar(len(entries), 0, "verifying", unit="shard", over=entries):
-        path = out_dir / shard["file"]
-        if not path.exists() or sha256_of(path) != shard["sha256"]:
-            bad.append(str(path))
-    if bad:
-        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: delete them "
-                        "and rerun the command that wrote them, which rebuilds only those: "
-                        f"rm -f {' '.join(bad)}")
-    print(f"{out_dir} is intact: {len(entries)} shards match their checksums")

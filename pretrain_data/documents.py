@@ -1,5 +1,9 @@
 """Documents: files of several formats, split into parts that any process can read.
 
+A folder stands for all files below it, and a pattern for all files and folders that it matches.
+Files of the formats in SUFFIXES are read, in any letter case, sorted by path. Links are followed,
+and no file is read twice. Hidden files and folders are skipped, unless `--files` names them.
+
 A part is some rows of a parquet row group, a block of lines of a JSON Lines file (plain or gzipped)
 or a block of a text file. It has about PART_BYTES of text, so memory does not grow with the size of
 files. Parts are the same in every run over the same files: a build can resume at (unit, part).
@@ -7,84 +11,146 @@ Invalid UTF-8 is read as lone surrogates, which `tokenizer.repair` replaces; a t
 many of them is refused.
 """
 
-import codecs
 import functools
+import glob
 import gzip
 import itertools
 import json
 import os
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
 from minigpt2.config import UserError, first_line
-from minigpt2.files import INVALID_UTF8, check_text, text_encoding
+from minigpt2.files import INVALID_UTF8, check_text, sha256_of, text_encoding
+from minigpt2.shards import MANIFEST, PROGRESS
 from minigpt2.tokenizer import EOT_TEXT
 
 PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs to send a part
 MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
-HEAD_BYTES = 1 << 16  # enough to tell what a file is
 ERRORS = {"utf-8": INVALID_UTF8, "utf-8-sig": INVALID_UTF8}  # codec error handlers
 
 
 @dataclass(frozen=True)
 class Part:
     """A picklable function that reads some documents; None and "" are documents without text. If
-    `continues`, the first text continues the last document of the previous part. `starts` is the
-    name of the local file that starts with this part."""
+    `continues`, the first text continues the last document of the previous part. `file` counts the
+    local files up to the one that is read."""
 
     read: Callable[[], Iterable[str | None]]
     continues: bool = False
-    starts: str | None = None
+    file: int = 0
 
 
 @dataclass
 class Source:
     """The documents of a corpus, in units: all local files together, or each file of the hub. Units
-    are opened in order, and released when their tokens are safely on disk."""
+    are opened in order."""
 
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
     text_bytes: int  # roughly, to estimate the disk space for the shards
     scratch_bytes: int = 0  # additional disk space needed during the build
-    release_unit: Callable[[int], None] = lambda unit: None
+    file_counts: dict | None = None  # of local files: for the record
 
 
 def memory_source(texts: list[str]) -> Source:
     """A source of documents in memory."""
     def open_unit(unit: int) -> Iterator[Part]:
-        batch, size = [], 0
-        for text in texts:
-            batch.append(text)
+        start, size = 0, 0
+        for stop, text in enumerate(texts, 1):
             size += len(text)
-            if size >= PART_BYTES:
-                yield Part(functools.partial(list, batch))
-                batch, size = [], 0
-        yield Part(functools.partial(list, batch))
+            if size >= PART_BYTES or stop == len(texts):
+                yield Part(functools.partial(list, texts[start:stop]))
+                start, size = stop, 0
 
     return Source(1, open_unit, sum(map(len, texts)))
+
+
+def local_source(pattern: str, split_eot: bool) -> tuple[dict, Callable[[], Source]]:
+    """(a description with the SHA-256 of all files of a path or a glob, a function that returns the
+    source). Raises UserError for files that are not text."""
+    paths, counts = select_files(pattern)
+    print(f"reading files: {counts['read']}, skipped: {counts['skipped'] or 'none'}", flush=True)
+    if not paths:
+        raise UserError(f"--files {pattern} matches no file to read, skipped: {counts['skipped']}, "
+                        f"expected {', '.join(SUFFIXES)}; quote the pattern")
+    for path in paths:  # most mistakes show in the first document, before anything is written
+        for part in itertools.islice(open_parts(path, split_eot), 1):
+            next(iter(part.read()), None)
+    source = file_source(paths, split_eot)  # before hashing: it notices changes from now on
+    source.file_counts = counts
+    root = os.path.commonpath([path.parent for path in paths])
+    with ThreadPoolExecutor() as pool:
+        files = {os.path.relpath(path, root): digest
+                 for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True)}
+    split = {"split_eot": True} if split_eot else {}
+    return {"name": "files", **split, "files": files}, lambda: source
+
+
+def select_files(pattern: str) -> tuple[list[Path], dict]:
+    """The files of a path or a glob; how many are read, by format, and skipped, by reason."""
+    skipped = defaultdict(set)  # an existing path is not a pattern, even if it has brackets
+    roots = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+    paths = sorted(set(walk(roots, skipped)))
+    return paths, {"read": dict(sorted(Counter(map(file_format, paths)).items())),
+                   "skipped": {reason: len(skipped[reason]) for reason in sorted(skipped)}}
+
+
+def walk(roots: list[str], skipped: dict[str, set]) -> Iterator[Path]:
+    """The files to read, by the shortest of several paths to one. Adds others to `skipped`."""
+    seen, level = {}, set(map(os.path.normpath, roots))
+    while level:
+        below = set()
+        for path in sorted(level, key=lambda path: (path.count(os.sep), path)):
+            if seen.setdefault(os.path.realpath(path), path) != path:
+                skipped["a link to another"].add(path)
+            elif os.path.isdir(path):
+                for name in os.listdir(path):  # fails if the folder is not readable
+                    found = skipped["hidden"] if name.startswith(".") else below
+                    found.add(os.path.join(path, name))
+            elif not file_format(path) or os.path.basename(path) in (MANIFEST, PROGRESS):
+                skipped["another format"].add(path)
+            elif os.path.exists(path) and not os.path.isfile(path):
+                skipped["not a regular file"].add(path)
+            else:  # a broken link fails when it is read
+                yield Path(path)
+        level = below
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """What changes with a file: its size, and the times of the last change of content and inode."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def file_source(paths: list[Path], split_eot: bool = False) -> Source:
+    """A source of local files, read in the given order. A file that changes from now on, until it
+    is read, raises UserError."""
+    stamps = list(map(stamp_of, paths))
+
+    def open_unit(unit: int) -> Iterator[Part]:
+        for number, (path, stamp) in enumerate(zip(paths, stamps, strict=True), 1):
+            for part in open_parts(path, split_eot):
+                if stamp_of(path) != stamp:
+                    raise UserError(f"{path} changed while it was read: run again when it is final")
+                yield replace(part, file=number)
+
+    return Source(1, open_unit, sum(map(text_bytes, paths)))
 
 
 def file_format(path: str | Path) -> str:
     """The one of SUFFIXES that a file has, in any letter case, or ""."""
     name = os.path.basename(path).lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def check_head(path: Path) -> None:
-    """Raises UserError if the first bytes of a file show that it cannot be read as text."""
-    with open(path, "rb") as file:
-        encoding = text_encoding(path, head := file.read(HEAD_BYTES))
-    if (kind := file_format(path)) in (".txt", ".json", ".jsonl"):
-        encoding = encoding if kind == ".txt" else "utf-8"
-        decode = codecs.getincrementaldecoder(encoding)  # the last character may be incomplete
-        check_text(path, decode(ERRORS.get(encoding, "replace")).decode(head))
 
 
 def text_bytes(path: Path) -> int:
@@ -98,8 +164,11 @@ def text_bytes(path: Path) -> int:
 def open_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
     """The parts of one file, in order. With `split_eot`, a text file is split into documents at
     <|endoftext|>. Raises UserError for a damaged file."""
-    kinds = {".parquet": parquet_parts, ".txt": functools.partial(text_parts, split_eot=split_eot)}
     try:
+        with open(path, "rb") as file:
+            encoding = text_encoding(path, file.read(256))
+        kinds = {".parquet": parquet_parts,
+                 ".txt": functools.partial(text_parts, encoding=encoding, split_eot=split_eot)}
         yield from kinds.get(file_format(path), json_lines_parts)(path)
     except (OSError, EOFError, zlib.error, UnicodeError) as error:  # gzip raises two of them
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
@@ -113,8 +182,7 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file: {first_line(error)}") from None
     kind = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)).get(TEXT_COLUMN)
-    values = kind.value_type if kind and pyarrow.types.is_dictionary(kind) else kind
-    if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         file.close()
         found = f"its type is {kind}" if kind else f"only {file.schema_arrow.names}"
         raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, {found}")
@@ -147,22 +215,14 @@ def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | 
     with open_parquet(path) as file:
         batches = file.iter_batches(min(512, stop - start), row_groups=[group],
                                     columns=[TEXT_COLUMN], use_threads=False)
-        texts = itertools.chain.from_iterable(strings(batch.column(0)) for batch in batches)
+        texts = itertools.chain.from_iterable(  # bytes: parquet does not check that they are UTF-8
+            batch.column(0).cast(pyarrow.large_binary()).to_pylist() for batch in batches)
         try:
-            yield from itertools.islice(texts, start, stop)
+            for text in itertools.islice(texts, start, stop):
+                yield None if text is None else text.decode("utf-8", INVALID_UTF8)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is damaged in row group {group}: {first_line(error)}; replace "
                             "it and run again") from None
-
-
-def strings(column: pyarrow.Array) -> list[str | None]:
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:  # parquet does not check that strings are valid UTF-8
-        raw = column.cast(pyarrow.large_binary()).to_pylist()
-        return [None if text is None else text.decode("utf-8", INVALID_UTF8) for text in raw]
 
 
 def json_lines_parts(path: Path) -> Iterator[Part]:
@@ -191,12 +251,10 @@ def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | Non
         yield text
 
 
-def text_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
+def text_parts(path: Path, encoding: str, split_eot: bool) -> Iterator[Part]:
     """A text file is one document, or several with <|endoftext|> between them. It is cut only
     between a word and whitespace: GPT-2's pattern always splits there, so the cuts do not change
     the token ids."""
-    with open(path, "rb") as file:
-        encoding = text_encoding(path, file.read(HEAD_BYTES))
     with open(path, encoding=encoding, errors=ERRORS.get(encoding), newline="") as file:
         text, continues = "", False
 

@@ -19,12 +19,12 @@ from huggingface_hub import RepoFile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from minigpt2 import shards
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
 from minigpt2.progress import progress_bar
-from minigpt2.shards import MANIFEST, PROGRESS, open_shard, read_record, write_record
-from pretrain_data.corpus import check_disk, check_same_corpus, verify_corpus
+from pretrain_data.corpus import check_disk
 
 REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
 SHARD_NAME = re.compile(r"fineweb_(val|train)_\d{6}\.bin")
@@ -43,15 +43,15 @@ class PretokenizedConfig:
 def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[tuple[RepoFile, str]]:
     """(file, split) of the validation shard and of as many training shards, at least one, as are
     needed to have `max_tokens` in total. Raises UserError if there are none."""
-    shards = [(file, match[1]) for file in files if (match := SHARD_NAME.fullmatch(file.path))]
-    if {split for _, split in shards} != {"val", "train"}:
+    found = [(file, match[1]) for file in files if (match := SHARD_NAME.fullmatch(file.path))]
+    if {split for _, split in found} != {"val", "train"}:
         raise UserError(f"{REPO} has no validation or no training shards, which are named "
                         f"{SHARD_NAME.pattern}: choose another --revision")
-    shards.sort(key=lambda shard: (shard[1] != "val", shard[0].path))
+    found.sort(key=lambda shard: (shard[1] != "val", shard[0].path))
     if max_tokens is not None:
-        ends = itertools.accumulate(file.size // 2 for file, _ in shards)
-        shards = shards[: max(2, 1 + sum(end < max_tokens for end in ends))]
-    return shards
+        ends = itertools.accumulate(file.size // 2 for file, _ in found)
+        found = found[: max(2, 1 + sum(end < max_tokens for end in ends))]
+    return found
 
 
 def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None) -> None:
@@ -59,30 +59,30 @@ def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None
     retry = RetryPolicy()
     commit = find_commit(REPO, revision, retry)
     files = select_shards(list_files(REPO, commit, "", retry), max_tokens)
-    source, shards = {"name": REPO, "revision": commit}, []
+    source, done = {"name": REPO, "revision": commit}, []
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
-        for name in (PROGRESS, MANIFEST):
-            if (out_dir / name).exists():
-                check_same_corpus(out_dir, read_record(out_dir / name), {"source": source}, None)
-        write_record(out_dir / PROGRESS, {"source": source, "shards": []})  # now unfinished
-        (out_dir / MANIFEST).unlink(missing_ok=True)
+        manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
+        for path in filter(pathlib.Path.exists, (progress, manifest)):
+            shards.check_same_corpus(out_dir, shards.read_record(path), {"source": source})
+        shards.write_record(progress, {"source": source, "shards": []})  # now unfinished
+        manifest.unlink(missing_ok=True)
         check_disk(out_dir, sum(f.size for f, _ in files if not (out_dir / f.path).exists()))
         for file, split in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
             path = fetch(REPO, commit, file, out_dir, retry)
-            shards.append({"file": file.path, "split": split, "tokens": len(open_shard(path)),
-                           "sha256": file.lfs.sha256 if file.lfs else sha256_of(path)})
-        tokens = sum(shard["tokens"] for shard in shards)
-        write_record(out_dir / MANIFEST, {"source": source, "tokens": tokens, "shards": shards})
-        (out_dir / PROGRESS).unlink()
+            done.append({"file": file.path, "split": split, "tokens": len(shards.open_shard(path)),
+                            "sha256": file.lfs.sha256 if file.lfs else sha256_of(path)})
+        tokens = sum(shard["tokens"] for shard in done)
+        shards.write_record(manifest, {"source": source, "tokens": tokens, "shards": done})
+        progress.unlink()
     shutil.rmtree(out_dir / ".cache", ignore_errors=True)  # download metadata of the hub's client
-    print(f"wrote {out_dir}: {tokens:,} tokens, {len(shards)} shards, the first for validation")
+    print(f"wrote {out_dir}: {tokens:,} tokens, {len(done)} shards, the first for validation")
 
 
 def main() -> None:
     config = parse_config(PretokenizedConfig, description=__doc__)
     if config.verify:
-        verify_corpus(pathlib.Path(config.out_dir))
+        shards.verify_corpus(pathlib.Path(config.out_dir))
     else:
         download_shards(pathlib.Path(config.out_dir), config.revision, config.max_tokens)
 

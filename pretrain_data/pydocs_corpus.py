@@ -30,7 +30,6 @@ class CorpusConfig:
     shard_tokens: int = flag(65_536, "tokens per shard; the first shard is for validation",
                              minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
-    workers: int = flag(1, "tokenizing processes", minimum=1)
 
 
 def shuffled_documents() -> Source:
@@ -44,8 +43,7 @@ def main() -> None:
     description = {"name": "pydocs", "python": platform.python_version(),
                    **{package: version(package) for package in PACKAGES}}
     write_corpus(description, shuffled_documents, pathlib.Path(config.out_dir), name="pydocs",
-                 shard_tokens=config.shard_tokens, max_tokens=config.max_tokens,
-                 workers=config.workers)
+                 shard_tokens=config.shard_tokens, max_tokens=config.max_tokens)
 
 
 if __name__ == "__main__":

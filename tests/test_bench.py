@@ -1,6 +1,5 @@
 """Every benchmark runs at a small size, compares what is equal, and the docs quote its log."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -10,24 +9,23 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers.common import ROOT, assert_user_error, make_corpus, run_script, user_error
+from helpers.common import ROOT, assert_user_error, run_script, user_error
 from helpers.ranks import fork_server
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bench import data as bench_data
 from bench import decode as bench_decode
+from bench import finetune as bench_finetune
 from bench import gpu as bench_gpu
 from bench import harness
 from bench import memory as bench_memory
-from bench import recipes as bench_recipes
 from bench import train as bench_train
 from bench.harness import BenchConfig, alternate, compare
 from minigpt2.graphs import draw_runs
-from minigpt2.metrics import read_log
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=16)
-SCRIPTS = ("train", "decode", "data", "memory", "recipes", "gpu")
+SCRIPTS = ("train", "decode", "data", "memory", "finetune", "gpu")
 
 
 def records_of(path) -> dict[str, list[dict]]:
@@ -45,7 +43,6 @@ def quick(tmp_path, monkeypatch) -> BenchConfig:
     monkeypatch.setitem(bench_train.SIZES, "tiny", SMALL)
     monkeypatch.setattr(bench_train, "LOSS_STEPS", 3)
     monkeypatch.setattr(bench_train, "QUICK_SHAPE", (2, 32))
-    monkeypatch.setattr(bench_decode, "QUICK_EVAL_SHAPE", (2, 32))
     return BenchConfig(quick=True, log=str(tmp_path / "log.jsonl"))
 
 
@@ -104,7 +101,7 @@ def test_every_benchmark_is_a_script(name, tmp_path):
 
 
 def test_missing_input_is_one_line(tmp_path):
-    assert_user_error(run_script(ROOT / "bench" / "recipes.py", check=False), "--data-dir")
+    assert_user_error(run_script(ROOT / "bench" / "finetune.py", check=False), "--data")
     if not torch.cuda.is_available():
         assert "--quick" in user_error(bench_gpu.bench_gpu, BenchConfig())
 
@@ -151,13 +148,11 @@ def test_the_training_step_needs_less_memory_than_the_textbooks(tmp_path, quick)
 
 
 @pytest.mark.slow
-def test_decoding_and_validation(tmp_path, quick):
+def test_decoding(tmp_path, quick):
     bench_decode.bench_decode(quick)
     figures = records_of(tmp_path / "log.jsonl")
     assert figures["decoding"][0]["same_tokens"] and figures["decoding"][0]["ratio"] > 0
     assert figures["growth"][0]["ratio"] > 0 and figures["first token"][0]["ms"] > 0
-    assert len(figures["validation"]) == 2
-    assert figures["validation"][0]["loss_differs"] < 1e-6
 
 
 def test_memory_table_and_checkpoint_stall(tmp_path, quick, monkeypatch):
@@ -208,31 +203,18 @@ def test_an_optimizer_step_follows_all_micro_steps(monkeypatch):
 
 
 @pytest.mark.slow
-def test_recipes_are_compared_and_resumed(tmp_path, monkeypatch):
-    data = make_corpus(tmp_path / "data", [5000, 90_000], high=50)
-    monkeypatch.setattr(bench_recipes, "TRIALS", {
-        "gpt2": [{"max_lr": 1e-2, "min_lr": 1e-3}], "fast": [{"max_lr": 1e-2, "muon_lr": 1e-2}]})
-    monkeypatch.setattr(bench_recipes, "SEEDS", (1, 2))
-    config = bench_recipes.RecipesConfig(quick=True, data_dir=str(data),
-                                         out_dir=str(tmp_path / "out"),
-                                         log=str(tmp_path / "log.jsonl"))
-    bench_recipes.bench_recipes(config)
-    figures = records_of(tmp_path / "log.jsonl")
-    assert [found["recipe"] for found in figures["recipe"]] == ["gpt2", "fast"]
-    runs = {found["seed"]: found["loss"] for found in figures["recipe run"]
-            if found["recipe"] == "gpt2"}
-    assert [round(runs[seed], 4) for seed in (1, 2)] == figures["recipe"][0]["losses"]
-    logs = sorted((tmp_path / "out").glob("*/metrics.jsonl"))
-    assert len(logs) == 4 and all(4 in read_log(log)["val"] for log in logs)
-    gpt2, fast = (found["losses"] for found in figures["recipe"])
-    assert figures["recipes"][0]["fast_minus_gpt2"] == pytest.approx(
-        sum(fast) / 2 - sum(gpt2) / 2, abs=1e-4)
-    monkeypatch.setattr(bench_recipes, "run_script", None)  # nothing is left to run
-    bench_recipes.bench_recipes(config)
-    assert records_of(tmp_path / "log.jsonl")["recipe"][2:] == figures["recipe"]
-    monkeypatch.setattr(bench_recipes, "run_script", lambda *arguments, **environment: None)
-    other = dataclasses.replace(config, out_dir=str(tmp_path / "other"))
-    assert "resumes it" in user_error(bench_recipes.bench_recipes, other)
+def test_fine_tuning_compares_equal_losses(tmp_path, quick):
+    rows = [{"instruction": f"Repeat {i}.", "input": "so " * (i % 2), "output": f"{i} " * (i % 5)}
+            for i in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = bench_finetune.FinetuneBenchConfig(quick=True, data=str(tmp_path / "rows.json"),
+                                                log=quick.log)
+    bench_finetune.bench_finetune(config)
+    found, = records_of(tmp_path / "log.jsonl")["fine-tuning"]
+    assert 12 < found["rows"] < 24 and len(found["losses"]) == bench_finetune.LOSS_STEPS
+    assert found["losses"][0] > found["losses"][-1] and found["loss_differs"] < 1e-5
+    assert found["ratio"] == pytest.approx(
+        found["ours_tokens_per_sec"] / found["hugging_face_tokens_per_sec"])
 
 
 # ------------------------------------------------------------------------ logs and figures

@@ -24,7 +24,7 @@ def autocast(dtype):
 
 def computed(sizes, batch, length, dtype, **setting) -> Memory:
     return memory_per_rank(sizes, micro_batch_size=batch, sequence_length=length, dtype=dtype,
-                           device_type="cpu", **setting)
+                           compiled=False, **setting)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,32 +105,18 @@ def test_gradients_and_moments_are_the_real_ones():
     assert plan.total == sum(vars(plan).values())
 
 
-@pytest.mark.parametrize("muon_lr", [None, 1e-3])
-def test_moments_are_those_of_a_real_step(muon_lr):
-    model = GPT(SMALL)
-    optimizer = make_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                               muon_lr=muon_lr)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    held = sum(value.nbytes for state in optimizer.state.values()
-               for name, value in state.items() if name != "step")
-    assert moment_bytes(SMALL, muon=muon_lr is not None) == held
-
-
-@pytest.mark.parametrize("muon_lr", [None, 1e-3])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_sharded_moments_are_those_of_the_fullest_rank(world_size, muon_lr):
+def test_sharded_moments_are_those_of_the_fullest_rank(world_size):
     """As ZeroRedundancyOptimizer divides them, asked without a process group."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    groups = make_optimizer(GPT(SMALL), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                            muon_lr=muon_lr).param_groups
+    groups = make_optimizer(GPT(SMALL), lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
+                            weight_decay=0.1).param_groups
     zero = object.__new__(ZeroRedundancyOptimizer)
     zero.world_size, zero.param_groups, zero._partition_parameters_cache = world_size, groups, []
-    held = [sum((4 if group.get("muon") else 8) * p.numel() for group in rank
-                for p in group["params"]) for rank in zero._partition_parameters()]
-    assert moment_bytes(SMALL, world_size, muon=muon_lr is not None) == max(held)
+    held = [sum(8 * p.numel() for group in rank for p in group["params"])
+            for rank in zero._partition_parameters()]
+    assert moment_bytes(SMALL, world_size) == max(held)
 
 
 def test_what_every_option_saves():
@@ -145,16 +131,16 @@ def test_what_every_option_saves():
     assert memory_per_rank(sizes, **options, world_size=8) == plain
     checkpointed = memory_per_rank(sizes, **options, activation_checkpointing=True)
     assert checkpointed.activations < plain.activations / 5
-    assert memory_per_rank(sizes, **options, compiled=True).loss > 2 * plain.loss
+    assert plain.loss > 2 * memory_per_rank(sizes, **options, compiled=False).loss
 
 
 def test_largest_micro_batch():
-    options = {"share": 96, "sequence_length": 1024, "dtype": torch.bfloat16}
+    options = {"sequence_length": 1024, "dtype": torch.bfloat16}
     sizes = PRESETS["gpt2"]
     largest = largest_micro_batch_for(sizes, 24 * 10**9, **options)
-    assert largest == 48
+    assert largest == 32
     usable = 24e9 * 0.95 - 1.5e9
-    for size, fits in ((largest, True), (2 * largest, False)):
+    for size, fits in ((32, True), (64, False)):
         total = memory_per_rank(sizes, micro_batch_size=size, sequence_length=1024,
                                 dtype=torch.bfloat16).total
         assert (total <= usable) is fits

@@ -120,8 +120,8 @@ class Last(Derived):
 
 
 def test_own_flags_come_before_inherited_ones(capsys):
-    for cls, flags in ((Derived, ["--own", "--rate", "--folder", "--max-steps"]),
-                       (Last, ["--last", "--own", "--rate", "--folder"])):
+    for cls, flags in ((Derived, ["--rate", "--own", "--folder", "--max-steps"]),
+                       (Last, ["--last", "--rate", "--folder", "--own"])):
         options = help_text(cls, capsys).partition("options:")[2]
         places = [options.index(f"  {name} ") for name in flags]
         assert places == sorted(places)

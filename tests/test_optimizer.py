@@ -5,9 +5,8 @@ import torch
 from helpers.common import CPU_LAUNCH, TINY
 
 from minigpt2.optimizer import (
-    cosine_lr,
     is_block_matrix,
-    linear_lr,
+    learning_rate,
     load_optimizer_state,
     make_optimizer,
     optimizer_state,
@@ -28,15 +27,15 @@ GPT2 = {"warmup_steps": 715, "max_steps": 19073, "max_lr": 6e-4, "min_lr": 6e-5}
     (715 + (19073 - 715) // 4, 6e-5 + 0.5 * (1 + math.cos(math.pi / 4)) * 5.4e-4),
     (19072, 6e-5), (19073, 6e-5), (30000, 6e-5)])
 def test_cosine_schedule_by_hand(step, lr):
-    assert cosine_lr(step, **GPT2) == pytest.approx(lr, rel=1e-4)
+    assert learning_rate(step, **GPT2) == pytest.approx(lr, rel=1e-4)
 
 
 def test_schedule_without_warm_up_and_of_one_step():
     options = {"warmup_steps": 0, "max_lr": 1.0, "min_lr": 0.1}
-    assert cosine_lr(0, max_steps=10, **options) == 1.0
-    assert cosine_lr(0, max_steps=1, **options) == 1.0
-    assert cosine_lr(3, max_steps=3, warmup_steps=5, max_lr=1.0, min_lr=0.1) == 0.8
-    rates = [cosine_lr(step, max_steps=10, **options) for step in range(11)]
+    assert learning_rate(0, max_steps=10, **options) == 1.0
+    assert learning_rate(0, max_steps=1, **options) == 1.0
+    assert learning_rate(3, max_steps=3, warmup_steps=5, max_lr=1.0, min_lr=0.1) == 0.8
+    rates = [learning_rate(step, max_steps=10, **options) for step in range(11)]
     assert rates == sorted(rates, reverse=True)
 
 
@@ -71,8 +70,8 @@ def test_first_adamw_step_by_hand():
 @pytest.mark.parametrize("step, lr", [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.6), (100, 0.2),
                                       (1000, 0.2)])
 def test_linear_schedule_by_hand(step, lr):
-    assert linear_lr(step, warmup_steps=10, max_steps=100, max_lr=1.0,
-                     min_lr=0.2) == pytest.approx(lr)
+    assert learning_rate(step, warmup_steps=10, max_steps=100, max_lr=1.0, min_lr=0.2,
+                         schedule="linear") == pytest.approx(lr)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 32)])

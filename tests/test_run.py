@@ -104,7 +104,8 @@ def test_all_training_scripts_share_the_flags_of_a_run():
 def test_only_the_training_step_is_compiled(tmp_path, monkeypatch):
     """Validations in eager mode, of any shape; the weights are those of an eager run."""
     counter, real = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=counter))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(
+        self, backend=counter, **options))
     compiled = toy_script.train(toy(tmp_path / "compiled", compile=True), CPU_LAUNCH)
     assert counter.frame_count >= 1
     eager = toy_script.train(toy(tmp_path / "eager"), CPU_LAUNCH)

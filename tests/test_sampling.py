@@ -14,16 +14,15 @@ from transformers import (
 )
 
 from minigpt2.sampling import (
+    FMIX32,
     SamplingParams,
     exponential_noise,
-    fmix32,
-    keep_top_k,
-    keep_top_p,
+    mix,
     sample,
     seen_tokens,
     splitmix64,
     stream_keys,
-    unnormalized_probs,
+    token_weights,
 )
 from minigpt2.tokenizer import N_VOCAB
 
@@ -119,21 +118,25 @@ def test_tokens_of_probability_zero_are_never_sampled():
 
 
 def test_top_k_and_top_p_at_their_limits():
-    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, -1.0]])
+    def kept(logits: list[float], **options) -> list[int]:
+        weights = token_weights(torch.tensor([logits]), SamplingParams(1.0, **options))
+        assert weights.max() == 1
+        return weights.nonzero()[:, 1].tolist()
+
+    logits = [0.0, 2.0, 1.0, 2.0, -1.0]
     for top_k in (0, 5, 6, 10**9):
-        assert keep_top_k(logits, top_k) is logits  # all
-    assert keep_top_k(logits, 1).isfinite().nonzero()[:, 1].tolist() == [1, 3]  # a tie: both
-    assert keep_top_k(logits, 3).isfinite().nonzero()[:, 1].tolist() == [1, 2, 3]
-    weights = unnormalized_probs(logits, 1.0)
-    assert keep_top_p(weights, 1.0) is weights
-    assert keep_top_p(weights, 0.0).nonzero()[:, 1].tolist() == [1, 3]
-    one = unnormalized_probs(torch.tensor([[5.0, 1.0, 0.0]]), 1.0)
-    assert keep_top_p(one, 0.0).nonzero()[:, 1].tolist() == [0]
-    assert keep_top_p(one, 0.9999).nonzero()[:, 1].tolist() == [0, 1, 2]
-    # 1/2 + 1/4 is exactly 0.75
-    halves = torch.tensor([[0.5, 1.0, 0.25, 0.25]])
-    assert keep_top_p(halves, 0.75).nonzero()[:, 1].tolist() == [0, 1]
-    assert keep_top_p(halves, 0.76).nonzero()[:, 1].tolist() == [0, 1, 2, 3]
+        assert kept(logits, top_k=top_k) == [0, 1, 2, 3, 4]
+    assert kept(logits, top_k=1) == [1, 3]  # a tie: both
+    assert kept(logits, top_k=3) == [1, 2, 3]
+    assert kept(logits, top_p=1.0) == [0, 1, 2, 3, 4]
+    assert kept(logits, top_p=0.0) == [1, 3]
+    one = [5.0, 1.0, 0.0]
+    assert kept(one, top_p=0.0) == [0] and kept(one, top_p=0.9999) == [0, 1, 2]
+    equal = [0.0] * 4  # two of them are exactly 0.5, but ties stay together
+    assert kept(equal, top_p=0.5) == [0, 1, 2, 3]
+    # 1 and then 16 x 2^-4: exactly a half, up to the rounding of exp
+    halves = [0.0, *[-4 * math.log(2)] * 16]
+    assert kept(halves, top_p=0.49) == [0] and kept(halves, top_p=0.51) == list(range(17))
 
 
 def test_an_extreme_penalty_does_not_overflow():
@@ -182,7 +185,7 @@ def fmix32_reference(h: int) -> int:
 
 def test_fmix32_matches_the_reference():
     values = [1, 2, -1, 123456789, -987654321]
-    got = fmix32(torch.tensor(values, dtype=torch.int32))
+    got = mix(torch.tensor(values, dtype=torch.int32), FMIX32)
     assert [x % 2**32 for x in got.tolist()] == [fmix32_reference(x % 2**32) for x in values]
     assert got[0].item() % 2**32 == 0x514E28B7  # from Appleby's MurmurHash3.cpp
 

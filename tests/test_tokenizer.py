@@ -62,6 +62,7 @@ def test_known_ids():
 def test_encode_to_array(name):
     tokens = encode_to_array(TEXTS[name])
     assert tokens.dtype == np.uint32 and tokens.tolist() == encode(TEXTS[name])
+    assert encode(TEXTS[name]) == load_tokenizer().encode_ordinary(TEXTS[name])
 
 
 def test_a_run_of_spaces_that_overflows_tiktoken():

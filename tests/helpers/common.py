@@ -1,5 +1,6 @@
 """Shared test helpers: tiny corpora and models, and running scripts from the command line."""
 
+import json
 import os
 import re
 import subprocess
@@ -21,6 +22,13 @@ TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16
 CPU_LAUNCH = Launch(rank=0, world_size=1, device=torch.device("cpu"))
 TINY_FLAGS = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "32",
               "--sequence-length", "16", "--device", "cpu"]
+
+# Rows of HellaSwag's form
+STORIES = [{"ctx": f"The {a} went to the {b}. There it", "label": str(i % 4), "ind": i,
+            "endings": [f"slept{' very' * n} well.", "ate a fish and a loaf of bread.", "sang.",
+                        f"met {i} other animals, all of them older."]}
+           for i, (a, b, n) in enumerate((a, b, n) for a in ("cat", "old dog") for b in
+                                         ("forest", "sea") for n in range(4))]
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -62,6 +70,12 @@ def make_foreign(corpus: Path, folder: Path, form: str) -> Path:
         else:
             np.save(folder / f"edufineweb_{shard['split']}_{i:06d}.npy", tokens)
     return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Writes rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def run_script(*arguments, env: dict | None = None, stdin: str = "", check: bool = True,

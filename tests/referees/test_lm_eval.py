@@ -4,40 +4,20 @@ and equal accuracies. Rows of HellaSwag and LAMBADA can be given in two environm
 import json
 import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH
+from helpers.common import CPU_LAUNCH, ROOT, run_script
 
-from evaluate import (
-    choice_figures,
-    hellaswag,
-    hellaswag_harness,
-    lambada,
-    last_word_figures,
-    read_questions,
-    score,
-)
-from minigpt2.checkpoint import load_model, save_checkpoint
-from model import GPT, GPTConfig
+from dataloader import read_rows
+from minigpt2.benchmarks import RENDERERS, choice_figures, last_word_figures, make_questions, score
+from minigpt2.checkpoint import load_model
 
-lm_eval = pytest.importorskip("lm_eval", reason="pip install -r requirements-referees.txt")
+harness = pytest.importorskip("harness_tasks", reason="pip install -r requirements-referees.txt")
 
 ROWS = 200
 WORDS = ("the a old small river house king dog cat tree walked ran slept ate sang found lost over "
          "under with without apples Maximiliana yesterday quickly 1984 café naïve it's").split()
-CHOICES = ("output_type: multiple_choice\ndoc_to_choice: {choices}\ndoc_to_target: label\n"
-           "metric_list: [{{metric: acc}}, {{metric: acc_norm}}]\n")
-# hellaswag_harness: what the harness's own preprocessing makes of a row
-TASKS = {
-    "hellaswag": 'doc_to_text: "{{ctx}}"\n' + CHOICES.format(choices="endings"),
-    "hellaswag_harness": 'doc_to_text: "{{query}}"\n' + CHOICES.format(choices="choices"),
-    "lambada": ("output_type: loglikelihood\n"
-                "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\n"
-                "doc_to_target: \"{{' '+text.split(' ')[-1]}}\"\n"
-                "metric_list: [{metric: perplexity, aggregation: perplexity},"
-                " {metric: acc, aggregation: mean}]\n")}
 
 
 def made_rows() -> dict[str, list[dict]]:
@@ -66,35 +46,7 @@ def rows_of(task: str) -> list[dict]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A random model whose logits are as far apart as those of a trained one."""
-    if given := os.environ.get("REFEREE_CHECKPOINT"):
-        return Path(given)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=32))
-    model.transformer.wte.weight.data *= 10
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), 1, model)
-
-
-def harness_results(checkpoint: Path, task: str, path: Path) -> tuple[dict, list[float]]:
-    """The harness's metrics, and its log-likelihoods in the order of the rows."""
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    (path.parent / f"{task}.yaml").write_text(
-        f"task: {task}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {path}}}}}\n"
-        f"test_split: test\n{TASKS[task]}", encoding="utf-8")
-    results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=16),
-        tasks=[task], log_samples=True, bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(path.parent), include_defaults=False))
-    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
-    return (results["results"][task],
-            [response[0] for sample in samples for response in sample["filtered_resps"]])
-
-
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", harness.TASKS)
 def test_scores_and_accuracies_equal_the_harness(checkpoint, tmp_path, monkeypatch, task):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = rows_of(task)
@@ -110,13 +62,16 @@ def test_scores_and_accuracies_equal_the_harness(checkpoint, tmp_path, monkeypat
     path, own_path = tmp_path / "rows.jsonl", tmp_path / "own.jsonl"
     for file, content in ((path, given), (own_path, rows)):
         file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    metrics, expected = harness_results(checkpoint, task, path)
+    results = harness.load_harness(checkpoint, task, path, batch_size=16)()
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    expected = [response[0] for sample in samples for response in sample["filtered_resps"]]
+    metrics = results["results"][task]
 
     model = load_model(checkpoint)
-    render = {"hellaswag": hellaswag, "hellaswag_harness": hellaswag_harness, "lambada": lambada}
-    questions = read_questions(own_path, render[task], None, model.config.block_size)
+    questions = make_questions(own_path, read_rows(own_path), RENDERERS[task],
+                               model.config.block_size)
     pairs = [pair for question in questions for pair in question.pairs]
-    scores = score(model, pairs, CPU_LAUNCH, torch.float32, 8192, task)
+    scores = score(model, pairs, CPU_LAUNCH, torch.float32)
     assert scores[:, 0].tolist() == pytest.approx(expected, abs=1e-3)
     if task == "lambada":
         figures = last_word_figures(scores)
@@ -126,3 +81,13 @@ def test_scores_and_accuracies_equal_the_harness(checkpoint, tmp_path, monkeypat
         figures = choice_figures(questions, scores)
         assert figures["accuracy_summed"] == metrics["acc,none"]
         assert figures["accuracy_per_character"] == metrics["acc_norm,none"]
+
+
+def test_the_speed_of_hellaswag_is_measured_on_equal_accuracies(tmp_path):
+    path, log = tmp_path / "rows.jsonl", tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made_rows()["hellaswag"]))
+    run_script(ROOT / "tests/referees/hellaswag_speed.py", "--file", path, "--quick", "--log", log)
+    figures = json.loads(log.read_text().splitlines()[-1])
+    assert figures["rows"] == 8 and figures["ours_accuracy"] == figures["lm_eval_accuracy"]
+    assert figures["ratio"] == pytest.approx(
+        figures["ours_rows_per_sec"] / figures["lm_eval_rows_per_sec"])

@@ -1,0 +1,198 @@
+"""HellaSwag, LAMBADA and multiple choice: log-probabilities of continuations, and accuracies."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from minigpt2.config import UserError
+from minigpt2.distributed import Launch, autocast
+from minigpt2.loss import block_sizes
+from minigpt2.progress import progress_bar
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, encode
+from model import GPT
+
+Pair = tuple[list[int], list[int]]  # ids of the context, ids of the continuation
+
+
+@dataclass(frozen=True)
+class Question:
+    pairs: list[Pair]  # one per choice
+    label: int  # the index of the right choice
+    characters: list[int]  # length of each choice as text, without the leading space
+
+
+def make_question(contexts: list[str], choices: list[str], label: int) -> Question:
+    """A question with one context per choice. Whitespace between them, a single space unless the
+    context ends with some, belongs to the continuation. An empty context is <|endoftext|>."""
+    pairs = []
+    for context, choice in zip(contexts, choices, strict=True):
+        end = len(context.rstrip())
+        pairs.append((encode(context[:end]), encode((context[end:] or " ") + choice)) if end else
+                     ([EOT_TOKEN], encode(choice)))
+    return Question(pairs, label, list(map(len, choices)))
+
+
+def multiple_choice(row: dict) -> Question:
+    """A row of `context` (or a list of contexts, one per choice), `choices` and `label`, an index
+    that may be text, as in the official HellaSwag files. Raises ValueError."""
+    context, choices, label = (row.get(key) for key in ("context", "choices", "label"))
+    choices = choices if isinstance(choices, list) else []
+    contexts = context if isinstance(context, list) else [context] * len(choices)
+    is_text = all(isinstance(text, str) for text in (*contexts, *choices))
+    if len(choices) < 2 or len(contexts) != len(choices) or not is_text or "" in map(
+            str.strip, choices):
+        raise ValueError("expected a list of at least two `choices`, texts that are not empty, and "
+                         "a `context`, or one for each choice")
+    index = int(label) if isinstance(label, str) and label.isdecimal() else label
+    if type(index) is not int or not 0 <= index < len(choices):
+        raise ValueError(f"label is {label!r:.40}, expected 0 to {len(choices) - 1}")
+    return make_question(contexts, choices, index)
+
+
+def hellaswag(row: dict) -> Question:
+    """A row of HellaSwag as it stands, as in build-nanogpt's hellaswag.py."""
+    return multiple_choice(row | {"context": row.get("ctx"), "choices": row.get("endings")})
+
+
+def hellaswag_harness(row: dict) -> Question:
+    """A row of HellaSwag as lm-evaluation-harness renders it: with the activity as a heading, the
+    second sentence capitalized, and WikiHow's marks removed."""
+    def clean(text: str) -> str:
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    texts = [row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")]
+    endings = row["endings"] if isinstance(row.get("endings"), list) else [None]
+    if not all(isinstance(text, str) for text in (*texts, *endings)):
+        raise ValueError("activity_label, ctx_a, ctx_b and endings are not all there, which the "
+                         "harness's form needs: use the official file, or the task hellaswag")
+    question = clean(f"{texts[0]}: {texts[1]} {texts[2].capitalize()}")
+    return multiple_choice(row | {"context": question, "choices": list(map(clean, endings))})
+
+
+def lambada(row: dict) -> Question:
+    """A row of LAMBADA: the last word, after the last space, is the only choice."""
+    text = row.get("text")
+    context, _, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
+    if not context or not word:
+        raise ValueError("expected a `text` that ends with a space and a word")
+    return make_question([context], [word], 0)
+
+
+RENDERERS = {"hellaswag": hellaswag, "hellaswag_harness": hellaswag_harness, "lambada": lambada}
+
+
+def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[[dict], Question],
+                   block_size: int) -> list[Question]:
+    """The questions of the (place, row) pairs read from a file; places are for error messages.
+    Raises UserError naming the first bad row, or the file if there are no rows."""
+    questions = []
+    for place, row in rows:
+        try:
+            question = render(row if isinstance(row, dict) else {})
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        if (longest := max(len(continuation) for _, continuation in question.pairs)) > block_size:
+            raise UserError(f"{place}: a choice has {longest} tokens, the context {block_size}: "
+                            "leave the row out")
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path} has no rows")
+    return questions
+
+
+@torch.no_grad()
+def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *, label: str = "",
+          batch_tokens: int = 8192, should_stop: Callable[[], bool] = bool,
+          ) -> torch.Tensor | None:
+    """For each pair: the log-probability of the continuation (nats), whether every one of its
+    tokens is the most likely one, and whether the last one is: (N, 3) float64, equal on all ranks.
+    None, on all ranks, once `should_stop()` is true on any. A `label` shows a progress bar.
+
+    `model` is the raw module and runs eagerly. Batches of about batch_tokens are made by length,
+    alike for any number of ranks. A context that is too long is cut on the left."""
+    limit = model.config.block_size + 1  # the last token is only a target
+    rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    batches, sums = [], torch.zeros(len(rows) + 1, 3, dtype=torch.float64)  # last row: stopped
+    while order:
+        batches.append(order[: max(1, batch_tokens // len(rows[order[0]][0]))])
+        del order[: len(batches[-1])]
+    mine = batches[launch.rank :: launch.world_size]
+    for batch in progress_bar(len(mine), 0, label, enabled=bool(label) and launch.is_master,
+                              over=mine):
+        sums[-1] = should_stop()
+        if sums[-1].any():
+            break
+        sums[batch] = score_batch(model, [rows[i] for i in batch], launch.device, dtype)
+    scores, stopped = launch.sum(sums).cpu().split([len(rows), 1])
+    return None if stopped.any() else scores
+
+
+def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.device,
+                dtype: torch.dtype) -> torch.Tensor:
+    """One batch of (ids, length of the continuation) -> (B, 3) float64, see `score`."""
+    inputs = pad_sequence([torch.tensor(row[:-1]) for row, _ in rows], batch_first=True)  # (B, T)
+    places = [(i, p - 1, row[p]) for i, (row, length) in enumerate(rows)
+              for p in range(len(row) - length, len(row))]  # row, token before, target
+    row, position, target = torch.tensor(places).T.to(device)  # (N,) each
+    with autocast(device, dtype):
+        x = model.hidden_states(inputs.to(device))[row, position]  # (N, C)
+        step, _ = block_sizes(device)
+        logits = (model.lm_head(part)[:, :N_VOCAB].float() for part in x.split(step))
+        parts = [(-F.cross_entropy(scores, ids, reduction="none"), scores.argmax(1) == ids)
+                 for scores, ids in zip(logits, target.split(step), strict=True)]
+    lengths = [length for _, length in rows]
+    logprobs, hits = (torch.cat(tensors).cpu().double().split(lengths)
+                      for tensors in zip(*parts, strict=True))
+    return torch.stack([torch.stack([logprob.sum(), hit.min(), hit[-1]])
+                        for logprob, hit in zip(logprobs, hits, strict=True)])
+
+
+def question_figures(model: GPT, questions: list[Question], launch: Launch, dtype: torch.dtype,
+                     **options) -> dict[str, float] | None:
+    """`choice_figures` of questions, or `last_word_figures` if each has a single continuation. For
+    the options and None see `score`."""
+    pairs = [pair for question in questions for pair in question.pairs]
+    scores = score(model, pairs, launch, dtype, **options)
+    if scores is None:
+        return None
+    return (last_word_figures(scores) if len(pairs) == len(questions) else
+            choice_figures(questions, scores))
+
+
+def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str, float]:
+    """Accuracies of the choice with the highest log-probability: summed, per token, per character
+    (docs/evaluation.md)."""
+    right = {"accuracy_summed": [], "accuracy_per_token": [], "accuracy_per_character": []}
+    parts = scores[:, 0].split([len(question.pairs) for question in questions])
+    for question, logprobs in zip(questions, parts, strict=True):
+        tokens = [len(continuation) for _, continuation in question.pairs]
+        for hits, lengths in zip(right.values(), (1, tokens, question.characters), strict=True):
+            hits.append(int((logprobs / torch.tensor(lengths)).argmax()) == question.label)
+    return means(right) | {"rows": len(questions)}
+
+
+def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
+    """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
+    paper's), and the perplexity per word, exp of the mean negative log-probability."""
+    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2],
+                     "nats": -scores[:, 0]})
+    perplexity = math.exp(figures.pop("nats"))
+    return figures | {"perplexity_per_word": perplexity, "rows": len(scores),
+                      "perplexity_per_word_stderr": perplexity * figures.pop("nats_stderr")}
+
+
+def means(values: dict[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each figure over n rows, and its standard error, deviation / sqrt(n)."""
+    figures = {}
+    for name, row in values.items():
+        row = torch.as_tensor(row, dtype=torch.float64)
+        error = row.std().item() / math.sqrt(len(row)) if len(row) > 1 else math.nan
+        figures |= {name: row.mean().item(), f"{name}_stderr": error}
+    return figures
