@@ -18,10 +18,10 @@ import torch
 
 from minigpt2 import distributed, resume
 from minigpt2.checkpoint import write_pointers
-from minigpt2.config import flag
+from minigpt2.config import UserError, flag
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import StopRequest, agree, count_skipped
-from minigpt2.files import check_folder
+from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import peak_flops, run_metadata, start_log
@@ -119,9 +119,13 @@ class Run:
         if config.bf16_residual and not model.bf16_residual:
             launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
         if self.is_resumed:
-            self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
-                                        max_steps=max_steps, flag=max_steps_flag)
+            self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler)
             self.saved = None  # free it: the moments are twice the size of the weights
+            launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
+                          f"{max_steps:,} steps")
+        if self.step > max_steps:
+            raise UserError(f"--resume: {self.checkpoint} was saved after {self.step} steps, more "
+                            f"than the {max_steps} of this run: raise {max_steps_flag}")
         resume.seed_rank(config.seed, self.step, launch)
         compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
@@ -143,6 +147,9 @@ class Run:
     def __enter__(self) -> "Run":
         config, is_master = self.config, self.launch.is_master
         with contextlib.ExitStack() as stack:
+            if is_master:
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
             self.writer = stack.enter_context(resume.CheckpointWriter(
                 self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
                 keep_every=config.keep_every, prompt_template=self.prompt_template,

@@ -183,7 +183,8 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(corpus, out, finis
 
 def test_every_reader_detects_damaged_weights(out):
     flip_bit(out / "step_000010" / "model.safetensors", 0.7)
-    assert "model.safetensors is damaged" in user_error(load_model, out)
+    message = user_error(load_model, out)
+    assert "step_000010/model.safetensors (it is damaged" in message and "SHA256SUMS" in message
     load_model(out / "step_000005")
 
 
