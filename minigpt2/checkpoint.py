@@ -1,8 +1,5 @@
-"""Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights.
-
-docs/formats.md lists the files. Weights have GPT-2's own tensor layout, in float32, with a tied
-head and no padding. Nothing that can run code is ever loaded.
-"""
+"""Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights
+(docs/formats.md). Nothing that can run code is ever loaded."""
 
 import contextlib
 import json
@@ -39,19 +36,18 @@ FIXED_SETTINGS = {  # required values of config.json, where present
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
                     prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
                     best_step: int | None = None) -> Path:
-    """Writes OUT_DIR/step_NNNNNN atomically, points OUT_DIR/latest to it, and OUT_DIR/best to the
-    checkpoint of `best_step`. Returns the folder. `model` is the raw module, not its DDP wrapper.
-    `prompt_template` marks a fine-tuned model. With keep_last > 0, older checkpoints are deleted,
-    except multiples of `keep_every` and `best_step`. Raises UserError if writing fails, for example
-    on a full disk; earlier checkpoints stay intact."""
+    """Writes OUT_DIR/step_NNNNNN atomically and returns it; points OUT_DIR/latest to it and
+    OUT_DIR/best to the checkpoint of `best_step`. `model` is the raw module, not its DDP wrapper.
+    With keep_last > 0, older checkpoints are deleted, except multiples of `keep_every` and
+    `best_step`. Raises UserError if writing fails; earlier checkpoints stay intact."""
     folder, tensors = step_folder(out_dir, step), to_gpt2_layout(model)
-    temporary, replaced = (out_dir / f".{folder.name}.{suffix}" for suffix in ("tmp", "replaced"))
+    temporary = out_dir / f".{folder.name}.tmp"
     try:
         clean_up(out_dir)
         temporary.mkdir(parents=True)
         write_files(temporary, model.config, tensors, training_state, prompt_template)
         if folder.exists():  # this step is saved again
-            os.replace(folder, replaced)
+            os.replace(folder, temporary.with_suffix(".replaced"))
         os.replace(temporary, folder)
         write_pointers(out_dir, step, best_step)
         for path in list_checkpoints(out_dir)[:-keep_last] if keep_last > 0 else []:
@@ -70,12 +66,11 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
 def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor],
                 training_state: dict | None, prompt_template: str | None) -> None:
     """Writes all files of a checkpoint and syncs them to disk."""
-    settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
+    settings = {"prompt_template": prompt_template} if prompt_template else {}
+    settings |= FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
-    if prompt_template:
-        settings["prompt_template"] = prompt_template
     loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
               "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
     for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", loader)):
@@ -96,12 +91,10 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """Returns the parameters under GPT-2's names and in GPT-2's layout, float32, on the CPU. Raises
-    ValueError for a model whose weights `prepare_to_sample` has packed."""
-    tensors = {
-        name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach()
-        .to("cpu", torch.float32).contiguous()
-        for name, tensor in model.named_parameters()}  # lists the tied head once, as wte
+    """Returns the parameters under GPT-2's names and in GPT-2's layout, float32, on the CPU."""
+    tensors = {  # the tied head once, as wte
+        name: (p.t() if TRANSPOSED.search(name) else p).detach().to("cpu", torch.float32)
+        .contiguous() for name, p in model.named_parameters()}
     if len(tensors) != 4 + 12 * model.config.n_layer:
         raise ValueError("cannot save a model after prepare_to_sample: it has no parameters left")
     return tensors

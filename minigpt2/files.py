@@ -43,9 +43,8 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
 
 def check_folder(folder: Path, what: str) -> None:
     """Raises UserError, about `what`, if nothing can be written into a folder, existing or not."""
-    existing = folder.absolute()
-    while not os.path.exists(existing):  # False as well for what may not be seen
-        existing = existing.parent
+    folders = (folder.absolute(), *folder.absolute().parents)
+    existing = next(filter(os.path.exists, folders))  # what may not be seen is left out too
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{what} cannot be written: {existing} is "
                         f"{'not writable' if existing.is_dir() else 'not a folder'}")
@@ -70,12 +69,11 @@ def sha256_of(path: Path) -> str:
 def folder_lock(out_dir: Path) -> Iterator[None]:
     """Locks a folder against other processes; the system releases the lock of a killed process."""
     try:
-        lock = filelock.FileLock(out_dir / ".lock").acquire(timeout=0)
+        with filelock.FileLock(out_dir / ".lock", timeout=0):
+            yield
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
                         "--out-dir") from None
-    with lock:
-        yield
 
 
 def text_encoding(path: Path, head: bytes) -> str:

@@ -1,10 +1,5 @@
-"""Checkpoints of a run in progress: written in the background, found again, and restored.
-
-The training state of a checkpoint holds the optimizer, the gradient scaler, `TrainState`, and the
-run's metadata (`metrics.run_metadata`: settings, versions, the SHA-256 of the data). Data and
-random generators need no state of their own: seed, step and rank determine the batch and seed the
-generators.
-"""
+"""Checkpoints of a run in progress: written in the background, found again, and restored. Data and
+random generators need no state of their own: seed, step and rank determine both."""
 
 import dataclasses
 import math
@@ -95,19 +90,10 @@ class CheckpointWriter:
                                                       pin_memory=value.is_cuda)
         return buffer.copy_(value, non_blocking=value.is_cuda)
 
-    @property
-    def folder(self) -> Path:
-        """The newest checkpoint, once it is written."""
-        return checkpoint.step_folder(self.out_dir, self.saved_step)
-
-    def poll(self) -> None:
-        """Raises UserError if the pending checkpoint has failed; does not block."""
-        if self.pending is not None and self.pending.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits until the pending checkpoint is on disk. Raises UserError if it cannot be."""
-        if self.pending is not None:
+    def wait(self, block: bool = True) -> None:
+        """Waits until the pending checkpoint is on disk; without `block`, only looks. Raises
+        UserError if it cannot be written."""
+        if self.pending is not None and (block or self.pending.done()):
             pending, self.pending = self.pending, None
             pending.result()
 
@@ -127,34 +113,31 @@ class CheckpointWriter:
 # -------------------------------------------------------------------------------- finding
 
 
-def find_resume(out_dir: Path, resume: bool, launch: Launch,
-                ) -> tuple[Path, dict] | tuple[None, None]:
-    """The newest intact checkpoint of out_dir and its training state; (None, None) for a new run.
-    Raises UserError if the folder holds a run but --resume was not given, if every checkpoint in
-    it is damaged, if another process is writing to it, or if a rank does not see it."""
-    folder = saved = None
+def find_resume(out_dir: Path, resume: bool, launch: Launch) -> Path | None:
+    """The newest intact checkpoint of out_dir; None for a new run. Raises UserError if the folder
+    holds a run but --resume was not given, if every checkpoint in it is damaged, if another process
+    is writing to it, or if a rank does not see it."""
+    folder = None
     holds_run = checkpoint.list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
     if launch.is_master and holds_run:
         if not resume:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
                             "it, or choose another --out-dir")
         with folder_lock(out_dir):
-            folder, saved = newest_intact(out_dir)
+            folder = newest_intact(out_dir)
+    folder = launch.broadcast(folder)
     if resume and folder is None:
         launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with a "
                       "new log)")
-    folder = launch.broadcast(folder)
-    if folder is not None and saved is None:  # not on rank 0
-        if not folder.is_dir():
-            raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
-                            "--out-dir must be a folder that all nodes share")
-        saved = checkpoint.load_training_state(folder)
-    return folder, saved
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
+                        "--out-dir must be a folder that all nodes share")
+    return folder
 
 
-def newest_intact(out_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """The newest intact checkpoint with its training state. Prints a line for each newer, damaged
-    one and renames it (.damaged): the resumed run will write those steps again."""
+def newest_intact(out_dir: Path) -> Path | None:
+    """The newest checkpoint that can be read in full. Prints a line for each newer, damaged one and
+    renames it (.damaged): the resumed run will write those steps again."""
     checkpoint.clean_up(out_dir)
     damaged = []
     for folder in reversed(checkpoint.list_checkpoints(out_dir)):
@@ -171,11 +154,11 @@ def newest_intact(out_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
             renamed = other.with_name(f"{other.name}.damaged")
             shutil.rmtree(renamed, ignore_errors=True)
             os.replace(other, renamed)
-        return folder, saved
+        return folder
     if damaged:
         raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} is intact: restore "
                         "one, or start in another --out-dir")
-    return None, None
+    return None
 
 
 def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[str],
