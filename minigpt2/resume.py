@@ -1,6 +1,7 @@
 """Checkpoints of a run in progress: written in the background, found again, and restored. Data and
 random generators need no state of their own: seed, step and rank determine both."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -39,7 +40,7 @@ class TrainState:
 # --------------------------------------------------------------------------------- saving
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager):
     """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
     Training waits for the copy, and for the disk only if the previous checkpoint is not written
     yet. `metadata` goes into every checkpoint, `options` to `save_checkpoint`."""
@@ -96,9 +97,6 @@ class CheckpointWriter:
         if self.pending is not None and (block or self.pending.done()):
             pending, self.pending = self.pending, None
             pending.result()
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
 
     def __exit__(self, kind, error, traceback) -> None:
         self.thread.shutdown()  # writes the pending one, also after an error: its copy is valid
