@@ -66,11 +66,12 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
 def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor],
                 training_state: dict | None, prompt_template: str | None) -> None:
     """Writes all files of a checkpoint and syncs them to disk."""
-    settings = {"prompt_template": prompt_template} if prompt_template else {}
-    settings |= FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
+    settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
+    if prompt_template:
+        settings["prompt_template"] = prompt_template
     loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
               "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
     for name, content in ((CONFIG_FILE, settings), ("tokenizer_config.json", loader)):
@@ -91,10 +92,12 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """Returns the parameters under GPT-2's names and in GPT-2's layout, float32, on the CPU."""
-    tensors = {  # the tied head once, as wte
-        name: (p.t() if TRANSPOSED.search(name) else p).detach().to("cpu", torch.float32)
-        .contiguous() for name, p in model.named_parameters()}
+    """Returns the parameters under GPT-2's names and in GPT-2's layout, float32, on the CPU. Raises
+    ValueError for a model whose weights `prepare_to_sample` has packed."""
+    tensors = {
+        name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach()
+        .to("cpu", torch.float32).contiguous()
+        for name, tensor in model.named_parameters()}  # lists the tied head once, as wte
     if len(tensors) != 4 + 12 * model.config.n_layer:
         raise ValueError("cannot save a model after prepare_to_sample: it has no parameters left")
     return tensors

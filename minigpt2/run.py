@@ -228,10 +228,11 @@ class Run:
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     **figures) -> None:
-        """Clips the gradients, takes the optimizer step, and logs it. The mean over ranks of
-        loss_sum () is the loss of the global batch; `tokens` are those of all ranks, in sequences
-        of sequence_length (for MFU); `figures` are logged as well. A non-finite loss or gradient
-        norm skips the step on all ranks; three in a row raise UserError."""
+        """Clips the gradients, takes the optimizer step, and logs it. loss_sum () is this rank's
+        loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
+        of all ranks, in sequences of sequence_length (for MFU); `figures` are logged as well. A
+        non-finite loss or gradient norm skips the step on all ranks; three in a row raise
+        UserError."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
                                                    self.config.grad_clip or math.inf)
