@@ -111,11 +111,11 @@ class Run:
         if self.is_resumed:
             self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler)
             self.saved = None  # free it: the moments are twice the size of the weights
+            if self.step > max_steps:
+                raise UserError(f"--resume: {self.checkpoint} was saved after {self.step} steps, "
+                                f"more than the {max_steps} of this run: raise {max_steps_flag}")
             launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
                           f"{max_steps:,} steps")
-        if self.step > max_steps:
-            raise UserError(f"--resume: {self.checkpoint} was saved after {self.step} steps, more "
-                            f"than the {max_steps} of this run: raise {max_steps_flag}")
         resume.seed_rank(config.seed, self.step, launch)
         compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
