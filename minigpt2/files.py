@@ -1,6 +1,5 @@
 """Atomic file writes, checksums, a lock for output folders, and what is text."""
 
-import codecs
 import contextlib
 import hashlib
 import os
@@ -12,10 +11,6 @@ import filelock
 
 from minigpt2.config import UserError
 
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
-                    codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-                    codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begin with UTF-16's
-POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 INVALID_UTF8 = "surrogateescape"  # codec error handler: invalid bytes become U+DC80 to U+DCFF
 RARE = 100_000  # one invalid byte in so many characters is damage, more is another encoding
 
@@ -74,15 +69,6 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
                         "--out-dir") from None
-
-
-def text_encoding(path: Path, head: bytes) -> str:
-    """The encoding that the byte-order mark in the first bytes of a file names, or UTF-8. A decoder
-    of it drops the mark. Raises UserError for a pointer file."""
-    if head.startswith(POINTERS):
-        raise UserError(f"{path} is a pointer of Git LFS or git-annex, not the data: fetch it with "
-                        "`git lfs pull` or `git annex get`")
-    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
 
 
 def check_text(path: Path, text: str) -> None:
