@@ -1,17 +1,14 @@
-"""Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights.
+"""Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights
+(docs/formats.md). Nothing that can run code is ever loaded."""
 
-docs/formats.md lists the files. Weights have GPT-2's own tensor layout, in float32, with a tied
-head and no padding. Nothing that can run code is ever loaded.
-"""
-
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,36 +41,30 @@ FIXED_SETTINGS = {  # required values of config.json, where present
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
                     prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
                     best_step: int | None = None) -> Path:
-    """Writes OUT_DIR/step_NNNNNN atomically, points OUT_DIR/latest to it, and OUT_DIR/best to the
-    checkpoint of `best_step`. Returns the folder. `model` is the raw module, not its DDP wrapper.
-    `prompt_template` marks a fine-tuned model. With keep_last > 0, older checkpoints are deleted,
-    except multiples of `keep_every` and `best_step`. Raises UserError if writing fails, for example
-    on a full disk; earlier checkpoints stay intact."""
-    folder = step_folder(out_dir, step)
-    temporary, replaced = (out_dir / f".{folder.name}.{suffix}" for suffix in ("tmp", "replaced"))
-    tensors = to_gpt2_layout(model)
-    restore_replaced(out_dir)
-    for leftover in out_dir.glob(".step_*.tmp"):  # of a run killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Writes OUT_DIR/step_NNNNNN atomically and returns it; points OUT_DIR/latest to it and
+    OUT_DIR/best to the checkpoint of `best_step`. `model` is the raw module, not its DDP wrapper.
+    With keep_last > 0, older checkpoints are deleted, except multiples of `keep_every` and
+    `best_step`. Raises UserError if writing fails; earlier checkpoints stay intact."""
+    folder, tensors = step_folder(out_dir, step), to_gpt2_layout(model)
+    temporary = out_dir / f".{folder.name}.tmp"
     try:
+        clean_up(out_dir)
+        temporary.mkdir(parents=True)
         write_files(temporary, model.config, tensors, training_state, prompt_template)
-        if folder.exists():  # a run resumed from an earlier step saves this step again
-            os.replace(folder, replaced)
+        if folder.exists():  # this step is saved again
+            os.replace(folder, temporary.with_suffix(".replaced"))
         os.replace(temporary, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         write_pointers(out_dir, step, best_step)
+        for path in list_checkpoints(out_dir)[:-keep_last] if keep_last > 0 else []:
+            if step_of(path) != best_step and (keep_every == 0 or step_of(path) % keep_every):
+                os.replace(path, out_dir / f".{path.name}.old.tmp")  # deleted by clean_up
     except (SafetensorError, RuntimeError, OSError) as error:
         # safetensors and torch.save raise errors without errno for a failed write
         full = " Is the disk full?" if getattr(error, "errno", None) in {None, *NO_SPACE} else ""
         raise UserError(f"cannot write {folder} ({first_line(error)}).{full} Earlier checkpoints "
                         "are intact: resume from them with --resume") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    past = [path for path in list_checkpoints(out_dir) if step_of(path) <= step]
-    for path in past[:-keep_last] if keep_last > 0 else []:
-        if step_of(path) != best_step and (keep_every == 0 or step_of(path) % keep_every):
-            delete_checkpoint(path)
+        clean_up(out_dir)
     return folder
 
 
@@ -121,11 +112,14 @@ def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def restore_replaced(out_dir: Path) -> None:
-    """Ends the replacement of a checkpoint that a kill interrupted: one of the two remains."""
+def clean_up(out_dir: Path) -> None:
+    """Ends what a kill may have interrupted: of a checkpoint that was being replaced, the old or
+    the new one remains; folders that are unfinished or to be deleted are deleted."""
     for replaced in out_dir.glob(".step_*.replaced"):
         folder = out_dir / replaced.stem[1:]
-        delete_checkpoint(replaced) if folder.exists() else os.replace(replaced, folder)
+        os.replace(replaced, replaced.with_suffix(".old.tmp") if folder.exists() else folder)
+    for leftover in out_dir.glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)  # the next save tries again
 
 
 def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
@@ -134,14 +128,6 @@ def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
         if target is not None and step_folder(out_dir, target).exists():
             with atomic_write(out_dir / name, text=True) as file:
                 file.write(step_folder(out_dir, target).name + "\n")
-
-
-def delete_checkpoint(folder: Path) -> None:
-    """Renames, then deletes: a kill in between leaves no partial checkpoint under this name."""
-    if folder.exists():
-        renamed = folder.with_name(f".{folder.name}.old.tmp")
-        os.replace(folder, renamed)
-        shutil.rmtree(renamed, ignore_errors=True)  # the next save tries again
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -153,12 +139,7 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first."""
-    return [path for path in list_step_folders(out_dir) if (path / CONFIG_FILE).is_file()]
-
-
-def list_step_folders(out_dir: Path) -> list[Path]:
-    """Returns every folder named like a checkpoint, damaged or not, oldest first."""
+    """The checkpoints of a run, damaged ones included, oldest first."""
     return sorted((path for path in out_dir.glob("step_*") if STEP_FOLDER.fullmatch(path.name)),
                   key=step_of)
 
@@ -169,10 +150,10 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_file() and folder.name in (LATEST, BEST):
         name = folder.read_text(encoding="utf-8", errors="replace").strip()
-        if not STEP_FOLDER.fullmatch(name) or not (folder.parent / name).is_dir():
+        if name not in (one.name for one in list_checkpoints(folder.parent)):
             raise UserError(f"{folder} points to {name:.60}, which does not exist: give a "
                             f"checkpoint, or {folder.parent} for its newest")
-        folder = folder.parent / name
+        return folder.with_name(name)
     if (folder / CONFIG_FILE).is_file():
         return folder
     if checkpoints := list_checkpoints(folder):
@@ -181,36 +162,32 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{folder} is not a checkpoint, it has neither {CONFIG_FILE} nor folders "
                         "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2 "
                         "(checkpoints of nanoGPT and llm.c: see docs/formats.md)")
-    return download_checkpoint(str(path))
-
-
-def download_checkpoint(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download  # slow to import, rarely needed
     try:
-        return Path(snapshot_download(name, allow_patterns=[
+        return Path(snapshot_download(str(path), allow_patterns=[
             CONFIG_FILE, "model*.safetensors", INDEX_FILE, "tokenizer*.json", "added_tokens.json",
             *VOCABULARY]))
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"checkpoint {name} is not a local folder, and the Hugging Face hub "
+        raise UserError(f"checkpoint {path} is not a local folder, and the Hugging Face hub "
                         f"did not provide it ({first_line(error)})") from None
 
 
-def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Compares files of a checkpoint with SHA256SUMS; by default all that resuming needs. A folder
-    without SHA256SUMS passes. Raises UserError for a damaged or missing file."""
-    if not (folder / SUMS_FILE).exists():
-        return
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Everything that goes wrong while a file of a checkpoint is read becomes a UserError: it
+    differs from SHA256SUMS, if there is one; it is damaged; it does not hold what it should."""
+    sums = path.with_name(SUMS_FILE)
     try:
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        required = sums.keys() | {CONFIG_FILE, WEIGHTS_FILE, TRAINING_STATE_FILE}
-        for name in sorted(required if names is None else sums.keys() & set(names)):
-            if sha256_of(folder / name) != sums.get(name):
-                raise UserError(f"{folder / name} is damaged or truncated, see {SUMS_FILE}: use an "
-                                f"earlier checkpoint (if you edited it, delete {SUMS_FILE})")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot check {folder} against its {SUMS_FILE} ({first_line(error)}): use "
-                        "an earlier checkpoint") from None
+        if sums.exists() and f"{sha256_of(path)}  {path.name}\n" not in sums.read_text("utf-8"):
+            raise ValueError(f"it is damaged, or was edited: its SHA-256 is not that in {SUMS_FILE}"
+                             ", to be deleted after an edit")
+        yield
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError,
+            RecursionError) as error:
+        # torch's own message about code advises weights_only=False
+        reason = ("it is damaged or holds code, which is never run"
+                  if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split()))
+        raise UserError(f"cannot load {path} ({reason:.400}): use another checkpoint") from None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
@@ -220,10 +197,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     file, a setting or a tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or
     of another shape than config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
-    verify(folder, [CONFIG_FILE, WEIGHTS_FILE])
-    tokenizer.check_files(folder)
     check_model_kind(folder, LM_HEAD if model_class is GPT else REWARD_HEAD)
     config = read_config(folder)
+    tokenizer.check_files(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
         if TRANSPOSED.search(name) and tensor.dim() == 2:
@@ -233,12 +209,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
             raise UserError(f"{file}: {name} has NaN or infinite values: use another checkpoint")
         if not torch.equal(parameters.setdefault(name, tensor), tensor):
             raise UserError(f"{file}: lm_head differs from wte, but the head of GPT-2 is tied")
-    try:
+    with reading(folder / CONFIG_FILE):  # which the tensors have to match
         return model_from_parameters(config, parameters, model_class).eval()
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} does not match its {CONFIG_FILE} ({reason:.300}): use another "
-                        "checkpoint") from None
 
 
 def check_model_kind(folder: Path, wanted: str) -> None:
@@ -274,26 +246,22 @@ def weights_sha256(model: GPT) -> str:
 def read_config(folder: Path) -> GPTConfig:
     """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
     settings = read_json(folder / CONFIG_FILE)
-    try:
+    with reading(folder / CONFIG_FILE):
         for name, value in FIXED_SETTINGS.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name} is {settings[name]!r}, expected {value!r}")
         config = GPTConfig(settings.get("n_positions"), *map(settings.get, SIZES))
         if settings.get("n_inner") not in (None, 4 * config.n_embd):
             raise ValueError(f"n_inner is {settings['n_inner']}, expected 4 n_embd")
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG_FILE} does not describe a GPT-2: {error}") from None
-    return config
+        return config
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    return content
+        return content
 
 
 def read_prompt_template(path: str | Path) -> str | None:
@@ -309,34 +277,21 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
     the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
     torch.compile, and yields a stored head under the name of wte, to which it is tied."""
-    index, names = folder / INDEX_FILE, {WEIGHTS_FILE}  # chosen as by transformers
-    if not (folder / WEIGHTS_FILE).exists():
-        if not index.exists():
-            raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only "
-                            "safetensors files are read")
-        names = set(map(str, read_json(index).get("weight_map", {}).values()))
+    names = {WEIGHTS_FILE}
+    if not (folder / WEIGHTS_FILE).exists():  # files are chosen as by transformers
+        names = set(map(str, read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
     for file in (folder / name for name in sorted(names)):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118, not a dict
-                    name = re.sub(PREFIXES, "", stored).replace("lm_head", "wte")
-                    name = name if name == "score.weight" else f"transformer.{name}"
-                    if not re.search(r"\.attn\.(masked_)?bias$", name):
-                        yield file, name, tensors.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is missing, damaged or truncated ({first_line(error)}): use "
-                            "another checkpoint") from None
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118, not a dict
+                name = re.sub(PREFIXES, "", stored).replace("lm_head", "wte")
+                name = name if name == "score.weight" else f"transformer.{name}"
+                if not re.search(r"\.attn\.(masked_)?bias$", name):
+                    yield file, name, tensors.get_tensor(stored)
 
 
 def load_training_state(folder: Path) -> dict:
     """Returns the `training_state` of a checkpoint, memory-mapped: a tensor is read when it is
     used. Raises UserError if the file is damaged or holds anything but tensors and plain values."""
     path = folder / TRAINING_STATE_FILE
-    try:
-        if not zipfile.is_zipfile(path):  # else torch.load tries its pre-1.6 format
-            raise pickle.UnpicklingError("not a zip archive")
+    with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        # torch's message is left out: it advises weights_only=False
-        raise UserError(f"{path} is missing, damaged, or holds code, which is never run "
-                        f"({type(error).__name__}): training cannot resume from it") from None

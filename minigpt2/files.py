@@ -1,6 +1,5 @@
 """Atomic file writes, checksums, a lock for output folders, and what is text."""
 
-import codecs
 import contextlib
 import hashlib
 import os
@@ -12,10 +11,6 @@ import filelock
 
 from minigpt2.config import UserError
 
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
-                    codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-                    codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begin with UTF-16's
-POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 INVALID_UTF8 = "surrogateescape"  # codec error handler: invalid bytes become U+DC80 to U+DCFF
 RARE = 100_000  # one invalid byte in so many characters is damage, more is another encoding
 
@@ -43,9 +38,8 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
 
 def check_folder(folder: Path, what: str) -> None:
     """Raises UserError, about `what`, if nothing can be written into a folder, existing or not."""
-    existing = folder.absolute()
-    while not os.path.exists(existing):  # False as well for what may not be seen
-        existing = existing.parent
+    folders = (folder.absolute(), *folder.absolute().parents)
+    existing = next(filter(os.path.exists, folders))  # what may not be seen is left out too
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{what} cannot be written: {existing} is "
                         f"{'not writable' if existing.is_dir() else 'not a folder'}")
@@ -70,21 +64,11 @@ def sha256_of(path: Path) -> str:
 def folder_lock(out_dir: Path) -> Iterator[None]:
     """Locks a folder against other processes; the system releases the lock of a killed process."""
     try:
-        lock = filelock.FileLock(out_dir / ".lock").acquire(timeout=0)
+        with filelock.FileLock(out_dir / ".lock", timeout=0):
+            yield
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
                         "--out-dir") from None
-    with lock:
-        yield
-
-
-def text_encoding(path: Path, head: bytes) -> str:
-    """The encoding that the byte-order mark in the first bytes of a file names, or UTF-8. A decoder
-    of it drops the mark. Raises UserError for a pointer file."""
-    if head.startswith(POINTERS):
-        raise UserError(f"{path} is a pointer of Git LFS or git-annex, not the data: fetch it with "
-                        "`git lfs pull` or `git annex get`")
-    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
 
 
 def check_text(path: Path, text: str) -> None:

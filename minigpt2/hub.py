@@ -1,8 +1,5 @@
-"""Downloads dataset files from the Hugging Face hub at a pinned commit.
-
-`huggingface_hub` lists and downloads. This file adds retries for unattended runs, checks each file
-against the size and SHA-256 that the hub lists, and reports errors in one line.
-"""
+"""Downloads dataset files from the Hugging Face hub: at a pinned commit, with retries, and verified
+by the size and SHA-256 that the hub lists."""
 
 import re
 import time

@@ -1,10 +1,6 @@
-"""A training run: what all training scripts share.
-
-Each script defines its batches, forward and backward pass, loss normalization, validation and
-schedule. A `Run` does the rest: it finds the checkpoint to resume from, locks the folder, logs,
-decides when to validate and save, clips gradients, skips non-finite steps, measures throughput, and
-stops on a signal. The script calls the `Run`, never the reverse; docs/development.md shows how.
-"""
+"""What all training scripts share: their flags, and a `Run` that does everything but the batches,
+the forward and backward pass, loss normalization, validation and schedule. The script calls the
+`Run`, never the reverse; docs/development.md shows how."""
 
 import contextlib
 import math
@@ -17,11 +13,11 @@ from time import perf_counter
 import torch
 
 from minigpt2 import distributed, resume
-from minigpt2.checkpoint import write_pointers
-from minigpt2.config import flag
+from minigpt2.checkpoint import load_training_state, step_folder, write_pointers
+from minigpt2.config import UserError, flag
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import StopRequest, agree, count_skipped
-from minigpt2.files import check_folder
+from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import peak_flops, run_metadata, start_log
@@ -42,24 +38,20 @@ class RunConfig:
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
     eval_interval: int = flag(500, "steps between validations", minimum=1)
     save_interval: int = flag(1000, "steps between checkpoints", minimum=1)
-    keep_last: int = flag(5, "newest checkpoints to keep, plus the one with the lowest "
-                             "validation loss; 0: all", minimum=0)
+    keep_last: int = flag(5, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
     keep_every: int = flag(0, "also keep the checkpoints of every N-th step; 0: none", minimum=0)
     log_interval: int = flag(1, "steps between records of the run log", minimum=1)
     seed: int = flag(1337, "random seed of weights, data order and samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile the training step (default: on CUDA)")
-    activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less "
-                                                 "memory, a third more computation")
-    bf16_residual: bool = flag(False, "residual stream in bfloat16, if that is the autocast dtype: "
-                                      "less memory traffic on a GPU, coarser sums")
+    activation_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
+    bf16_residual: bool = flag(False, "residual stream in bfloat16: faster on a GPU, coarser sums")
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
     tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
-    loss_graph: str | None = flag(None, "PNG file of the loss graph (default: in --out-dir)",
-                                  is_path=True)
+    loss_graph: str | None = flag(None, "PNG of the loss graph (default: in OUT_DIR)", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -83,10 +75,9 @@ class TuningConfig(RunConfig):
 
 
 class Run:
-    """One run of a training script, from resume to the closing line. Public state: `is_resumed`,
-    `checkpoint` (the folder resumed from, or None), `step` (steps taken so far), `dtype` (of
-    autocast), `scaler` (gradient scaler, enabled in float16), `shard_optimizer`; after `prepare`
-    also `micro_batch_size` and `summary`."""
+    """One run of a training script, from resume to the closing line. For the script: `is_resumed`,
+    `checkpoint` (resumed from, or None), `step` (steps taken so far), `dtype` (of autocast),
+    `scaler`, `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
@@ -103,12 +94,13 @@ class Run:
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata
         launch.check_same(self.metadata, except_for=PER_NODE)
-        self.checkpoint, self.saved = resume.find_resume(self.out_dir, config.resume, launch)
+        self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:
+            self.saved = load_training_state(self.checkpoint)
             resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
         self.state, self.stopping = resume.TrainState(), False
-        self.unread, self.steps_late = deque(), STEPS_LATE[launch.device_type]
+        self.unread = deque()
         self.dtype = distributed.pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device_type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
@@ -124,13 +116,11 @@ class Run:
     def prepare(self, model: GPT, optimizer: torch.optim.Optimizer, max_steps: int, *,
                 max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
                 milestones: Iterable[int] = ()) -> torch.nn.Module:
-        """Restores the training state, compiles, chooses the micro-batch, wraps the model in DDP.
-
-        `micro_batch_sizes`: allowed sizes, largest first; `--micro-batch-size auto` picks the first
-        that fits, otherwise the first is used. The weights are validated and saved after max_steps
-        and after each of the `milestones`. Returns the module to train with. Raises UserError if
-        the checkpoint is past max_steps (set by max_steps_flag) or belongs to another model, or if
-        no micro-batch fits."""
+        """Restores the training state, compiles, chooses the micro-batch, and returns the module to
+        train with, in DDP. `micro_batch_sizes`: allowed sizes, largest first; the first is used, or
+        with `--micro-batch-size auto` the first that fits. The weights are validated and saved
+        after max_steps and after each of the `milestones`. Raises UserError if the checkpoint is
+        past max_steps (set by max_steps_flag) or of another model, or if no micro-batch fits."""
         config, launch = self.config, self.launch
         self.model, self.optimizer = model.train(), optimizer
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
@@ -139,9 +129,13 @@ class Run:
         if config.bf16_residual and not model.bf16_residual:
             launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
         if self.is_resumed:
-            self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler, launch,
-                                        max_steps=max_steps, flag=max_steps_flag)
+            self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler)
             self.saved = None  # free it: the moments are twice the size of the weights
+            if self.step > max_steps:
+                raise UserError(f"--resume: {self.checkpoint} was saved after {self.step} steps, "
+                                f"more than the {max_steps} of this run: raise {max_steps_flag}")
+            launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
+                          f"{max_steps:,} steps")
         resume.seed_rank(config.seed, self.step, launch)
         compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
@@ -163,6 +157,9 @@ class Run:
     def __enter__(self) -> "Run":
         config, is_master = self.config, self.launch.is_master
         with contextlib.ExitStack() as stack:
+            if is_master:
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
             self.writer = stack.enter_context(resume.CheckpointWriter(
                 self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
                 keep_every=config.keep_every, prompt_template=self.prompt_template,
@@ -176,7 +173,8 @@ class Run:
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()
-        self.peak_flops = peak_flops(self.launch.device)
+        peak = peak_flops(self.launch.device)  # None if unknown
+        self.peak_flops = peak and peak * self.launch.world_size
         self.first_step, self.overhead_s, self.paused_at = self.step, 0.0, None
         self.t0 = self.restart_clock()
         return self
@@ -208,23 +206,22 @@ class Run:
     def log_validation(self, loss: float | None, **figures) -> bool:
         """Records the validation loss of the current weights; None, after a signal, stops the run.
         Returns whether there is a loss."""
-        self.state.val_loss, self.stopping = loss, loss is None
-        if self.launch.is_master and loss is not None:
-            self.log.write(self.step, "val", loss=loss, **figures)
-            self.bar.write(f"step {self.step}: validation loss {loss:.4f}")
-        return loss is not None
+        self.state.val_loss = loss
+        return self.log_figures("val", None if loss is None else {"loss": loss, **figures})
 
     def log_benchmark(self, name: str, figures: dict[str, float] | None) -> None:
         """Records the figures of the current weights; None, after a signal, stops the run."""
+        if self.log_figures(name, figures):
+            self.state.scored_step = self.step
+
+    def log_figures(self, kind: str, figures: dict[str, float] | None) -> bool:
         self.stopping = figures is None
-        if figures is None:
-            return
-        self.state.scored_step = self.step
-        if self.launch.is_master:
-            self.log.write(self.step, name, **figures)
-            self.bar.write(f"step {self.step}: {name} " + ", ".join(
-                f"{figure} {value:.4f}" for figure, value in figures.items()
-                if isinstance(value, float) and not figure.endswith("_stderr")))
+        if figures is not None and self.launch.is_master:
+            self.log.write(self.step, kind, **figures)
+            self.bar.write(f"step {self.step}: {kind} " + ", ".join(
+                f"{name} {value:.4f}" for name, value in figures.items()
+                if isinstance(value, float) and not name.endswith("_stderr")))
+        return not self.stopping
 
     def save_or_finish(self) -> bool:
         """Saves a checkpoint if one is due; returns whether the run ends here, after its last step
@@ -252,9 +249,8 @@ class Run:
     def gradient_sync(self, is_last: bool):
         """The context of one micro-step, forward pass included: DDP averages gradients over ranks
         in the last micro-step of a step and only accumulates them in the others."""
-        if is_last or self.train_model is self.model:
-            return contextlib.nullcontext()
-        return self.train_model.no_sync()
+        synced = is_last or self.train_model is self.model
+        return contextlib.nullcontext() if synced else self.train_model.no_sync()
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
@@ -277,8 +273,8 @@ class Run:
         self.state.val_loss = None
         self.state.step += 1
         resume.seed_rank(self.config.seed, self.step, self.launch)
-        self.read_steps(all_but=self.steps_late)
-        self.writer.poll()
+        self.read_steps(all_but=STEPS_LATE[self.launch.device_type])
+        self.writer.wait(block=False)
         self.bar.update()
 
     def read_steps(self, all_but: int = 0) -> None:
@@ -295,20 +291,18 @@ class Run:
             self.tokens += tokens
             self.flops += flops
             if step % self.config.log_interval == 0 or state.skipped:
-                self.log_step(step, loss=loss, grad_norm=grad_norm, **figures)
+                skipped = {"skipped": state.skipped} if state.skipped else {}
+                self.log_step(step, loss=loss, grad_norm=grad_norm, **figures, **skipped)
             if state.skipped and self.launch.is_master:
                 self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
 
     def log_step(self, step: int, **figures) -> None:
         tokens, flops, t0 = self.tokens, self.flops, self.clock
         seconds = self.restart_clock(perf_counter()) - t0  # reading has waited for the step
-        peak = self.peak_flops and self.peak_flops * self.launch.world_size
-        mfu = flops / seconds / peak if peak else None
+        rate, mfu = tokens / seconds, self.peak_flops and flops / seconds / self.peak_flops
         if self.launch.is_master:
-            skipped = {"skipped": self.state.skipped} if self.state.skipped else {}
-            self.log.write(step, "train", **figures, tokens_per_sec=tokens / seconds, mfu=mfu,
-                           **skipped)
-            self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {tokens / seconds:,.0f} tok/s"
+            self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
+            self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tok/s"
                                      + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
 
     # ----------------------------------------------------------------------- clock and end
@@ -329,11 +323,12 @@ class Run:
 
     def report(self, elapsed: float) -> None:
         """Prints the last line; draws the loss graph if the run reached its last step."""
+        folder = step_folder(self.out_dir, self.step)
         if self.stopping:
-            print(self.stop.report(self.step, self.max_steps, self.writer.folder))
+            print(self.stop.report(self.step, self.max_steps, folder))
             return
         draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
                   f"{self.label.capitalize()} loss", self.loss_name)
         print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
-              f"{self.writer.folder}, graph {self.image}; validation and checkpoints took "
+              f"{folder}, graph {self.image}; validation and checkpoints took "
               f"{self.overhead_s / elapsed:.1%} of {elapsed:,.0f} s")

@@ -28,7 +28,7 @@ import pyarrow
 import pyarrow.parquet
 
 from minigpt2.config import UserError, first_line
-from minigpt2.files import INVALID_UTF8, check_text, sha256_of, text_encoding
+from minigpt2.files import INVALID_UTF8, check_text, sha256_of
 from minigpt2.shards import MANIFEST, PROGRESS
 from minigpt2.tokenizer import EOT_TEXT
 
@@ -36,7 +36,7 @@ PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs
 MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
-ERRORS = {"utf-8": INVALID_UTF8, "utf-8-sig": INVALID_UTF8}  # codec error handlers
+POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,13 @@ def open_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
     <|endoftext|>. Raises UserError for a damaged file."""
     try:
         with open(path, "rb") as file:
-            encoding = text_encoding(path, file.read(256))
+            if file.read(256).startswith(POINTERS):
+                raise UserError(f"{path} is a pointer of Git LFS or git-annex, not the data: fetch "
+                                "it with `git lfs pull` or `git annex get`")
         kinds = {".parquet": parquet_parts,
-                 ".txt": functools.partial(text_parts, encoding=encoding, split_eot=split_eot)}
+                 ".txt": functools.partial(text_parts, split_eot=split_eot)}
         yield from kinds.get(file_format(path), json_lines_parts)(path)
-    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # gzip raises two of them
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises two of them
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
@@ -251,11 +253,11 @@ def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | Non
         yield text
 
 
-def text_parts(path: Path, encoding: str, split_eot: bool) -> Iterator[Part]:
+def text_parts(path: Path, split_eot: bool) -> Iterator[Part]:
     """A text file is one document, or several with <|endoftext|> between them. It is cut only
     between a word and whitespace: GPT-2's pattern always splits there, so the cuts do not change
     the token ids."""
-    with open(path, encoding=encoding, errors=ERRORS.get(encoding), newline="") as file:
+    with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline="") as file:
         text, continues = "", False
 
         def part(text: str, ended: bool) -> Part:

@@ -997,24 +997,25 @@ def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------- encodings
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("part_bytes", [60, 10**6])
 def test_a_byte_order_mark_never_becomes_a_token(tmp_path, monkeypatch, encoding, part_bytes):
     monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
     text = "naïve 日本 text, \U0001f600 " * 30
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-    if encoding.startswith("utf-8"):
-        row = (json.dumps({"text": text}) + "\n").encode(encoding)
-        (tmp_path / "b.jsonl").write_bytes(row * 2)
-        (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(row * 2))
+    row = (json.dumps({"text": text}) + "\n").encode(encoding)
+    (tmp_path / "b.jsonl").write_bytes(row * 2)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(row * 2))
     build_from_files(tmp_path / "[abc].*", tmp_path / "out", 100)
-    expected = [text] * (5 if encoding.startswith("utf-8") else 1)
-    assert documents_of(all_tokens(tmp_path / "out")) == expected
+    assert documents_of(all_tokens(tmp_path / "out")) == [text] * 5
 
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", "plain words\n".encode("utf-16-le") * 9, "UTF-16"),
     ("a.txt", "日本語。\n".encode("utf-16-be") * 9, "iconv"),
+    ("a.txt", "words\n".encode("utf-16"), "from UTF-16 with `iconv"),  # with a byte-order mark
+    ("a.txt", "日本語。".encode("utf-16"), "iconv"),
+    ("a.txt", "日本語。".encode("utf-32"), "iconv"),
     ("a.txt", "Il était une fois un café.\n".encode("latin-1") * 9, r"WINDOWS-1252"),
     ("a.txt", ("It was plain. " * 999 + "A caf\xe9. ").encode("latin-1"), r"plain. A caf\xe9. "),
     ("a.txt", "日本語の文章。\n".encode("shift-jis") * 9, "not UTF-8"),
@@ -1035,8 +1036,6 @@ def test_what_is_not_utf8_text_is_refused(tmp_path, name, content, words):
 def test_another_encoding_behind_the_first_bytes_is_refused(tmp_path, small_parts):
     (tmp_path / "a.txt").write_bytes(prose(0).encode() + " un café".encode("latin-1") * 99)
     assert "not UTF-8" in user_error(build_from_files, tmp_path / "a.txt", tmp_path / "out")
-    (tmp_path / "b.txt").write_bytes("words ".encode("utf-16") * 9999 + b"x")  # half a character
-    assert "cannot read" in user_error(build_from_files, tmp_path / "b.txt", tmp_path / "b")
 
 
 # -------------------------------------------------------- <|endoftext|> between stories in a file
