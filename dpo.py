@@ -26,14 +26,13 @@ from safetensors.torch import save
 from dataloader import load_pairs, row_batches, split_pairs
 from inference import check_vocabulary
 from minigpt2.advantages import accuracy, dpo_loss, response_targets
-from minigpt2.checkpoint import CONFIG_FILE, load_model, weights_sha256
+from minigpt2.checkpoint import load_model, weights_sha256
 from minigpt2.config import UserError, first_line, flag, parse_config, run_main
-from minigpt2.distributed import Launch, autocast, to_device
+from minigpt2.distributed import Launch, autocast, share_work, to_device
 from minigpt2.faults import StopRequest, launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
-from minigpt2.progress import progress_bar
 from minigpt2.rewards import pad_batch
 from minigpt2.run import Run, TuningConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE
@@ -76,30 +75,22 @@ def collate_pairs(pairs: Sequence[Pair], block_size: int,
     return ids, response_targets(ids, to_device(starts, device), masks.sum(1))
 
 
-@torch.no_grad()
 def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
                   ) -> dict[str, list[float]] | None:
     """The log-probabilities of the chosen and the rejected response of every pair, by its place, on
-    every rank. The ranks share the work, in the micro-batches of training. None, on all ranks, if
-    one was asked to stop. Raises UserError naming a pair whose log-probability is not finite."""
-    launch, found, stopped = run.launch, {}, run.stop.requested()
-    enabled = launch.is_master and len(batches) > 1
-    bar = progress_bar(len(batches), 0, "reference", unit="batch", over=batches, enabled=enabled)
-    with torch.compiler.set_stance("force_eager"):
-        for pairs in (pairs for batch in bar for pairs in
-                      rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)):
-            if stopped := stopped or run.stop.requested():
-                break
-            inputs, targets = collate_pairs(pairs, model.config.block_size, launch.device)
-            with autocast(launch.device, run.dtype):
-                _, losses = model(inputs, targets, reduction="none", return_logits=False)
-            logprobs = -losses.sum(1)[: 2 * len(pairs)].view(-1, 2)  # (R, 2)
-            found |= zip((pair.place for pair in pairs), logprobs.tolist(), strict=True)
-    parts = launch.gather((found, stopped))
-    if any(stopped for _, stopped in parts):
-        return None
-    found = {place: both for part, _ in parts for place, both in part.items()}
-    for place, both in found.items():
+    every rank, in the micro-batches of training; for None see `share_work`. Raises UserError naming
+    a pair whose log-probability is not finite."""
+    def work(pairs: Sequence[Pair]) -> dict[str, list[float]]:
+        inputs, targets = collate_pairs(pairs, model.config.block_size, run.launch.device)
+        with autocast(run.launch.device, run.dtype):
+            _, losses = model(inputs, targets, reduction="none", return_logits=False)
+        logprobs = -losses.sum(1).view(-1, 2)  # (R, 2)
+        return dict(zip((pair.place for pair in pairs), logprobs.tolist(), strict=True))
+
+    parts = [part for batch in batches for part in rank_share(batch, run.micro_batch_size, 0, 1)]
+    found = share_work(parts, work, run.launch, run.stop.requested,
+                       "reference" if len(batches) > 1 else "")
+    for place, both in (found or {}).items():
         if not all(map(math.isfinite, both)):
             raise UserError(f"{place}: its responses have the log-probabilities {both}: leave that "
                             "row out, or use --dtype float32")
@@ -165,8 +156,6 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     device = launch.device
 
     # 1. The reference, the pairs, and the checkpoint to resume from
-    if (Path(config.out_dir) / CONFIG_FILE).exists():
-        raise UserError(f"--out-dir {config.out_dir} is itself a checkpoint: choose another")
     reference = load_model(config.checkpoint, device)
     check_vocabulary(reference, config.checkpoint)
     block_size = reference.config.block_size

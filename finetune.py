@@ -34,7 +34,7 @@ from dataloader import (
     token_ids,
 )
 from inference import check_vocabulary
-from minigpt2.checkpoint import CONFIG_FILE, load_model
+from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest, launched
@@ -177,8 +177,6 @@ def micro_batch_sizes(config: FinetuneConfig, num_rows: int, launch: Launch) -> 
 
 def start_run(config: FinetuneConfig, launch: Launch, stop: StopRequest | None) -> Run:
     """The run in --out-dir, resumed or new. Raises UserError if the folder cannot be used."""
-    if (Path(config.out_dir) / CONFIG_FILE).exists():
-        raise UserError(f"--out-dir {config.out_dir} is itself a checkpoint: choose another")
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
               data={"sha256": sha256_of(Path(config.data))}, fixed=FIXED_ON_RESUME,
               prompt_template=PROMPT_TEMPLATE, row_order=ROW_ORDER)

@@ -12,7 +12,9 @@ Checkpoints, logs, signals and --resume are those of finetune.py.
 """
 
 import json
-from collections import deque
+import math
+import re
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -23,17 +25,15 @@ import torch
 
 from dataloader import load_pairs, pad_rows, permutation, row_batches, split_pairs
 from inference import check_vocabulary, finish_reasons, generate, generated_rows
-from minigpt2 import rewards
 from minigpt2.advantages import accuracy, preference_loss
-from minigpt2.checkpoint import CONFIG_FILE, load_model, weights_sha256
-from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Launch, autocast
+from minigpt2.checkpoint import load_model, weights_sha256
+from minigpt2.config import flag, parse_config, run_main
+from minigpt2.distributed import Launch, autocast, share_work
 from minigpt2.faults import StopRequest, launched
 from minigpt2.files import atomic_write, sha256_of
-from minigpt2.graphs import draw_calibration
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
-from minigpt2.preferences import Pair, rank_share, sequences
+from minigpt2.preferences import ARTIFACT, Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run, TuningConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
@@ -41,6 +41,8 @@ from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 ROOT = Path(__file__).resolve().parent
 REPORT, CALIBRATION = "reward.json", "calibration.png"  # in OUT_DIR
 SAMPLE_BATCH, MIN_SAMPLES = 32, 16  # prompts sampled at a time; samples for a mean and deviation
+WORD = re.compile(r"\w+|[^\w\s]")
+Z_95 = 1.959964  # of a 95 % interval
 NORMALIZED = 1e-3  # mean and deviation this near to 0 and 1 need no rescaling
 
 
@@ -97,8 +99,6 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     device = launch.device
 
     # 1. The model, the pairs, and the checkpoint to resume from
-    if (Path(config.out_dir) / CONFIG_FILE).exists():
-        raise UserError(f"--out-dir {config.out_dir} is itself a checkpoint: choose another")
     base = load_model(config.checkpoint, device)
     check_vocabulary(base, config.checkpoint)
     block_size = base.config.block_size
@@ -210,24 +210,21 @@ def sample_responses(config: RewardConfig, pairs: list[Pair], run: Run) -> list[
     """Prompts of training pairs with responses that the first checkpoint samples at temperature 1.
     Only those that end by <|endoftext|>, as all training responses do: others have no valid score.
     None after a signal. The ranks share the work; the world size changes nothing."""
-    launch = run.launch
     order = permutation(len(pairs), config.seed)[: config.normalize_samples]
     prompts = sorted((pairs[i].prompt for i in order), key=len)
     seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
-    model = prepare_to_sample(load_model(config.checkpoint, launch.device), run.dtype)
-    found, stopped = [], run.stop.requested()
-    for first in range(SAMPLE_BATCH * launch.rank, len(prompts), SAMPLE_BATCH * launch.world_size):
-        if stopped := stopped or run.stop.requested():
-            break
-        part = slice(first, first + SAMPLE_BATCH)
+    model = prepare_to_sample(load_model(config.checkpoint, run.launch.device), run.dtype)
+
+    def work(part: slice) -> dict[int, list[int]]:
         ids, masks = pad_rows(prompts[part])
         output = generate(model, ids, masks, 1.0, config.max_response, seed=seeds[part])
         reasons = finish_reasons(*output, masks, config.max_response)
-        found += [row for row, reason in zip(generated_rows(*output), reasons, strict=True)
-                  if reason == "stop"]
-    parts = launch.gather((found, stopped))
-    stopped = any(stopped for _, stopped in parts)
-    return None if stopped else sorted(row for part, _ in parts for row in part)
+        rows = enumerate(generated_rows(*output), part.start)
+        return {i: row for (i, row), reason in zip(rows, reasons, strict=True) if reason == "stop"}
+
+    parts = [slice(first, first + SAMPLE_BATCH) for first in range(0, len(prompts), SAMPLE_BATCH)]
+    found = share_work(parts, work, run.launch, run.stop.requested)
+    return None if found is None else sorted(found.values())
 
 
 def make_report(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
@@ -243,10 +240,10 @@ def make_report(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pai
     rows = {"reward model": margins, "chosen is the shorter": margins[is_shorter],
             "against another prompt's": swapped}
     if run.launch.is_master:
-        rows |= rewards.baseline_margins(texts, training_texts)
-    error, bins = rewards.calibration(margins)
+        rows |= baseline_margins(texts, training_texts)
+    error, bins = calibration(margins)
     return {"loss": run.state.val_loss, "calibration_error": error, "calibration": bins,
-            "accuracy": {name: rewards.accuracy_interval(row) for name, row in rows.items()}}
+            "accuracy": {name: accuracy_interval(row) for name, row in rows.items()}}
 
 
 def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
@@ -268,6 +265,94 @@ def report_table(report: dict) -> str:
     return "\n".join([*lines, f"loss {report['loss']:.4f}, expected calibration error "
                       f"{report['calibration_error']:.4f}; {report['samples']} sampled responses: "
                       f"mean score {report['mean']:.4f}, deviation {report['deviation']:.4f}"])
+
+
+# ------------------------------------------------------------------------------ statistics
+
+
+def accuracy_interval(margins: torch.Tensor) -> dict:
+    """How many of n margins (n,), chosen minus rejected, are positive, a tie counted half, with the
+    95 % interval of Wilson (1927)."""
+    n, ties = len(margins), int((margins == 0).sum())
+    if n == 0:
+        return {"n": 0}
+    p = accuracy(margins).mean().item()
+    z2 = Z_95**2 / n
+    half = Z_95 / math.sqrt(n) * math.sqrt(p * (1 - p) + z2 / 4)
+    low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
+    return {"n": n, "ties": ties, "accuracy": p, "low": min(low, p), "high": max(high, p)}
+
+
+def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
+    """(expected calibration error, its bins) of margins (n,). The model's confidence in its choice
+    is sigmoid(|margin|), between .5 and 1; bins of equal width compare it with the accuracy (Guo et
+    al. 2017)."""
+    confidence = margins.abs().sigmoid()
+    places = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # 0 to bins - 1
+    rows = [accuracy_interval(margins[places == i])
+            | {"confidence": confidence[places == i].mean().item()} for i in places.unique()]
+    error = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
+    return error / len(margins), rows
+
+
+def draw_calibration(bins: list[dict], image: Path) -> None:
+    """Plots the accuracy of each bin, with its interval, against the confidence; a calibrated model
+    lies on the diagonal."""
+    from matplotlib.figure import Figure  # slow to import
+    figure = Figure(figsize=(5, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    x, y, low, high = (np.array([row[name] for row in bins])
+                       for name in ("confidence", "accuracy", "low", "high"))
+    axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
+    axes.errorbar(x, y, [y - low, high - y], fmt="o", capsize=3)
+    axes.set(xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy on held-out pairs")
+    with atomic_write(image) as file:
+        figure.savefig(file, format="png")
+
+
+# -------------------------------------------------------------------------- null baselines
+
+
+def baseline_margins(pairs: Sequence[tuple[str, str]],
+                     training_pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """The margins (n,) that simple rules give to n pairs of texts (chosen, rejected)."""
+    lengths = torch.tensor([list(map(len, pair)) for pair in pairs])  # (n, 2)
+    artifacts = torch.tensor([[len(ARTIFACT.findall(text)) > 0 for text in pair] for pair in pairs])
+    longer, marked = (x.double()[:, 0] - x.double()[:, 1] for x in (lengths, artifacts))
+    return {"longer": longer, "shorter": -longer, "no artifact": -marked,
+            "bag of words": bag_of_words_margins(pairs, training_pairs)}
+
+
+def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
+                         training_pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+    """The margins (n,) of a logistic regression on the difference of word counts, fitted to the
+    training pairs with an L2 penalty of half the squared norm."""
+    index: dict[str, int] = {}  # word -> column
+    x, x_train = (word_differences(part, index) for part in (pairs, training_pairs))
+    weights = torch.zeros(len(index), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = preference_loss(torch.mv(x_train, weights)).sum() + weights.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return torch.mv(x, weights.detach()[: x.size(1)])
+
+
+def word_differences(pairs: Sequence[tuple[str, str]], index: dict[str, int]) -> torch.Tensor:
+    """A sparse matrix (pairs, words) float64: how often the chosen text has a word, minus how often
+    the rejected one does. New words are added to the index."""
+    entries = []  # row, column, count
+    for row, (chosen, rejected) in enumerate(pairs):
+        counts = Counter(WORD.findall(chosen.lower()))
+        counts.subtract(WORD.findall(rejected.lower()))
+        entries += [(row, index.setdefault(word, len(index)), n) for word, n in counts.items()]
+    places = torch.tensor(entries, dtype=torch.int64).view(-1, 3).t()  # (3, entries)
+    return torch.sparse_coo_tensor(places[:2], places[2].double(), (len(pairs), len(index)),
+                                   check_invariants=False)
 
 
 def main() -> None:

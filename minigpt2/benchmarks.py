@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError
-from minigpt2.distributed import Launch, autocast
+from minigpt2.distributed import Launch, autocast, share_work
 from minigpt2.loss import block_sizes
-from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, encode
 from model import GPT
 
@@ -106,32 +105,27 @@ def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[
     return questions
 
 
-@torch.no_grad()
 def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *, label: str = "",
           batch_tokens: int = 8192, should_stop: Callable[[], bool] = bool,
           ) -> torch.Tensor | None:
     """For each pair: the log-probability of the continuation (nats), whether every one of its
-    tokens is the most likely one, and whether the last one is: (N, 3) float64, equal on all ranks.
-    None, on all ranks, once `should_stop()` is true on any. A `label` shows a progress bar.
+    tokens is the most likely one, and whether the last one is: (N, 3) float64, equal on all ranks;
+    for None and `label` see `share_work`.
 
     `model` is the raw module and runs eagerly. Batches of about batch_tokens are made by length,
     alike for any number of ranks. A context that is too long is cut on the left."""
     limit = model.config.block_size + 1  # the last token is only a target
     rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    batches, sums = [], torch.zeros(len(rows) + 1, 3, dtype=torch.float64)  # last row: stopped
+    batches = []
     while order:
         batches.append(order[: max(1, batch_tokens // len(rows[order[0]][0]))])
         del order[: len(batches[-1])]
-    mine = batches[launch.rank :: launch.world_size]
-    for batch in progress_bar(len(mine), 0, label, enabled=bool(label) and launch.is_master,
-                              over=mine):
-        sums[-1] = should_stop()
-        if sums[-1].any():
-            break
-        sums[batch] = score_batch(model, [rows[i] for i in batch], launch.device, dtype)
-    scores, stopped = launch.sum(sums).cpu().split([len(rows), 1])
-    return None if stopped.any() else scores
+    found = share_work(batches, lambda batch: dict(zip(batch, score_batch(
+        model, [rows[i] for i in batch], launch.device, dtype).tolist(), strict=True)),
+        launch, should_stop, label)
+    return None if found is None else torch.tensor([found[i] for i in range(len(rows))],
+                                                   dtype=torch.float64)
 
 
 def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.device,

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt2.config import UserError
 from minigpt2.loss import IGNORE_INDEX
+from minigpt2.progress import progress_bar
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -261,6 +262,25 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
                 break
     summed, count, stopped = launch.sum(sums).tolist()
     return None if stopped else summed / count
+
+
+def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
+               should_stop: Callable[[], bool] = bool, label: str = "") -> dict | None:
+    """The dicts work(batch) of all batches, merged, on every rank: the ranks take the batches in
+    turn, eagerly and without gradients. None, on all ranks, once `should_stop()` is true on any. A
+    `label` shows a progress bar."""
+    mine, found, stopped = batches[launch.rank :: launch.world_size], {}, should_stop()
+    bar = progress_bar(len(mine), 0, label, unit="batch", over=mine,
+                       enabled=bool(label) and launch.is_master)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in bar:
+            if stopped := stopped or should_stop():
+                break
+            found |= work(batch)
+    parts = launch.gather((found, stopped))
+    if any(stopped for _, stopped in parts):
+        return None
+    return {key: value for part, _ in parts for key, value in part.items()}
 
 
 class HostCopy:

@@ -71,26 +71,6 @@ def draw_loss(axes, label: str, log: dict, color: str) -> None:
                   transform=axes.get_xaxis_transform())  # y is a fraction of the axis, not a loss
 
 
-def draw_calibration(bins: list[dict], image: Path) -> None:
-    """Plots the accuracy of each bin of `rewards.calibration`, with its interval, against the
-    confidence; a calibrated model lies on the diagonal."""
-    from matplotlib.figure import Figure  # slow to import
-    figure = Figure(figsize=(5, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    x, y = ([row[name] for row in bins] for name in ("confidence", "accuracy"))
-    spread = [[row["accuracy"] - row["low"] for row in bins],
-              [row["high"] - row["accuracy"] for row in bins]]
-    axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
-    axes.errorbar(x, y, spread, fmt="o", capsize=3)
-    for row in bins:
-        axes.annotate(f" {row['n']}", (row["confidence"], row["accuracy"]), fontsize=8)
-    axes.set_xlabel("confidence, sigmoid(|margin|)")
-    axes.set_ylabel("accuracy on held-out pairs")
-    axes.grid(alpha=0.3)
-    with atomic_write(image) as file:
-        figure.savefig(file, format="png")
-
-
 def points(log: dict, kind: str, name: str) -> tuple[list[int], list[float]]:
     """Returns the steps and values of all finite numbers logged under `name`."""
     found = {step: record[name] for step, record in sorted(log.get(kind, {}).items())

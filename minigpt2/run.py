@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from minigpt2 import distributed, resume
-from minigpt2.checkpoint import load_training_state, step_folder, write_pointers
+from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import StopRequest, agree, count_skipped
@@ -90,6 +90,8 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.image = Path(config.loss_graph or self.out_dir / graph)
         check_folder(self.out_dir, f"--out-dir {self.out_dir}")
+        if (self.out_dir / CONFIG_FILE).exists():
+            raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
         check_image(self.image, "--loss-graph")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata

@@ -22,15 +22,14 @@ import finetune
 import inference
 import reward
 from dataloader import row_batches
-from minigpt2 import rewards
 from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoint
 from minigpt2.metrics import read_log
 from minigpt2.preferences import make_pairs, sequences
-from minigpt2.rewards import RewardModel, accuracy_interval, calibration, pad_batch, score_rows
+from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run
 from minigpt2.tokenizer import EOT_TOKEN, encode
 from model import GPT, GPTConfig
-from reward import RewardConfig, swap_prompts, train
+from reward import RewardConfig, accuracy_interval, calibration, swap_prompts, train
 
 SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
 ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (n % 2),
@@ -451,19 +450,19 @@ def test_calibration_by_hand():
 
 def test_null_baselines():
     pairs = [("a long answer", "short ## Instruction"), ("b", "b, but longer"), ("c", "d")]
-    margins = rewards.baseline_margins(pairs, [("good a", "bad a"), ("good b", "bad c")] * 50)
+    margins = reward.baseline_margins(pairs, [("good a", "bad a"), ("good b", "bad c")] * 50)
     assert margins["longer"].tolist() == [-7, -12, 0]
     assert margins["shorter"].tolist() == [7, 12, 0]
     assert margins["no artifact"].tolist() == [1, 0, 0]
-    words = rewards.bag_of_words_margins([("good", "bad"), ("bad x", "good y"), ("x", "y")],
+    words = reward.bag_of_words_margins([("good", "bad"), ("bad x", "good y"), ("x", "y")],
                                          [("good a", "bad a"), ("good b", "bad c")] * 50)
     assert words[0] > 2 and words[1] == -words[0] and words[2] == 0
-    assert rewards.bag_of_words_margins([("a", "b")], []).tolist() == [0]
+    assert reward.bag_of_words_margins([("a", "b")], []).tolist() == [0]
 
 
 def test_the_bag_of_words_is_at_its_optimum():
     """The gradient of the penalized loss is 0, for one word by hand: w = 3 sigmoid(-w)."""
-    [margin] = rewards.bag_of_words_margins([("x", "")], [("x", "")] * 3).tolist()
+    [margin] = reward.bag_of_words_margins([("x", "")], [("x", "")] * 3).tolist()
     assert margin == pytest.approx(3 / (1 + math.exp(margin)), abs=1e-6)
 
 
