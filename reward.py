@@ -125,7 +125,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     launch.print0(f"{summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} pairs, {B} per "
                   "micro-step")
     batches = row_batches(train_pairs, attrgetter("num_tokens"), num_pairs, config.seed, run.step)
-    recent = deque(maxlen=1 + run.steps_late)  # the last batches; the host reads a loss late
+    recent = deque(maxlen=2)  # batches: on a GPU, the host reads a loss one step late
 
     # 3. The loop
     with run:
@@ -163,7 +163,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                             sequence_length=tokens // (2 * len(batch)),
                             sums={"accuracy": sums[1], "margin": sums[2]})
             if run.state.skipped:  # raises UserError if the score of a pair is not finite
-                pair_margins(raw_model, recent[0], run)
+                pair_margins(raw_model, sum(recent, []), run)
         if not run.stopping:
             finish(config, run, raw_model, train_pairs, val_pairs)
     return raw_model.eval()

@@ -1,8 +1,6 @@
 """Losses of preference learning as pure functions of tensors: no model, no data, no state.
 
-Shapes: R rows (pairs, where two responses are compared), T tokens. What has a value per token is
-(R, T) and comes with a mask; all sums are over its valid tokens. A pair is a row of two columns,
-(R, 2): chosen, rejected. `beta` weighs the divergence from the reference model.
+Shapes: R rows, T tokens. A pair is a row of two columns, (R, 2): chosen, rejected.
 """
 
 import torch
@@ -10,25 +8,20 @@ import torch.nn.functional as F
 
 from minigpt2.loss import IGNORE_INDEX
 
-# ------------------------------------------------------------------------ responses
-
 
 def response_mask(starts: torch.Tensor, ends: torch.Tensor, T: int) -> torch.Tensor:
     """(R, T) bool: True for tokens starts <= t < ends (R,) of each row, its response. From lengths,
-    never from ids: padding, <|endoftext|> and any token of a response may have the same id."""
+    never from ids: padding and tokens of a response may have the same id."""
     positions = torch.arange(T, device=starts.device)  # (T,)
     return (positions >= starts[:, None]) & (positions < ends[:, None])
 
 
 def response_targets(ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The targets (R, T) of right-padded ids (R, T): at every position the next token if it is one
-    of the response, tokens starts <= t < ends (R,) of the row, else IGNORE_INDEX. So the last token
-    of a prompt predicts the first of its response."""
+    of the response, starts <= t < ends (R,), else IGNORE_INDEX. So the last token of a prompt
+    predicts the first of its response."""
     targets = ids.where(response_mask(starts, ends, ids.size(1)), IGNORE_INDEX)
     return F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-# --------------------------------------------------------------------- preferences
 
 
 def preference_loss(margins: torch.Tensor) -> torch.Tensor:
@@ -41,13 +34,10 @@ def dpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, beta: float,
              label_smoothing: float = 0.0, lengths: torch.Tensor | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and margins, both (R,), of direct preference optimization (Rafailov et al. 2023,
-    equation 7). logprobs and ref_logprobs (R, 2) are log-probabilities of whole responses under
-    policy and reference: sums, not means, over tokens, <|endoftext|> included.
-
-    The margin is beta * [(chosen - reference's) - (rejected - reference's)]. label_smoothing is the
-    probability that a label is wrong (conservative DPO, Mitchell 2023). With `lengths` (R, 2), in
-    tokens, means take the place of sums (Tulu 3's dpo_norm, Lambert et al. 2024), and beta must be
-    larger, about 5."""
+    equation 7), from log-probabilities (R, 2) of whole responses under policy and reference: sums,
+    not means, over tokens, <|endoftext|> included. label_smoothing is the probability that a label
+    is wrong (Mitchell 2023). With `lengths` (R, 2), in tokens, means take the place of sums (Tulu
+    3's dpo_norm, Lambert et al. 2024), and beta must be larger, about 5."""
     gains = logprobs - ref_logprobs  # (R, 2)
     if lengths is not None:
         gains = gains / lengths

@@ -28,10 +28,7 @@ STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
-HEADS = {  # class of the model in transformers: what it is, and how to get one
-    "GPT2LMHeadModel": ("a language model", "train one with trainer.py or finetune.py"),
-    "GPT2ForSequenceClassification": ("a reward model", "train one with reward.py")}
-LM_HEAD, REWARD_HEAD = HEADS
+LM_HEAD, REWARD_HEAD = "GPT2LMHeadModel", "GPT2ForSequenceClassification"  # in transformers
 FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -192,12 +189,12 @@ def reading(path: Path) -> Iterator[None]:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT) -> GPT:
-    """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode; model_class
-    is GPT or `rewards.RewardModel`. Raises UserError for a model of the other class, a damaged
-    file, a setting or a tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or
-    of another shape than config.json implies, and non-finite weights."""
+    """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode: a GPT or a
+    `rewards.RewardModel`. Raises UserError for one of the other kind, a damaged file, a setting or
+    tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or of another shape than
+    config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
-    check_model_kind(folder, LM_HEAD if model_class is GPT else REWARD_HEAD)
+    check_model_kind(folder, is_reward=model_class is not GPT)
     config = read_config(folder)
     tokenizer.check_files(folder)
     parameters: dict[str, torch.Tensor] = {}
@@ -213,13 +210,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
         return model_from_parameters(config, parameters, model_class).eval()
 
 
-def check_model_kind(folder: Path, wanted: str) -> None:
+def check_model_kind(folder: Path, is_reward: bool) -> None:
     """Raises UserError for a reward model where a language model is wanted, and the reverse."""
-    found = read_json(folder / CONFIG_FILE).get("architectures")
-    found = REWARD_HEAD if found == [REWARD_HEAD] else LM_HEAD  # OpenAI's folders vary
-    if found != wanted:
-        what, fix = HEADS[wanted]
-        raise UserError(f"{folder} is {HEADS[found][0]}, expected {what}: {fix}")
+    if (read_json(folder / CONFIG_FILE).get("architectures") == [REWARD_HEAD]) != is_reward:
+        kinds = "a language model", "a reward model"
+        raise UserError(f"{folder} is {kinds[not is_reward]}, expected {kinds[is_reward]}: train "
+                        f"one with {'reward.py' if is_reward else 'trainer.py or finetune.py'}")
 
 
 def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor],
@@ -236,9 +232,8 @@ def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]
 
 def weights_sha256(model: GPT) -> str:
     """The SHA-256 of all parameters, whatever files they came from."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    digest = hashlib.sha256(repr(model.config).encode())
+    for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 

@@ -1,13 +1,10 @@
 """Preference data: a prompt, the response that was chosen and the one that was rejected.
 
-A row has `instruction` and optionally `input`, or `prompt`; and `chosen` and `rejected`. Or it has
-only the last two, as transcripts in the form of Anthropic's hh-rlhf ("\\n\\nHuman: ..." and
-"\\n\\nAssistant: ..." in turn) that differ in the last answer. `make_pairs` turns rows into token
-ids for reward.py and dpo.py, and counts by reason the rows that it leaves out.
+Rows have one of three forms (docs/alignment.md), of which the last is that of Anthropic's hh-rlhf:
+two transcripts, "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." in turn.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
@@ -19,9 +16,7 @@ from minigpt2.tokenizer import encode_example
 SCHEMAS = ("chosen and rejected with instruction and optionally input, or with prompt; or two "
            "transcripts, chosen and rejected, that begin with a Human turn")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-LAST_TURN = "\n\nAssistant:"
-# Marks of a model that continues with another prompt; a text up to the end of a sentence
-ARTIFACT = re.compile(r"##|<\||Instruction")
+ARTIFACT = re.compile(r"##|<\||Instruction")  # of a model that continues with another prompt
 SENTENCES = re.compile(r".*[.!?][\"')\]]*(?=\s|$)", re.DOTALL)
 # Why a row is left out, in the order of the summary
 DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
@@ -31,11 +26,10 @@ DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a prompt and of two responses, each of which ends with EOT_TOKEN. A hash of
-    `instruction` and `input` decides whether the pair is held out (`dataloader.split_rows`)."""
+    """Token ids of a prompt and of two responses, each of which ends with EOT_TOKEN."""
 
     place: str  # of the row, for messages: "pairs.jsonl line 3"
-    instruction: str  # of a transcript: all that comes before the response
+    instruction: str  # whose hash holds a pair out; of a transcript, all before the response
     input: str
     prompt: list[int]
     chosen: list[int]
@@ -49,22 +43,17 @@ class Pair:
 
 def make_pairs(rows: Sequence[tuple[str, object]], block_size: int, *,
                cut: bool = False) -> tuple[list[Pair], str]:
-    """Pairs of rows given as (place, row), and a summary that counts those left out. With `cut`,
-    both responses are cut by `cut_response`. A pair with a sequence over block_size tokens is left
-    out, not cut: its <|endoftext|> would be lost. Raises UserError naming the first row in another
-    form."""
-    pairs, left_out = [], Counter()
+    """Pairs of rows given as (place, row), and a summary that counts those left out by reason. With
+    `cut`, both responses are cut by `cut_response`. A pair over block_size tokens is left out, not
+    cut: its <|endoftext|> would be lost. Raises UserError naming the first row in another form."""
+    made = []
     for place, row in rows:
         texts = row_texts(row, place)
-        made = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts, cut)
-        if isinstance(made, Pair) and made.num_tokens > block_size:
-            made = LONG
-        if isinstance(made, Pair):
-            pairs.append(made)
-        else:
-            left_out[made] += 1
-    reasons = ", ".join(f"{left_out[reason]:,} {reason.format(block_size)}"
-                        for reason in (DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG) if left_out[reason])
+        pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts, cut)
+        made.append(LONG if isinstance(pair, Pair) and pair.num_tokens > block_size else pair)
+    pairs = [pair for pair in made if isinstance(pair, Pair)]
+    reasons = ", ".join(f"{made.count(reason):,} {reason.format(block_size)}"
+                        for reason in (DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG) if reason in made)
     return pairs, f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})"
 
 
@@ -110,26 +99,23 @@ def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: 
 
 
 def transcript_pair(place: str, chosen: str, rejected: str, cut: bool) -> Pair | str:
-    """The pair of two transcripts, split before their last answers, or why it is left out. Every
-    turn before them is formatted as finetune.py formats a conversation: the question in the
-    template, then the answer with <|endoftext|>. Raises UserError."""
-    prompts, answers = [], []
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        prompt, separator, answer = text.rpartition(LAST_TURN)
-        if not separator or not prompt.startswith("\n\nHuman:"):
+    """The pair of two transcripts, split before their last answers, or why it is left out. Earlier
+    turns are formatted as finetune.py formats a conversation. Raises UserError."""
+    parts = [text.rpartition("\n\nAssistant:") for text in (chosen, rejected)]
+    for name, (start, separator, _) in zip(("chosen", "rejected"), parts, strict=True):
+        if not separator or not start.startswith("\n\nHuman:"):
             raise UserError(f"{place}: {name} is not a transcript that begins with a Human turn "
                             f"and ends with an Assistant turn; expected {SCHEMAS}")
-        prompts.append(prompt)
-        answers.append(answer.strip())
-    if prompts[0] != prompts[1]:
+    (text, _, chosen), (other, _, rejected) = parts
+    if text != other:
         return DIFFER
-    *earlier, (question, missing) = turns = transcript_turns(prompts[0])
+    *earlier, (question, missing) = turns = transcript_turns(text)
     if missing or not all(human for human, _ in turns):
         return NO_QUESTION
-    context = [token for turn in earlier for part in encode_example(turn[0], "", turn[1])
+    context = [token for human, answer in earlier for part in encode_example(human, "", answer)
                for token in part]
-    last = plain_pair(place, question, "", *answers, cut)
-    return last if isinstance(last, str) else replace(last, instruction=prompts[0],
+    last = plain_pair(place, question, "", chosen.strip(), rejected.strip(), cut)
+    return last if isinstance(last, str) else replace(last, instruction=text,
                                                       prompt=context + last.prompt)
 
 

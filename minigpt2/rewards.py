@@ -34,17 +34,15 @@ class RewardModel(GPT):
             cls)
 
     def forward(self, ids: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """ids and masks (B, T) int64, right-padded -> scores (B,) float32. Position t sees only
-        tokens up to t, so padding and its ids change nothing. In float32 also under autocast:
+        """ids and masks (B, T) int64, right-padded -> scores (B,) float32, under autocast too:
         bfloat16 would make ties."""
         last = self.hidden_states(ids)[torch.arange(len(ids), device=ids.device), masks.sum(1) - 1]
         return (last.float() * self.score.weight[0]).sum(-1)  # (B, C) -> (B,)
 
     @torch.no_grad()
     def rescale(self, mean: float, deviation: float) -> None:
-        """Makes every score s into (s - mean) / deviation. The head has no bias, so the mean goes
-        into the bias b of ln_f, on which nothing else depends: the head w adds w.b to each score.
-        Thus the folder needs no setting that other tools would not read."""
+        """Makes every score s into (s - mean) / deviation. The head w has no bias, so the mean goes
+        into the bias b of ln_f, which adds w.b to each score and has no other use."""
         weight = self.score.weight  # (1, C)
         self.transformer.ln_f.bias -= mean * weight[0] / weight.square().sum()
         weight /= deviation
@@ -57,8 +55,7 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
     T = max(map(len, rows))
     T = min(T + -T % PAD_TO.get(device.type, 16), block_size)
     ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])  # (B, T)
-    lengths = torch.tensor(list(map(len, rows)))  # (B,)
-    masks = (torch.arange(T) < lengths[:, None]).long()  # (B, T)
+    masks = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])  # (B, T)
     return to_device(ids, device), to_device(masks, device)
 
 

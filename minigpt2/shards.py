@@ -1,9 +1,6 @@
-"""The corpus format: token shards and `manifest.json`, written atomically, read and verified.
-
-A corpus is a folder of shards and a manifest that lists them. A shard is a `.npy` file with one
-vector of uint16 token ids, read through a memory map. A folder without a manifest is unfinished;
-only the shards of nanoGPT, build-nanogpt and llm.c are also read without one, by their file names.
-"""
+"""The corpus format (docs/formats.md): a folder of shards, `.npy` files with one vector of uint16
+token ids, and a `manifest.json` that lists them. Without one it is unfinished; only the shards of
+nanoGPT, build-nanogpt and llm.c are also read by their file names."""
 
 import io
 import json

@@ -1,8 +1,5 @@
-"""The GPT-2 tokenizer, and the prompt template shared by fine-tuning and sampling.
-
-`tiktoken.get_encoding("gpt2")` downloads the vocabulary. Here the two original files come from an
-installed package and are checked against the SHA-256 that tiktoken pins: no network is needed.
-"""
+"""The GPT-2 tokenizer, and the prompt template. tiktoken downloads the vocabulary; here it comes
+from an installed package, checked against the SHA-256 that tiktoken pins."""
 
 import base64
 import codecs
@@ -100,9 +97,8 @@ def find_difference(name: str, content: bytes, vocabulary: bytes) -> str | None:
 
 def repair(text: str) -> str:
     """Replaces lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace")
 
 
 def cut_runs(text: str) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 from helpers.common import ROOT, assert_user_error, main_error, run_script, user_error
 from helpers.hub_server import serve
 
-from dataloader import content_hash, load_pairs, split_rows
-from finetune import message_turns, read_turns, token_ids
+from dataloader import content_hash, load_pairs, message_turns, split_rows
+from finetune import read_turns, token_ids
 from minigpt2.preferences import cut_response, make_pairs, rank_share
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode, encode_example, format_prompt
 from pretrain_data.pydocs import Document
