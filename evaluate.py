@@ -24,6 +24,7 @@ the prompt template applied, to base models as well.
 import json
 import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ from inference import check_vocabulary, decode_generation, finish_reasons, gener
 from minigpt2 import benchmarks
 from minigpt2.checkpoint import find_checkpoint, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, to_device
+from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, share_work, to_device
 from minigpt2.faults import launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, list_files
@@ -102,6 +103,35 @@ class EvaluateConfig:
     answer_temperature: float = flag(0.0, "sampling temperature of answers; 0: greedy", minimum=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
+
+
+def hellaswag_harness(row: dict) -> benchmarks.Question:
+    """A row of HellaSwag as lm-evaluation-harness renders it: with the activity as a heading, the
+    second sentence capitalized, and WikiHow's marks removed."""
+    def clean(text: str) -> str:
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    texts = [row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")]
+    endings = row["endings"] if isinstance(row.get("endings"), list) else [None]
+    if not all(isinstance(text, str) for text in (*texts, *endings)):
+        raise ValueError("activity_label, ctx_a, ctx_b and endings are not all there, which the "
+                         "harness's form needs: use the official file, or the task hellaswag")
+    question = clean(f"{texts[0]}: {texts[1]} {texts[2].capitalize()}")
+    return benchmarks.multiple_choice(row | {"context": question,
+                                             "choices": list(map(clean, endings))})
+
+
+def lambada(row: dict) -> benchmarks.Question:
+    """A row of LAMBADA: the last word, after the last space, is the only choice."""
+    text = row.get("text")
+    context, _, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
+    if not context or not word:
+        raise ValueError("expected a `text` that ends with a space and a word")
+    return benchmarks.make_question([context], [word], 0)
+
+
+RENDERERS = {"hellaswag": benchmarks.hellaswag, "hellaswag_harness": hellaswag_harness,
+             "lambada": lambada}
 
 
 def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
@@ -185,20 +215,20 @@ def answer(model: GPT, prompts: list[list[int]], config: EvaluateConfig, launch:
            dtype: torch.dtype) -> list[dict]:
     """An answer to each prompt, its finish reason, and its tokens without <|endoftext|>. Batches
     are made by length, alike for any number of ranks."""
-    model, found = prepare_to_sample(model, dtype), {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
-    mine = batches[launch.rank :: launch.world_size]
-    for batch in progress_bar(len(mine), 0, "answers", enabled=launch.is_master, over=mine):
+    prepare_to_sample(model, dtype)
+
+    def work(batch: list[int]) -> dict[int, dict]:
         ids, masks = pad_rows([prompts[i] for i in batch])
         output = generate(model, ids, masks, config.answer_temperature, config.answer_tokens)
         reasons = finish_reasons(*output, masks, config.answer_tokens)
         lengths = (output[1].sum(1).cpu() - masks.sum(1)).tolist()
-        for i, text, reason, length in zip(batch, decode_generation(*output, masks), reasons,
-                                           lengths, strict=True):
-            found[i] = {"answer": text, "finish_reason": reason,
-                        "tokens": length - (reason == "stop")}
-    found = {i: one for part in launch.gather(found) for i, one in part.items()}
+        return {i: {"answer": text, "finish_reason": reason, "tokens": length - (reason == "stop")}
+                for i, text, reason, length in zip(batch, decode_generation(*output, masks),
+                                                   reasons, lengths, strict=True)}
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
+    found = share_work(batches, work, launch, label="answers")
     return [found[i] for i in range(len(prompts))]
 
 
@@ -249,7 +279,7 @@ def evaluate_checkpoint(name: str, config: EvaluateConfig, tasks: dict[str, Path
         else:
             questions = benchmarks.make_questions(
                 path, read_rows(path)[: config.limit],
-                benchmarks.RENDERERS.get(task, benchmarks.multiple_choice), model.config.block_size)
+                RENDERERS.get(task, benchmarks.multiple_choice), model.config.block_size)
             results[task] = benchmarks.question_figures(
                 model, questions, launch, dtype, label=task, batch_tokens=config.batch_tokens)
     if is_local and launch.is_master:

@@ -163,7 +163,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                             sequence_length=tokens // (2 * len(batch)),
                             sums={"accuracy": sums[1], "margin": sums[2]})
             if run.state.skipped:  # raises UserError if the score of a pair is not finite
-                pair_margins(raw_model, sum(recent, []), run)
+                pair_margins(raw_model, [pair for batch in recent for pair in batch], run)
         if not run.stopping:
             finish(config, run, raw_model, train_pairs, val_pairs)
     return raw_model.eval()

@@ -1,7 +1,6 @@
 """HellaSwag, LAMBADA and multiple choice: log-probabilities of continuations, and accuracies."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,33 +56,6 @@ def multiple_choice(row: dict) -> Question:
 def hellaswag(row: dict) -> Question:
     """A row of HellaSwag as it stands, as in build-nanogpt's hellaswag.py."""
     return multiple_choice(row | {"context": row.get("ctx"), "choices": row.get("endings")})
-
-
-def hellaswag_harness(row: dict) -> Question:
-    """A row of HellaSwag as lm-evaluation-harness renders it: with the activity as a heading, the
-    second sentence capitalized, and WikiHow's marks removed."""
-    def clean(text: str) -> str:
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-    texts = [row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")]
-    endings = row["endings"] if isinstance(row.get("endings"), list) else [None]
-    if not all(isinstance(text, str) for text in (*texts, *endings)):
-        raise ValueError("activity_label, ctx_a, ctx_b and endings are not all there, which the "
-                         "harness's form needs: use the official file, or the task hellaswag")
-    question = clean(f"{texts[0]}: {texts[1]} {texts[2].capitalize()}")
-    return multiple_choice(row | {"context": question, "choices": list(map(clean, endings))})
-
-
-def lambada(row: dict) -> Question:
-    """A row of LAMBADA: the last word, after the last space, is the only choice."""
-    text = row.get("text")
-    context, _, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
-    if not context or not word:
-        raise ValueError("expected a `text` that ends with a space and a word")
-    return make_question([context], [word], 0)
-
-
-RENDERERS = {"hellaswag": hellaswag, "hellaswag_harness": hellaswag_harness, "lambada": lambada}
 
 
 def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[[dict], Question],

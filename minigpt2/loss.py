@@ -40,13 +40,12 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     else:  # to select rows, the host would wait for their number
         x = x.where(valid[:, None], 0)
     x = x.to(dtype)
-    if reduction == "none":
-        losses = RowCrossEntropy.apply(x, weight, targets)
-        return (losses.new_zeros(len(valid)).masked_scatter(valid, losses) if on_cpu(x.device)
-                else losses)
-    if torch.is_grad_enabled():
+    if reduction == "sum" and torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x, weight, targets)
-    return row_losses(x, weight, targets).sum()
+    losses = RowCrossEntropy.apply(x, weight, targets)
+    if reduction == "sum" or not on_cpu(x.device):
+        return losses.sum() if reduction == "sum" else losses
+    return losses.new_zeros(len(valid)).masked_scatter(valid, losses)
 
 
 def pad_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,18 +63,6 @@ def block_sizes(device: torch.device) -> tuple[int, int]:
     """How many rows of logits to hold at a time, and of their float32 softmax."""
     return ((LOSS_ROWS_CPU, SOFTMAX_ROWS_CPU) if on_cpu(device) else
             (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
-
-
-def row_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy (N,) of each row, as in LinearCrossEntropy, without gradients."""
-    head, losses = pad_head(weight, x.dtype), []
-    rows, softmax_rows = block_sizes(x.device)
-    for block, block_targets in zip(x.split(rows), targets.split(rows), strict=True):
-        logits = (block @ head.t())[:, : len(weight)]  # (rows, V)
-        losses += [F.cross_entropy(low.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
-                   for low, target in zip(logits.split(softmax_rows),
-                                          block_targets.split(softmax_rows), strict=True)]
-    return torch.cat(losses)
 
 
 def loss_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -120,8 +107,7 @@ def loss_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum over rows of -log softmax(x @ weight.T)[target]. The gradient of a softmax
     cross-entropy depends on the logits alone, so that both gradients are computed in the forward
-    pass, and `backward` only scales them by the incoming scalar. Memory is O(block x V) instead of
-    O(N x V); the result equals `F.cross_entropy(..., reduction="sum")`."""
+    pass, and `backward` only scales them by the incoming scalar."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -143,7 +129,14 @@ class RowCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.save_for_backward(x, weight, targets)
-        return row_losses(x, weight, targets)
+        head, losses = pad_head(weight, x.dtype), []
+        rows, softmax_rows = block_sizes(x.device)
+        for block, block_targets in zip(x.split(rows), targets.split(rows), strict=True):
+            logits = (block @ head.t())[:, : len(weight)]  # (rows, V)
+            losses += [F.cross_entropy(low.float(), target, ignore_index=IGNORE_INDEX,
+                                       reduction="none") for low, target in zip(
+                logits.split(softmax_rows), block_targets.split(softmax_rows), strict=True)]
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable

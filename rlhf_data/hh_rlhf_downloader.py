@@ -4,7 +4,7 @@
     python rlhf_data/hh_rlhf_downloader.py --subset harmless-base    # offensive by design
 
 Writes rlhf_data/hh_SUBSET_train.jsonl and hh_SUBSET_test.jsonl, rows of two transcripts, {"chosen",
-"rejected"}. Files are checked against the hub's SHA-256. Does nothing if both are complete.
+"rejected"}. Files are checked against the hub's SHA-256. Files that exist already are kept.
 """
 
 import gzip
@@ -37,17 +37,6 @@ class HHConfig:
     retries: int = flag(5, "retries of a failed request, with exponential backoff", minimum=0)
 
 
-def check_rows(content: bytes, num_rows: int, what: str, fix: str) -> None:
-    """Raises UserError, about `what`, for other than num_rows lines of two transcripts each."""
-    try:
-        rows = [json.loads(line) for line in content.splitlines()]
-    except ValueError:
-        rows = []
-    if len(rows) != num_rows or not all(isinstance(row, dict) and {"chosen", "rejected"}
-                                        <= row.keys() for row in rows):
-        raise UserError(f"{what} does not hold the {num_rows:,} pairs of {REPO}: {fix}")
-
-
 def download_split(config: HHConfig, split: str, num_rows: int, path: pathlib.Path) -> None:
     """Downloads one file, unpacks and checks it, and writes `path`. Raises UserError."""
     retry, name = RetryPolicy(config.retries), f"{config.subset}/{split}.jsonl.gz"
@@ -56,7 +45,14 @@ def download_split(config: HHConfig, split: str, num_rows: int, path: pathlib.Pa
     if not files:
         raise UserError(f"{REPO} at {commit} has no {name}: choose another --revision")
     content = gzip.decompress(fetch(REPO, commit, files[0], folder, retry).read_bytes())
-    check_rows(content, num_rows, f"{name} at {commit}", "choose another --revision")
+    try:
+        rows = [json.loads(line) for line in content.splitlines()]
+    except ValueError:
+        rows = []
+    if len(rows) != num_rows or not all(isinstance(row, dict) and {"chosen", "rejected"}
+                                        <= row.keys() for row in rows):
+        raise UserError(f"{name} at {commit} does not hold the {num_rows:,} pairs of {REPO}: "
+                        "choose another --revision")
     with atomic_write(path) as file:
         file.write(content)
     shutil.rmtree(folder)
@@ -69,13 +65,9 @@ def main() -> None:
     with folder_lock(out_dir):
         for split, num_rows in zip(("train", "test"), NUM_ROWS[config.subset], strict=True):
             path = out_dir / f"hh_{config.subset.replace('-', '_')}_{split}.jsonl"
-            if path.exists():
-                check_rows(path.read_bytes(), num_rows, str(path), "delete it, or choose another "
-                                                                   "--out-dir")
-                print(f"{path} is already complete: {num_rows:,} pairs")
-            else:
+            if not path.exists():  # it is renamed into place when it is complete
                 download_split(config, split, num_rows, path)
-                print(f"wrote {path}: {num_rows:,} pairs")
+            print(f"{path}: {num_rows:,} pairs")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python rlhf_data/pydocs_pairs.py --rows 4000
 
-Writes rlhf_data/pydocs_pairs.json, rows {"instruction", "input", "chosen", "rejected"} with the
-questions of finetune_data/pydocs_questions.py. The rejected answer is, in turn, that of another
+Writes rlhf_data/pydocs_pairs.json, rows {"instruction", "chosen", "rejected"} with the questions of
+finetune_data/pydocs_questions.py. The rejected answer is, in turn, that of another
 symbol of the same kind, the right answer cut in its middle, or the right answer said twice: three
 faults, so that neither length nor the last character alone decides.
 """
@@ -20,8 +20,6 @@ from minigpt2.config import flag, parse_config, run_main
 from minigpt2.files import atomic_write
 from pretrain_data.pydocs import question_and_answer, read_documents
 
-SHUFFLE_SEED = 1337
-
 
 @dataclass(frozen=True)
 class PairsConfig:
@@ -33,7 +31,7 @@ class PairsConfig:
 def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
     """A pair for each question, in a seeded order, given question -> answer. Pairs with two equal
     answers are left out."""
-    order = random.Random(SHUFFLE_SEED)
+    order = random.Random(1337)
     questions = sorted(answers)
     order.shuffle(questions)
     kinds: dict[str, list[str]] = {}  # "What is the Python class" -> its answers
@@ -46,8 +44,7 @@ def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
         rejected = (order.choice(kinds[" ".join(question.split()[:5])]),
                     " ".join(words[: (len(words) + 1) // 2]), f"{chosen} {chosen}")[i % 3]
         if rejected != chosen:
-            rows.append({"instruction": question, "input": "", "chosen": chosen,
-                         "rejected": rejected})
+            rows.append({"instruction": question, "chosen": chosen, "rejected": rejected})
     return rows
 
 

@@ -23,14 +23,20 @@ from helpers.ranks import Ranks
 import evaluate
 import finetune
 from dataloader import make_examples, pad_rows, read_rows, split_rows, text_turns
-from evaluate import EvaluateConfig, answer_figures, plain, repeated_4grams, validation_figures
+from evaluate import (
+    EvaluateConfig,
+    answer_figures,
+    hellaswag_harness,
+    lambada,
+    plain,
+    repeated_4grams,
+    validation_figures,
+)
 from inference import generate, logprobs
 from minigpt2.benchmarks import (
     Question,
     choice_figures,
     hellaswag,
-    hellaswag_harness,
-    lambada,
     last_word_figures,
     make_questions,
     multiple_choice,
