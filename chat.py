@@ -145,7 +145,7 @@ def stream_response(config: ChatConfig, model: GPT, params: SamplingParams,
     except KeyboardInterrupt:
         note = " [stopped]"
     conversation.add_response(turns, tokens)
-    print(decoder.flush() + note, flush=True)
+    print(decoder.feed([], final=True) + note, flush=True)
 
 
 @contextlib.contextmanager

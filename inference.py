@@ -387,7 +387,7 @@ def respond(model: GPT, config: InferenceConfig, params: SamplingParams, prompts
                 "logprobs": scores[i][n - 1 : n - 1 + len(tokens)], "finish_reason": reasons[i]})
         else:
             end = {"stop": "<|endoftext|>", "length": "--max-steps", "context": "a full context"}
-            text = (decoder.flush() if stream else text) + (
+            text = (decoder.feed([], final=True) if stream else text) + (
                 f"\n          [{len(tokens)} tokens, ended by {end[reasons[i]]}]\n")
         print(text, flush=True)
 

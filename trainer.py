@@ -234,7 +234,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 if run.log_validation(val_loss) and launch.is_master and wants_samples:
                     run.bar.write(write_sample(raw_model, config, run.step))
             if run.benchmark_due(config.hellaswag_interval):
-                run.log_benchmark("hellaswag", question_figures(
+                run.log_figures("hellaswag", question_figures(
                     raw_model, questions, launch, run.dtype, should_stop=run.stop.requested))
             if run.save_or_finish():
                 break

@@ -206,18 +206,16 @@ class Run:
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """Records the validation loss of the current weights; None, after a signal, stops the run.
-        Returns whether there is a loss."""
+        """`log_figures` of the validation loss and more; None, after a signal."""
         self.state.val_loss = loss
         return self.log_figures("val", None if loss is None else {"loss": loss, **figures})
 
-    def log_benchmark(self, name: str, figures: dict[str, float] | None) -> None:
-        """Records the figures of the current weights; None, after a signal, stops the run."""
-        if self.log_figures(name, figures):
-            self.state.scored_step = self.step
-
     def log_figures(self, kind: str, figures: dict[str, float] | None) -> bool:
+        """Records figures of the current weights, by the name of a benchmark; None, after a signal,
+        stops the run. Returns whether there are any."""
         self.stopping = figures is None
+        if kind != "val" and figures is not None:
+            self.state.scored_step = self.step
         if figures is not None and self.launch.is_master:
             self.log.write(self.step, kind, **figures)
             self.bar.write(f"step {self.step}: {kind} " + ", ".join(

@@ -146,16 +146,13 @@ def decode(ids: list[int]) -> str:
 
 class StreamDecoder:
     """Decodes ids as they arrive and holds back the bytes of an incomplete character. The results
-    of `feed` and the final `flush`, joined, equal `decode` of all ids."""
+    of `feed`, joined, the last one `final`, equal `decode` of all ids."""
 
     def __init__(self):
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, ids: list[int]) -> str:
-        return self.utf8.decode(load_tokenizer().decode_bytes(ids))
-
-    def flush(self) -> str:
-        return self.utf8.decode(b"", final=True)
+    def feed(self, ids: list[int], final: bool = False) -> str:
+        return self.utf8.decode(load_tokenizer().decode_bytes(ids), final)
 
 
 def format_prompt(instruction: str, input: str = "") -> str:

@@ -167,7 +167,7 @@ def test_streamed_pieces_join_to_the_full_text():
                 end = start + rng.randint(1, longest)
                 pieces.append(decoder.feed(ids[start:end]))
                 start = end
-            pieces.append(decoder.flush())
+            pieces.append(decoder.feed([], final=True))
             assert "".join(pieces) == decode(ids)
 
 
@@ -175,4 +175,4 @@ def test_incomplete_characters_are_held_back():
     decoder = StreamDecoder()
     byte_ids = [load_tokenizer().encode_single_token(bytes([i])) for i in "a\u20acb".encode()]
     assert [decoder.feed([i]) for i in byte_ids] == ["a", "", "", "\u20ac", "b"]
-    assert decoder.flush() == ""
+    assert decoder.feed([], final=True) == ""
