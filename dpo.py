@@ -6,9 +6,8 @@ pairs of responses, one chosen and one rejected, without a reward model.
 
 The checkpoint is the policy at the start, and the reference throughout. The loss of a pair is
 -log sigmoid(beta * [(chosen - reference's) - (rejected - reference's)]), of log-probabilities of
-whole responses with <|endoftext|>. Those of the reference are computed once, before training, and
-kept in OUT_DIR/reference.safetensors. Checkpoints, logs, signals and --resume are those of
-finetune.py.
+whole responses (docs/alignment.md). Those of the reference are computed once, before training, and
+kept in OUT_DIR/reference.safetensors.
 """
 
 import hashlib

@@ -1,14 +1,12 @@
-"""Training of a reward model on preference pairs, from a fine-tuned checkpoint.
+"""Trains a reward model on preference pairs, from a fine-tuned checkpoint (docs/alignment.md).
 
     python reward.py --checkpoint out/finetune --data rlhf_data/pydocs_pairs.json
     torchrun --standalone --nproc-per-node=8 reward.py \\
         --data rlhf_data/hh_helpful_base_train.jsonl --val-data rlhf_data/hh_helpful_base_test.jsonl
 
-The model is GPT-2 with a linear head, read at the last token of prompt and response. The loss is
--log sigmoid(score of the chosen - score of the rejected response), averaged over pairs. At the end,
+The model is GPT-2 with a linear head, read at the last token of prompt and response. At the end,
 scores are rescaled to mean 0 and deviation 1 on responses that the checkpoint itself samples to
 training prompts, and OUT_DIR/reward.json compares the accuracy on held-out pairs with simple rules.
-Checkpoints, logs, signals and --resume are those of finetune.py.
 """
 
 import json
@@ -203,7 +201,8 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
                       f"{MIN_SAMPLES} different ones are needed")
     elif abs(mean) > NORMALIZED or abs(deviation - 1) > NORMALIZED:
         model.rescale(mean, deviation)
-        run.save_again()
+        run.writer.saved_step = None  # saves this step again
+        run.save_or_finish()
 
 
 def sample_responses(config: RewardConfig, pairs: list[Pair], run: Run) -> list[list[int]] | None:

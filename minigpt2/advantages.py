@@ -1,7 +1,5 @@
-"""Losses of preference learning as pure functions of tensors: no model, no data, no state.
-
-Shapes: R rows, T tokens. A pair is a row of two columns, (R, 2): chosen, rejected.
-"""
+"""Losses of preference learning as pure functions of tensors. Shapes: R rows, T tokens; a pair is a
+row of two columns, (R, 2): chosen, rejected."""
 
 import torch
 import torch.nn.functional as F

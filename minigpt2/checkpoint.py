@@ -28,7 +28,7 @@ STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
-LM_HEAD, REWARD_HEAD = "GPT2LMHeadModel", "GPT2ForSequenceClassification"  # in transformers
+REWARD_HEAD = "GPT2ForSequenceClassification"  # transformers' class of a reward model
 FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -69,7 +69,7 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
                 training_state: dict | None, prompt_template: str | None) -> None:
     """Writes all files of a checkpoint and syncs them to disk."""
     settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
-        "architectures": [LM_HEAD], "n_positions": config.block_size,
+        "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
     if prompt_template:
@@ -194,8 +194,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or of another shape than
     config.json implies, and non-finite weights."""
     folder = find_checkpoint(path)
-    check_model_kind(folder, is_reward=model_class is not GPT)
-    config = read_config(folder)
+    config = read_config(folder, is_reward=model_class is not GPT)
     tokenizer.check_files(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
@@ -208,14 +207,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
             raise UserError(f"{file}: lm_head differs from wte, but the head of GPT-2 is tied")
     with reading(folder / CONFIG_FILE):  # which the tensors have to match
         return model_from_parameters(config, parameters, model_class).eval()
-
-
-def check_model_kind(folder: Path, is_reward: bool) -> None:
-    """Raises UserError for a reward model where a language model is wanted, and the reverse."""
-    if (read_json(folder / CONFIG_FILE).get("architectures") == [REWARD_HEAD]) != is_reward:
-        kinds = "a language model", "a reward model"
-        raise UserError(f"{folder} is {kinds[not is_reward]}, expected {kinds[is_reward]}: train "
-                        f"one with {'reward.py' if is_reward else 'trainer.py or finetune.py'}")
 
 
 def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor],
@@ -238,10 +229,13 @@ def weights_sha256(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
-    settings = read_json(folder / CONFIG_FILE)
+def read_config(folder: Path, is_reward: bool = False) -> GPTConfig:
+    """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2 with the
+    head of a language model, or of a reward model."""
+    settings, kinds = read_json(folder / CONFIG_FILE), ("a language model", "a reward model")
     with reading(folder / CONFIG_FILE):
+        if (settings.get("architectures") == [REWARD_HEAD]) != is_reward:
+            raise ValueError(f"it is {kinds[not is_reward]}, expected {kinds[is_reward]}")
         for name, value in FIXED_SETTINGS.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name} is {settings[name]!r}, expected {value!r}")

@@ -82,9 +82,8 @@ class Launch:
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere. Raises UserError for incomplete
-    variables and a device that does not exist. `deterministic`: bit-reproducible algorithms only.
-    """
+    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere; `deterministic` allows only
+    bit-reproducible algorithms. Raises UserError for bad variables and a missing device."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -158,12 +157,10 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A key prefix shared by exactly the processes of this attempt.
-
-    Without it, a restarted gloo group reads addresses of dead processes in torchrun's store
-    (PyTorch 2.13). Every rank announces a random number, and rank 0 offers its own, with those it
-    has seen, until every other rank has found its number in the offer. Nobody waits inside the
-    store, where signal handlers would not run."""
+    """A key prefix shared by exactly the processes of this attempt: without it, a restarted gloo
+    group reads addresses of dead processes in torchrun's store (PyTorch 2.13). Every rank announces
+    a random number, and rank 0 offers its own, with those it has seen, until every other rank has
+    found its number in the offer. Nobody waits in the store, where signal handlers do not run."""
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
@@ -233,9 +230,8 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model in DistributedDataParallel, or the model itself on a single rank. Gradients are
-    views of DDP's buckets and must stay: once set to None, micro-steps under `no_sync` allocate
-    others beside the buckets."""
+    """The model in DistributedDataParallel, or itself on a single rank. Gradients are views of DDP's
+    buckets and must stay: set to None, micro-steps under `no_sync` allocate others."""
     if launch.world_size == 1:
         return model
     for parameter in model.parameters():

@@ -1,5 +1,4 @@
-"""Downloads dataset files from the Hugging Face hub: at a pinned commit, with retries, and verified
-by the size and SHA-256 that the hub lists."""
+"""Downloads dataset files from the Hugging Face hub, verified by the size and SHA-256 it lists."""
 
 import re
 import time
@@ -68,8 +67,7 @@ def list_files(repo: str, commit: str, folder: str, retry: RetryPolicy) -> list:
 
 def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path,
           retry: RetryPolicy) -> Path:
-    """Downloads a file into `folder`, unless it is there already, and verifies it. Raises
-    UserError."""
+    """Downloads a file into `folder`, unless it is there, and verifies it. Raises UserError."""
     def request() -> Path:
         path = Path(huggingface_hub.hf_hub_download(
             repo, file.path, repo_type="dataset", revision=commit, local_dir=folder))

@@ -111,7 +111,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        """See `loss_and_gradients`; returns () float32."""
         loss, grad_x, grad_weight = loss_and_gradients(x, weight, targets)
         ctx.save_for_backward(grad_x, grad_weight)
         return loss

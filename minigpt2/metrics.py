@@ -120,8 +120,7 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
 def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict,
               tensorboard: bool) -> RunLog:
     """Opens OUT_DIR/metrics.jsonl of a new (`fresh`) or resumed run, copied to OUT_DIR/tensorboard
-    if asked for, and writes a "run" record. Raises UserError for a damaged log, or no TensorBoard.
-    """
+    if asked for, and writes a "run" record. Raises UserError (damaged log, no TensorBoard)."""
     path, writer = out_dir / "metrics.jsonl", None
     records = read_log(path) if path.exists() and not fresh else {}
     if tensorboard:

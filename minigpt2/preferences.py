@@ -1,8 +1,5 @@
-"""Preference data: a prompt, the response that was chosen and the one that was rejected.
-
-Rows have one of three forms (docs/alignment.md), of which the last is that of Anthropic's hh-rlhf:
-two transcripts, "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." in turn.
-"""
+"""Preference data: a prompt, a response that was chosen and one that was rejected. Rows have one of
+three forms (docs/alignment.md), the last of which, two transcripts, is Anthropic's hh-rlhf's."""
 
 import re
 from collections.abc import Sequence
@@ -36,8 +33,7 @@ class Pair:
     rejected: list[int]
 
     @property
-    def num_tokens(self) -> int:
-        """Of the longer sequence, prompt and response."""
+    def num_tokens(self) -> int:  # of the longer sequence, prompt and response
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 

@@ -26,12 +26,10 @@ class RewardModel(GPT):
     def from_language_model(cls, model: GPT, seed: int) -> "RewardModel":
         """A reward model that shares the tensors of a language model. Its head is N(0, 1/(C + 1)),
         so that first scores have a variance of about 1 (Ziegler et al. 2019, OpenAI's code)."""
-        weight = model.transformer.wte.weight
-        head = torch.randn(1, weight.size(1), generator=torch.Generator().manual_seed(seed))
-        head = (head / math.sqrt(weight.size(1) + 1)).to(weight.device)
-        return model_from_parameters(
-            model.config, {**dict(model.named_parameters()), "score.weight": nn.Parameter(head)},
-            cls)
+        C, parameters = model.config.n_embd, dict(model.named_parameters())
+        head = torch.randn(1, C, generator=torch.Generator().manual_seed(seed)) / math.sqrt(C + 1)
+        parameters["score.weight"] = nn.Parameter(head.to(model.transformer.wte.weight.device))
+        return model_from_parameters(model.config, parameters, cls)
 
     def forward(self, ids: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """ids and masks (B, T) int64, right-padded -> scores (B,) float32, under autocast too:

