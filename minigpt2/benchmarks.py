@@ -81,11 +81,9 @@ def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *, 
           batch_tokens: int = 8192, should_stop: Callable[[], bool] = bool,
           ) -> torch.Tensor | None:
     """For each pair: the log-probability of the continuation (nats), whether every one of its
-    tokens is the most likely one, and whether the last one is: (N, 3) float64, equal on all ranks;
-    for None and `label` see `share_work`.
-
-    `model` is the raw module and runs eagerly. Batches of about batch_tokens are made by length,
-    alike for any number of ranks. A context that is too long is cut on the left."""
+    tokens is the most likely one, and whether the last one is: (N, 3) float64, see `share_work`.
+    Batches of about batch_tokens are made by length, alike for any number of ranks. A context that
+    is too long is cut on the left."""
     limit = model.config.block_size + 1  # the last token is only a target
     rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
@@ -93,11 +91,13 @@ def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *, 
     while order:
         batches.append(order[: max(1, batch_tokens // len(rows[order[0]][0]))])
         del order[: len(batches[-1])]
-    found = share_work(batches, lambda batch: dict(zip(batch, score_batch(
-        model, [rows[i] for i in batch], launch.device, dtype).tolist(), strict=True)),
-        launch, should_stop, label)
-    return None if found is None else torch.tensor([found[i] for i in range(len(rows))],
-                                                   dtype=torch.float64)
+
+    def work(batch: list[int]) -> dict[int, list[float]]:
+        scores = score_batch(model, [rows[i] for i in batch], launch.device, dtype)
+        return dict(zip(batch, scores.tolist(), strict=True))
+
+    found = share_work(batches, work, launch, should_stop, label)
+    return found and torch.tensor([found[i] for i in range(len(rows))], dtype=torch.float64)
 
 
 def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.device,

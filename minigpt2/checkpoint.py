@@ -230,8 +230,7 @@ def weights_sha256(model: GPT) -> str:
 
 
 def read_config(folder: Path, is_reward: bool = False) -> GPTConfig:
-    """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2 with the
-    head of a language model, or of a reward model."""
+    """The sizes in config.json. Raises UserError if it is not a GPT-2 with the head wanted."""
     settings, kinds = read_json(folder / CONFIG_FILE), ("a language model", "a reward model")
     with reading(folder / CONFIG_FILE):
         if (settings.get("architectures") == [REWARD_HEAD]) != is_reward:

@@ -230,7 +230,7 @@ def allow_nondeterministic() -> Iterator[None]:
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
-    """The model in DistributedDataParallel, or itself on a single rank. Gradients are views of DDP's
+    """The model in DistributedDataParallel, or itself on one rank. Gradients are views of DDP's
     buckets and must stay: set to None, micro-steps under `no_sync` allocate others."""
     if launch.world_size == 1:
         return model
@@ -243,9 +243,9 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 @torch.no_grad()
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
-    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), summed
-    in float64, so that world size and micro-batch do not change it, and run eagerly: other shapes
-    would recompile. None, on all ranks, once `should_stop()` is true on any rank."""
+    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), in
+    float64, so that world size and micro-batch do not change it, and eagerly: other shapes would
+    recompile. None, on all ranks, once `should_stop()` is true on any."""
     sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:

@@ -194,9 +194,9 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 
 def agree(figures: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
           launch: Launch) -> torch.Tensor:
-    """What all ranks must agree on in a step, on the device: (n + 2,) float32, the sums of
-    `figures` (n,) over ranks, how many ranks were asked to stop, and the gradient norm. One small
-    all-reduce, and no synchronization with the host. The gradients are all-reduced already."""
+    """What all ranks must agree on in a step, on the device: (n + 2,) float32, the sums of figures
+    (n,) over ranks, how many ranks were asked to stop, and the gradient norm (that of all-reduced
+    gradients). One small all-reduce, and no synchronization with the host."""
     asked = torch.full((1,), float(request.requested()), device=launch.device)
     sums = launch.sum(torch.cat([figures, asked]))  # (n + 1,)
     return torch.cat([sums, grad_norm[None]])

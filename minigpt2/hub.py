@@ -27,7 +27,6 @@ class RetryPolicy:
         in messages. Raises UserError if it keeps failing, and at once if a retry cannot help."""
         from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
         from huggingface_hub.utils import logging
-
         logging.set_verbosity_error()  # hides the client's own messages
         for attempt in range(self.max_retries + 1):
             try:

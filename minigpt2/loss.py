@@ -20,9 +20,9 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     with `reduction="none"`, that of each row (N,).
 
     Rows whose target is IGNORE_INDEX count 0. Eager code computes a few rows of logits at a time
-    and never waits for a GPU. Under torch.compile all logits are computed in the compute dtype,
-    since the compiler fuses the float32 softmax. float16 takes that path too: its gradients must be
-    scaled before they are computed, and LinearCrossEntropy computes them in the forward pass."""
+    and never waits for a GPU. Under torch.compile all logits are computed, since the compiler fuses
+    the float32 softmax; for float16 too, whose gradients must be scaled before they are computed,
+    and LinearCrossEntropy computes them in the forward pass."""
     device_type, V = x.device.type, len(weight)
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype

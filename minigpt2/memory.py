@@ -16,8 +16,7 @@ OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator",  # "can't allocate memory: you tried to allocate N bytes"
     "bad_alloc", "can't start new thread",  # C++, Python
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "could not create a primitive",  # oneDNN, which gives no reason
-)
+    "could not create a primitive")  # oneDNN, which gives no reason
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -54,16 +54,14 @@ def make_pairs(rows: Sequence[tuple[str, object]], block_size: int, *,
 
 
 def cut_response(text: str) -> str:
-    """The text up to the first artifact, then up to its last full sentence, if it has one. Without
-    this, a weak model's response is recognized by how it ends, not by what it says."""
+    """The text up to the first artifact, then up to its last full sentence, if it has one."""
     text = ARTIFACT.split(text, maxsplit=1)[0].strip()
     sentences = SENTENCES.match(text)
     return sentences[0] if sentences else text
 
 
 def row_texts(row: object, place: str) -> list[str]:
-    """[instruction, input, chosen, rejected] of a row, or [chosen, rejected] of transcripts. Raises
-    UserError."""
+    """[instruction, input, chosen, rejected] of a row, or the last two. Raises UserError."""
     if not isinstance(row, dict):
         raise UserError(f"{place} is {row!r:.60}, expected an object with {SCHEMAS}")
     row = {name: value for name, value in row.items() if value is not None}
@@ -116,8 +114,7 @@ def transcript_pair(place: str, chosen: str, rejected: str, cut: bool) -> Pair |
 
 
 def transcript_turns(text: str) -> list[tuple[str, str]]:
-    """The turns of a transcript as (question, answer), the last with an empty answer. Turns of one
-    speaker in a row, of which hh-rlhf has a few, are joined."""
+    """The turns as (question, answer), the last answer empty. Those of one speaker are joined."""
     _, *parts = SPEAKER.split(text)
     texts = ["\n\n".join(filter(None, (said.strip() for _, said in turns)))
              for _, turns in groupby(zip(parts[::2], parts[1::2], strict=True), itemgetter(0))]

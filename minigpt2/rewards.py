@@ -48,8 +48,7 @@ class RewardModel(GPT):
 
 def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
               device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids -> ids and masks (B, T) int64 on the device, right-padded with 0. T is a multiple
-    of PAD_TO, at most block_size."""
+    """Rows -> ids and masks (B, T) int64 on the device, right-padded to a multiple of PAD_TO."""
     T = max(map(len, rows))
     T = min(T + -T % PAD_TO.get(device.type, 16), block_size)
     ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])  # (B, T)

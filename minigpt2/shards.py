@@ -110,8 +110,7 @@ def read_record(path: Path) -> dict:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a corpus: `source`, `tokenizer`, `tokens` and `shards`, a list of dicts with
-    `file`, `split`, `tokens` and `sha256`. For a folder of only foreign shards, `tokens` and
+    """The manifest of a corpus (docs/formats.md); for a folder of only foreign shards, `tokens` and
     `shards` (without `sha256`) come from the files. Raises UserError."""
     build = "build one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
     if not data_dir.is_dir():

