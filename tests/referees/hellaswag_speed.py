@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.harness import BenchConfig, Step, compare, record, run_bench
 from bench.train import SIZES
 from dataloader import read_rows
-from minigpt2.benchmarks import RENDERERS, choice_figures, make_questions, score
+from evaluate import RENDERERS
+from minigpt2.benchmarks import choice_figures, make_questions, score
 from minigpt2.checkpoint import find_checkpoint, load_model, save_checkpoint
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import start

@@ -10,7 +10,8 @@ import torch
 from helpers.common import CPU_LAUNCH, ROOT, run_script
 
 from dataloader import read_rows
-from minigpt2.benchmarks import RENDERERS, choice_figures, last_word_figures, make_questions, score
+from evaluate import RENDERERS
+from minigpt2.benchmarks import choice_figures, last_word_figures, make_questions, score
 from minigpt2.checkpoint import load_model
 
 harness = pytest.importorskip("harness_tasks", reason="pip install -r requirements-referees.txt")
