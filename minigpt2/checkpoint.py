@@ -31,6 +31,8 @@ FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
+# Other names of gelu_new in transformers, equal up to rounding
+GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
@@ -215,6 +217,8 @@ def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor]
 def read_config(folder: Path) -> GPTConfig:
     """Returns the sizes in config.json. Raises UserError if it does not describe a GPT-2."""
     settings = read_json(folder / CONFIG_FILE)
+    if settings.get("activation_function") in GELU_NAMES:
+        settings["activation_function"] = "gelu_new"
     with reading(folder / CONFIG_FILE):
         for name, value in FIXED_SETTINGS.items():
             if settings.get(name, value) != value:
