@@ -213,7 +213,8 @@ def test_the_fast_recipe_learns_and_resumes_exactly(corpus, tmp_path):
     assert values[-1] < values[0] - 1  # it learns
     rates = [lr for lr, in trace(tmp_path / "whole", "lr")]
     assert rates[2] == rates[3] == 1e-2
-    assert rates[-2] - rates[-1] == pytest.approx(rates[3] - rates[4]) > 0  # a straight line
+    drop = rates[3] - rates[4]
+    assert drop > 0 and rates[-2] - rates[-1] == pytest.approx(drop)  # a straight line
     interrupted(tmp_path / "whole", tmp_path / "again", 5)
     again = train(dataclasses.replace(config, out_dir=str(tmp_path / "again"), resume=True),
                   CPU_LAUNCH)
