@@ -33,6 +33,8 @@ FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True}
+# Other names of gelu_new in transformers, equal up to rounding
+GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
@@ -232,6 +234,8 @@ def weights_sha256(model: GPT) -> str:
 def read_config(folder: Path, is_reward: bool = False) -> GPTConfig:
     """The sizes in config.json. Raises UserError if it is not a GPT-2 with the head wanted."""
     settings, kinds = read_json(folder / CONFIG_FILE), ("a language model", "a reward model")
+    if settings.get("activation_function") in GELU_NAMES:
+        settings["activation_function"] = "gelu_new"
     with reading(folder / CONFIG_FILE):
         if (settings.get("architectures") == [REWARD_HEAD]) != is_reward:
             raise ValueError(f"it is {kinds[not is_reward]}, expected {kinds[is_reward]}")

@@ -24,6 +24,7 @@ from model import GPT
 
 STATE_KEYS = {"progress", "optimizer", "scaler", "facts"}  # of training_state.pt
 OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)"}
+LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
 @dataclass
@@ -51,6 +52,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         self.out_dir, self.launch, self.metadata = out_dir, launch, metadata
         self.saved_step, self.options = saved_step, options
         self.buffers: dict[str, torch.Tensor] = {}  # reused: allocating pinned memory is slow
+        self.block: torch.UntypedStorage | None = None  # the last one, of which `used` is taken
+        self.used = 0
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -88,9 +91,23 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             return value
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self.buffers[name] = torch.empty(value.shape, dtype=value.dtype,
-                                                      pin_memory=value.is_cuda)
+            buffer = self.buffers[name] = self.allocate(value)
         return buffer.copy_(value, non_blocking=value.is_cuda)
+
+    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
+        allocations up to powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share
+        blocks of such a size, each with its own storage: torch.save writes whole storages."""
+        if like.nbytes < LARGE_BYTES:
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        size = like.nbytes + -like.nbytes % 64  # aligned
+        if self.block is None or self.used + size > self.block.nbytes():
+            self.block, self.used = torch.empty(
+                max(BLOCK_BYTES, 1 << (size - 1).bit_length()), dtype=torch.uint8,
+                pin_memory=like.is_cuda).untyped_storage(), 0
+        storage = self.block[self.used : self.used + like.nbytes]
+        self.used += size
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     def wait(self, block: bool = True) -> None:
         """Waits until the pending checkpoint is on disk; without `block`, only looks. Raises

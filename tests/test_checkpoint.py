@@ -15,6 +15,7 @@ from helpers.hub_server import serve
 from safetensors.torch import load_file, save_file
 
 from minigpt2.checkpoint import (
+    GELU_NAMES,
     clean_up,
     find_checkpoint,
     list_checkpoints,
@@ -468,6 +469,23 @@ def test_paths_that_are_not_checkpoints(tmp_path, saved):
     for text in ("{", "[]", "\x80", "[" * 99999):
         (saved / "config.json").write_text(text, encoding="latin-1")
         assert "config.json" in user_error(load_model, saved)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
+                                  "gelu_accurate"])
+def test_other_names_of_gelu(saved, name):
+    edit_config(saved, activation_function=name)
+    assert same_parameters(load_model(saved), random_model())
+
+
+@pytest.mark.slow
+def test_the_names_of_gelu_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    equal = {name for name in ACT2FN if "gelu" in name
+             and torch.allclose(ACT2FN[name](x), expected, atol=1e-9)}
+    assert equal == set(GELU_NAMES)
 
 
 # ----------------------------------------------------------------------- other tokenizers

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The search behind the defaults of finetune.py: from a center, one flag at a time, every run judged
+# on the rows it held out (docs/training.md has the table).
+#   bash runs/finetune_search.sh BASE_CHECKPOINT ROWS OUT_DIR
+# Two runs at a time on a CPU, one thread each. If interrupted, the same command resumes.
+# OUT_DIR/search.jsonl gets one line a run: its flags, and the figures of greedy answers.
+set -euo pipefail
+base=$(realpath "$1") rows=$(realpath "$2") out=$(realpath -m "$3")
+source "$(dirname "$0")/setup.sh" requirements.txt
+mkdir -p "$out"
+dtype=float32  # bfloat16 is faster where the processor supports it natively
+if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
+
+trial() { # the flags that differ from the center
+  local folder
+  folder="$out/run$(tr -d ' ' <<< "$*")"
+  if [[ ! -f $folder/figures.json ]]; then
+    python finetune.py --resume --checkpoint "$base" --data "$rows" --out-dir "$folder" \
+      --device cpu --dtype "$dtype" --max-lr 1e-3 --batch-size 32 --epochs 2 --weight-decay 0 \
+      --eval-interval 100000 --save-interval 100000 --keep-last 1 "$@" > "$folder.log" 2>&1
+    python evaluate.py "$folder" --tasks "answers=$rows" --device cpu > "$folder.txt" 2>&1
+    cp "$folder"/step_*/evaluation.json "$folder/figures.json"
+  fi
+}
+export -f trial
+export base rows out dtype OMP_NUM_THREADS=1
+
+xargs -P 2 -I {} bash -c 'trial {}' << 'END'
+--max-lr 1e-3
+--max-lr 3e-4
+--max-lr 3e-3
+--max-lr 1e-4
+--batch-size 16
+--batch-size 64
+--epochs 1
+--epochs 4
+--weight-decay 0.1
+--train-on-prompt
+END
+python evaluate.py "$base" --tasks "answers=$rows" --device cpu
+for figures in "$out"/run*/figures.json; do
+  flags=$(basename "$(dirname "$figures")")
+  echo "{\"run\": \"${flags#run}\", \"figures\": $(tr -d '\n' < "$figures")}"
+done > "$out/search.jsonl"
+cat "$out/search.jsonl"
