@@ -104,7 +104,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     run = Run(config, launch, stop, label="reward model", graph="reward_loss.png",
               data={"sha256": [sha256_of(Path(file)) for file in (config.data, config.val_data)
                                if file]}, loss_name="-log sigmoid(margin), nats per pair",
-              fixed=FIXED_ON_RESUME, prompt_template=PROMPT_TEMPLATE,
+              fixed=FIXED_ON_RESUME, prompt_template=PROMPT_TEMPLATE, model_class=RewardModel,
               reference_sha256=weights_sha256(base))
     raw_model = (load_model(run.checkpoint, device, RewardModel) if run.is_resumed else
                  RewardModel.from_language_model(base, config.seed))

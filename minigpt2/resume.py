@@ -129,7 +129,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 # -------------------------------------------------------------------------------- finding
 
 
-def find_resume(out_dir: Path, resume: bool, launch: Launch) -> Path | None:
+def find_resume(out_dir: Path, resume: bool, launch: Launch,
+                model_class: type[GPT] = GPT) -> Path | None:
     """The newest intact checkpoint of out_dir; None for a new run. Raises UserError if the folder
     holds a run but --resume was not given, if every checkpoint in it is damaged, if another process
     is writing to it, or if a rank does not see it."""
@@ -140,7 +141,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch) -> Path | None:
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
                             "it, or choose another --out-dir")
         with folder_lock(out_dir):
-            folder = newest_intact(out_dir)
+            folder = newest_intact(out_dir, model_class)
     folder = launch.broadcast(folder)
     if resume and folder is None:
         launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with a "
@@ -151,14 +152,14 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch) -> Path | None:
     return folder
 
 
-def newest_intact(out_dir: Path) -> Path | None:
+def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
     """The newest checkpoint that can be read in full. Prints a line for each newer, damaged one and
     renames it (.damaged): the resumed run will write those steps again."""
     checkpoint.clean_up(out_dir)
     damaged = []
     for folder in reversed(checkpoint.list_checkpoints(out_dir)):
         try:
-            checkpoint.load_model(folder)
+            checkpoint.load_model(folder, model_class=model_class)
             saved = checkpoint.load_training_state(folder)
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")

@@ -78,7 +78,8 @@ class Run:
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
-                 loss_name: str = "cross-entropy, nats per token", **extra_metadata):
+                 loss_name: str = "cross-entropy, nats per token", model_class: type[GPT] = GPT,
+                 **extra_metadata):
         """`label`: name in the progress bar. `graph`: file name of the loss graph, `loss_name` its
         axis. `data`: its SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run
         may not change. Raises UserError before the run writes anything."""
@@ -93,7 +94,7 @@ class Run:
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata
         launch.check_same(self.metadata, except_for=PER_NODE)
-        self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch)
+        self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch, model_class)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:
             self.saved = load_training_state(self.checkpoint)
