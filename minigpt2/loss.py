@@ -65,18 +65,17 @@ def block_sizes(device: torch.device) -> tuple[int, int]:
             (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
 
 
-def loss_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                       scales: torch.Tensor | None = None,
-                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy () float32, and its gradients by x (N, C) and weight (V, C), one
-    block of logits at a time. x is in the compute dtype, 0 in ignored rows; weight is float32. With
-    `scales` (N,), the gradients are those of the sum of each row's loss times its scale."""
+def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                         scales: torch.Tensor | None = None, gradients: bool = True,
+                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The cross-entropy (N,) float32 of each row, and the gradients of their sum by x (N, C) and
+    weight (V, C), one block of logits at a time. x is in the compute dtype, 0 in ignored rows;
+    weight is float32. `scales` (N,) weigh the rows in that sum; `gradients` may be left out."""
     N, V, device = len(x), len(weight), x.device
     rows, softmax_rows = block_sizes(device)
     head, ignored, targets = pad_head(weight, x.dtype), targets < 0, targets.clamp(min=0)
-    loss = torch.zeros((), device=device)
-    grad_x = torch.empty_like(x)
-    grad_head = torch.zeros_like(head, dtype=torch.float32)
+    losses, grad_x = torch.empty(N, device=device), torch.empty_like(x)
+    grad_head = torch.zeros_like(head, dtype=torch.float32) if gradients else head
     # Buffers shared by all blocks: on a CPU, fresh pages would take a fifth of the time
     all_logits = x.new_empty(min(rows, N), len(head))
     all_scores, all_probs = torch.empty(2, min(softmax_rows, N), V, device=device)
@@ -92,16 +91,16 @@ def loss_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
             torch.softmax(scores.copy_(low), dim=-1, out=probs)
             # the largest probability is at least 1 / V, so that its logarithm is accurate
             logsumexp = scores.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()
-            losses = logsumexp - scores.gather(1, target)
-            loss += losses.masked_fill_(ignored[part, None], 0).sum()
-            # d loss / d logits = softmax(logits) - one_hot(target)
-            minus_one = torch.full_like(target, -1, dtype=torch.float32)
-            probs.scatter_add_(1, target, minus_one)
-            low.copy_(probs if scales is None else probs.mul_(scales[part, None]))
-        logits[:, V:] = 0
-        torch.mm(logits, head, out=grad_x[start : start + rows])
-        grad_head += logits.t() @ block  # ignored rows of the block are 0
-    return loss, grad_x, grad_head[:V]
+            losses[part] = (logsumexp - scores.gather(1, target))[:, 0]
+            if gradients:  # d loss / d logits = softmax(logits) - one_hot(target)
+                minus_one = torch.full_like(target, -1, dtype=torch.float32)
+                probs.scatter_add_(1, target, minus_one)
+                low.copy_(probs if scales is None else probs.mul_(scales[part, None]))
+        if gradients:
+            logits[:, V:] = 0
+            torch.mm(logits, head, out=grad_x[start : start + rows])
+            grad_head += logits.t() @ block  # ignored rows of the block are 0
+    return losses.masked_fill_(ignored, 0), grad_x, grad_head[:V]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -111,9 +110,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss, grad_x, grad_weight = loss_and_gradients(x, weight, targets)
+        losses, grad_x, grad_weight = losses_and_gradients(x, weight, targets)
         ctx.save_for_backward(grad_x, grad_weight)
-        return loss
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -128,17 +127,10 @@ class RowCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.save_for_backward(x, weight, targets)
-        head, losses = pad_head(weight, x.dtype), []
-        rows, softmax_rows = block_sizes(x.device)
-        for block, block_targets in zip(x.split(rows), targets.split(rows), strict=True):
-            logits = (block @ head.t())[:, : len(weight)]  # (rows, V)
-            losses += [F.cross_entropy(low.float(), target, ignore_index=IGNORE_INDEX,
-                                       reduction="none") for low, target in zip(
-                logits.split(softmax_rows), block_targets.split(softmax_rows), strict=True)]
-        return torch.cat(losses)
+        return losses_and_gradients(x, weight, targets, gradients=False)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        _, grad_x, grad_weight = loss_and_gradients(*ctx.saved_tensors, grad_losses)
+        _, grad_x, grad_weight = losses_and_gradients(*ctx.saved_tensors, grad_losses)
         return grad_x, grad_weight, None
