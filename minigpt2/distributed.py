@@ -2,13 +2,9 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import os
 import re
 import secrets
-import shutil
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -207,34 +203,6 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     return torch.float32 if dtype == "auto" else getattr(torch, dtype)
-
-
-def missing_for_compile(device: torch.device) -> str | None:
-    """What torch.compile lacks for this device, or None: Inductor generates C++ for a CPU, and
-    Triton code, whose launchers need a C compiler, for a GPU."""
-    on_gpu = device.type == "cuda"
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    if on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
-        return "a GPU of compute capability 7.0 or more"
-    names = (os.environ.get("CC" if on_gpu else "CXX"), *(("gcc", "cc") if on_gpu else ("g++",)),
-             "clang" if on_gpu else "clang++")
-    if not any(shutil.which(name) for name in names if name):
-        return f"a compiler, one of {', '.join(filter(None, names))}"
-    header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
-    if sys.platform == "linux" and not os.path.exists(header):
-        return f"{header} (Debian's package python3-dev)"
-    return None
-
-
-def should_compile(wanted: bool | None, launch: Launch) -> bool:
-    """Whether to compile the training step (None: on CUDA). Without a compiler, prints one line and
-    returns False."""
-    wanted = launch.device_type == "cuda" if wanted is None else wanted
-    missing = missing_for_compile(launch.device) if wanted else None
-    if missing:
-        launch.print0(f"torch.compile needs {missing}: training without it, which is slower")
-    return wanted and missing is None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

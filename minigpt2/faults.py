@@ -169,7 +169,7 @@ class RankMonitor:
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
     """A process group joined by `distributed.start`, with the other ranks monitored. Raises
-    UserError for out of memory and lost ranks."""
+    UserError for out of memory, lost ranks and a failed torch.compile."""
     with RankMonitor() as monitor:
         try:
             launch = start(device, deterministic)
@@ -184,6 +184,9 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 raise LostRankError("lost the connection to another rank: it was killed, or its "
                                     f"node is down. {RESUME_HINT}") from error
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
+                raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
+                                "lacks, or train with --no-compile, which is slower") from error
             raise
     if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
         dist.destroy_process_group()

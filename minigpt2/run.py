@@ -137,7 +137,7 @@ class Run:
             launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
                           f"{max_steps:,} steps")
         resume.seed_rank(config.seed, self.step, launch)
-        compiled = distributed.should_compile(config.compile, launch)
+        compiled = launch.device_type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
