@@ -264,11 +264,11 @@ def parse_json(path: Path, text: str, line: int):
                     "with one object per line, or parquet")
 
 
-def load_pairs(path: str, flag: str, block_size: int, cut: bool) -> tuple[list[Pair], str]:
+def load_pairs(path: str, flag: str, block_size: int) -> tuple[list[Pair], str]:
     """The usable pairs of the preference file that `flag` gives, and a summary; see
     `preferences.make_pairs`. Raises UserError."""
     try:
-        pairs, summary = make_pairs(read_rows(Path(path)), block_size, cut=cut)
+        pairs, summary = make_pairs(read_rows(Path(path)), block_size)
     except OSError as error:
         raise UserError(f"cannot read {flag} {path} ({error}): make it with rlhf_data/"
                         "hh_rlhf_downloader.py or pydocs_pairs.py") from None

@@ -53,15 +53,13 @@ class DPOConfig(TuningConfig):
     label_smoothing: float = flag(0.0, "probability that a label is wrong", minimum=0, below=0.5)
     length_normalized: bool = flag(False, "means over the tokens of a response, not sums; this "
                                           "needs a larger beta, about 5")
-    cut: bool = flag(False, "cut responses at the first artifact (##, <|, Instruction) and after "
-                            "the last full sentence")
     epochs: int = flag(1, "passes over the training pairs", minimum=1)
     micro_batch_size: int = flag(8, "pairs per rank and micro-step", minimum=1)
     max_lr: float = flag(1e-6, "learning rate after the warm-up", minimum=0)
 
 
 # A resumed run may change neither the loss nor which pairs a step sees
-FIXED_ON_RESUME = ("beta", "label_smoothing", "length_normalized", "cut", "batch_size", "epochs",
+FIXED_ON_RESUME = ("beta", "label_smoothing", "length_normalized", "batch_size", "epochs",
                    "val_fraction", "seed", "data_sha256", "reference_sha256")
 
 
@@ -158,7 +156,7 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     reference = load_model(config.checkpoint, device)
     check_vocabulary(reference, config.checkpoint)
     block_size = reference.config.block_size
-    pairs, summary = load_pairs(config.data, "--data", block_size, config.cut)
+    pairs, summary = load_pairs(config.data, "--data", block_size)
     train_pairs, val_pairs, split_summary = split_pairs(pairs, config.val_fraction)
     run = Run(config, launch, stop, label="DPO", graph="dpo_loss.png", fixed=FIXED_ON_RESUME,
               loss_name="DPO loss, nats per pair", data={"sha256": sha256_of(Path(config.data))},

@@ -56,8 +56,6 @@ class RewardConfig(TuningConfig):
                         is_path=True)
     val_start: float = flag(0.0, "hold out the rows with a hash from here to here + "
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)
-    cut: bool = flag(False, "cut responses at the first artifact (##, <|, Instruction) and after "
-                            "the last full sentence")
     epochs: int = flag(1, "passes over the training pairs; a second one overfits", minimum=1)
     micro_batch_size: int = flag(8, "pairs per rank and micro-step", minimum=1)
     max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
@@ -67,17 +65,17 @@ class RewardConfig(TuningConfig):
 
 
 # A resumed run may change neither the pairs of a step nor what is held out
-FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "val_start", "cut", "seed",
+FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "val_start", "seed",
                    "data_sha256", "reference_sha256")
 
 
 def read_splits(config: RewardConfig, block_size: int) -> tuple[list[Pair], list[Pair], str]:
     """(training pairs, held-out pairs, summary). Raises UserError."""
-    pairs, summary = load_pairs(config.data, "--data", block_size, config.cut)
+    pairs, summary = load_pairs(config.data, "--data", block_size)
     if config.val_data is None:
         trained, held_out, split = split_pairs(pairs, config.val_fraction, config.val_start)
         return trained, held_out, f"{summary}; {split}"
-    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, config.cut)
+    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size)
     prompts = {tuple(pair.prompt) for pair in pairs}
     seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
     return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "

@@ -14,7 +14,6 @@ SCHEMAS = ("chosen and rejected with instruction and optionally input, or with p
            "transcripts, chosen and rejected, that begin with a Human turn")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ARTIFACT = re.compile(r"##|<\||Instruction")  # of a model that continues with another prompt
-SENTENCES = re.compile(r".*[.!?][\"')\]]*(?=\s|$)", re.DOTALL)
 # Why a row is left out, in the order of the summary
 DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
     "whose prompts differ", "with equal responses", "with an empty response",
@@ -37,27 +36,19 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def make_pairs(rows: Sequence[tuple[str, object]], block_size: int, *,
-               cut: bool = False) -> tuple[list[Pair], str]:
-    """Pairs of rows given as (place, row), and a summary that counts those left out by reason. With
-    `cut`, both responses are cut by `cut_response`. A pair over block_size tokens is left out, not
-    cut: its <|endoftext|> would be lost. Raises UserError naming the first row in another form."""
+def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[list[Pair], str]:
+    """Pairs of rows given as (place, row), and a summary that counts those left out by reason. A
+    pair over block_size tokens is left out, not cut: its <|endoftext|> would be lost. Raises
+    UserError naming the first row in another form."""
     made = []
     for place, row in rows:
         texts = row_texts(row, place)
-        pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts, cut)
+        pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts)
         made.append(LONG if isinstance(pair, Pair) and pair.num_tokens > block_size else pair)
     pairs = [pair for pair in made if isinstance(pair, Pair)]
     reasons = ", ".join(f"{made.count(reason):,} {reason.format(block_size)}"
                         for reason in (DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG) if reason in made)
     return pairs, f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})"
-
-
-def cut_response(text: str) -> str:
-    """The text up to the first artifact, then up to its last full sentence, if it has one."""
-    text = ARTIFACT.split(text, maxsplit=1)[0].strip()
-    sentences = SENTENCES.match(text)
-    return sentences[0] if sentences else text
 
 
 def row_texts(row: object, place: str) -> list[str]:
@@ -78,11 +69,8 @@ def row_texts(row: object, place: str) -> list[str]:
     return texts
 
 
-def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str,
-               cut: bool) -> Pair | str:
+def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str) -> Pair | str:
     """The pair of a row with a question, or why it is left out."""
-    if cut:
-        chosen, rejected = cut_response(chosen), cut_response(rejected)
     if not (chosen.strip() and rejected.strip()):
         return EMPTY
     if chosen.strip() == rejected.strip():
@@ -92,7 +80,7 @@ def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: 
                 encode_example(instruction, input, rejected)[1])
 
 
-def transcript_pair(place: str, chosen: str, rejected: str, cut: bool) -> Pair | str:
+def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
     """The pair of two transcripts, split before their last answers, or why it is left out. Earlier
     turns are formatted as finetune.py formats a conversation. Raises UserError."""
     parts = [text.rpartition("\n\nAssistant:") for text in (chosen, rejected)]
@@ -108,7 +96,7 @@ def transcript_pair(place: str, chosen: str, rejected: str, cut: bool) -> Pair |
         return NO_QUESTION
     context = [token for human, answer in earlier for part in encode_example(human, "", answer)
                for token in part]
-    last = plain_pair(place, question, "", chosen.strip(), rejected.strip(), cut)
+    last = plain_pair(place, question, "", chosen.strip(), rejected.strip())
     return last if isinstance(last, str) else replace(last, instruction=text,
                                                       prompt=context + last.prompt)
 

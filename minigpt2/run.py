@@ -62,13 +62,11 @@ class TuningConfig(RunConfig):
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
     warmup_fraction: float = flag(0.03, "warm-up, as a fraction of all steps", minimum=0, below=1)
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
-    val_fraction: float = flag(0.05, "fraction of rows held out for validation, at least one",
-                               minimum=0, below=1)
+    val_fraction: float = flag(0.05, "fraction of rows held out, at least one", minimum=0, below=1)
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(200, "steps between checkpoints, besides one per epoch", minimum=1)
     keep_last: int = flag(3, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
-    compile: bool | None = flag(False, "torch.compile the training step, once per shape (off by "
-                                       "default: slower on a CPU, not measured on a GPU)")
+    compile: bool | None = flag(False, "torch.compile each shape of the step: slower on a CPU")
 
 
 class Run:

@@ -1,9 +1,7 @@
-"""Samples the next token of each row from its logits, with one random stream per row.
-
-Tokens are sampled with the Gumbel-max trick in its exponential form (Maddison et al. 2014, section
-2.1): argmax_i w_i / E_i, with independent exponential noise E_i, follows the distribution of the
-weights w_i. The noise is a stateless function of the row's key, a counter and the token id (Salmon
-et al. 2011). So sampling is batch-invariant (docs/sampling.md)."""
+"""Samples the next token of each row from its logits, by the Gumbel-max trick in its exponential
+form (Maddison et al. 2014, section 2.1): argmax_i w_i / E_i, with exponential noise E_i, follows
+the weights w_i. The noise is a stateless function of the row's key, a counter and the token id
+(Salmon et al. 2011), so that sampling is batch-invariant (docs/sampling.md)."""
 
 import hashlib
 import numbers

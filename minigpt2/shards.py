@@ -163,5 +163,4 @@ def verify_corpus(out_dir: Path) -> None:
 
 def good_size(tokens: int) -> int:
     """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
-    windows = max(1, tokens // 10 // 1024)
-    return windows * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)
+    return max(1, tokens // 10 // 1024) * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)

@@ -10,7 +10,7 @@ from helpers.hub_server import serve
 
 from dataloader import content_hash, load_pairs, message_turns, split_rows
 from finetune import read_turns, token_ids
-from minigpt2.preferences import cut_response, make_pairs, rank_share
+from minigpt2.preferences import make_pairs, rank_share
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode, encode_example, format_prompt
 from pretrain_data.pydocs import Document
 from rlhf_data import hh_rlhf_downloader, pydocs_pairs
@@ -111,20 +111,6 @@ def test_long_pairs_are_left_out_never_cut(longer):
 def test_a_malformed_row_is_one_line_naming_it(row, words):
     message = user_error(pairs_of, {"prompt": "a", "chosen": "b", "rejected": "c"}, row)
     assert message.startswith("x.jsonl line 2") and all(word in message for word in words)
-
-
-def test_responses_are_cut_at_artifacts_and_sentences():
-    assert cut_response("One. Two! Thr") == "One. Two!"
-    assert cut_response('He said "no." And then') == 'He said "no."'
-    assert cut_response("It is 3.14 and more") == "It is 3.14 and more"  # no full sentence
-    assert cut_response("Yes.\n## Instruction: more.") == "Yes."
-    assert cut_response("Yes. And <|im_end|> no.") == "Yes."
-    assert cut_response("### Instruction: a.") == ""
-    hi = HH.format("Is ## a mark.")
-    [pair], _ = pairs_of({"chosen": f"{hi} Yes ## no.", "rejected": f"{hi} No. Or"}, cut=True)
-    assert decode(pair.chosen[:-1]) == "Yes" and decode(pair.rejected[:-1]) == "No."
-    assert "##" in decode(pair.prompt)  # prompts stay whole
-    assert pairs_of({"prompt": "a", "chosen": "## a.", "rejected": "b"}, cut=True)[0] == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -418,7 +418,7 @@ def test_resume_refuses_other_settings(base, pairs_file, tmp_path):
     torch.manual_seed(1)
     other = save_checkpoint(tmp_path / "other", 1, GPT(SIZES))
     for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
-                          ({"val_start": 0.2}, "--val-start"), ({"cut": True}, "--cut"),
+                          ({"val_start": 0.2}, "--val-start"),
                           ({"checkpoint": str(other)}, "--checkpoint")):
         again = tiny(base, pairs_file, tmp_path / "out", resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)
