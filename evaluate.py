@@ -16,9 +16,8 @@ Tasks, separated by commas; NAME=FILE reads another file:
                         and how answers to the first --answer-rows of them end, match and repeat
     FILE                rows of `context`, `choices` and `label`: JSON Lines, JSON or parquet
 
-The numbers do not depend on the number of ranks. The results of a local checkpoint are also written
-to evaluation.json in its folder, and its first 20 answers to answers.jsonl. Only for `answers` is
-the prompt template applied, to base models as well.
+No number depends on the number of ranks. Results of a local checkpoint also go to evaluation.json
+in its folder, the first 20 answers to answers.jsonl. Only `answers` applies the prompt template.
 """
 
 import json
@@ -219,7 +218,8 @@ def answer(model: GPT, prompts: list[list[int]], config: EvaluateConfig, launch:
 
     def work(batch: list[int]) -> dict[int, dict]:
         ids, masks = pad_rows([prompts[i] for i in batch])
-        output = generate(model, ids, masks, config.answer_temperature, config.answer_tokens)
+        output = generate(model, ids, masks, config.answer_temperature, config.answer_tokens,
+                          seed=batch)  # also apart for rows of one prompt
         reasons = finish_reasons(*output, masks, config.answer_tokens)
         lengths = (output[1].sum(1).cpu() - masks.sum(1)).tolist()
         return {i: {"answer": text, "finish_reason": reason, "tokens": length - (reason == "stop")}
@@ -256,17 +256,19 @@ def parse_tasks(config: EvaluateConfig) -> dict[str, Path | None]:
             raise UserError(f"--tasks {word}: the name {key} is taken: give another as NAME=FILE")
         if name != "val" and not path.is_file():
             fix = ("run finetune_data/alpaca_downloader.py" if name == "answers" else
-                   "add --download" if name in FILES else f"or name one of val, {', '.join(FILES)}")
+                   "add --download" if name in FILES else f"name one of val, {', '.join(FILES)}")
             raise UserError(f"--tasks {word}: {path} does not exist: {fix}, or give NAME=FILE")
         tasks[key] = None if name == "val" else path
     return tasks
 
 
-def evaluate_checkpoint(name: str, config: EvaluateConfig, tasks: dict[str, Path | None],
-                        launch: Launch) -> dict[str, dict[str, float]]:
+def evaluate_checkpoint(name: str, folder: Path, config: EvaluateConfig, launch: Launch,
+                        tasks: dict[str, Path | None]) -> dict[str, dict[str, float]]:
     """The figures of a checkpoint in every task, `answers` last; those of a local checkpoint are
     also written to its folder."""
-    folder, is_local = find_checkpoint(name), Path(name).exists()
+    is_local = Path(name).exists() and os.access(folder, os.W_OK)
+    if Path(name).exists() and not is_local:
+        launch.print0(f"{folder} is not writable: its results are only printed")
     model, dtype = load_model(folder, launch.device), pick_dtype(config.dtype, launch.device)
     check_vocabulary(model, name)
     results = {}
@@ -282,6 +284,8 @@ def evaluate_checkpoint(name: str, config: EvaluateConfig, tasks: dict[str, Path
                 RENDERERS.get(task, benchmarks.multiple_choice), model.config.block_size)
             results[task] = benchmarks.question_figures(
                 model, questions, launch, dtype, label=task, batch_tokens=config.batch_tokens)
+    results = {task: {name: value for name, value in figures.items() if value == value}
+               for task, figures in results.items()}  # NaN is the standard error of a single row
     if is_local and launch.is_master:
         write_results(folder, results)
     return results
@@ -296,9 +300,8 @@ def download_benchmark(target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     retry = RetryPolicy()
-    files = list_files(repo, commit, str(Path(path).parent), retry)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        for file in files:
+        for file in list_files(repo, commit, str(Path(path).parent), retry):
             if file.path == path:
                 source = fetch(repo, commit, file, Path(scratch), retry)
                 if sha256_of(source) == digest:
@@ -313,10 +316,11 @@ def write_results(folder: Path, results: dict) -> None:
     path = folder / RESULTS_FILE
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+        text = json.dumps(before | results, indent=1)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it") from None
     with atomic_write(path, text=True) as file:
-        file.write(json.dumps(before | results, indent=1) + "\n")
+        file.write(text + "\n")
 
 
 def table(results: dict[str, dict]) -> str:
@@ -350,8 +354,8 @@ def main() -> None:
         if not config.checkpoints:
             return
         tasks, results = parse_tasks(config), {}
-        for name in config.checkpoints:
-            results[name] = evaluate_checkpoint(name, config, tasks, launch)
+        for name, folder in [(name, find_checkpoint(name)) for name in config.checkpoints]:
+            results[name] = evaluate_checkpoint(name, folder, config, launch, tasks)
             if published := PUBLISHED.get(name.removeprefix("openai-community/")):
                 manifest = read_manifest(Path(config.data_dir)) if "val" in tasks else {}
                 corpus = manifest.get("source", {}).get("name")

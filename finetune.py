@@ -66,7 +66,7 @@ class FinetuneConfig(TuningConfig):
 
 ROW_ORDER = "split by hash, steps by length"  # in checkpoints; other versions had other orders
 # A resumed run may not change which rows a step sees
-FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "seed", "data_sha256")
+FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "train_on_prompt", "seed", "data_sha256")
 
 
 def read_turns(path: Path) -> list[list[TextTurn]]:

@@ -51,8 +51,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
 
     `description` identifies the documents. An unfinished build is resumed, and a larger max_tokens
     extends a finished one; missing shards of a finished one are rebuilt. Raises UserError if the
-    folder holds another corpus or more tokens, or is in use, for a full disk, and for one shard.
-    """
+    folder holds another corpus or more tokens, or is in use, for a full disk, and for one shard."""
     tokenizer = {"name": "gpt2", "sha256": {name: file[1] for name, file in VOCABULARY.items()}}
     settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     if max_tokens is not None and max_tokens <= shard_tokens:
@@ -60,6 +59,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
                         f"--shard-tokens {shard_tokens}, e.g. to {shards.good_size(max_tokens)}")
     out_dir.mkdir(parents=True, exist_ok=True)
     read = partial(TokenReader, workers=workers, encoder=encoder)
+    encode_to_array("", encoder)  # if it is not installed, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
         record = load_record(out_dir, finished, settings, max_tokens)
@@ -67,7 +67,6 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
             rebuild_missing_shards(open_source, out_dir, record, read)
             if max_tokens in (record["max_tokens"], record["tokens"]):
                 return record
-            os.replace(out_dir / shards.MANIFEST, out_dir / shards.PROGRESS)
         change_limit(record, max_tokens)
         source = open_source()
         record |= {"files": source.file_counts} if source.file_counts else {}
@@ -118,6 +117,8 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: C
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
     written, progress = record["shards"], out_dir / shards.PROGRESS
+    if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
+        os.replace(out_dir / shards.MANIFEST, progress)
     shards.write_record(progress, record)
     t0, reader = time.monotonic(), read(source, record)
     with (contextlib.closing(reader.stream),
@@ -194,10 +195,9 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, start: dict, workers: int, encoder: str,
-                 ) -> Iterator[tuple[dict, np.ndarray, Counter, int]]:
-    """Yields (position, tokens, outcomes, file) for each part from `start` on, and after each unit
-    the start of the next one with no tokens."""
+def token_stream(source: Source, start: dict, workers: int, encoder: str) -> Iterator[tuple]:
+    """Yields (position, tokens, outcomes, file), see `tokenize_part`, for each part from `start`
+    on, and after each unit the start of the next one with no tokens."""
     tokenize = partial(tokenize_part, encoder=encoder)
     part, skipped = start["part"], start["tokens"]
     with worker_map(workers) as ordered_map:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dataloader import TokenLoader
 from minigpt2 import hub
+from minigpt2.config import UserError
 from minigpt2.files import sha256_of
 from minigpt2.hub import RetryPolicy
 from minigpt2.shards import read_manifest, verify_corpus
@@ -257,6 +258,21 @@ def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
     bad[0].unlink()
     message = user_error(write, [text.upper() for text in TEXTS], out)
     assert "cannot be rebuilt" in message and not bad[0].exists()
+
+
+@pytest.mark.parametrize("step", ["encode_to_array", "change_limit", "check_disk"])
+def test_an_extension_that_cannot_begin_leaves_a_finished_folder_as_it_is(
+        tmp_path, monkeypatch, small_parts, step):
+    out = tmp_path / "out"
+    write(TEXTS, out, max_tokens=750)
+    before = file_bytes(out)
+
+    def fail(*arguments):
+        raise UserError("cannot begin")
+
+    monkeypatch.setattr(f"pretrain_data.corpus.{step}", fail)
+    assert user_error(write, TEXTS, out) == "cannot begin"
+    assert file_bytes(out) == before
 
 
 def test_damaged_and_missing_shards_do_not_stay_in_an_extended_folder(tmp_path, small_parts):

@@ -410,6 +410,36 @@ def test_rows_of_other_forms_are_refused(render, row):
         render(row | {"label": 0})
 
 
+def test_repeated_prompts_are_answered_apart(wide, monkeypatch):
+    """Also when their batches differ: batches of two rows."""
+    monkeypatch.setattr(evaluate, "ROWS_PER_BATCH", 2)
+    config = EvaluateConfig(answer_temperature=1.0, answer_tokens=8)
+    answers = evaluate.answer(wide, [[5, 6, 7]] * 6, config, CPU_LAUNCH, torch.float32)
+    assert len({answer["answer"] for answer in answers}) == 6
+
+
+def test_results_that_cannot_be_written_are_printed(files, monkeypatch, capsys):
+    """In a folder that is not writable; a damaged file is refused; one row has no NaN."""
+    argv = ["evaluate.py", str(files / "out"), "--device", "cpu", "--limit", "1", "--tasks",
+            f"hellaswag={files / 'stories.jsonl'}"]
+    monkeypatch.setattr("sys.argv", argv)
+    evaluate.main()
+    assert "accuracy_summed_stderr" not in results_of(files)["hellaswag"]
+    assert "nan" not in capsys.readouterr().out
+    path = files / "out" / "step_000001" / "evaluation.json"
+    path.write_text("[1, 2]")
+    assert "evaluation.json is damaged" in user_error(evaluate.main)
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluate.os.access", lambda path, mode: False)
+        evaluate.main()
+    assert path.read_text() == "[1, 2]"
+    output = capsys.readouterr().out
+    assert "is not writable" in output and "hellaswag accuracy_summed" in output
+    monkeypatch.setattr("sys.argv", [*argv[:2], str(files / "missing"), *argv[2:]])
+    assert "missing" in user_error(evaluate.main)
+    assert path.read_text() == "[1, 2]"  # noticed before the work
+
+
 def test_published_numbers_stand_beside_gpt2(files, monkeypatch, capsys):
     """The loss only for the corpora on which it was published."""
     found = evaluate.find_checkpoint

@@ -143,10 +143,10 @@ def test_five_folds_hold_out_every_pair_once():
 
 
 def test_a_file_that_is_missing_or_has_too_few_pairs(tmp_path):
-    missing = user_error(load_pairs, str(tmp_path / "no.json"), "--data", 64, False)
+    missing = user_error(load_pairs, str(tmp_path / "no.json"), "--data", 64)
     assert "--data" in missing and "hh_rlhf_downloader.py" in missing
     (tmp_path / "one.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
-    message = user_error(load_pairs, str(tmp_path / "one.json"), "--val-data", 64, False)
+    message = user_error(load_pairs, str(tmp_path / "one.json"), "--val-data", 64)
     assert "--val-data" in message and "1 of 1 pairs" in message
 
 
@@ -231,6 +231,6 @@ def test_pydocs_pairs_writes_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["", "--out", str(path), "--rows", "6"])
     pydocs_pairs.main()
     assert f"wrote {path}: 6 pairs of" in capsys.readouterr().out
-    pairs, summary = load_pairs(str(path), "--data", 256, False)
+    pairs, summary = load_pairs(str(path), "--data", 256)
     assert len(pairs) == 6, summary
     assert "something else" not in path.read_text()

@@ -109,7 +109,7 @@ def trls(config: BenchDPOConfig, folder: pathlib.Path) -> Step:
 
 def trained_pairs(folder: pathlib.Path) -> list:
     block_size = load_model(folder / "model").config.block_size
-    pairs, _ = load_pairs(str(folder / "pairs.jsonl"), "--data", block_size, False)
+    pairs, _ = load_pairs(str(folder / "pairs.jsonl"), "--data", block_size)
     return split_pairs(pairs, 0.0)[0]
 
 
@@ -141,7 +141,7 @@ def write_pairs(path: pathlib.Path, config: BenchDPOConfig, count: int, block_si
     if config.data:
         rows = [{"instruction": pair.instruction, "input": pair.input,
                  "chosen": decode(pair.chosen[:-1]), "rejected": decode(pair.rejected[:-1])}
-                for pair in load_pairs(config.data, "--data", block_size, True)[0][:count]]
+                for pair in load_pairs(config.data, "--data", block_size)[0][:count]]
     with atomic_write(path, text=True) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -56,7 +56,7 @@ def pairs(checkpoint, tmp_path_factory) -> list[Pair]:
         path = tmp_path_factory.mktemp("pairs") / "rows.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
     block_size = load_model(checkpoint).config.block_size
-    return load_pairs(str(path), "--data", block_size, True)[0][:PAIRS]
+    return load_pairs(str(path), "--data", block_size)[0][:PAIRS]
 
 
 def perturbed(model: torch.nn.Module) -> torch.nn.Module:
