@@ -127,7 +127,7 @@ def bench_finetune(config: FinetuneBenchConfig) -> None:
         losses = [timing.results[0][1] for timing in compare(
             WAYS, 1, *common, some, config.dtype, LOSS_STEPS, len(some), micro_B).values()]
         timings = compare(WAYS, rounds + 1, *common, rows, config.dtype, 1, batch_size, micro_B)
-    ours, other = (statistics.median(taken for taken, _ in timing.results[1:])
+    ours, other = (statistics.median(seconds for seconds, _ in timing.results[1:])
                    for timing in timings.values())
     record(config, "fine-tuning", model=name, dtype=config.dtype, rows=len(lengths), tokens=tokens,
            batch_size=batch_size, micro_batch_size=micro_B, threads=torch.get_num_threads(),

@@ -1,5 +1,6 @@
 """Fixtures of all test files; shared functions are in helpers/."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from helpers.common import CPU_LAUNCH, TINY
 from helpers.training import tiny, tiny_corpus
 
+from minigpt2.checkpoint import save_checkpoint
 from model import GPT
 from trainer import train
 
@@ -59,3 +61,18 @@ def finished_run(tmp_path_factory) -> Iterator[Path]:
 
 def modification_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def rows_file(request, tmp_path):
+    """The ROWS of the test file, as JSON."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(request.module.ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(request, tmp_path):
+    """A checkpoint of the SIZES of the test file, with random weights."""
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path / "base", 1, GPT(request.module.SIZES))

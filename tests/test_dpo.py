@@ -37,13 +37,6 @@ ROWS = [{"instruction": f"Say {word} {n} times.", "input": "loudly" * (n % 2),
 
 
 @pytest.fixture
-def rows_file(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ROWS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def base(tmp_path):
     torch.manual_seed(0)
     model = GPT(SIZES)

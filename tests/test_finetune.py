@@ -56,19 +56,6 @@ ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (
 TURNS = [[(row["instruction"], row["input"], row["output"])] for row in ROWS]
 
 
-@pytest.fixture
-def rows_file(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ROWS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def base(tmp_path):
-    torch.manual_seed(0)
-    return save_checkpoint(tmp_path / "base", 1, GPT(SIZES))
-
-
 def encoded(rows: list, block_size: int = 128) -> list:
     return make_examples(rows, block_size)[1]
 

@@ -37,35 +37,22 @@ ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (
 
 
 @pytest.fixture
-def pairs_file(tmp_path):
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps(ROWS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def base(tmp_path):
-    torch.manual_seed(0)
-    return save_checkpoint(tmp_path / "base", 1, GPT(SIZES))
-
-
-@pytest.fixture
 def reward_model() -> RewardModel:
     torch.manual_seed(0)
     return RewardModel.from_language_model(GPT(SIZES), seed=0).eval()
 
 
-def tiny(base, pairs_file, out, **changes) -> RewardConfig:
-    options = {"checkpoint": str(base), "data": str(pairs_file), "out_dir": str(out),
+def tiny(base, rows_file, out, **changes) -> RewardConfig:
+    options = {"checkpoint": str(base), "data": str(rows_file), "out_dir": str(out),
                "batch_size": 8, "micro_batch_size": 3, "max_lr": 1e-3, "val_fraction": 0.2,
                "eval_interval": 2, "save_interval": 2, "normalize_samples": 24, "max_response": 4,
                "device": "cpu"} | changes
     return RewardConfig(**options)
 
 
-def arguments(base, pairs_file, out, *more) -> list[str]:
+def arguments(base, rows_file, out, *more) -> list[str]:
     """The command line of `tiny`."""
-    config = tiny(base, pairs_file, out)
+    config = tiny(base, rows_file, out)
     names = ("checkpoint", "data", "out_dir", "batch_size", "micro_batch_size", "max_lr",
              "val_fraction", "eval_interval", "save_interval", "normalize_samples", "max_response",
              "device")
@@ -160,10 +147,10 @@ def test_transformers_loads_the_folder_with_equal_scores(reward_model, tmp_path)
     (dpo, ["--checkpoint", "{}", "--data", "{pairs}"]),
     (reward, ["--checkpoint", "{}", "--data", "{pairs}"])], ids=lambda x: getattr(x, "__name__", 0))
 def test_a_reward_model_in_place_of_a_language_model_is_one_line(
-        script, argv, reward_model, tmp_path, pairs_file, monkeypatch, capsys):
+        script, argv, reward_model, tmp_path, rows_file, monkeypatch, capsys):
     folder = save_checkpoint(tmp_path / "reward", 1, reward_model)
     monkeypatch.chdir(tmp_path)
-    argv = [word.format(folder, pairs=pairs_file) for word in argv]
+    argv = [word.format(folder, pairs=rows_file) for word in argv]
     if script in (finetune, dpo, reward):
         argv += ["--out-dir", str(tmp_path / "out")]
     if script is finetune:
@@ -183,9 +170,9 @@ def test_a_language_model_in_place_of_a_reward_model_is_one_line(base):
 # ---------------------------------------------------------------------------- the training
 
 
-def test_what_a_run_writes(base, pairs_file, tmp_path, capsys, always_stops):
+def test_what_a_run_writes(base, rows_file, tmp_path, capsys, always_stops):
     out = tmp_path / "out"
-    model = train(tiny(base, pairs_file, out), CPU_LAUNCH)
+    model = train(tiny(base, rows_file, out), CPU_LAUNCH)
     log, printed, report = read_log(out / "metrics.jsonl"), capsys.readouterr().out, report_of(out)
     assert "28 of 28 pairs (left out: none); 21 to train on, 7 held out" in printed
     assert sorted(log["train"]) == [0, 1, 2] and sorted(log["val"]) == [0, 2, 3]
@@ -205,13 +192,13 @@ def test_what_a_run_writes(base, pairs_file, tmp_path, capsys, always_stops):
     saved = load_model(out, model_class=RewardModel)
     assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(),
                                                  strict=True))
-    assert "already holds a run" in user_error(train, tiny(base, pairs_file, out), CPU_LAUNCH)
-    assert "is itself a checkpoint" in user_error(train, tiny(base, pairs_file, base), CPU_LAUNCH)
+    assert "already holds a run" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
+    assert "is itself a checkpoint" in user_error(train, tiny(base, rows_file, base), CPU_LAUNCH)
 
 
-def test_the_first_loss_equals_one_computed_row_by_row(base, pairs_file, tmp_path):
+def test_the_first_loss_equals_one_computed_row_by_row(base, rows_file, tmp_path):
     """From scores of one unpadded row at a time."""
-    config = tiny(base, pairs_file, tmp_path / "out", normalize_samples=0)
+    config = tiny(base, rows_file, tmp_path / "out", normalize_samples=0)
     train(config, CPU_LAUNCH)
     model = RewardModel.from_language_model(load_model(base), config.seed)
     pairs = reward.read_splits(config, 128)[0]
@@ -260,9 +247,9 @@ def test_the_gradient_does_not_depend_on_micro_batches_and_ranks(base, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_killed_run_resumes_exactly(base, pairs_file, tmp_path, world_size):
+def test_a_killed_run_resumes_exactly(base, rows_file, tmp_path, world_size):
     """Killed at its checkpoints and at random instants, in training and in the final evaluation."""
-    argv = arguments(base, pairs_file, "", "--epochs", "3", "--save-interval", "1", "--resume")
+    argv = arguments(base, rows_file, "", "--epochs", "3", "--save-interval", "1", "--resume")
     argv[argv.index("--out-dir") + 1] = str(tmp_path / "whole")
     ranks = Ranks(world_size, "reward", argv, tmp_path / "a")
     assert ranks.wait() == [0] * world_size, ranks.output()
@@ -290,8 +277,8 @@ def assert_same_reward_run(a, b) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_another_number_of_ranks_resumes(base, pairs_file, tmp_path):
-    argv = arguments(base, pairs_file, "", "--epochs", "6", "--save-interval", "1000",
+def test_a_signal_saves_and_another_number_of_ranks_resumes(base, rows_file, tmp_path):
+    argv = arguments(base, rows_file, "", "--epochs", "6", "--save-interval", "1000",
                      "--eval-interval", "1000", "--resume")
     whole, out = tmp_path / "whole", tmp_path / "out"
     argv[argv.index("--out-dir") + 1] = str(whole)
@@ -312,27 +299,27 @@ def test_a_signal_saves_and_another_number_of_ranks_resumes(base, pairs_file, tm
 
 
 @pytest.mark.slow
-def test_a_run_killed_between_report_and_normalization_ends_the_same(base, pairs_file, tmp_path,
+def test_a_run_killed_between_report_and_normalization_ends_the_same(base, rows_file, tmp_path,
                                                                      monkeypatch, always_stops):
     """And a finished run that is resumed changes nothing."""
-    train(tiny(base, pairs_file, tmp_path / "whole"), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "whole"), CPU_LAUNCH)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         def killed(self, *_):
             raise KeyboardInterrupt
         patch.setattr(RewardModel, "rescale", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny(base, pairs_file, out), CPU_LAUNCH)
+            train(tiny(base, rows_file, out), CPU_LAUNCH)
     for _ in range(2):
-        train(tiny(base, pairs_file, out, resume=True), CPU_LAUNCH)
+        train(tiny(base, rows_file, out, resume=True), CPU_LAUNCH)
         assert_same_reward_run(out, tmp_path / "whole")
     assert report_of(out)["deviation"] > 0 and (out / "step_000003").is_dir()
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_final_evaluation_stops_the_run(base, pairs_file, tmp_path, capsys,
+def test_a_signal_in_the_final_evaluation_stops_the_run(base, rows_file, tmp_path, capsys,
                                                         always_stops):
-    config, asked = tiny(base, pairs_file, tmp_path / "out"), []
+    config, asked = tiny(base, rows_file, tmp_path / "out"), []
     stop = SimpleNamespace(requested=lambda: bool(asked), report=lambda *_: "stopped: --resume")
     real, reward.make_report = reward.make_report, lambda *a: asked.append(1) or real(*a)
     try:
@@ -341,19 +328,19 @@ def test_a_signal_in_the_final_evaluation_stops_the_run(base, pairs_file, tmp_pa
         reward.make_report = real
     assert "stopped: --resume" in capsys.readouterr().out
     assert not (tmp_path / "out" / reward.REPORT).exists()
-    train(tiny(base, pairs_file, tmp_path / "out", resume=True), CPU_LAUNCH)
-    train(tiny(base, pairs_file, tmp_path / "whole"), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "out", resume=True), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "whole"), CPU_LAUNCH)
     assert_same_reward_run(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, pairs_file, tmp_path,
+def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, rows_file, tmp_path,
                                                                   always_stops):
     """Fresh samples, of another seed, have a mean near 0 and a deviation near 1."""
     changes = {"normalize_samples": 200, "max_response": 8}
     rows = [row | {"instruction": f"{row['instruction']} {n}"} for n in range(3) for row in ROWS]
-    pairs_file.write_text(json.dumps(rows))
-    config = tiny(base, pairs_file, tmp_path / "out", **changes)
+    rows_file.write_text(json.dumps(rows))
+    config = tiny(base, rows_file, tmp_path / "out", **changes)
     model = train(config, CPU_LAUNCH)
     pairs, _, _ = reward.read_splits(config, 128)
     fresh = RewardConfig(**vars(config) | {"seed": 7})
@@ -368,10 +355,10 @@ def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, pairs_fi
 
 
 @pytest.mark.slow
-def test_too_few_samples_that_stop_leave_the_scores_as_they_are(base, pairs_file, tmp_path, capsys):
-    model = train(tiny(base, pairs_file, tmp_path / "a", normalize_samples=0), CPU_LAUNCH)
+def test_too_few_samples_that_stop_leave_the_scores_as_they_are(base, rows_file, tmp_path, capsys):
+    model = train(tiny(base, rows_file, tmp_path / "a", normalize_samples=0), CPU_LAUNCH)
     capsys.readouterr()
-    other = train(tiny(base, pairs_file, tmp_path / "b"), CPU_LAUNCH)  # random weights do not stop
+    other = train(tiny(base, rows_file, tmp_path / "b"), CPU_LAUNCH)  # random weights do not stop
     assert "scores are not normalized: 0 of 24 samples" in capsys.readouterr().out
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(),
                                                  strict=True))
@@ -379,12 +366,12 @@ def test_too_few_samples_that_stop_leave_the_scores_as_they_are(base, pairs_file
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
-def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, pairs_file, tmp_path,
+def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, rows_file, tmp_path,
                                                                  monkeypatch, late):
     """In training; on a GPU, the host reads the loss one step late."""
     real, rows = RewardModel.forward, [*ROWS]
     rows[5] = rows[5] | {"rejected": "poison"}
-    pairs_file.write_text(json.dumps(rows))
+    rows_file.write_text(json.dumps(rows))
     poison = encode("poison")[0]
 
     def forward(self, ids, masks):
@@ -393,17 +380,17 @@ def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, pairs_fil
 
     monkeypatch.setattr(RewardModel, "forward", forward)
     monkeypatch.setattr("minigpt2.run.STEPS_LATE", {"cpu": late})
-    config = tiny(base, pairs_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
+    config = tiny(base, rows_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
     (tmp_path / "val.json").write_text(json.dumps(ROWS[:4]))
-    assert f"the score of {pairs_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
-    config = tiny(base, tmp_path / "val.json", tmp_path / "other", val_data=str(pairs_file))
-    assert f"the score of {pairs_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
+    assert f"the score of {rows_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
+    config = tiny(base, tmp_path / "val.json", tmp_path / "other", val_data=str(rows_file))
+    assert f"the score of {rows_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
 
 
 @pytest.mark.slow
-def test_held_out_pairs_of_a_file_of_their_own(base, pairs_file, tmp_path, capsys):
+def test_held_out_pairs_of_a_file_of_their_own(base, rows_file, tmp_path, capsys):
     (tmp_path / "val.json").write_text(json.dumps([*ROWS[:3], ROWS[3] | {"instruction": "New"}]))
-    config = tiny(base, pairs_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
+    config = tiny(base, rows_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
     train(config, CPU_LAUNCH)
     assert report_of(tmp_path / "out")["accuracy"]["reward model"]["n"] == 4
     assert "4 of 4 pairs (left out: none) held out, 3 of them" in capsys.readouterr().out
@@ -413,14 +400,14 @@ def test_held_out_pairs_of_a_file_of_their_own(base, pairs_file, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_resume_refuses_other_settings(base, pairs_file, tmp_path):
-    train(tiny(base, pairs_file, tmp_path / "out"), CPU_LAUNCH)
+def test_resume_refuses_other_settings(base, rows_file, tmp_path):
+    train(tiny(base, rows_file, tmp_path / "out"), CPU_LAUNCH)
     torch.manual_seed(1)
     other = save_checkpoint(tmp_path / "other", 1, GPT(SIZES))
     for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
                           ({"val_start": 0.2}, "--val-start"),
                           ({"checkpoint": str(other)}, "--checkpoint")):
-        again = tiny(base, pairs_file, tmp_path / "out", resume=True, **changes)
+        again = tiny(base, rows_file, tmp_path / "out", resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)
 
 
