@@ -747,6 +747,7 @@ def test_resume_refuses_settings_that_change_the_rows_and_prints_others(base, ro
     other.write_text(json.dumps(ROWS[:-1]), encoding="utf-8")
     for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
                           ({"val_fraction": 0.2}, "--val-fraction"),
+                          ({"train_on_prompt": True}, "--train-on-prompt"),
                           ({"data": str(other)}, "trained with other data")):
         again = tiny(base, rows_file, out, resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)
