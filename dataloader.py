@@ -29,7 +29,7 @@ from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.preferences import Pair, make_pairs
 from minigpt2.shards import open_shard, read_manifest
-from minigpt2.tokenizer import N_VOCAB, decode, encode_example
+from minigpt2.tokenizer import N_VOCAB, decode, encode, encode_example, format_prompt
 from model import GPT
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
@@ -276,6 +276,45 @@ def load_pairs(path: str, flag: str, block_size: int) -> tuple[list[Pair], str]:
         raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
     return pairs, summary
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to sample responses to, and what a reward function may compare them with."""
+
+    place: str  # of the row, for messages
+    instruction: str
+    input: str
+    output: str  # the reference answer; empty if the row has none
+    ids: list[int]
+
+
+def load_prompts(path: str, flag: str, block_size: int, max_response: int,
+                 ) -> tuple[list[Prompt], str]:
+    """The different prompts of a file of instructions, conversations (their first message) or
+    preference pairs, and a summary; those without room for max_response tokens in the context are
+    left out. Raises UserError."""
+    try:
+        rows = read_rows(Path(path))
+    except OSError as error:
+        raise UserError(f"cannot read {flag} {path} ({error}): make it with finetune_data/"
+                        "alpaca_downloader.py or pydocs_questions.py") from None
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    for place, row in rows:
+        texts = dict(row) if isinstance(row, dict) else row
+        if isinstance(row, dict) and "messages" not in row:  # the response may be missing
+            texts = {"output": row.get("chosen", ""), "completion": row.get("chosen", "")} | texts
+        texts = text_turns(texts, place)[0]
+        ids = encode(format_prompt(*texts[:2]))
+        prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))
+    longest = block_size - max_response
+    fitting = [prompt for prompt in prompts.values() if len(prompt.ids) <= longest]
+    summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: "
+               f"{len(rows) - len(prompts):,} repeated, {len(prompts) - len(fitting):,} without "
+               f"room for {max_response} tokens in a context of {block_size})")
+    if not fitting:
+        raise UserError(f"{flag} {path}: {summary}: lower --max-response, or give other rows")
+    return fitting, summary
 
 
 def text_turns(row: object, place: str) -> list[TextTurn]:

@@ -24,10 +24,17 @@ from torch.utils.checkpoint import checkpoint
 from dataloader import PAD_TOKEN, checked_batch, pad_rows
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Dtype, allow_nondeterministic, pick_device, pick_dtype
+from minigpt2.distributed import (
+    Dtype,
+    Launch,
+    allow_nondeterministic,
+    pick_device,
+    pick_dtype,
+    share_work,
+)
 from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import block_sizes
-from minigpt2.sampling import SamplingParams, row_seeds, sample, seen_tokens, stream_keys
+from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
@@ -35,6 +42,7 @@ from model import GPT, GPTConfig
 # reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
 # graphs do not pay off
 STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
+SAMPLE_BATCH = 32  # responses sampled at a time
 
 
 # ---------------------------------------------------------------- texts to batches and back
@@ -289,6 +297,26 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     T = int(batch.all_lengths.max())
     masks = torch.arange(T, device=device) < batch.all_lengths[:, None]  # (B, T')
     return output_ids[:, :T].where(masks, PAD_TOKEN), masks.long()
+
+
+def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
+                     max_steps: int, launch: Launch, *, temperature: float = 1.0,
+                     batch_size: int = SAMPLE_BATCH, should_stop: Callable[[], bool] = bool,
+                     label: str = "") -> list[Response] | None:
+    """A response to each prompt, in order, on every rank; for None and `label` see `share_work`.
+    Batches are made by length, alike for any number of ranks, and copies of a prompt are together.
+    """
+    def work(batch: list[int]) -> dict[int, Response]:
+        ids, masks = pad_rows([prompts[i] for i in batch])
+        output = generate(model, ids, masks, temperature, max_steps, seed=[seeds[i] for i in batch])
+        reasons = finish_reasons(*output, masks, max_steps)
+        return {i: Response(list(prompts[i]), tokens, reason) for i, tokens, reason in
+                zip(batch, generated_rows(*output, masks), reasons, strict=True)}
+
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found = share_work(batches, work, launch, should_stop, label)
+    return None if found is None else [found[i] for i in range(len(prompts))]
 
 
 def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:

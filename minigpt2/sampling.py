@@ -46,6 +46,20 @@ class SamplingParams:
                 raise UserError(f"{name} is {value!r:.60}, expected {expected}")
 
 
+@dataclass(frozen=True)
+class Response:
+    """A sampled response, and why it ended: "stop" (<|endoftext|>, its last token), "length" or
+    "context", see `inference.finish_reasons`."""
+
+    prompt: list[int]
+    tokens: list[int]
+    finish_reason: str
+
+    @property
+    def stopped(self) -> bool:
+        return self.finish_reason == "stop"
+
+
 def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, counter: torch.Tensor,
            seen: torch.Tensor | None = None) -> torch.Tensor:
     """Samples one token per row: logits (B, V) -> (B,) int64. keys (B,) int64 identify the rows'
