@@ -25,15 +25,15 @@ from dataloader import load_pairs, pad_rows, permutation, row_batches, split_pai
 from inference import check_vocabulary, finish_reasons, generate, generated_rows
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, weights_sha256
-from minigpt2.config import flag, parse_config, run_main
+from minigpt2.config import flag
 from minigpt2.distributed import Launch, autocast, share_work
-from minigpt2.faults import StopRequest, launched
+from minigpt2.faults import StopRequest
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
+from minigpt2.optimizer import set_lr
 from minigpt2.preferences import ARTIFACT, Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
-from minigpt2.run import Run, TuningConfig
+from minigpt2.run import Run, TuningConfig, run_training
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 
 ROOT = Path(__file__).resolve().parent
@@ -57,8 +57,6 @@ class RewardConfig(TuningConfig):
     val_start: float = flag(0.0, "hold out the rows with a hash from here to here + "
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)
     epochs: int = flag(1, "passes over the training pairs; a second one overfits", minimum=1)
-    micro_batch_size: int = flag(8, "pairs per rank and micro-step", minimum=1)
-    max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
     normalize_samples: int = flag(256, "responses sampled to normalize scores; 0: leave them",
                                   minimum=0)
     max_response: int = flag(128, "maximum number of tokens of such a response", minimum=1)
@@ -108,19 +106,11 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                  RewardModel.from_language_model(base, config.seed))
     del base  # a new run trains its tensors
 
-    # 2. The optimizer, and the number of steps
-    optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
-                               weight_decay=config.weight_decay, shard=run.shard_optimizer)
-    num_pairs = min(config.batch_size, len(train_pairs))  # of a step
-    steps_per_epoch = -(-len(train_pairs) // num_pairs)  # ceiling division
-    max_steps = config.epochs * steps_per_epoch
-    B = min(config.micro_batch_size, -(-num_pairs // launch.world_size))
-    model = run.prepare(raw_model, optimizer, max_steps, micro_batch_sizes=[B],
-                        sequence_length=block_size, max_steps_flag="--epochs",
-                        milestones=range(steps_per_epoch, max_steps, steps_per_epoch))
-    launch.print0(f"{summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} pairs, {B} per "
-                  "micro-step")
-    batches = row_batches(train_pairs, attrgetter("num_tokens"), num_pairs, config.seed, run.step)
+    # 2. The number of steps, the optimizer, and the micro-batch
+    model = run.prepare_epochs(raw_model, len(train_pairs), block_size)
+    launch.print0(f"{summary}\n{run.summary}")
+    batches = row_batches(train_pairs, attrgetter("num_tokens"), run.batch_size, config.seed,
+                          run.step)
     recent = deque(maxlen=2)  # batches: on a GPU, the host reads a loss one step late
 
     # 3. The loop
@@ -136,11 +126,10 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
             if run.save_or_finish():
                 break
 
-            lr = learning_rate(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
-                               max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
-            set_lr(optimizer, lr)
+            lr = config.lr_at(run.step, run.max_steps)
+            set_lr(run.optimizer, lr)
             recent.append(batch := next(batches))  # of all ranks
-            micro_batches = rank_share(batch, B, launch.rank, launch.world_size)
+            micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
             sums = torch.zeros(3, device=device)  # of loss, accuracy and margin
             for micro_step, pairs in enumerate(micro_batches):
                 # A rank without pairs takes part in the step with two rows that count for nothing
@@ -352,11 +341,5 @@ def word_differences(pairs: Sequence[tuple[str, str]], index: dict[str, int]) ->
                                    check_invariants=False)
 
 
-def main() -> None:
-    config = parse_config(RewardConfig, description=__doc__)
-    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
-        train(config, launch, stop)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_training(RewardConfig, train, __doc__)

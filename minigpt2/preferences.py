@@ -10,6 +10,9 @@ from operator import itemgetter
 from minigpt2.config import UserError
 from minigpt2.tokenizer import encode_example
 
+# Names of the texts of a row, of which `input` may be missing
+FORMS = (("instruction", "input", "chosen", "rejected"), ("prompt", "input", "chosen", "rejected"),
+         ("chosen", "rejected"))
 SCHEMAS = ("chosen and rejected with instruction and optionally input, or with prompt; or two "
            "transcripts, chosen and rejected, that begin with a Human turn")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -42,7 +45,7 @@ def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[lis
     UserError naming the first row in another form."""
     made = []
     for place, row in rows:
-        texts = row_texts(row, place)
+        texts = row_texts(row, place, FORMS, SCHEMAS)
         pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts)
         made.append(LONG if isinstance(pair, Pair) and pair.num_tokens > block_size else pair)
     pairs = [pair for pair in made if isinstance(pair, Pair)]
@@ -51,22 +54,26 @@ def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[lis
     return pairs, f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})"
 
 
-def row_texts(row: object, place: str) -> list[str]:
-    """[instruction, input, chosen, rejected] of a row, or the last two. Raises UserError."""
+def row_texts(row: object, place: str, forms: Sequence[tuple[str, ...]],
+              schemas: str) -> list[str]:
+    """The texts of a row in the first of `forms` that it has, which `schemas` describes. Raises
+    UserError."""
     if not isinstance(row, dict):
-        raise UserError(f"{place} is {row!r:.60}, expected an object with {SCHEMAS}")
+        raise UserError(f"{place} is {row!r:.60}, expected an object with {schemas}")
     row = {name: value for name, value in row.items() if value is not None}
-    question = [name for name in ("instruction", "prompt") if name in row][:1]
-    if not {"chosen", "rejected"} <= row.keys():
-        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {SCHEMAS}")
-    names = [*question, "input", "chosen", "rejected"] if question else ["chosen", "rejected"]
-    texts = [row.get(name, "" if name == "input" else None) for name in names]
-    for name, text in zip(names, texts, strict=True):
-        if not isinstance(text, str):
-            raise UserError(f"{place}: {name} is {text!r:.60}, expected text")
-    if question and not texts[0].strip():
-        raise UserError(f"{place} has an empty {question[0]}")
+    form = next((form for form in forms if row.keys() >= {*form} - {"input"}), None)
+    if form is None:
+        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {schemas}")
+    texts = [require_text(row.get(name, ""), name, place) for name in form]
+    if len(form) > 2 and not texts[0].strip():
+        raise UserError(f"{place} has an empty {form[0]}")
     return texts
+
+
+def require_text(value: object, name: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {name} is {value!r:.60}, expected text")
+    return value
 
 
 def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str) -> Pair | str:
@@ -112,6 +119,12 @@ def transcript_turns(text: str) -> list[tuple[str, str]]:
 def sequences(pairs: Sequence[Pair]) -> list[list[int]]:
     """The ids of both responses of each pair after their prompt: chosen, rejected, chosen, ..."""
     return [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
+
+
+def padded_length(length: int) -> int:
+    """`length` rounded up to a multiple of 16 up to 192, of 32 up to 384, of 64 up to 768, and so
+    on: 26 lengths up to 1,024, and a twelfth more tokens on Alpaca's rows (27 % with 64 alone)."""
+    return length + -length % (16 << ((length - 1) // 192).bit_length())
 
 
 def rank_share(pairs: Sequence[Pair], micro_batch_size: int, rank: int,

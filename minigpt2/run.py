@@ -5,23 +5,24 @@ the forward and backward pass, loss normalization, validation and schedule. The 
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NoReturn
 
 import torch
 
 from minigpt2 import distributed, resume
 from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
-from minigpt2.config import UserError, flag
+from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
-from minigpt2.faults import StopRequest, agree, count_skipped
+from minigpt2.faults import StopRequest, agree, count_skipped, launched
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import peak_flops, run_metadata, start_log
-from minigpt2.optimizer import step_if_finite
+from minigpt2.optimizer import learning_rate, make_optimizer, step_if_finite
 from minigpt2.progress import progress_bar
 from model import GPT
 
@@ -58,7 +59,10 @@ class RunConfig:
 class TuningConfig(RunConfig):
     """The flags of the scripts that train a pre-trained model on rows, epoch by epoch."""
 
+    epochs: int = flag(1, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
+    micro_batch_size: int = flag(8, "rows per rank and micro-step", minimum=1)
+    max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
     warmup_fraction: float = flag(0.03, "warm-up, as a fraction of all steps", minimum=0, below=1)
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
@@ -67,6 +71,25 @@ class TuningConfig(RunConfig):
     save_interval: int = flag(200, "steps between checkpoints, besides one per epoch", minimum=1)
     keep_last: int = flag(3, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
     compile: bool | None = flag(False, "torch.compile each shape of the step: slower on a CPU")
+
+    def lr_at(self, step: int, max_steps: int) -> float:
+        """The learning rate of a step: warm-up, then half a cosine."""
+        return learning_rate(step, warmup_steps=round(max_steps * self.warmup_fraction),
+                             max_steps=max_steps, max_lr=self.max_lr, min_lr=self.min_lr)
+
+    def make_optimizer(self, model: GPT, shard: bool) -> torch.optim.Optimizer:
+        return make_optimizer(model, lr=self.max_lr, betas=(0.9, 0.95), eps=1e-8,
+                              weight_decay=self.weight_decay, shard=shard)
+
+
+def run_training(config_class: type[RunConfig], train: Callable, description: str) -> NoReturn:
+    """The command line of a training script: calls train(config, launch, stop) and exits."""
+    def main() -> None:
+        config = parse_config(config_class, description=description)
+        with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
+            train(config, launch, stop)
+
+    run_main(main)
 
 
 class Run:
@@ -109,8 +132,6 @@ class Run:
     def step(self) -> int:
         return self.state.step
 
-    # ------------------------------------------------------------------ before the loop
-
     def prepare(self, model: GPT, optimizer: torch.optim.Optimizer, max_steps: int, *,
                 max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
                 milestones: Iterable[int] = ()) -> torch.nn.Module:
@@ -152,6 +173,26 @@ class Run:
                         f"{launch.device}{', compiled' if compiled else ''}")
         return self.train_model
 
+    def prepare_epochs(self, model: GPT, num_rows: int, sequence_length: int) -> torch.nn.Module:
+        """`prepare` for the epochs of a TuningConfig over num_rows rows. A step has `batch_size`
+        rows, the last of an epoch perhaps fewer; a micro-batch is an even part of a rank's share
+        of it, so that ranks have nearly equally many rows in every micro-step."""
+        config = self.config
+        self.batch_size = min(config.batch_size, num_rows)
+        self.steps_per_epoch = -(-num_rows // self.batch_size)  # ceiling division
+        max_steps = config.epochs * self.steps_per_epoch
+        share = -(-self.batch_size // self.launch.world_size)
+        sizes = ([share >> n for n in range(share.bit_length())]
+                 if config.micro_batch_size == "auto" else [min(config.micro_batch_size, share)])
+        sizes = [-(-share // -(-share // size)) for size in sizes]  # in equally many micro-steps
+        prepared = self.prepare(
+            model, config.make_optimizer(model, self.shard_optimizer), max_steps,
+            max_steps_flag="--epochs", micro_batch_sizes=sizes, sequence_length=sequence_length,
+            milestones=range(self.steps_per_epoch, max_steps, self.steps_per_epoch))
+        self.summary += (f"; {max_steps:,} steps of {self.batch_size} rows, "
+                         f"{self.micro_batch_size} per rank and micro-step")
+        return prepared
+
     def __enter__(self) -> "Run":
         config, is_master = self.config, self.launch.is_master
         with contextlib.ExitStack() as stack:
@@ -184,8 +225,6 @@ class Run:
         self.stack.__exit__(kind, error, traceback)  # waits for the checkpoint being written
         if error is None and self.launch.is_master:
             self.report(elapsed)
-
-    # ------------------------------------------------------------------- validate and save
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
@@ -233,8 +272,6 @@ class Run:
             self.overhead_s += self.restart_clock() - self.paused_at
             self.paused_at = None
         return finished
-
-    # ------------------------------------------------------------------------ one step
 
     def gradient_sync(self, is_last: bool):
         """The context of one micro-step, forward pass included: DDP averages gradients over ranks
@@ -294,8 +331,6 @@ class Run:
             self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
             self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tok/s"
                                      + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
-
-    # ----------------------------------------------------------------------- clock and end
 
     def restart_clock(self, now: float | None = None) -> float:
         """Starts the interval of the next throughput figure, by default when the device has caught
