@@ -37,8 +37,7 @@ TextTurn = tuple[str, str, str]  # instruction, input, output
 Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
 Example = list[Turn]  # one turn, or those of a conversation
 NO_ANSWER = ("<nooutput>", "<no output>", "<noinput>")  # how such outputs begin in Alpaca
-FORMS = ("instruction", "input", "output"), ("prompt", "input", "completion")  # names of texts
-SCHEMAS = "instruction, output and optionally input; prompt and completion; or messages"
+FORMS = ("instruction", "input", "output"), ("prompt", "input", "completion"), ("messages",)
 ROLES = "user and assistant in turn, at most one system message before them"
 
 
@@ -286,7 +285,7 @@ def text_turns(row: object, place: str) -> list[TextTurn]:
     """The turns of a row, in one of the three schemas (docs/formats.md). Raises UserError."""
     if isinstance(row, dict) and row.get("messages") is not None:
         return message_turns(row["messages"], place)
-    return [tuple(row_texts(row, place, FORMS, SCHEMAS))]
+    return [tuple(row_texts(row, place, FORMS))]
 
 
 def message_turns(messages: object, place: str) -> list[TextTurn]:

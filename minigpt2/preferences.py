@@ -2,6 +2,7 @@
 three forms (docs/alignment.md), the last of which, two transcripts, is Anthropic's hh-rlhf's."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
@@ -12,15 +13,9 @@ from minigpt2.tokenizer import encode_example
 
 # Names of the texts of a row, of which `input` may be missing
 FORMS = (("instruction", "input", "chosen", "rejected"), ("prompt", "input", "chosen", "rejected"),
-         ("chosen", "rejected"))
-SCHEMAS = ("chosen and rejected with instruction and optionally input, or with prompt; or two "
-           "transcripts, chosen and rejected, that begin with a Human turn")
+         ("chosen", "rejected"))  # the last: transcripts
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ARTIFACT = re.compile(r"##|<\||Instruction")  # of a model that continues with another prompt
-# Why a row is left out, in the order of the summary
-DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG = (
-    "whose prompts differ", "with equal responses", "with an empty response",
-    "without a question before the response", "over {} tokens")
 
 
 @dataclass(frozen=True)
@@ -45,25 +40,25 @@ def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[lis
     UserError naming the first row in another form."""
     made = []
     for place, row in rows:
-        texts = row_texts(row, place, FORMS, SCHEMAS)
+        texts = row_texts(row, place, FORMS)
         pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts)
-        made.append(LONG if isinstance(pair, Pair) and pair.num_tokens > block_size else pair)
+        is_long = isinstance(pair, Pair) and pair.num_tokens > block_size
+        made.append(f"over {block_size} tokens" if is_long else pair)
     pairs = [pair for pair in made if isinstance(pair, Pair)]
-    reasons = ", ".join(f"{made.count(reason):,} {reason.format(block_size)}"
-                        for reason in (DIFFER, EQUAL, EMPTY, NO_QUESTION, LONG) if reason in made)
+    counts = Counter(reason for reason in made if isinstance(reason, str))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
     return pairs, f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})"
 
 
-def row_texts(row: object, place: str, forms: Sequence[tuple[str, ...]],
-              schemas: str) -> list[str]:
-    """The texts of a row in the first of `forms` that it has, which `schemas` describes. Raises
-    UserError."""
+def row_texts(row: object, place: str, forms: Sequence[tuple[str, ...]]) -> list[str]:
+    """The texts of a row in the first of `forms` that it has. Raises UserError."""
+    expected = "; or ".join(map(", ".join, forms)) + " (input may be missing)"
     if not isinstance(row, dict):
-        raise UserError(f"{place} is {row!r:.60}, expected an object with {schemas}")
+        raise UserError(f"{place} is {row!r:.60}, expected an object with {expected}")
     row = {name: value for name, value in row.items() if value is not None}
     form = next((form for form in forms if row.keys() >= {*form} - {"input"}), None)
     if form is None:
-        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {schemas}")
+        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {expected}")
     texts = [require_text(row.get(name, ""), name, place) for name in form]
     if len(form) > 2 and not texts[0].strip():
         raise UserError(f"{place} has an empty {form[0]}")
@@ -79,9 +74,9 @@ def require_text(value: object, name: str, place: str) -> str:
 def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str) -> Pair | str:
     """The pair of a row with a question, or why it is left out."""
     if not (chosen.strip() and rejected.strip()):
-        return EMPTY
+        return "with an empty response"
     if chosen.strip() == rejected.strip():
-        return EQUAL
+        return "with equal responses"
     prompt, first = encode_example(instruction, input, chosen)
     return Pair(place, instruction, input, prompt, first,
                 encode_example(instruction, input, rejected)[1])
@@ -94,13 +89,13 @@ def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
     for name, (start, separator, _) in zip(("chosen", "rejected"), parts, strict=True):
         if not separator or not start.startswith("\n\nHuman:"):
             raise UserError(f"{place}: {name} is not a transcript that begins with a Human turn "
-                            f"and ends with an Assistant turn; expected {SCHEMAS}")
+                            "and ends with an Assistant turn; or add its prompt")
     (text, _, chosen), (other, _, rejected) = parts
     if text != other:
-        return DIFFER
+        return "whose prompts differ"
     *earlier, (question, missing) = turns = transcript_turns(text)
     if missing or not all(human for human, _ in turns):
-        return NO_QUESTION
+        return "without a question before the response"
     context = [token for human, answer in earlier for part in encode_example(human, "", answer)
                for token in part]
     last = plain_pair(place, question, "", chosen.strip(), rejected.strip())

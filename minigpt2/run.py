@@ -95,7 +95,8 @@ def run_training(config_class: type[RunConfig], train: Callable, description: st
 class Run:
     """One run of a training script, from resume to the closing line. For the script: `is_resumed`,
     `checkpoint` (resumed from, or None), `step` (steps taken so far), `dtype` (of autocast),
-    `scaler`, `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`."""
+    `scaler`, `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`, after
+    `prepare_epochs` also `optimizer`, `max_steps`, `batch_size` and `steps_per_epoch`."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
@@ -174,17 +175,17 @@ class Run:
         return self.train_model
 
     def prepare_epochs(self, model: GPT, num_rows: int, sequence_length: int) -> torch.nn.Module:
-        """`prepare` for the epochs of a TuningConfig over num_rows rows. A step has `batch_size`
-        rows, the last of an epoch perhaps fewer; a micro-batch is an even part of a rank's share
-        of it, so that ranks have nearly equally many rows in every micro-step."""
+        """`prepare` for the epochs of a TuningConfig over num_rows rows, `batch_size` a step (the
+        last of an epoch perhaps fewer). Micro-batches are even parts of a rank's share of a step,
+        so that none has many rows of padding."""
         config = self.config
         self.batch_size = min(config.batch_size, num_rows)
         self.steps_per_epoch = -(-num_rows // self.batch_size)  # ceiling division
         max_steps = config.epochs * self.steps_per_epoch
         share = -(-self.batch_size // self.launch.world_size)
-        sizes = ([share >> n for n in range(share.bit_length())]
-                 if config.micro_batch_size == "auto" else [min(config.micro_batch_size, share)])
-        sizes = [-(-share // -(-share // size)) for size in sizes]  # in equally many micro-steps
+        wanted = share if config.micro_batch_size == "auto" else min(share, config.micro_batch_size)
+        counts = [-(-share // (wanted >> n)) for n in range(wanted.bit_length())]  # of micro-steps
+        sizes = [-(-share // count) for count in counts]
         prepared = self.prepare(
             model, config.make_optimizer(model, self.shard_optimizer), max_steps,
             max_steps_flag="--epochs", micro_batch_sizes=sizes, sequence_length=sequence_length,

@@ -16,7 +16,7 @@ SOURCES = sorted(path.relative_to(ROOT) for path in [
     *ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])
 TORCH_FREE = {"minigpt2.config", "minigpt2.files", "minigpt2.tokenizer", "minigpt2.shards",
               "minigpt2.hub", "minigpt2.preferences"}  # and all of pretrain_data/
-SHARED_NAMES = {"main", "train", "micro_batch_sizes"}  # each script's own story
+SHARED_NAMES = {"main", "train"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "HubDataset", "flag",
                   "str"}
 # Lines, docstrings and comments included; README in bytes

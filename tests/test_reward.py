@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import worlds
-from helpers.common import CPU_LAUNCH, TINY, main_error, user_error
+from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import losses
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -157,7 +157,7 @@ def test_a_reward_model_in_place_of_a_language_model_is_one_line(
         rows = [{"instruction": "a", "output": "b"}] * 3
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         argv += ["--data", str(tmp_path / "rows.json")]
-    error = main_error(script.main, [*argv, "--device", "cpu"], monkeypatch, capsys)
+    error = main_error(main_of(script), [*argv, "--device", "cpu"], monkeypatch, capsys)
     assert f"{folder}/config.json (it is a reward model, expected a language model)" in error
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
