@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dpo
-import finetune
-from dataloader import load_pairs, pad_rows, split_pairs, split_rows
+from dataloader import load_pairs, make_examples, pad_rows, split_pairs, split_rows
 from dpo import CACHE, DPOConfig, collate_pairs, pair_logprobs, train
 from inference import logprobs
 from minigpt2.advantages import dpo_loss
@@ -120,7 +119,7 @@ def single_logprob(model: GPT, prompt: list[int], response: list[int]) -> float:
 def test_pairs_are_held_out_like_rows_of_fine_tuning(rows_file):
     rows = [row | {"output": row["chosen"]} for row in ROWS]
     turns = [[(row["instruction"], row["input"], row["output"])] for row in rows]
-    keys, _, _ = finetune.make_examples(turns, 160)
+    keys, _, _ = make_examples(turns, 160)
     _, held_out, _ = split_rows(keys, 0.2)
     trained, val_pairs, _ = split_pairs(pairs_of(rows_file), 0.2)
     assert {keys[i][:2] for i in held_out} == {(pair.instruction, pair.input)

@@ -84,8 +84,8 @@ def test_what_is_left_out_is_counted_by_reason():
             {"prompt": "a", "chosen": "word " * 100, "rejected": "b"}]
     pairs, summary = pairs_of(*rows, block_size=100)
     assert [pair.place for pair in pairs] == ["x.jsonl line 1"]
-    assert summary == ("1 of 11 pairs (left out: 1 over 100 tokens, 2 whose prompts differ, 3 with an "
-                       "empty response, 2 with equal responses, 2 without a question before the "
+    assert summary == ("1 of 11 pairs (left out: 1 over 100 tokens, 2 whose prompts differ, 3 with "
+                       "an empty response, 2 with equal responses, 2 without a question before the "
                        "response)")
     assert pairs_of(rows[0])[1] == "1 of 1 pairs (left out: none)"
 
