@@ -1,5 +1,6 @@
 """Preference data: a prompt, a response that was chosen and one that was rejected. Rows have one of
-three forms (docs/alignment.md), the last of which, two transcripts, is Anthropic's hh-rlhf's."""
+three forms (docs/alignment.md), the last of which, two transcripts, is Anthropic's hh-rlhf's. At
+the end: the padded length and the micro-batches of rows of every kind."""
 
 import re
 from collections import Counter
@@ -122,9 +123,8 @@ def padded_length(length: int) -> int:
     return length + -length % (16 << ((length - 1) // 192).bit_length())
 
 
-def rank_share(pairs: Sequence[Pair], micro_batch_size: int, rank: int,
-               world_size: int) -> list[Sequence[Pair]]:
-    """One rank's micro-batches of the pairs: equally many on every rank, the last one perhaps
-    smaller or empty. The two responses of a pair are always in the same one."""
-    return [pairs[first + rank * micro_batch_size :][:micro_batch_size]
-            for first in range(0, len(pairs), micro_batch_size * world_size)]
+def rank_share(rows: Sequence, micro_batch_size: int, rank: int, world_size: int) -> list[Sequence]:
+    """One rank's micro-batches of rows or pairs: equally many on every rank, the last one perhaps
+    smaller or empty."""
+    return [rows[first + rank * micro_batch_size :][:micro_batch_size]
+            for first in range(0, len(rows), micro_batch_size * world_size)]
