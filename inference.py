@@ -38,15 +38,9 @@ STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
 SAMPLE_BATCH = 32  # responses sampled at a time
 
 
-# ---------------------------------------------------------------- texts to batches and back
 def tokenize_batch_input(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Encodes prompts into right-padded input_ids and attention_masks, both (B, T) int64."""
-    return pad_rows(encode_prompts(prompts))
-
-
-def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each prompt, in which "<|endoftext|>" is plain text. Raises UserError for an
-    empty prompt or list."""
+    """Encodes prompts into right-padded input_ids and attention_masks, both (B, T) int64. Raises
+    UserError for an empty prompt or list. "<|endoftext|>" in a prompt is plain text."""
     if isinstance(prompts, str):
         raise UserError("prompts is a single string, expected a list of strings")
     rows = [encode(prompt) for prompt in prompts]
@@ -54,7 +48,7 @@ def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
         raise UserError("no prompt given: see --unconditional")
     if [] in rows:
         raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: see --unconditional")
-    return rows
+    return pad_rows(rows)
 
 
 def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor | None = None,
@@ -96,7 +90,6 @@ def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
                         f"tokens; the context is {block_size}, response included: shorten it")
 
 
-# ---------------------------------------------------------------- prefill, decode, generate
 def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -330,7 +323,6 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
     return F.pad(-losses.view(targets.shape), (0, input_ids.size(1) - ids.size(1)))  # (B, T - 1)
 
 
-# ---------------------------------------------------------------- the command line
 @dataclass(frozen=True)
 class SamplingConfig:
     """The options that inference.py and chat.py share."""
@@ -417,12 +409,12 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
 def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
     prompts = read_prompts(config)
-    encode_prompts([prompt.strip() for prompt in prompts])  # refuses blank prompts before loading
+    tokenize_batch_input([prompt.strip() for prompt in prompts])  # refuses blank ones at once
     model, params, use_template = config.load()
     if config.input and (config.unconditional or not use_template):
         raise UserError("--input: no template is applied here; write the input into the prompt")
-    rows = [[EOT_TOKEN]] * config.unconditional or encode_prompts(
-        [format_prompt(p, config.input) if use_template else p for p in prompts])
+    rows = [[EOT_TOKEN]] * config.unconditional or generated_rows(*tokenize_batch_input(
+        [format_prompt(p, config.input) if use_template else p for p in prompts]))
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):

@@ -38,10 +38,9 @@ from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 
 ROOT = Path(__file__).resolve().parent
 REPORT, CALIBRATION = "reward.json", "calibration.png"  # in OUT_DIR
-MIN_SAMPLES = 16  # for a mean and deviation
+MIN_SAMPLES, MIN_DEVIATION = 16, 1e-3  # of scores that can be normalized; equal samples have 0
 WORD = re.compile(r"\w+|[^\w\s]")
 Z_95 = 1.959964  # of a 95 % interval
-NORMALIZED = 1e-3  # mean and deviation this near to 0 and 1 need no rescaling
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                                if file]}, loss_name="-log sigmoid(margin), nats per pair",
               fixed=FIXED_ON_RESUME, prompt_template=PROMPT_TEMPLATE, model_class=RewardModel,
               reference_sha256=weights_sha256(base))
+    is_normalized = run.is_resumed and "normalized" in run.saved["facts"]
     raw_model = (load_model(run.checkpoint, device, RewardModel) if run.is_resumed else
                  RewardModel.from_language_model(base, config.seed))
     del base  # a new run trains its tensors
@@ -160,7 +160,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                             sums={"accuracy": sums[1], "margin": sums[2]})
             if run.state.skipped:  # raises UserError if the score of a pair is not finite
                 pair_margins(raw_model, [pair for batch in recent for pair in batch], run)
-        if not run.stopping:
+        if not (run.stopping or is_normalized):
             finish(config, run, raw_model, train_pairs, val_pairs)
     return raw_model.eval()
 
@@ -168,8 +168,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
 def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list[Pair],
            val_pairs: list[Pair]) -> None:
     """Writes the report on the held-out pairs, then normalizes the scores and saves again. A run
-    killed in between does the rest when it is resumed; it keeps a report on the same weights,
-    because normalization has changed the margins."""
+    killed in between does both again when it is resumed."""
     swapped = swap_prompts(val_pairs, model.config.block_size)
     scores = sampled_scores(config, model, train_pairs, run)
     margins = None if scores is None else pair_margins(model, [*val_pairs, *swapped], run)
@@ -179,24 +178,22 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
     mean, deviation = (0.0, 0.0) if len(scores) < MIN_SAMPLES else (
         scores.mean().item(), scores.std(correction=0).item())
     if run.launch.is_master:
-        path = run.out_dir / REPORT
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if report.get("loss") != run.state.val_loss:
-            report = {"loss": run.state.val_loss, "samples": len(scores), "mean": mean,
-                      "deviation": deviation} | make_report(*margins.split(
-                          [len(val_pairs), len(swapped)]), val_pairs, train_pairs)
-            draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
-            with atomic_write(path, text=True) as file:
-                json.dump(report, file, indent=1)
+        report = {"loss": run.state.val_loss, "samples": len(scores), "mean": mean,
+                  "deviation": deviation} | make_report(
+                      *margins.split([len(val_pairs), len(swapped)]), val_pairs, train_pairs)
+        draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
+        with atomic_write(run.out_dir / REPORT, text=True) as file:
+            json.dump(report, file, indent=1)
         print_report(report)
-    if deviation < NORMALIZED:  # equal samples
+    if deviation < MIN_DEVIATION:
         run.launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
                           f"samples ended within --max-response {config.max_response} tokens, at "
                           f"least {MIN_SAMPLES} different ones are needed")
-    elif abs(mean) > NORMALIZED or abs(deviation - 1) > NORMALIZED:
-        model.rescale(mean, deviation)
-        run.writer.saved_step = None  # saves this step again
-        run.save_or_finish()
+        return
+    model.rescale(mean, deviation)
+    run.metadata["normalized"] = True
+    run.writer.saved_step = None  # saves this step again
+    run.save_or_finish()
 
 
 def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
@@ -225,9 +222,6 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
                zip(others, others[1:] + others[:1], strict=True) if pair.prompt != other.prompt]
     return [pair for pair in swapped
             if pair.num_tokens <= block_size and pair.chosen != pair.rejected]
-
-
-# ------------------------------------------------------------------------------ the report
 
 
 def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pair],
@@ -315,9 +309,9 @@ def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
         counts = Counter(WORD.findall(chosen.lower()))
         counts.subtract(WORD.findall(rejected.lower()))
         entries += [(row, columns.setdefault(word, len(columns)), n) for word, n in counts.items()]
-    row, column, n = torch.tensor(entries).t()
-    size = (len(pairs) + len(training_pairs), len(columns))
-    x = torch.sparse_coo_tensor(torch.stack([row, column]), n.double(), size).coalesce()
+    places, counts = torch.tensor(entries).t().split([2, 1])
+    x = torch.sparse_coo_tensor(places, counts[0].double(), (row + 1, len(columns)),
+                                check_invariants=False)
     weights = torch.zeros(len(columns), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
