@@ -11,7 +11,6 @@ has one message per line. /help lists the commands.
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from inference import SamplingConfig, respond
@@ -122,38 +121,29 @@ def change_setting(params: SamplingParams, command: str, argument: str) -> Sampl
 
 def stream_response(config: SamplingConfig, model: GPT, params: SamplingParams,
                     conversation: Conversation, message: str) -> None:
-    """Streams the response to a message and stores both. Ctrl-C stops it."""
+    """Streams the response to a message and stores both. Ctrl-C stops it, but only between two
+    tokens, so that every printed token is stored."""
     def on_tokens(row: int, new: list[int]) -> None:
         tokens.extend(new)
         print(decoder.feed([i for i in new if i != EOT_TOKEN]), end="", flush=True)
         if interrupts:
             raise KeyboardInterrupt
 
-    turns, decoder, tokens = conversation.turns_with(message), StreamDecoder(), []
+    turns, decoder, tokens, interrupts = conversation.turns_with(message), StreamDecoder(), [], []
     if dropped := len(conversation.turns) + 1 - len(turns):
         print(f"(context full; oldest turns dropped: {dropped})", flush=True)
     prompt = [token for turn in turns for token in turn]
+    handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
-        with deferred_interrupts() as interrupts:
-            [response] = respond(model, [prompt], config.max_steps, seed=config.seed,
-                                 on_tokens=on_tokens, **asdict(params))
+        [response] = respond(model, [prompt], config.max_steps, seed=config.seed,
+                             on_tokens=on_tokens, **asdict(params))
         note = NOTES[response.finish_reason]
     except KeyboardInterrupt:
         note = " [stopped]"
+    finally:
+        signal.signal(signal.SIGINT, handler)
     conversation.add_response(turns, tokens)
     print(decoder.feed([], final=True) + note, flush=True)
-
-
-@contextlib.contextmanager
-def deferred_interrupts() -> Iterator[list[int]]:
-    """Collects Ctrl-C signals in a list instead of raising KeyboardInterrupt at an arbitrary point,
-    so that a response stops between two tokens and every printed token is stored."""
-    signals: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def main() -> None:

@@ -35,7 +35,6 @@ from model import GPT, GPTConfig
 # reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
 # graphs do not pay off
 STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
-SAMPLE_BATCH = 32  # responses sampled at a time
 
 
 def tokenize_batch_input(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -255,12 +254,11 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     new tokens, or fills the context. Returns (output_ids, output_masks), both (B, T') int64 on the
     model's device and right-padded: prompt and new tokens, <|endoftext|> included.
 
-    For temperature, top_k, top_p and repetition_penalty see `SamplingParams`. The random stream of
-    a row depends only on its prompt and seed: in float32 its tokens are batch-invariant, except for
-    ties within rounding. `seed` is one per row, or one for all: repetition n of a prompt then uses
-    seed + n. on_tokens(row, ids) is called with new tokens; an exception ends generation. Raises
-    UserError for an invalid batch or setting, a prompt that leaves no room in the context, and
-    non-finite logits."""
+    The settings are those of `SamplingParams`. The random stream of a row depends only on its
+    prompt and seed: in float32 its tokens are batch-invariant, except for ties within rounding.
+    `seed` is one per row, or one for all: repetition n of a prompt then uses seed + n.
+    on_tokens(row, ids) is called with new tokens; an exception ends generation. Raises UserError
+    for an invalid batch or setting, a prompt without room for a token, and non-finite logits."""
     params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
     device, block_size = ids.device, model.config.block_size
@@ -272,8 +270,8 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
         return ids, masks
     # one column more, into which finished rows write
     output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))
-    gpu = torch.cuda.device(device if device.type == "cuda" else -1)  # -1: none
-    with gpu, distributed.allow_nondeterministic():  # needless here, slow under --deterministic
+    gpu = torch.cuda.device(device if device.type == "cuda" else -1)
+    with gpu, distributed.allow_nondeterministic():  # training may run with --deterministic
         batch = DecodingBatch(model, params, prompts, output_ids, max_steps, keys)
         while batch.sync(on_tokens):
             batch.decode_several()
@@ -294,7 +292,7 @@ def respond(model: GPT, prompts: Sequence[Sequence[int]], max_steps: int,
 
 def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
                      max_steps: int, launch: Launch, *, temperature: float = 1.0,
-                     batch_size: int = SAMPLE_BATCH, should_stop: Callable[[], bool] = bool,
+                     batch_size: int = 32, should_stop: Callable[[], bool] = bool,
                      label: str = "") -> list[Response] | None:
     """A response to each prompt, in order, on every rank; for None and `label` see `share_work`.
     Batches are made by length, alike for any number of ranks, and copies of a prompt are together.
@@ -342,13 +340,11 @@ class SamplingConfig:
         params = SamplingParams(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         if sys.stdout is None:
             raise UserError("standard output is closed, expected a terminal, pipe or file")
-        device = distributed.pick_device(self.device)
-        folder = find_checkpoint(self.checkpoint)
-        use_template = not self.raw and read_prompt_template(folder) is not None
+        device, folder = distributed.pick_device(self.device), find_checkpoint(self.checkpoint)
         model = load_model(folder, device)
         check_vocabulary(model, self.checkpoint)
-        dtype = distributed.pick_dtype(self.dtype, device)
-        return prepare_to_sample(model, dtype), params, use_template
+        prepare_to_sample(model, distributed.pick_dtype(self.dtype, device))
+        return model, params, not self.raw and read_prompt_template(folder) is not None
 
 
 @dataclass(frozen=True)

@@ -255,11 +255,10 @@ def accuracy_interval(margins: torch.Tensor) -> dict:
     n, ties = len(margins), int((margins == 0).sum())
     if n == 0:
         return {"n": 0}
-    p = accuracy(margins).mean().item()
-    z2 = Z_95**2 / n
-    half = Z_95 / math.sqrt(n) * math.sqrt(p * (1 - p) + z2 / 4)
+    p, z2 = accuracy(margins).mean().item(), Z_95**2 / n
+    half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
     low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    return {"n": n, "ties": ties, "accuracy": p, "low": min(low, p), "high": max(high, p)}
+    return {"n": n, "ties": ties, "accuracy": p, "low": low, "high": high}
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
