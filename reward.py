@@ -198,11 +198,11 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
 
 def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
                    run: Run) -> torch.Tensor | None:
-    """The scores (S,) of responses that the first checkpoint samples to prompts of training pairs.
-    Only of those that end by <|endoftext|>, as all training responses do: others have no valid
-    score. None after a signal."""
-    prompts = [pairs[i].prompt for i in permutation(len(pairs), config.seed)]
-    prompts = prompts[: config.normalize_samples]
+    """The scores (S,) of responses of the first checkpoint to training prompts, of those that end
+    by <|endoftext|>: without it, as in no training response, a score means nothing. None after a
+    signal."""
+    order = permutation(len(pairs), config.seed)[: config.normalize_samples]
+    prompts = [pairs[i].prompt for i in order]
     seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
     base = prepare_to_sample(load_model(config.checkpoint, run.launch.device), run.dtype)
     responses = sample_responses(base, prompts, seeds, config.max_response, run.launch,
@@ -235,15 +235,14 @@ def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pa
             "against another prompt's": swapped, **rules}
     error, bins = calibration(margins)
     return {"calibration_error": error, "calibration": bins,
-            "accuracy": {name: accuracy_interval(row) for name, row in rows.items()}}
+            "accuracy": {name: accuracy_interval(row) for name, row in rows.items() if len(row)}}
 
 
 def print_report(report: dict) -> None:
     print(f"{'held-out pairs':26} accuracy  95 % interval      n")
     for name, row in report["accuracy"].items():
-        if row["n"]:
-            print(f"{name:26} {row['accuracy']:8.4f}  {row['low']:.3f} to {row['high']:.3f} "
-                  f"{row['n']:6,}" + (f" ({row['ties']:,} ties)" if row["ties"] else ""))
+        print(f"{name:26} {row['accuracy']:8.4f}  {row['low']:.3f} to {row['high']:.3f} "
+              f"{row['n']:6,}" + (f" ({row['ties']:,} ties)" if row["ties"] else ""))
     print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} sampled "
           "responses: mean score {mean:.4f}, deviation {deviation:.4f}".format(**report),
           flush=True)
@@ -252,13 +251,11 @@ def print_report(report: dict) -> None:
 def accuracy_interval(margins: torch.Tensor) -> dict:
     """How many of n margins (n,), chosen minus rejected, are positive, a tie counted half, with the
     95 % interval of Wilson (1927)."""
-    n, ties = len(margins), int((margins == 0).sum())
-    if n == 0:
-        return {"n": 0}
-    p, z2 = accuracy(margins).mean().item(), Z_95**2 / n
+    p, z2 = accuracy(margins).mean().item(), Z_95**2 / len(margins)
     half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
     low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    return {"n": n, "ties": ties, "accuracy": p, "low": low, "high": high}
+    return {"n": len(margins), "ties": int((margins == 0).sum()), "accuracy": p, "low": low,
+            "high": high}
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
@@ -292,9 +289,9 @@ def draw_calibration(bins: list[dict], image: Path) -> None:
 def baseline_margins(pairs: Sequence[tuple[str, str]],
                      training_pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """The margins (n,) that simple rules give to n pairs of texts (chosen, rejected)."""
-    longer, marked = (torch.tensor([measure(chosen) - measure(rejected)
-                                    for chosen, rejected in pairs]).double()
-                      for measure in (len, lambda text: ARTIFACT.search(text) is not None))
+    longer = torch.tensor([len(chosen) - len(rejected) for chosen, rejected in pairs]).double()
+    marked = torch.tensor([bool(ARTIFACT.search(chosen)) - bool(ARTIFACT.search(rejected))
+                           for chosen, rejected in pairs]).double()
     return {"longer": longer, "shorter": -longer, "no artifact": -marked,
             "bag of words": bag_of_words_margins(pairs, training_pairs)}
 
@@ -308,8 +305,8 @@ def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
         counts = Counter(WORD.findall(chosen.lower()))
         counts.subtract(WORD.findall(rejected.lower()))
         entries += [(row, columns.setdefault(word, len(columns)), n) for word, n in counts.items()]
-    places, counts = torch.tensor(entries).t().split([2, 1])
-    x = torch.sparse_coo_tensor(places, counts[0].double(), (row + 1, len(columns)),
+    places, values = torch.tensor(entries).t().split([2, 1])
+    x = torch.sparse_coo_tensor(places, values[0].double(), (row + 1, len(columns)),
                                 check_invariants=False)
     weights = torch.zeros(len(columns), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")

@@ -185,7 +185,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys, always_stops):
         "reward model", "chosen is the shorter", "against another prompt's", "longer", "shorter",
         "no artifact", "bag of words"]
     for name, row in report["accuracy"].items():
-        assert row["n"] == 0 or f"{name:26} {row['accuracy']:8.4f}" in printed
+        assert f"{name:26} {row['accuracy']:8.4f}" in printed
     assert abs(report["mean"]) + report["deviation"] > 0 and report["samples"] == 21
     for image in ("reward_loss.png", reward.CALIBRATION):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
@@ -415,7 +415,6 @@ def test_resume_refuses_other_settings(base, rows_file, tmp_path):
 
 
 def test_accuracy_with_wilsons_interval_and_ties_counted_half():
-    assert accuracy_interval(torch.tensor([])) == {"n": 0}
     five = accuracy_interval(torch.tensor([1.0] * 4 + [-1.0] * 4 + [0.0] * 2))
     assert five["accuracy"] == 0.5 and five["ties"] == 2 and five["n"] == 10
     assert (five["low"], five["high"]) == pytest.approx((0.2366, 0.7634), abs=1e-4)
