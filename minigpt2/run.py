@@ -50,7 +50,6 @@ class RunConfig:
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
-    tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
     loss_graph: str | None = flag(None, "PNG of the loss graph (default: in OUT_DIR)", is_path=True)
 
 
@@ -167,7 +166,7 @@ class Run:
                     write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(start_log(
                     self.out_dir, fresh=not self.is_resumed, start_step=self.step,
-                    metadata=self.metadata, tensorboard=config.tensorboard)))
+                    metadata=self.metadata)))
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()
