@@ -107,17 +107,17 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
     places = [(i, p - 1, row[p]) for i, (row, length) in enumerate(rows)
               for p in range(len(row) - length, len(row))]  # row, token before, target
     row, position, target = torch.tensor(places).T.to(device)  # (N,) each
+    parts = []
     with autocast(device, dtype):
         x = model.hidden_states(inputs.to(device))[row, position]  # (N, C)
         step, _ = block_sizes(device)
-        logits = (model.lm_head(part)[:, :N_VOCAB].float() for part in x.split(step))
-        parts = [(-F.cross_entropy(scores, ids, reduction="none"), scores.argmax(1) == ids)
-                 for scores, ids in zip(logits, target.split(step), strict=True)]
-    lengths = [length for _, length in rows]
-    logprobs, hits = (torch.cat(tensors).cpu().double().split(lengths)
-                      for tensors in zip(*parts, strict=True))
-    return torch.stack([torch.stack([logprob.sum(), hit.min(), hit[-1]])
-                        for logprob, hit in zip(logprobs, hits, strict=True)])
+        for hidden, ids in zip(x.split(step), target.split(step), strict=True):
+            logits = model.lm_head(hidden)[:, :N_VOCAB].float()
+            logprobs = -F.cross_entropy(logits, ids, reduction="none")
+            parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
+    tokens = torch.cat(parts).cpu().double().split([length for _, length in rows])  # (length, 2)
+    return torch.stack([torch.stack([part[:, 0].sum(), part[:, 1].min(), part[-1, 1]])
+                        for part in tokens])
 
 
 def question_figures(model: GPT, questions: list[Question], launch: Launch, dtype: torch.dtype,

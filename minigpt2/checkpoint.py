@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minigpt2 import tokenizer
-from minigpt2.config import NO_SPACE, UserError, first_line
+from minigpt2.config import UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
@@ -58,10 +58,8 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
             if step_of(path) != best_step and (keep_every == 0 or step_of(path) % keep_every):
                 os.replace(path, out_dir / f".{path.name}.old.tmp")  # deleted by clean_up
     except (SafetensorError, RuntimeError, OSError) as error:
-        # safetensors and torch.save raise errors without errno for a failed write
-        full = " Is the disk full?" if getattr(error, "errno", None) in {None, *NO_SPACE} else ""
-        raise UserError(f"cannot write {folder} ({first_line(error)}).{full} Earlier checkpoints "
-                        "are intact: resume from them with --resume") from error
+        raise UserError(f"cannot write {folder} ({first_line(error)}): is the disk full? Earlier "
+                        "checkpoints are intact: resume from them with --resume") from error
     finally:
         clean_up(out_dir)
     return folder
@@ -178,8 +176,8 @@ def reading(path: Path) -> Iterator[None]:
     sums = path.with_name(SUMS_FILE)
     try:
         if sums.exists() and f"{sha256_of(path)}  {path.name}\n" not in sums.read_text("utf-8"):
-            raise ValueError(f"it is damaged, or was edited: its SHA-256 is not that in {SUMS_FILE}"
-                             ", to be deleted after an edit")
+            raise ValueError(f"it is damaged or was edited: its SHA-256 is not in {SUMS_FILE}, to "
+                             "be deleted after an edit")
         yield
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError,
             RecursionError) as error:

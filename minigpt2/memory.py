@@ -1,6 +1,7 @@
 """`--micro-batch-size auto`: the largest micro-batch that fits into memory."""
 
 import gc
+import re
 
 import torch
 
@@ -11,20 +12,16 @@ from model import GPT
 
 CPU_MICRO_BATCH = 16  # sequences: on a CPU, more are not faster
 HEADROOM_BYTES = 512 * 2**20  # which a trial leaves free, for evaluation and sampling
-OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",  # CUDA, MPS, NCCL, Triton
-    "DefaultCPUAllocator",  # "can't allocate memory: you tried to allocate N bytes"
-    "bad_alloc", "can't start new thread",  # C++, Python
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "could not create a primitive")  # oneDNN, which gives no reason
+OUT_OF_MEMORY = re.compile(  # CUDA, MPS, NCCL, Triton; PyTorch on a CPU; C++; Python; cuBLAS
+    "out of memory|DefaultCPUAllocator|bad_alloc|can't start new thread|CUBLAS_STATUS_ALLOC_FAILED"
+    "|could not create a primitive")  # oneDNN, which gives no reason
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one of its causes, is an out-of-memory error of any device."""
-    messages = OUT_OF_MEMORY_MESSAGES if isinstance(error, RuntimeError) else ()
-    return (isinstance(error, torch.OutOfMemoryError | MemoryError)
-            or any(text in str(error) for text in messages)
-            or (error is not None and is_out_of_memory(error.__cause__)))
+    return error is not None and (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_memory(error.__cause__)
+        or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
 
 
 def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:

@@ -39,9 +39,6 @@ class TrainState:
     scored_step: int | None = None  # the last step whose weights were scored on a benchmark
 
 
-# --------------------------------------------------------------------------------- saving
-
-
 class CheckpointWriter(contextlib.AbstractContextManager):
     """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
     Training waits for the copy, and for the disk only if the previous checkpoint is not written
@@ -89,10 +86,9 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             return {key: self.copy(item, f"{name}/{key}") for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self.buffers[name] = self.allocate(value)
-        return buffer.copy_(value, non_blocking=value.is_cuda)
+        if name not in self.buffers:
+            self.buffers[name] = self.allocate(value)
+        return self.buffers[name].copy_(value, non_blocking=value.is_cuda)
 
     def allocate(self, like: torch.Tensor) -> torch.Tensor:
         """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
@@ -124,9 +120,6 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             if error is None:
                 raise
             print(second, file=sys.stderr, flush=True)  # the first error is raised
-
-
-# -------------------------------------------------------------------------------- finding
 
 
 def find_resume(out_dir: Path, resume: bool, launch: Launch,
