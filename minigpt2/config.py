@@ -79,9 +79,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kind, *words = (arm for arm in (typing.get_args(hint) if is_union else [hint])
-                    if arm is not types.NoneType)  # `X | None` is parsed as X
+    # `X | None` is parsed as X
+    kind, *words = (arm for arm in typing.get_args(hint | None) if arm is not types.NoneType)
     if field.metadata["is_path"]:
         options["type"] = path_value
     elif kind is bool:
@@ -139,7 +138,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0)
 
 

@@ -49,10 +49,8 @@ def sync_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -40,7 +40,13 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
-        fits = try_step(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
+        fits = True
+        try:
+            try_step(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
         model.zero_grad(set_to_none=True)
         gc.collect()  # the frames of an error may hold tensors in a reference cycle
         torch.cuda.empty_cache()
@@ -57,23 +63,15 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
 
 
 def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
-             dtype: torch.dtype, optimizer_bytes: int) -> bool:
-    """Whether forward and backward fit, on random tokens, while memory is held for gradients, for
-    moments that do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8,
-                                  device=device)
-            for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
-                parameter.grad = torch.zeros_like(parameter)
-            tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length),
-                                   device=device)
-            with autocast(device, dtype):
-                _, loss = model(*tokens, reduction="sum", return_logits=False)
-            loss.backward()
-            del ballast
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
+             dtype: torch.dtype, optimizer_bytes: int) -> None:
+    """Forward and backward on random tokens, while memory is held for gradients, for moments that
+    do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
+        for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length), device=device)
+        with autocast(device, dtype):
+            _, loss = model(*tokens, reduction="sum", return_logits=False)
+        loss.backward()
+        del ballast

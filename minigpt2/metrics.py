@@ -7,7 +7,6 @@ import math
 import platform
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +54,12 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
 
 class RunLog:
     """Appends records to a JSON Lines file: {"step": 3, "kind": "train", "loss": 4.2}. `fresh`
-    deletes an existing file first."""
+    deletes an existing file first. Raises UserError if a line in it is damaged."""
 
     def __init__(self, path: Path, fresh: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not fresh:
+            read_log(path)
         self.path = path
         self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115, see `close`
         self.file.seek(0)
@@ -102,14 +103,3 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
                 records[other] = {s: old[s] for s in old if s < end}
         records.setdefault(kind, {})[step] = record
     return records
-
-
-def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict) -> RunLog:
-    """Opens OUT_DIR/metrics.jsonl of a new (`fresh`) or resumed run and writes a "run" record.
-    Raises UserError if the log is damaged."""
-    path = out_dir / "metrics.jsonl"
-    if path.exists() and not fresh:
-        read_log(path)
-    log = RunLog(path, fresh=fresh)
-    log.write(start_step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **metadata)
-    return log

@@ -59,8 +59,6 @@ class Muon(torch.optim.AdamW):
         share = torch.where(skip, 0.0, 1 - group["momentum"])  # (), of the gradient
         batches = defaultdict(list)  # shape -> wide views of (weight, gradient, momentum)
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
