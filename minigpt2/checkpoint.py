@@ -176,8 +176,7 @@ def reading(path: Path) -> Iterator[None]:
     sums = path.with_name(SUMS_FILE)
     try:
         if sums.exists() and f"{sha256_of(path)}  {path.name}\n" not in sums.read_text("utf-8"):
-            raise ValueError(f"it is damaged or was edited: its SHA-256 is not in {SUMS_FILE}, to "
-                             "be deleted after an edit")
+            raise ValueError(f"it is damaged or was edited; after an edit, delete {SUMS_FILE}")
         yield
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError,
             RecursionError) as error:

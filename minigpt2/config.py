@@ -116,8 +116,7 @@ def flag_name(field_name: str) -> str:
 
 
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs `main` and exits. A UserError, or a file that cannot be read or written, prints one line
-    and exits with status 2."""
+    """Runs `main` and exits: with one line and status 2 after a UserError or a failed file."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8

@@ -186,7 +186,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()),
              "cuda": torch.cuda.device_count()}[picked.type]
     if (picked.index or 0) >= count:
-        raise UserError(f"--device {device}: {picked} is not available, {count} are visible: lower "
+        raise UserError(f"--device {device}: there is no {picked}, {count} are visible; lower "
                         "--nproc-per-node, or use --device cpu")
     return picked
 

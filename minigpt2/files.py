@@ -65,8 +65,7 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
         with filelock.FileLock(out_dir / ".lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
-                        "--out-dir") from None
+        raise UserError(f"another process is writing to {out_dir}: use another --out-dir") from None
 
 
 def check_text(path: Path, text: str) -> None:

@@ -34,9 +34,8 @@ def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
-    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. All ranks must call this before
-    the model is wrapped in DDP. It leaves no gradients and preserves the random state. Raises
-    UserError if no candidate fits."""
+    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. A collective, before the model
+    is wrapped in DDP; preserves the random state. Raises UserError if no candidate fits."""
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
@@ -58,8 +57,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
         if not failed_ranks:
             return size
     raise UserError(f"not even a micro-batch of {candidates[-1]} x {sequence_length} tokens fits "
-                    f"into the memory of {launch.device}: try --activation-checkpointing or "
-                    "shorter sequences")
+                    f"on {launch.device}: try --activation-checkpointing or shorter sequences")
 
 
 def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,

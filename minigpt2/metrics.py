@@ -66,8 +66,7 @@ class RunLog:
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # drop a line that a kill cut short
 
     def write(self, step: int, kind: str, **values) -> None:
-        """Appends a record; non-finite numbers, which JSON lacks, become null. Raises OSError with
-        `filename` set when the disk is full."""
+        """Appends a record; non-finite numbers become null. Raises OSError on a full disk."""
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
         line = json.dumps({"step": step, "kind": kind, **finite}).encode() + b"\n"

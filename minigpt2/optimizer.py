@@ -125,8 +125,7 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> None:
-    """Takes a step if all `numbers` (n,) on the device are finite, else changes nothing. The device
-    decides; the host does not wait for it."""
+    """Takes a step if all `numbers` (n,) are finite; the host does not wait for the device."""
     local_optimizer(optimizer).found_inf = numbers.isfinite().all().logical_not().float()  # ()
     optimizer.step()
 

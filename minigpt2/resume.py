@@ -56,9 +56,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 
     def save(self, state: TrainState, model: GPT, optimizer: torch.optim.Optimizer,
              scaler: torch.amp.GradScaler) -> None:
-        """Copies the run's state and starts to write it. A collective. Does nothing if this step
-        is saved already, unless it has become the best since. Raises UserError if the previous
-        checkpoint could not be written."""
+        """Copies the run's state and starts to write it, unless this step is saved already and has
+        not become the best since. A collective. Raises UserError if the previous write failed."""
         best_before = state.best_step
         if state.val_loss is not None and state.val_loss < state.best_loss:
             state.best_loss, state.best_step = state.val_loss, state.step
@@ -106,8 +105,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     def wait(self, block: bool = True) -> None:
-        """Waits until the pending checkpoint is on disk; without `block`, only looks. Raises
-        UserError if it cannot be written."""
+        """Waits for the pending checkpoint, or only looks. Raises UserError if writing failed."""
         if self.pending is not None and (block or self.pending.done()):
             pending, self.pending = self.pending, None
             pending.result()
@@ -131,14 +129,12 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
     holds_run = checkpoint.list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
     if launch.is_master and holds_run:
         if not resume:
-            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
-                            "it, or choose another --out-dir")
+            raise UserError(f"--out-dir {out_dir} already holds a run: --resume it, or use another")
         with folder_lock(out_dir):
             folder = newest_intact(out_dir, model_class)
     folder = launch.broadcast(folder)
     if resume and folder is None:
-        launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with a "
-                      "new log)")
+        launch.print0(f"--resume: no checkpoint in {out_dir}, starting from scratch")
     if folder is not None and not folder.is_dir():
         raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
                         "--out-dir must be a folder that all nodes share")
@@ -191,17 +187,15 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
 
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler) -> TrainState:
-    """Loads a training state into the optimizer and the scaler. Raises UserError if it belongs to
-    another model."""
+    """Loads a training state into optimizer and scaler. Raises UserError if it does not fit."""
     try:
         load_optimizer_state(optimizer, saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
             scaler.load_state_dict(saved["scaler"])
         return TrainState(**saved["progress"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: the state in {folder} does not fit this model, optimizer or "
-                        f"version of the project ({error}): rm -r {folder} to resume from the "
-                        "previous one") from None
+        raise UserError(f"--resume: {folder} is of another model, optimizer or version ({error}): "
+                        f"rm -r {folder} to resume from the previous one") from None
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:

@@ -97,8 +97,7 @@ def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[in
     seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
-        raise UserError(f"seed is {seed!r:.60}, expected an integer from 0 to 2**64 - 1, or a list "
-                        "with one for each row")
+        raise UserError(f"seed is {seed!r:.60}, expected 0 to 2**64 - 1, or a list of one per row")
     repetitions = Counter()
     for i, prompt in enumerate(() if one_per_row else prompts):
         seeds[i] += repetitions[prompt]

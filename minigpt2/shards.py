@@ -102,8 +102,7 @@ def read_record(path: Path) -> dict:
                     or Path(name).name != name):
                 raise ValueError(f"{tokens!r} tokens in {name!r}, split {split!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # also: not JSON, not UTF-8
-        raise UserError(f"{path} is not the record of a corpus ({error!r}): delete the folder and "
-                        "rerun the command that wrote it") from None
+        raise UserError(f"{path} is damaged ({error!r}): delete its folder and run again") from None
     return record
 
 
@@ -151,9 +150,8 @@ def verify_corpus(out_dir: Path) -> None:
     bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
            or sha256_of(path) != shard["sha256"]]
     if bad:
-        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: delete them "
-                        "and rerun the command that wrote them, which rebuilds only those: "
-                        f"rm -f {' '.join(bad)}")
+        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
+                        f"wrote them, which rebuilds only those, after rm -f {' '.join(bad)}")
     print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
 
 

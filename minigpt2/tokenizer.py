@@ -96,16 +96,14 @@ def repair(text: str) -> str:
 
 
 def cut_runs(text: str) -> list[str]:
-    """Cuts a text after each block of MAX_RUN characters of one kind that continues in the next
-    block; nearly all texts stay in one piece."""
+    """Cuts a text after each block of MAX_RUN characters of one kind that the next continues."""
     cuts = [end for end in range(MAX_RUN, len(text), MAX_RUN)
             if RUN.match(text, end - MAX_RUN, end + 1).end() > end]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of a text. "<|endoftext|>" is encoded as text (seven ids), never as EOT_TOKEN.
-    Lone surrogates are encoded as U+FFFD."""
+    """The token ids of a text: "<|endoftext|>" as text, seven ids, lone surrogates as U+FFFD."""
     return encode_to_array(repair(text)).tolist()
 
 
@@ -128,8 +126,7 @@ def load_encoder(name: str) -> Callable[[str], np.ndarray]:
 
 
 def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
-    """Like `encode`, but returns (n,) uint32 without building a Python list. The text must not hold
-    lone surrogates (see `repair`)."""
+    """Like `encode`, but returns (n,) uint32, and for a text without lone surrogates only."""
     return np.concatenate([load_encoder(encoder)(piece) for piece in cut_runs(text)])
 
 
