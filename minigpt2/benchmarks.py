@@ -42,9 +42,8 @@ def multiple_choice(row: dict) -> Question:
     context, choices, label = (row.get(key) for key in ("context", "choices", "label"))
     choices = choices if isinstance(choices, list) else []
     contexts = context if isinstance(context, list) else [context] * len(choices)
-    is_text = all(isinstance(text, str) for text in (*contexts, *choices))
-    if len(choices) < 2 or len(contexts) != len(choices) or not is_text or "" in map(
-            str.strip, choices):
+    are_texts = all(isinstance(text, str) for text in (*contexts, *choices))
+    if not are_texts or not all(map(str.strip, choices)) or not 2 <= len(choices) == len(contexts):
         raise ValueError("expected at least two `choices`, texts that are not empty, and a "
                          "`context`, or one for each choice")
     if not str(label).isdecimal() or int(label) >= len(choices):
@@ -68,7 +67,7 @@ def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         if (longest := max(len(continuation) for _, continuation in question.pairs)) > block_size:
-            raise UserError(f"{place}: {longest} tokens in a choice, over {block_size}: leave it out")
+            raise UserError(f"{place}: a choice has {longest} tokens, over {block_size}: omit it")
         questions.append(question)
     if not questions:
         raise UserError(f"{path} has no rows")
@@ -119,8 +118,7 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
 
 def question_figures(model: GPT, questions: list[Question], launch: Launch, dtype: torch.dtype,
                      **options) -> dict[str, float] | None:
-    """`choice_figures` of questions, `last_word_figures` if each has one continuation; see `score`
-    for the options and None."""
+    """`choice_figures` of the `score`, or `last_word_figures` if each question has one choice."""
     pairs = [pair for question in questions for pair in question.pairs]
     scores = score(model, pairs, launch, dtype, **options)
     if scores is None:

@@ -148,8 +148,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if folder.is_file() and folder.name in (LATEST, BEST):
         name = folder.read_text(encoding="utf-8", errors="replace").strip()
         if name not in (one.name for one in list_checkpoints(folder.parent)):
-            raise UserError(f"{folder} points to {name:.60}, which does not exist: give a "
-                            f"checkpoint, or {folder.parent} for its newest")
+            raise UserError(f"{folder}: {name:.60} does not exist: use {folder.parent}, its newest")
         return folder.with_name(name)
     if (folder / CONFIG_FILE).is_file():
         return folder
@@ -189,9 +188,8 @@ def reading(path: Path) -> Iterator[None]:
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT) -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode: a GPT or a
-    `rewards.RewardModel`. Raises UserError for one of the other kind, a damaged file, a setting or
-    tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or of another shape than
-    config.json implies, and non-finite weights."""
+    `rewards.RewardModel`. Raises UserError for one of the other kind, a damaged file, another
+    setting or tokenizer than GPT-2's, missing, unknown and misshapen tensors, and NaN weights."""
     folder = find_checkpoint(path)
     config = read_config(folder, is_reward=model_class is not GPT)
     tokenizer.check_files(folder)

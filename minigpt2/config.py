@@ -147,8 +147,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str) -> int:
-    """Prints an error and returns the exit status. Ranks other than 0 wait first: if rank 0 fails
-    too, torchrun stops them before they print."""
+    """Prints an error, returns 2. Other ranks wait first: if rank 0 fails too, they are stopped."""
     rank = os.environ.get("RANK") or "0"
     if rank != "0":
         time.sleep(RANK_DELAY_S)

@@ -120,8 +120,7 @@ def read_launch() -> tuple[int, int, int]:
         is_valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
         if is_valid and can_meet:
             return rank, local_rank, world_size
-    raise UserError(f"launch variables are missing or invalid: {given}. Start with torchrun, which "
-                    f"sets {', '.join(names)}, or unset them")
+    raise UserError(f"launch variables {given} are missing or invalid: use torchrun or unset them")
 
 
 def keep_freed_memory() -> None:
@@ -257,8 +256,7 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
 def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
                should_stop: Callable[[], bool] = bool, label: str = "") -> dict | None:
     """The dicts work(batch) of all batches, merged, on every rank: the ranks take the batches in
-    turn, eagerly and without gradients. None, on all ranks, once `should_stop()` is true on any. A
-    `label` shows a progress bar."""
+    turn, eagerly and without gradients. None, on all, once `should_stop()` is true on any."""
     mine, found = batches[launch.rank :: launch.world_size], {}
     bar = progress_bar(len(mine), 0, label, unit="batch", over=mine,
                        enabled=bool(label) and launch.is_master)

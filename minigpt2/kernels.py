@@ -42,9 +42,8 @@ class Float32Head(nn.Module):
 
 def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this build of PyTorch has oneDNN's packed product and the CPU supports the dtype."""
-    has_packed = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
-                                                                  "_linear_pointwise")
-    return has_packed and (dtype == torch.float32 or (
+    exists = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return exists and (dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 

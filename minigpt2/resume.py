@@ -123,21 +123,19 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 def find_resume(out_dir: Path, resume: bool, launch: Launch,
                 model_class: type[GPT] = GPT) -> Path | None:
     """The newest intact checkpoint of out_dir; None for a new run. Raises UserError if the folder
-    holds a run but --resume was not given, if every checkpoint in it is damaged, if another process
-    is writing to it, or if a rank does not see it."""
+    holds a run and `resume` is false, has no intact checkpoint, is in use, or is not shared."""
     folder = None
     holds_run = checkpoint.list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
     if launch.is_master and holds_run:
         if not resume:
-            raise UserError(f"--out-dir {out_dir} already holds a run: --resume it, or use another")
+            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume or change it")
         with folder_lock(out_dir):
             folder = newest_intact(out_dir, model_class)
     folder = launch.broadcast(folder)
     if resume and folder is None:
         launch.print0(f"--resume: no checkpoint in {out_dir}, starting from scratch")
     if folder is not None and not folder.is_dir():
-        raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
-                        "--out-dir must be a folder that all nodes share")
+        raise UserError(f"rank {launch.rank} does not see {folder}: all nodes must share --out-dir")
     return folder
 
 
@@ -169,8 +167,7 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
 
 def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[str],
                    launch: Launch) -> None:
-    """Prints what differs from the run that wrote the checkpoint. Raises UserError for a setting
-    in `fixed`, which a resumed run may not change."""
+    """Prints what differs from the run that wrote the checkpoint. Raises UserError for `fixed`."""
     before = saved["facts"]  # older versions lack newer settings
     changed = [name for name in metadata.keys() & before.keys() if metadata[name] != before[name]]
     for name in sorted(changed, key=lambda name: (name not in fixed, name)):

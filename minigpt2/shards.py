@@ -69,8 +69,7 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
 
 
 def write_shard(path: Path, chunks: Iterable[np.ndarray]) -> dict:
-    """Writes arrays (n,) uint16 as one shard, which gets its name when it is complete. Returns the
-    number of `tokens` and the `sha256` of the file."""
+    """Writes arrays (n,) uint16 as one shard, atomically. Returns its `tokens` and `sha256`."""
     written = 0
     with atomic_write(path) as file:
         file.write(shard_header(0))

@@ -85,8 +85,7 @@ def check_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             wrong = [f"it cannot be read ({error!r:.200})"]
         if wrong:
-            raise UserError(f"{path} is not of GPT-2's tokenizer, the only one supported: "
-                            f"{wrong[0]}. Use another checkpoint")
+            raise UserError(f"{path} is not of GPT-2's tokenizer: {wrong[0]}; use another model")
 
 
 def repair(text: str) -> str:
