@@ -230,7 +230,8 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
         return model
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
+                                   if launch.device.type == "cuda" else None)
 
 
 @torch.no_grad()
