@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, strftime
 from typing import NoReturn
 
 import torch
@@ -21,7 +21,7 @@ from minigpt2.faults import StopRequest, agree, count_skipped, launched
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
-from minigpt2.metrics import peak_flops, run_metadata, start_log
+from minigpt2.metrics import RunLog, peak_flops, run_metadata
 from minigpt2.optimizer import learning_rate, make_optimizer, step_if_finite
 from minigpt2.progress import progress_bar
 from model import GPT
@@ -51,7 +51,6 @@ class RunConfig:
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
-    tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
     loss_graph: str | None = flag(None, "PNG of the loss graph (default: in OUT_DIR)", is_path=True)
 
 
@@ -207,9 +206,10 @@ class Run:
             if is_master:
                 if self.is_resumed:  # a kill may have come before they were written
                     write_pointers(self.out_dir, self.step, self.state.best_step)
-                self.log = stack.enter_context(contextlib.closing(start_log(
-                    self.out_dir, fresh=not self.is_resumed, start_step=self.step,
-                    metadata=self.metadata, tensorboard=config.tensorboard)))
+                self.log = stack.enter_context(contextlib.closing(RunLog(
+                    self.out_dir / "metrics.jsonl", fresh=not self.is_resumed)))
+                self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
+                               **self.metadata)
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()

@@ -37,7 +37,6 @@ from helpers.training import (
     tiny_corpus,
     trace,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
@@ -536,8 +535,8 @@ def test_hellaswag_is_scored_at_its_interval_and_at_the_end(corpus, tmp_path, fi
 
 @pytest.mark.slow
 def test_a_resumed_run_repeats_the_scores_after_its_checkpoint_only(corpus, tmp_path):
-    """Checkpoint 6 was saved after its weights were scored. TensorBoard shows each step once."""
-    options = {"save_interval": 3, "tensorboard": True, "keep_last": 0}
+    """Checkpoint 6 was saved after its weights were scored."""
+    options = {"save_interval": 3, "keep_last": 0}
     train(scored(corpus, tmp_path / "whole", **options), CPU_LAUNCH)
     interrupted(tmp_path / "whole", tmp_path / "again", 6)
     config = scored(corpus, tmp_path / "again", resume=True, **options)
@@ -547,8 +546,6 @@ def test_a_resumed_run_repeats_the_scores_after_its_checkpoint_only(corpus, tmp_
     lines = list(map(json.loads, (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()))
     steps = [line["step"] for line in lines if line["kind"] == "hellaswag"]
     assert steps == [0, 3, 6, 9, STEPS]
-    events = EventAccumulator(str(tmp_path / "again" / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("hellaswag/accuracy_per_token")] == steps
     train(config, CPU_LAUNCH)  # already finished
     text = (tmp_path / "again" / "metrics.jsonl").read_text()
     assert text.count('"kind": "hellaswag"') == len(steps)
