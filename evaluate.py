@@ -9,18 +9,14 @@ Tasks, separated by commas; NAME=FILE reads another file:
 
     val                 loss, perplexity and bits per byte on the validation shard of --data-dir
     hellaswag           the file's own contexts, as build-nanogpt scores it
-    hellaswag_harness   the contexts of lm-evaluation-harness (needs the official file)
     lambada             the last word of each passage
     FILE                rows of `context`, `choices` and `label`: JSON Lines, JSON or parquet
 
-No number depends on the number of ranks. Results of a local checkpoint also go to evaluation.json
-in its folder. No prompt template is applied: judge.py evaluates answers to instructions.
+No number depends on the number of ranks. No prompt template is applied: for that, see judge.py.
 """
 
 import json
 import math
-import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +32,14 @@ from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, list_files
-from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
+from minigpt2.loss import IGNORE_INDEX
 from minigpt2.progress import progress_bar
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, load_tokenizer
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
-FILES = {"hellaswag": "hellaswag_val.parquet", "hellaswag_harness": "hellaswag_val.parquet",
-         "lambada": "lambada_test.jsonl"}  # in --eval-dir
+FILES = {"hellaswag": "hellaswag_val.parquet", "lambada": "lambada_test.jsonl"}  # in --eval-dir
 DOWNLOADS = {  # file: (repository and commit on the hub, path there, SHA-256)
     "hellaswag_val.parquet": (
         "Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76",
@@ -54,49 +49,29 @@ DOWNLOADS = {  # file: (repository and commit on the hub, path there, SHA-256)
         "EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4",
         "data/lambada_test_en.jsonl",
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")}
-RESULTS_FILE = "evaluation.json"
-# Published results of OpenAI's 124M weights: llm.c (FineWeb, also pre-tokenized), build-nanogpt
-# (FineWeb-Edu, hellaswag), lm-evaluation-harness (hellaswag_harness and the last word), the GPT-2
-# paper, table 3 (the last token). Those of val are named after the corpus.
-PUBLISHED = {"gpt2": {
-    "HuggingFaceFW/fineweb": {"loss": 3.4250}, "kjj0/fineweb10B-gpt2": {"loss": 3.4250},
-    "HuggingFaceFW/fineweb-edu": {"loss": 3.2924},
-    "hellaswag": {"accuracy_summed": 0.2859, "accuracy_per_token": 0.2955},
-    "hellaswag_harness": {"accuracy_summed": 0.2892, "accuracy_per_character": 0.3114},
-    "lambada": {"accuracy_last_word": 0.3256, "perplexity_per_word": 40.06,
-                "accuracy_last_token": 0.4599}}}
+# Published results of OpenAI's 124M weights: build-nanogpt (hellaswag, FineWeb-Edu), llm.c
+# (FineWeb), lm-evaluation-harness (the last word), the GPT-2 paper, table 3 (the last token).
+PUBLISHED = {
+    "hellaswag accuracy_summed": 0.2859, "hellaswag accuracy_per_token": 0.2955,
+    "lambada accuracy_last_word": 0.3256, "lambada accuracy_last_token": 0.4599,
+    "lambada perplexity_per_word": 40.06}
+PUBLISHED_LOSS = {"HuggingFaceFW/fineweb": 3.4250, "kjj0/fineweb10B-gpt2": 3.4250,
+                  "HuggingFaceFW/fineweb-edu": 3.2924}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    checkpoints: tuple[str, ...] = flag((), "folders, OUT_DIRs of runs, or hub names",
-                                        positional=True)
+    checkpoints: tuple[str, ...] = flag((), "folders, OUT_DIRs or hub names", positional=True)
     tasks: str = flag("val,hellaswag,lambada", "what to evaluate, see above")
-    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "token shards, for val",
-                         is_path=True)
+    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "shards, for val", is_path=True)
     eval_dir: str = flag(str(ROOT / "eval_data"), "folder of HellaSwag and LAMBADA", is_path=True)
     download: bool = flag(False, "download HellaSwag (10,042 rows) and LAMBADA (5,153) first")
     eval_tokens: int = flag(10_485_760, "tokens of the validation split, for val", minimum=1)
     limit: int | None = flag(None, "only the first rows of each benchmark", minimum=1)
     batch_tokens: int = flag(8192, "tokens per batch and rank", minimum=1)
+    json: str | None = flag(None, "also write the results to this file", is_path=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
-
-
-def hellaswag_harness(row: dict) -> benchmarks.Question:
-    """A row of HellaSwag as lm-evaluation-harness renders it: with the activity as a heading, the
-    second sentence capitalized, and WikiHow's marks removed."""
-    def clean(text: str) -> str:
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-    texts = [row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")]
-    endings = row["endings"] if isinstance(row.get("endings"), list) else [None]
-    if not all(isinstance(text, str) for text in (*texts, *endings)):
-        raise ValueError("activity_label, ctx_a, ctx_b and endings are not all there, which the "
-                         "harness's form needs: use the official file, or the task hellaswag")
-    question = clean(f"{texts[0]}: {texts[1]} {texts[2].capitalize()}")
-    return benchmarks.multiple_choice(row | {"context": question,
-                                             "choices": list(map(clean, endings))})
 
 
 def lambada(row: dict) -> benchmarks.Question:
@@ -108,8 +83,7 @@ def lambada(row: dict) -> benchmarks.Question:
     return benchmarks.make_question([context], [word], 0)
 
 
-RENDERERS = {"hellaswag": benchmarks.hellaswag, "hellaswag_harness": hellaswag_harness,
-             "lambada": lambada}
+RENDERERS = {"hellaswag": benchmarks.hellaswag, "lambada": lambada}
 
 
 def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
@@ -123,21 +97,17 @@ def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
                          vocab_size=model.config.vocab_size, seed=0, rank=launch.rank,
                          world_size=launch.world_size)
     text_of = load_tokenizer().decode_single_token_bytes
-    byte_counts = torch.tensor([*(len(text_of(token)) for token in range(EOT_TOKEN)), 0],
-                               device=launch.device)  # (V,)
+    byte_counts = torch.tensor([*(len(text_of(token)) for token in range(EOT_TOKEN)), 0])  # (V,)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens; those of <|endoftext|>, bytes
     batches = list(loader.eval_batches(config.eval_tokens))
-    for batch in progress_bar(len(batches), 0, "val", enabled=launch.is_master,
-                              over=batches):
-        inputs, targets = (to_device(x, launch.device) for x in batch)  # (B, T) each
+    for inputs, targets in progress_bar(len(batches), 0, "val", enabled=launch.is_master,
+                                        over=batches):  # (B, T) each
         with torch.no_grad(), autocast(launch.device, dtype):
-            x, targets = model.hidden_states(inputs).flatten(0, 1), targets.flatten()
-            ends = targets.where(targets == EOT_TOKEN, IGNORE_INDEX)
-            nats, end_nats = (linear_cross_entropy(x, model.lm_head.weight, t).item()
-                              for t in (targets, ends))
-        valid = targets[targets != IGNORE_INDEX]
-        sums += torch.tensor([nats, len(valid), end_nats, byte_counts[valid].sum().item()],
-                             dtype=torch.float64)
+            _, nats = model(to_device(inputs, launch.device), to_device(targets, launch.device),
+                            reduction="none", return_logits=False)
+        nats, valid = nats.cpu().double(), targets != IGNORE_INDEX  # (B, T) each
+        sums += torch.stack([nats.sum(), valid.sum(), nats[targets == EOT_TOKEN].sum(),
+                             byte_counts[targets[valid]].sum()])
     nats, tokens, end_nats, num_bytes = launch.sum(sums).tolist()
     if not num_bytes:
         raise UserError(f"--data-dir {config.data_dir}: the validation split holds no text")
@@ -162,26 +132,30 @@ def parse_tasks(config: EvaluateConfig) -> dict[str, Path | None]:
 
 
 def evaluate_checkpoint(name: str, folder: Path, config: EvaluateConfig, launch: Launch,
-                        tasks: dict[str, Path | None]) -> dict[str, dict[str, float]]:
-    """The figures of a checkpoint in every task, also written to its folder if that is local."""
-    is_local = Path(name).exists() and os.access(folder, os.W_OK)
-    if Path(name).exists() and not is_local:
-        launch.print0(f"{folder} is not writable: its results are only printed")
+                        tasks: dict[str, Path | None]) -> dict[str, float]:
+    """The figures of a checkpoint, named "TASK FIGURE"."""
     model, dtype = load_model(folder, launch.device), pick_dtype(config.dtype, launch.device)
     check_vocabulary(model, name)
     results = {}
     for task, path in tasks.items():
         if path is None:
-            results[task] = validation_figures(model, config, launch, dtype)
+            figures = validation_figures(model, config, launch, dtype)
         else:
             questions = benchmarks.make_questions(
                 path, read_rows(path)[: config.limit],
                 RENDERERS.get(task, benchmarks.multiple_choice), model.config.block_size)
-            results[task] = benchmarks.question_figures(
+            figures = benchmarks.question_figures(
                 model, questions, launch, dtype, label=task, batch_tokens=config.batch_tokens)
-    if is_local and launch.is_master:
-        write_results(folder, results)
+        results |= {f"{task} {figure}": value for figure, value in figures.items()}
     return results
+
+
+def published_figures(config: EvaluateConfig, tasks: dict[str, Path | None]) -> dict[str, float]:
+    """PUBLISHED for these tasks, and the loss if it is known for the corpus of --data-dir."""
+    figures = {name: value for name, value in PUBLISHED.items() if name.split()[0] in tasks}
+    source = read_manifest(Path(config.data_dir)).get("source", {}) if "val" in tasks else {}
+    loss = PUBLISHED_LOSS.get(source.get("name"))
+    return figures if loss is None else {"val loss": loss} | figures
 
 
 def download_benchmark(target: Path) -> None:
@@ -198,22 +172,10 @@ def download_benchmark(target: Path) -> None:
             if file.path == path:
                 source = fetch(repo, commit, file, Path(scratch), retry)
                 if sha256_of(source) == digest:
-                    os.replace(source, target)
+                    source.replace(target)
     if not target.exists():
         raise UserError(f"{repo} has no file {path} with the expected SHA-256")
     print(f"wrote {target}")
-
-
-def write_results(folder: Path, results: dict) -> None:
-    """Adds results to evaluation.json of a checkpoint; those of other tasks stay."""
-    path = folder / RESULTS_FILE
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        text = json.dumps(before | results, indent=1)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it") from None
-    with atomic_write(path, text=True) as file:
-        file.write(text + "\n")
 
 
 def main() -> None:
@@ -229,14 +191,12 @@ def main() -> None:
         tasks, results = parse_tasks(config), {}
         for name, folder in [(name, find_checkpoint(name)) for name in config.checkpoints]:
             results[name] = evaluate_checkpoint(name, folder, config, launch, tasks)
-            if published := PUBLISHED.get(name.removeprefix("openai-community/")):
-                manifest = read_manifest(Path(config.data_dir)) if "val" in tasks else {}
-                corpus = manifest.get("source", {}).get("name")
-                figures = published | {"val": published.get(corpus, {})}
-                results[f"{name}, published"] = {t: figures[t] for t in tasks if t in figures}
-        launch.print0(benchmarks.table({
-            name: {f"{task} {figure}": value for task, figures in tasks.items()
-                   for figure, value in figures.items()} for name, tasks in results.items()}))
+            if name.removeprefix("openai-community/") == "gpt2":
+                results[f"{name}, published"] = published_figures(config, tasks)
+        launch.print0(benchmarks.table(results))
+        if config.json and launch.is_master:
+            with atomic_write(Path(config.json), text=True) as file:
+                json.dump(results, file, indent=1)
 
 
 if __name__ == "__main__":

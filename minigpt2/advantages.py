@@ -52,9 +52,6 @@ def accuracy(margins: torch.Tensor) -> torch.Tensor:
     return (margins.sign() + 1) / 2
 
 
-# ------------------------------------------------------------------- comparison of policies
-
-
 def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
     """The expected gold reward (R,) of the response with the largest proxy among n, estimated
     without bias from N >= n responses (R, N): with i the rank by proxy from 0, the sum of
@@ -67,9 +64,8 @@ def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats of two coins, elementwise: by the data processing inequality, no policy
-    that succeeds with probability p is closer to one that succeeds with q. binary_kl(.5, .1) is
-    0.510826, infinite where q is 0 or 1 and p is not."""
+    """KL(p || q) of two coins, in nats, elementwise: the least KL that a policy with success rate p
+    can have to one with q, by the data processing inequality. binary_kl(0.5, 0.1) is 0.510826."""
     def part(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
 
