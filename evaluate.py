@@ -6,7 +6,6 @@
     torchrun --standalone --nproc-per-node=8 evaluate.py out/pretrain
 
 Tasks, separated by commas; NAME=FILE reads another file:
-
     val                 loss, perplexity and bits per byte on the validation shard of --data-dir
     hellaswag           the file's own contexts, as build-nanogpt scores it
     lambada             the last word of each passage

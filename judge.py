@@ -85,7 +85,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
         responses = sample_responses(
             prepare_to_sample(copy.deepcopy(policy), dtype), [row.ids for row in rows],
             seeds[: len(rows)], config.max_response, launch, temperature=config.temperature,
-            label=f"{name}, responses")
+            label=f"responses of policy {len(results) + 1}")
         figures = {kind: reward(responses, rows, launch, dtype) for kind, reward in
                    rewards.items()} | response_figures(responses, rows)
         if config.temperature == 1 and policy is not reference:

@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 import dpo
 import evaluate
 import finetune
+import judge
 import model
 import reward
 import trainer
@@ -36,7 +37,8 @@ from minigpt2.config import run_main
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
 NO_WAIT = {"minigpt2.config.RANK_DELAY_S": 0.0}
 MAINS = {"trainer": trainer.main, "finetune": finetune.main, "reward": reward.main,
-         "dpo": dpo.main, "toy": toy_script.main, "evaluate": evaluate.main}
+         "dpo": dpo.main, "toy": toy_script.main, "evaluate": evaluate.main,
+         "judge": judge.main}
 
 
 def run_rank(script: str, argv: list[str], environment: dict[str, str], output: Path,
