@@ -99,7 +99,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
             line["responses"][name] = {"text": decode(responses[i].tokens)} | {
                 figure: row[0, i].item() for figure, row in values[name].items()}
     if rewards:
-        compare(results, values, config)
+        add_comparisons(results, values, config)
 
     # 3. The table and the files
     launch.print0(table(results))
@@ -157,7 +157,7 @@ def response_loss(model: GPT, prompts: list[Prompt], launch: Launch) -> dict[str
     return {"response_loss": -total / sum(len(response) for _, response in pairs)}
 
 
-def compare(results: dict, values: dict[str, dict[str, Tensor]], config: JudgeConfig) -> None:
+def add_comparisons(results: dict, values: dict[str, dict], config: JudgeConfig) -> None:
     """Adds to the results: win rates, best-of-n of the reference, and bounds of the KL."""
     kinds = [kind for kind in ("proxy", "gold") if getattr(config, kind)]
     judged, (first, *others) = kinds[-1], values  # gold if there is one

@@ -53,8 +53,8 @@ def draw_policies(results: dict[str, dict], image: pathlib.Path) -> None:
         p = torch.linspace(p0.item(), 1, 200, dtype=torch.float64)
         axes.plot(binary_kl(p, p0), p, "k", linewidth=0.8, label="least possible KL")
     axes.set(xlabel="KL to the reference, nats" if is_success else "sqrt(KL to the reference)",
-             ylabel="success rate" if is_success else "reward")
-    for text in axes.legend().texts:
+             ylabel="mean reward")
+    for text in figure.legend(loc="outside lower center", ncols=2).texts:
         text.set_parse_math(False)  # $ is only a character
     with atomic_write(image) as file:
         figure.savefig(file, format="png")
