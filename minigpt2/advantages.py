@@ -1,6 +1,8 @@
 """Losses of preference learning as pure functions of tensors. Shapes: R rows, T tokens; a pair is a
 row of two columns, (R, 2): chosen, rejected."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -48,3 +50,23 @@ def dpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, beta: float,
 def accuracy(margins: torch.Tensor) -> torch.Tensor:
     """1 for each pair (R,) whose chosen response has the larger score, 0.5 for a tie, else 0."""
     return (margins.sign() + 1) / 2
+
+
+def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
+    """The expected gold reward (R,) of the response with the largest proxy among n, estimated
+    without bias from N >= n responses (R, N): with i the rank by proxy from 0, the sum of
+    C(i, n - 1) / C(N, n) gold_i (Nakano et al. 2021). Responses of equal proxy share their gold."""
+    equal = (proxy[:, :, None] == proxy[:, None, :]).to(gold.dtype)  # (R, N, N)
+    shared = (equal @ gold[:, :, None]).squeeze(2) / equal.sum(2)  # (R, N)
+    N = gold.size(1)
+    weights = gold.new_tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])  # (N,)
+    return shared.gather(1, proxy.argsort(1)) @ weights
+
+
+def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of two coins, in nats, elementwise: the least KL that a policy with success rate p
+    can have to one with q, by the data processing inequality. binary_kl(0.5, 0.1) is 0.510826."""
+    def part(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
+
+    return part(p, q) + part(1 - p, 1 - q)

@@ -141,18 +141,37 @@ def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str,
 def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
     """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
     paper's), and the perplexity per word, exp of the mean negative log-probability."""
-    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2],
-                     "nats": -scores[:, 0]})
-    perplexity = math.exp(figures.pop("nats"))
-    return figures | {"perplexity_per_word": perplexity, "rows": len(scores),
-                      "perplexity_per_word_stderr": perplexity * figures.pop("nats_stderr")}
+    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]})
+    nats = means({"nats": -scores[:, 0]})
+    figures["perplexity_per_word"] = perplexity = math.exp(nats["nats"])
+    if "nats_stderr" in nats:
+        figures["perplexity_per_word_stderr"] = perplexity * nats["nats_stderr"]
+    return figures | {"rows": len(scores)}
 
 
 def means(values: dict[str, Sequence[float]]) -> dict[str, float]:
-    """The mean of each figure over n rows, and its standard error, deviation / sqrt(n)."""
+    """The mean of each figure over n rows, and if n > 1 its standard error, deviation / sqrt(n)."""
     figures = {}
     for name, row in values.items():
         row = torch.as_tensor(row, dtype=torch.float64)
-        error = row.std().item() / math.sqrt(len(row)) if len(row) > 1 else math.nan
-        figures |= {name: row.mean().item(), f"{name}_stderr": error}
+        figures[name] = row.mean().item()
+        if len(row) > 1:
+            figures[f"{name}_stderr"] = row.std().item() / math.sqrt(len(row))
     return figures
+
+
+def table(results: dict[str, dict]) -> str:
+    """One row per figure, one column per entry of `results`: the value, and its standard error or
+    interval (NAME_stderr, NAME_interval) if there is one."""
+    def cell(figures: dict, name: str) -> str:
+        value, error, interval = (figures.get(name + end) for end in ("", "_stderr", "_interval"))
+        text = "" if value is None else f"{value:{',' if isinstance(value, int) else '.4f'}}"
+        text += "" if error is None else f" +- {error:.4f}"
+        return text if interval is None else f"{text}, {interval[0]:.3f} to {interval[1]:.3f}"
+
+    names = dict.fromkeys(name for figures in results.values() for name in figures
+                          if not name.endswith(("_stderr", "_interval")))
+    rows = [["", *results], *([name, *(cell(figures, name) for figures in results.values())]
+                              for name in names)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 import dpo
 import evaluate
 import finetune
+import judge
 import model
 import reward
 import trainer
@@ -37,7 +38,7 @@ from minigpt2.config import run_main
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
 NO_WAIT = {"minigpt2.config.RANK_DELAY_S": 0.0}
 SCRIPTS = {"trainer": trainer, "finetune": finetune, "reward": reward, "dpo": dpo,
-           "toy": toy_script, "evaluate": evaluate}
+           "toy": toy_script, "evaluate": evaluate, "judge": judge}
 
 
 def run_rank(script: str, argv: list[str], environment: dict[str, str], output: Path,
