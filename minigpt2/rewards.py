@@ -39,10 +39,13 @@ class RewardModel(GPT):
         return model_from_parameters(model.config, parameters, cls)
 
     def forward(self, ids: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """ids and masks (B, T) int64, right-padded -> scores (B,) float32, under autocast too:
+        """ids and masks (B, T) int64, right-padded -> scores (B,) float32."""
+        return self.token_scores(ids).gather(1, masks.sum(1, keepdim=True) - 1)[:, 0]
+
+    def token_scores(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) int64 -> the score after every token (B, T) float32, under autocast too:
         bfloat16 would make ties."""
-        last = self.hidden_states(ids)[torch.arange(len(ids), device=ids.device), masks.sum(1) - 1]
-        return (last.float() * self.score.weight[0]).sum(-1)  # (B, C) -> (B,)
+        return (self.hidden_states(ids).float() * self.score.weight[0]).sum(-1)  # (B, T)
 
     @torch.no_grad()
     def rescale(self, mean: float, deviation: float) -> None:
