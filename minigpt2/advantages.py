@@ -1,5 +1,6 @@
-"""Losses of preference learning as pure functions of tensors. Shapes: R rows, T tokens; a pair is a
-row of two columns, (R, 2): chosen, rejected."""
+"""Losses and advantages of preference learning and policy optimization, as pure functions of
+tensors. Shapes: R rows, T tokens, of which a mask (R, T) marks the responses'; a pair is a row of
+two columns, (R, 2): chosen, rejected."""
 
 import math
 
@@ -51,6 +52,80 @@ def accuracy(margins: torch.Tensor) -> torch.Tensor:
     """1 for each pair (R,) whose chosen response has the larger score, 0.5 for a tie, else 0."""
     return (margins.sign() + 1) / 2
 
+
+# -------------------------------------------------------------------------- policy optimization
+
+
+def token_rewards(scores: torch.Tensor, log_ratios: torch.Tensor, mask: torch.Tensor,
+                  kl_coef: float) -> torch.Tensor:
+    """Rewards (R, T): -kl_coef * log_ratios (R, T), log policy - log reference, at every token, and
+    the score (R,) at the last one (Ziegler et al. 2019, section 2). Each row sums to score -
+    kl_coef * KL. As a term of the loss, the KL would miss that a token changes later ones'."""
+    is_last = mask & ~F.pad(mask[:, 1:], (0, 1))  # (R, T)
+    return (is_last * scores[:, None] - kl_coef * log_ratios) * mask
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
+        gae_lambda: float) -> torch.Tensor:
+    """Generalized advantage estimates (R, T) without discount (Schulman et al. 2016, equation 16):
+    the sum of gae_lambda^l (r_t + V_{t+1} - V_t) over later tokens. Values + advantages are the
+    returns. Nothing outside the mask is read."""
+    rewards, values = rewards.where(mask, 0), values.where(mask, 0)
+    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        next_values = values[:, t + 1] if t + 1 < rewards.size(1) else 0
+        following = rewards[:, t] + next_values - values[:, t] + gae_lambda * following
+        advantages[:, t] = following = following * mask[:, t]
+    return advantages
+
+
+def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """x (R, T) with mean 0 and variance 1 (unbiased, as TRL's and verl's) over the mask, else 0."""
+    variance, mean = torch.var_mean(x[mask])
+    return ((x - mean) * torch.rsqrt(variance + 1e-8)).where(mask, 0)
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, scale: bool) -> torch.Tensor:
+    """The advantages (R,) of whole responses: rewards (R,) minus the mean of their group, which are
+    `group_size` rows in turn (Liu et al. 2025, "Dr. GRPO"); with `scale` also divided by its
+    deviation + 1e-4 (Shao et al. 2024, GRPO; as TRL's)."""
+    groups = rewards.view(-1, group_size)
+    centered = groups - groups.mean(1, keepdim=True)
+    return (centered / (groups.std(1, keepdim=True) + 1e-4) if scale else centered).flatten()
+
+
+def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
+                clip_low: float, clip_high: float) -> torch.Tensor:
+    """PPO's clipped loss (N,) of N tokens (Schulman et al. 2017, equation 7), with an upper bound
+    of its own (Yu et al. 2025, DAPO). Ratio 1.5 costs -1.2 at advantage 1, 1.5 at -1."""
+    ratios = (logprobs - old_logprobs).exp()
+    clipped = ratios.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratios * advantages, clipped * advantages)
+
+
+def is_clipped(logprobs: torch.Tensor, old_logprobs: torch.Tensor, clip_low: float,
+               clip_high: float) -> torch.Tensor:
+    """1 for each of N tokens whose ratio is outside the bounds, else 0: (N,)."""
+    ratios = (logprobs - old_logprobs).exp()
+    return ((ratios < 1 - clip_low) | (ratios > 1 + clip_high)).float()
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor,
+               value_clip: float) -> torch.Tensor:
+    """Half the squared error (N,) of values, or of values clipped to old_values +- value_clip, if
+    that is larger (OpenAI's code for PPO); 0: no clipping."""
+    errors = (values - returns).square()
+    if value_clip > 0:
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        errors = torch.maximum(errors, (clipped - returns).square())
+    return errors / 2
+
+
+def next_kl_coef(kl_coef: float, kl: float, target: float, num_responses: int,
+                 horizon: int = 10_000) -> float:
+    """The adaptive coefficient of Ziegler et al. 2019, section 2.2: it grows by at most a fifth of
+    num_responses / horizon while the KL is above its target, and falls likewise."""
+    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * num_responses / horizon)
 
 def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
     """The expected gold reward (R,) of the response with the largest proxy among n, estimated

@@ -23,7 +23,8 @@ from minigpt2.optimizer import load_optimizer_state, optimizer_state
 from model import GPT
 
 STATE_KEYS = {"progress", "optimizer", "scaler", "facts"}  # of training_state.pt
-OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)"}
+OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)",
+         "reward_sha256": "another reward (--reward)"}
 LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
@@ -37,6 +38,7 @@ class TrainState:
     best_step: int | None = None  # the step of that checkpoint
     skipped: int = 0  # consecutive steps skipped for a non-finite loss or gradient norm
     scored_step: int | None = None  # the last step whose weights were scored on a benchmark
+    kl_coef: float | None = None  # of policy optimization, which may adapt it
 
 
 class CheckpointWriter(contextlib.AbstractContextManager):
@@ -55,7 +57,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         self.pending: Future | None = None
 
     def save(self, state: TrainState, model: GPT, optimizer: torch.optim.Optimizer,
-             scaler: torch.amp.GradScaler) -> None:
+             scaler: torch.amp.GradScaler, value: GPT | None = None) -> None:
         """Copies the run's state and starts to write it, unless this step is saved already and has
         not become the best since. A collective. Raises UserError if the previous write failed."""
         best_before = state.best_step
@@ -72,7 +74,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if self.launch.device_type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         saved = {"progress": dataclasses.asdict(state), "optimizer": moments,
-                 "scaler": scaler.state_dict(), "facts": self.metadata}
+                 "scaler": scaler.state_dict(), "facts": self.metadata,
+                 "value": value and self.copy(dict(value.named_parameters()), "value")}
         self.pending = self.thread.submit(
             checkpoint.save_checkpoint, self.out_dir, state.step,
             checkpoint.model_from_parameters(model.config, parameters, type(model)),

@@ -121,7 +121,7 @@ class Run:
             self.saved = load_training_state(self.checkpoint)
             resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
         self.state, self.stopping = resume.TrainState(), False
-        self.unread = deque()
+        self.unread, self.updates = deque(), []
         self.dtype = distributed.pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device_type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
@@ -134,14 +134,18 @@ class Run:
 
     def prepare(self, model: GPT, optimizer: torch.optim.Optimizer, max_steps: int, *,
                 max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
-                milestones: Iterable[int] = ()) -> torch.nn.Module:
+                milestones: Iterable[int] = (), trained: torch.nn.Module | None = None,
+                value: GPT | None = None) -> torch.nn.Module:
         """Restores the training state, compiles, chooses the micro-batch, and returns the module to
         train with, in DDP. `micro_batch_sizes`: allowed sizes, largest first; the first is used, or
         with `--micro-batch-size auto` the first that fits. The weights are validated and saved
-        after max_steps and after each of the `milestones`. Raises UserError if the checkpoint is
-        past max_steps (set by max_steps_flag) or of another model, or if no micro-batch fits."""
+        after max_steps and after each of the `milestones`. `trained` is the module to train if that
+        is more than the model: with a `value` model, which goes into the training state. Raises
+        UserError if the checkpoint is past max_steps (set by max_steps_flag) or of another model,
+        or if no micro-batch fits."""
         config, launch = self.config, self.launch
-        self.model, self.optimizer = model.train(), optimizer
+        self.model, self.optimizer, self.value = model.train(), optimizer, value
+        self.trained = model if trained is None else trained
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
         model.checkpoint_activations = config.activation_checkpointing
         model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
@@ -167,7 +171,7 @@ class Run:
                 sequence_length=sequence_length,
                 optimizer_bytes=0 if self.is_resumed else optimizer_bytes(model, ranks))
             self.metadata["micro_batch_size"] = self.micro_batch_size
-        self.train_model = distributed.data_parallel(model, launch)
+        self.train_model = distributed.data_parallel(self.trained, launch)
         self.summary = (f"{model.num_parameters():,} parameters, "
                         f"{str(self.dtype).removeprefix('torch.')} on {launch.world_size} x "
                         f"{launch.device}{', compiled' if compiled else ''}")
@@ -265,7 +269,7 @@ class Run:
         at_interval = self.step > 0 and self.step % self.config.save_interval == 0
         if self.stopping or at_interval or self.step in self.milestones:
             self.pause_clock()
-            self.writer.save(self.state, self.model, self.optimizer, self.scaler)
+            self.writer.save(self.state, self.model, self.optimizer, self.scaler, self.value)
         finished = self.stopping or self.step >= self.max_steps
         if finished:
             self.writer.wait()
@@ -277,25 +281,33 @@ class Run:
     def gradient_sync(self, is_last: bool):
         """The context of one micro-step, forward pass included: DDP averages gradients over ranks
         in the last micro-step of a step and only accumulates them in the others."""
-        synced = is_last or self.train_model is self.model
+        synced = is_last or self.train_model is self.trained
         return contextlib.nullcontext() if synced else self.train_model.no_sync()
 
-    def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
-                    sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
-        """Clips the gradients, takes the optimizer step, and logs it. loss_sum () is this rank's
-        loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
-        of all ranks, in sequences of sequence_length. Logs `figures` too, and `sums`, tensors () of
-        this rank, summed over ranks. A non-finite loss or gradient norm skips the step on all
-        ranks; three in a row raise UserError."""
-        sums = sums or {}
+    def update(self, loss_sum: torch.Tensor, sums: Iterable[torch.Tensor] = ()) -> None:
+        """Clips the gradients, those of a value model by themselves, and takes one optimizer step.
+        A non-finite loss, figure in `sums` or gradient norm skips it on all ranks."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
-                                                   self.config.grad_clip or math.inf)
-        numbers = agree(torch.stack([loss_sum, *sums.values()]), grad_norm, self.stop, self.launch)
+        grad_norm, *_ = [torch.nn.utils.clip_grad_norm_(
+            model.parameters(), self.config.grad_clip or math.inf)
+            for model in (self.model, self.value) if model is not None]
+        numbers = agree(torch.stack([loss_sum, *sums]), grad_norm, self.stop, self.launch)
         step_if_finite(self.optimizer, numbers)
         self.scaler.update()
         # DDP's gradients are views of its buckets and must stay
-        self.optimizer.zero_grad(set_to_none=self.train_model is self.model)
+        self.optimizer.zero_grad(set_to_none=self.train_model is self.trained)
+        self.updates.append(numbers)
+
+    def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
+                    sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
+        """Takes the last optimizer step of a step, and logs the step. loss_sum () is this rank's
+        loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
+        of all ranks, in sequences of sequence_length. Logs `figures` too, and `sums`, tensors () of
+        this rank, summed over ranks, both as means over the updates of the step. Three steps in a
+        row with one that was skipped raise UserError."""
+        sums = sums or {}
+        self.update(loss_sum, sums.values())
+        numbers, self.updates = torch.stack(self.updates).mean(0), []
         flops = tokens * self.model.flops_per_token(sequence_length)
         self.unread.append((HostCopy(numbers), list(sums), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None

@@ -56,6 +56,10 @@ class Response:
     finish_reason: str
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
     def stopped(self) -> bool:
         return self.finish_reason == "stop"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.common import ROOT, script_env
 
-SCRIPTS = {"trainer", "finetune", "reward", "dpo", "inference", "chat", "evaluate",
+SCRIPTS = {"trainer", "finetune", "reward", "dpo", "rlhf", "inference", "chat", "evaluate",
            "judge"}  # at the root
 FOLDERS = ("minigpt2", "pretrain_data", "finetune_data", "rlhf_data", "bench", "image")
 SOURCES = sorted(path.relative_to(ROOT) for path in [

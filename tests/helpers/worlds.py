@@ -130,6 +130,23 @@ def held_out_row() -> dict[str, str]:
             "rejected": words([STOP])}
 
 
+REWARD_CODE = """import math
+
+def score(row, response):
+    return math.log(3) * (response.split()[:1] == row["instruction"].split()[-1:])
+"""
+
+
+def write_prompts(folder: Path) -> dict[str, str]:
+    """The prompts and the reward as files: the settings of rlhf.py that name them."""
+    rows = [{"prompt": words(prompt)} for prompt in PROMPTS] + [held_out_row()]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows),
+                                          encoding="utf-8")
+    (folder / "score.py").write_text(REWARD_CODE, encoding="utf-8")
+    return {"prompts": str(folder / "prompts.jsonl"), "reward": f"{folder / 'score.py'}:score",
+            "unstopped_score": -math.log(3), "max_response": MAX_NEW_TOKENS}
+
+
 def write_rows(path: Path, hard: bool = False) -> Path:
     rows = [*preference_rows(hard), held_out_row()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -142,5 +159,9 @@ def use_small_vocabulary(monkeypatch) -> None:
         return list(map(int, instruction.split())), list(map(int, output.split()))
 
     monkeypatch.setattr("minigpt2.preferences.encode_example", encode_words)
+    monkeypatch.setattr("dataloader.format_prompt", lambda instruction, input: instruction)
+    monkeypatch.setattr("dataloader.encode", lambda text: list(map(int, text.split())))
+    for module in ("minigpt2.rewards", "rlhf"):
+        monkeypatch.setattr(f"{module}.decode", words)
     monkeypatch.setattr("inference.EOT_TOKEN", STOP)
     monkeypatch.setattr("inference.N_VOCAB", SIZES.vocab_size)

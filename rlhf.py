@@ -1,0 +1,356 @@
+"""Policy optimization of a fine-tuned checkpoint against a reward: PPO (`--advantage gae`) or
+group-relative advantages (`--advantage group`), both with the KL to the checkpoint in the reward.
+
+    python rlhf.py --checkpoint out/finetune --reward out/reward --prompts finetune_data/alpaca.json
+    python rlhf.py --reward function:at_most_words=20 --advantage group     # no reward model needed
+    torchrun --standalone --nproc-per-node=8 rlhf.py --reward my_rewards.py:score
+
+Every step samples responses to some prompts, scores them, and trains on them for --inner-epochs:
+stages 1 to 6 below; docs/alignment.md has their formulas and sources. Like every training script,
+it saves, stops on signals, and continues with --resume.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from dataloader import Prompt, load_prompts, permutation, split_rows
+from inference import check_vocabulary, sample_responses
+from minigpt2 import advantages as A
+from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha256
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.distributed import Launch, autocast, share_work, to_device
+from minigpt2.faults import StopRequest, launched
+from minigpt2.files import sha256_of
+from minigpt2.kernels import prepare_to_sample
+from minigpt2.loss import IGNORE_INDEX
+from minigpt2.metrics import RunLog
+from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
+from minigpt2.preferences import rank_share
+from minigpt2.rewards import Reward, RewardModel, response_batch
+from minigpt2.run import Run, TuningConfig
+from minigpt2.sampling import Response
+from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
+from model import GPT
+
+ROOT = Path(__file__).resolve().parent
+SAMPLES, SHOWN = "rollouts.jsonl", 8  # held-out prompts and responses, after every validation
+
+
+@dataclass(frozen=True)
+class RLHFConfig(TuningConfig):
+    checkpoint: str = flag(str(ROOT / "out" / "finetune"), "fine-tuned model to start from, and "
+                           "reference: folder, OUT_DIR of a run, or hub name", is_path=True)
+    reward: str = flag(str(ROOT / "out" / "reward"), "folder of a reward model, function:stops, "
+                       "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX, or "
+                       "FILE.py:FUNCTION", is_path=True)
+    prompts: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows whose prompts are used, "
+                        "as for finetune.py, or preference pairs", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "rlhf"), "folder of checkpoints and logs", is_path=True)
+    advantage: Literal["gae", "group"] = flag("gae", "gae: PPO with a value model; group: rewards "
+                                                     "relative to other responses to the prompt")
+    scale_advantages: bool = flag(False, "divide by the deviation of the group (GRPO)")
+    steps: int = flag(200, "steps, each with new responses", minimum=1)
+    batch_size: int = flag(128, "responses per step, over all ranks", minimum=1)
+    group_size: int = flag(8, "responses per prompt", minimum=1)
+    inner_epochs: int = flag(2, "passes over the responses of a step", minimum=1)
+    minibatches: int = flag(2, "optimizer steps per pass", minimum=1)
+    micro_batch_size: int = flag(16, "responses per rank and micro-step", minimum=1)
+    max_response: int = flag(64, "maximum number of tokens of a response", minimum=1)
+    unstopped_score: float | None = flag(None, "score of a response that does not end (default: -1 "
+                                               "with a reward model, 0 with a function)")
+    kl_coef: float = flag(0.05, "weight of the KL to the reference", minimum=0)
+    kl_target: float = flag(0.0, "adapt the weight to this KL, nats per response; 0: fixed",
+                            minimum=0)
+    clip_low: float = flag(0.2, "lower bound of the ratio: 1 - this", minimum=0, below=1)
+    clip_high: float = flag(0.2, "upper bound of the ratio: 1 + this", minimum=0)
+    value_clip: float = flag(0.2, "largest change of a value that counts; 0: any", minimum=0)
+    gae_lambda: float = flag(0.95, "decay of GAE's sum over later tokens", minimum=0, below=1.001)
+    max_lr: float = flag(1e-5, "the policy's learning rate after the warm-up", minimum=0)
+    value_lr: float = flag(1e-5, "the value model's, same schedule", minimum=0)
+    eval_rows: int = flag(64, "held-out prompts of a validation", minimum=1)
+    eval_interval: int = flag(20, "steps between validations", minimum=1)
+    save_interval: int = flag(50, "steps between checkpoints", minimum=1)
+
+
+# A resumed run may change neither the rewards nor what a step samples and computes
+FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size",
+                   "inner_epochs", "minibatches", "max_response", "unstopped_score", "kl_target",
+                   "seed", "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
+
+
+def check_config(config: RLHFConfig) -> None:
+    """Raises UserError for settings that do not go together."""
+    if config.kl_target and not config.kl_coef:
+        raise UserError("--kl-target multiplies --kl-coef, which is 0: give a positive --kl-coef")
+    if config.advantage == "group" and config.group_size == 1:
+        raise UserError("--advantage group compares the responses to a prompt: raise --group-size "
+                        "from 1, or use --advantage gae")
+    if config.scale_advantages and config.advantage != "group":
+        raise UserError("--scale-advantages needs --advantage group")
+    if config.batch_size % config.group_size or config.batch_size < 2:
+        raise UserError(f"--batch-size {config.batch_size} is not a multiple of --group-size "
+                        f"{config.group_size} of at least 2: change one of them")
+    if config.minibatches > config.batch_size:
+        raise UserError(f"--minibatches {config.minibatches} of --batch-size {config.batch_size}: "
+                        "lower it")
+
+
+class PolicyAndValue(nn.Module):
+    """Both models as one module, because DDP reduces only the gradients of its own `forward`. They
+    share nothing: a value trained from scratch on the policy's trunk would destroy it."""
+
+    def __init__(self, policy: GPT, value: RewardModel | None):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """inputs, targets (B, T) -> (N, 2) float32, of the N targets in order: log-probabilities,
+        and the values of the tokens before them (0 without a value model)."""
+        _, losses = self.policy(inputs, targets, reduction="none", return_logits=False)
+        values = (torch.zeros_like(losses) if self.value is None else
+                  self.value.token_scores(inputs))  # (B, T)
+        return torch.stack([-losses, values], -1)[targets != IGNORE_INDEX]
+
+
+def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardModel | None:
+    """The value model: at first the reward model's weights, or the policy's, with a head of 0."""
+    if config.advantage == "group":
+        return None
+    device = run.launch.device
+    if run.is_resumed:
+        saved = {name: tensor.to(device, copy=True) for name, tensor in run.saved["value"].items()}
+        return model_from_parameters(load_model(config.checkpoint).config, saved, RewardModel)
+    value = (RewardModel.from_language_model(load_model(config.checkpoint, device), 0)
+             if reward.model is None else load_model(config.reward, device, RewardModel))
+    nn.init.zeros_(value.score.weight)
+    return value
+
+
+@dataclass
+class Rollouts:
+    """R responses and what is known of them, on the CPU of every rank. T is the longest response;
+    position t of a row is its t-th token."""
+
+    responses: list[Response]
+    scores: torch.Tensor  # (R,)
+    mask: torch.Tensor  # (R, T) bool
+    logprobs: torch.Tensor  # (R, T), 0 outside the mask, as the next two
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    seconds: dict[str, float]
+    finished: float  # time
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """The KL to the reference (R,), in nats: log policy - log reference of the response."""
+        return (self.logprobs - self.ref_logprobs).sum(1)
+
+    def figures(self, kl_coef: float) -> dict[str, float]:
+        ratios, n = self.ref_logprobs - self.logprobs, self.mask.sum().item()
+        return {"score": self.scores.mean().item(),
+                "score_std": self.scores.std(correction=0).item(),
+                "reward": (self.scores - kl_coef * self.kl).mean().item(),
+                "kl": self.kl.mean().item(),
+                "kl_k3": (ratios.exp() - 1 - ratios).sum(1).mean().item(),  # Schulman 2020
+                "entropy": -self.logprobs.sum().item() / n,
+                "stopped": sum(r.stopped for r in self.responses) / len(self.responses),
+                "response_tokens": n / len(self.responses)}
+
+
+def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Sequence[Prompt],
+             stream: tuple[int, ...], config: RLHFConfig, run: Run) -> Rollouts | None:
+    """Stages 2 and 3: one response to each of R prompts, sampled from the policy, its score, and
+    the log-probabilities and values of its tokens. Row i draws from a random stream of its own,
+    (*stream, i), so that ranks and batches change nothing. None after a signal."""
+    launch, block_size, started = run.launch, module.policy.config.block_size, perf_counter()
+    seeds = [int(np.random.SeedSequence([*stream, row]).generate_state(1, np.uint64)[0])
+             for row in range(len(prompts))]
+    sampler = prepare_to_sample(copy.deepcopy(module.policy), run.dtype)  # faster than the policy
+    responses = sample_responses(sampler, [prompt.ids for prompt in prompts], seeds,
+                                 config.max_response, launch, should_stop=run.stop.requested)
+    sampled = perf_counter()
+    if responses is None:
+        return None
+    scores = reward(responses, prompts, launch, run.dtype, 2 * config.micro_batch_size,
+                    run.stop.requested)
+
+    def work(rows: list[int]) -> dict[int, torch.Tensor]:
+        batch = [(responses[i].prompt, responses[i].tokens) for i in rows]
+        inputs, targets = response_batch(batch, block_size, launch.device)  # (B, T)
+        with autocast(launch.device, run.dtype):
+            new = module(inputs, targets)  # (N, 2)
+            _, losses = reference(inputs, targets, reduction="none", return_logits=False)
+        found = torch.cat([new, -losses[targets != IGNORE_INDEX][:, None]], 1).cpu()  # (N, 3)
+        return dict(zip(rows, found.split([len(tokens) for _, tokens in batch]), strict=True))
+
+    order = sorted(range(len(prompts)), key=lambda i: responses[i].num_tokens)
+    found = share_work(rank_share(order, config.micro_batch_size, 0, 1), work, launch,
+                       run.stop.requested)
+    if scores is None or found is None:
+        return None
+    rows = nn.utils.rnn.pad_sequence([found[i] for i in range(len(found))], batch_first=True)
+    ends = torch.tensor([len(response.tokens) for response in responses])  # (R,)
+    mask = A.response_mask(torch.zeros_like(ends), ends, rows.size(1))  # (R, T)
+    logprobs, values, ref_logprobs = rows.unbind(2)
+    finished = perf_counter()
+    return Rollouts(responses, scores.float(), mask, logprobs, ref_logprobs, values,
+                    {"rollout_seconds": sampled - started, "score_seconds": finished - sampled},
+                    finished)
+
+
+def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig, kl_coef: float,
+                           ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Stage 4: advantages (R, T) over all ranks' rollouts, the value model's targets (R, T), and
+    figures."""
+    mask, log_ratios = rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs
+    if config.advantage == "group":
+        rewards = rollouts.scores - kl_coef * rollouts.kl  # (R,)
+        advantages = A.group_advantages(rewards, config.group_size, config.scale_advantages)
+        groups = rollouts.scores.view(-1, config.group_size)
+        dead = (groups == groups[:, :1]).all(1).float().mean().item()  # nothing to compare
+        return advantages[:, None] * mask, torch.zeros_like(log_ratios), {"dead_groups": dead}
+    rewards = A.token_rewards(rollouts.scores, log_ratios, mask, kl_coef)  # (R, T)
+    advantages = A.gae(rewards, rollouts.values, mask, config.gae_lambda)
+    returns = advantages + rollouts.values
+    explained = 1 - (advantages[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
+    return A.whiten(advantages, mask), returns, {"explained_variance": explained}
+
+
+def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> list[Prompt]:
+    """Stage 1: the prompts of a step, each group_size times in a row. An epoch visits every prompt
+    once, in a seeded order."""
+    P, n = config.batch_size // config.group_size, len(prompts)
+    chosen = [permutation(n, config.seed, k // n)[k % n] for k in range(step * P, (step + 1) * P)]
+    return [prompts[i] for i in chosen for _ in range(config.group_size)]
+
+
+def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor,
+             config: RLHFConfig, run: Run, lr: float, figures: dict[str, float]) -> None:
+    """Stage 5: --inner-epochs passes over the rollouts, one optimizer step per minibatch, whose
+    losses are means over its response tokens on all ranks. Logs the step (stage 6)."""
+    launch, device, responses = run.launch, run.launch.device, rollouts.responses
+    B, R, block_size = config.micro_batch_size, len(responses), run.model.config.block_size
+    rows, lengths = ([(r.prompt, r.tokens) for r in responses], [r.num_tokens for r in responses])
+    minibatches = [part.tolist() for epoch in range(config.inner_epochs) for part in np.array_split(
+        permutation(R, config.seed, run.step, epoch), config.minibatches)]
+    loss = torch.tensor(-figures["reward"], device=device)  # what is maximized, for the log
+    for number, minibatch in enumerate(minibatches, 1):
+        minibatch.sort(key=lengths.__getitem__)
+        num_tokens = rollouts.mask[minibatch].sum().item()
+        micro_batches = rank_share(minibatch, B, launch.rank, launch.world_size)
+        sums = torch.zeros(3, device=device)
+        for micro_step, mine in enumerate(micro_batches):
+            inputs, targets = response_batch([rows[i] for i in mine], block_size, device)  # (B, T)
+            old, advantage, old_values, target = (  # (N,) each, of N response tokens
+                to_device(x[mine][rollouts.mask[mine]], device)
+                for x in (rollouts.logprobs, advantages, rollouts.values, returns))
+            with run.gradient_sync(micro_step == len(micro_batches) - 1):
+                with autocast(device, run.dtype):
+                    new, values = model(inputs, targets).unbind(1)  # (N,) each
+                losses = torch.stack([
+                    A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
+                    A.value_loss(values, old_values, target, config.value_clip),
+                    A.is_clipped(new, old, config.clip_low, config.clip_high)])
+                losses = losses.sum(1) / num_tokens  # (3,)
+                run.scaler.scale((losses[0] + losses[1]) * launch.world_size).backward()
+            sums += losses.detach()
+        named = dict(zip(("policy_loss", "value_loss", "clip_fraction"), sums, strict=True))
+        if number < len(minibatches):
+            run.update(loss, named.values())
+    figures["update_seconds"] = perf_counter() - rollouts.finished
+    tokens = config.inner_epochs * sum(lengths)
+    run.finish_step(loss, lr=lr, tokens=tokens, sequence_length=sum(lengths) // R, sums=named,
+                    **figures)
+
+
+def write_samples(rollouts: Rollouts, config: RLHFConfig, run: Run) -> None:
+    """Appends the first validation responses to OUT_DIR/rollouts.jsonl."""
+    if run.launch.is_master:
+        log = RunLog(run.out_dir / SAMPLES, fresh=run.step == 0)
+        for response, score, kl in zip(rollouts.responses[:SHOWN], rollouts.scores.tolist(),
+                                       rollouts.kl.tolist(), strict=False):
+            log.write(run.step, "sample", prompt=decode(response.prompt), score=score, kl=kl,
+                      response=decode(response.tokens), finish_reason=response.finish_reason)
+        log.close()
+
+
+def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
+    """Trains for the given steps, or until a signal; returns the final policy."""
+    check_config(config)
+    device = launch.device
+
+    # 1. Prompts, reference, reward, policy and value model
+    reference = load_model(config.checkpoint, device).requires_grad_(False)
+    check_vocabulary(reference, config.checkpoint)
+    reward = Reward(config.reward, "--reward", device, config.unstopped_score)
+    block_size = min(model.config.block_size for model in (reference, reward.model) if model)
+    prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_response)
+    trained, held_out, split = split_rows([(p.instruction, p.input, p.output) for p in prompts],
+                                          config.val_fraction)
+    train_prompts, val_prompts = ([prompts[i] for i in rows] for rows in (trained, held_out))
+    run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
+              data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
+              loss_name="KL-penalized reward, negative", prompt_template=PROMPT_TEMPLATE,
+              reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
+    policy = load_model(run.checkpoint or config.checkpoint, device)
+    value = load_value_model(config, reward, run)
+    optimizer = make_optimizer(policy, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-5,
+                               weight_decay=config.weight_decay, shard=run.shard_optimizer)
+    if value is not None:
+        optimizer.add_param_group({"params": list(value.parameters()), "weight_decay": 0.0,
+                                   "lr_scale": config.value_lr / (config.max_lr or 1)})
+    module = PolicyAndValue(policy, value).train()
+    model = run.prepare(policy, optimizer, config.steps, max_steps_flag="--steps", trained=module,
+                        value=value, micro_batch_sizes=[config.micro_batch_size],
+                        sequence_length=block_size)
+    kl_coef = config.kl_coef if run.state.kl_coef is None else run.state.kl_coef
+    launch.print0(f"{summary}; {split}\n{run.summary}; {config.steps:,} steps of "
+                  f"{config.batch_size} responses, {config.group_size} per prompt")
+
+    with run:
+        while True:
+            if run.eval_due():
+                chosen = val_prompts[: config.eval_rows]
+                rollouts = roll_out(module, reference, reward, chosen, (1, config.seed), config,
+                                    run)
+                figures = rollouts and rollouts.figures(config.kl_coef)
+                if run.log_validation(figures and -figures["reward"], **(figures or {})):
+                    write_samples(rollouts, config, run)
+            if run.save_or_finish():
+                break
+
+            lr = learning_rate(run.step, warmup_steps=round(config.steps * config.warmup_fraction),
+                               max_steps=config.steps, max_lr=config.max_lr, min_lr=config.min_lr,
+                               schedule="linear")
+            set_lr(optimizer, lr)
+            rollouts = roll_out(module, reference, reward,
+                                step_prompts(train_prompts, config, run.step),
+                                (0, config.seed, run.step), config, run)
+            if rollouts is None:
+                run.stopping = True
+                continue
+            advantages, returns, more = advantages_and_returns(rollouts, config, kl_coef)
+            figures = rollouts.figures(kl_coef) | more | rollouts.seconds | {"kl_coef": kl_coef}
+            optimize(model, rollouts, advantages, returns, config, run, lr, figures)
+            if config.kl_target:
+                kl_coef = run.state.kl_coef = A.next_kl_coef(kl_coef, figures["kl"],
+                                                             config.kl_target, config.batch_size)
+    return policy.eval()
+
+
+def main() -> None:
+    config = parse_config(RLHFConfig, description=__doc__)
+    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
+        train(config, launch, stop)
+
+
+if __name__ == "__main__":
+    run_main(main)
