@@ -5,7 +5,7 @@ group-relative advantages (`--advantage group`), both with the KL to the checkpo
     python rlhf.py --reward function:at_most_words=20 --advantage group     # no reward model needed
     torchrun --standalone --nproc-per-node=8 rlhf.py --reward my_rewards.py:score
 
-Every step samples responses to some prompts, scores them, and trains on them for --inner-epochs:
+Every step samples responses to some prompts, scores them, and trains on them for --epochs:
 stages 1 to 6 below; docs/alignment.md has their formulas and sources. Like every training script,
 it saves, stops on signals, and continues with --resume.
 """
@@ -24,18 +24,18 @@ import torch.nn as nn
 from dataloader import Prompt, load_prompts, permutation, split_rows
 from inference import check_vocabulary, sample_responses
 from minigpt2 import advantages as A
-from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha256
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.checkpoint import load_model, weights_sha256
+from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, share_work, to_device
-from minigpt2.faults import StopRequest, launched
+from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import RunLog
-from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
+from minigpt2.optimizer import set_lr
 from minigpt2.preferences import rank_share
 from minigpt2.rewards import Reward, RewardModel, response_batch
-from minigpt2.run import Run, TuningConfig
+from minigpt2.run import Run, TuningConfig, run_training
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 from model import GPT
@@ -60,9 +60,8 @@ class RLHFConfig(TuningConfig):
     steps: int = flag(200, "steps, each with new responses", minimum=1)
     batch_size: int = flag(128, "responses per step, over all ranks", minimum=1)
     group_size: int = flag(8, "responses per prompt", minimum=1)
-    inner_epochs: int = flag(2, "passes over the responses of a step", minimum=1)
+    epochs: int = flag(2, "passes over the responses of a step", minimum=1)
     minibatches: int = flag(2, "optimizer steps per pass", minimum=1)
-    micro_batch_size: int = flag(16, "responses per rank and micro-step", minimum=1)
     max_response: int = flag(64, "maximum number of tokens of a response", minimum=1)
     unstopped_score: float | None = flag(None, "score of a response that does not end (default: -1 "
                                                "with a reward model, 0 with a function)")
@@ -73,8 +72,7 @@ class RLHFConfig(TuningConfig):
     clip_high: float = flag(0.2, "upper bound of the ratio: 1 + this", minimum=0)
     value_clip: float = flag(0.2, "largest change of a value that counts; 0: any", minimum=0)
     gae_lambda: float = flag(0.95, "decay of GAE's sum over later tokens", minimum=0, below=1.001)
-    max_lr: float = flag(1e-5, "the policy's learning rate after the warm-up", minimum=0)
-    value_lr: float = flag(1e-5, "the value model's, same schedule", minimum=0)
+    value_lr: float = flag(1e-5, "the value model's learning rate, same schedule", minimum=0)
     eval_rows: int = flag(64, "held-out prompts of a validation", minimum=1)
     eval_interval: int = flag(20, "steps between validations", minimum=1)
     save_interval: int = flag(50, "steps between checkpoints", minimum=1)
@@ -82,34 +80,31 @@ class RLHFConfig(TuningConfig):
 
 # A resumed run may change neither the rewards nor what a step samples and computes
 FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size",
-                   "inner_epochs", "minibatches", "max_response", "unstopped_score", "kl_target",
+                   "epochs", "minibatches", "max_response", "unstopped_score", "kl_target",
                    "seed", "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
 
 
 def check_config(config: RLHFConfig) -> None:
     """Raises UserError for settings that do not go together."""
+    G, R, in_groups = config.group_size, config.batch_size, config.advantage == "group"
     if config.kl_target and not config.kl_coef:
-        raise UserError("--kl-target multiplies --kl-coef, which is 0: give a positive --kl-coef")
-    if config.advantage == "group" and config.group_size == 1:
-        raise UserError("--advantage group compares the responses to a prompt: raise --group-size "
-                        "from 1, or use --advantage gae")
-    if config.scale_advantages and config.advantage != "group":
-        raise UserError("--scale-advantages needs --advantage group")
-    if config.batch_size % config.group_size or config.batch_size < 2:
-        raise UserError(f"--batch-size {config.batch_size} is not a multiple of --group-size "
-                        f"{config.group_size} of at least 2: change one of them")
-    if config.minibatches > config.batch_size:
-        raise UserError(f"--minibatches {config.minibatches} of --batch-size {config.batch_size}: "
-                        "lower it")
+        raise UserError("--kl-target adapts --kl-coef, which is 0: give a positive --kl-coef")
+    if (G == 1 if in_groups else config.scale_advantages):
+        raise UserError(f"--scale-advantages {config.scale_advantages} and --group-size {G} do not "
+                        "fit --advantage: group needs groups of at least 2, gae cannot be scaled")
+    if R % G or config.minibatches > R or R < 2:
+        raise UserError(f"--batch-size {R}: expected at least 2, a multiple of --group-size {G}, "
+                        f"and at least --minibatches {config.minibatches}")
 
 
 class PolicyAndValue(nn.Module):
-    """Both models as one module, because DDP reduces only the gradients of its own `forward`. They
-    share nothing: a value trained from scratch on the policy's trunk would destroy it."""
+    """Both models as one module: DDP reduces only the gradients of its own `forward`. They share
+    nothing, because a value head trained from scratch would destroy the policy's trunk."""
 
     def __init__(self, policy: GPT, value: RewardModel | None):
         super().__init__()
         self.policy, self.value = policy, value
+        self.block_size = min(m.config.block_size for m in (policy, value) if m is not None)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """inputs, targets (B, T) -> (N, 2) float32, of the N targets in order: log-probabilities,
@@ -124,13 +119,11 @@ def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardMode
     """The value model: at first the reward model's weights, or the policy's, with a head of 0."""
     if config.advantage == "group":
         return None
-    device = run.launch.device
-    if run.is_resumed:
-        saved = {name: tensor.to(device, copy=True) for name, tensor in run.saved["value"].items()}
-        return model_from_parameters(load_model(config.checkpoint).config, saved, RewardModel)
-    value = (RewardModel.from_language_model(load_model(config.checkpoint, device), 0)
-             if reward.model is None else load_model(config.reward, device, RewardModel))
+    value = (RewardModel.from_language_model(load_model(config.checkpoint, run.launch.device), 0)
+             if reward.model is None else copy.deepcopy(reward.model)).requires_grad_(True)
     nn.init.zeros_(value.score.weight)
+    if run.is_resumed:
+        value.load_state_dict(run.saved["value"], strict=False)  # lists the tied head once
     return value
 
 
@@ -146,7 +139,6 @@ class Rollouts:
     ref_logprobs: torch.Tensor
     values: torch.Tensor
     seconds: dict[str, float]
-    finished: float  # time
 
     @property
     def kl(self) -> torch.Tensor:
@@ -170,7 +162,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
     """Stages 2 and 3: one response to each of R prompts, sampled from the policy, its score, and
     the log-probabilities and values of its tokens. Row i draws from a random stream of its own,
     (*stream, i), so that ranks and batches change nothing. None after a signal."""
-    launch, block_size, started = run.launch, module.policy.config.block_size, perf_counter()
+    launch, started = run.launch, perf_counter()
     seeds = [int(np.random.SeedSequence([*stream, row]).generate_state(1, np.uint64)[0])
              for row in range(len(prompts))]
     sampler = prepare_to_sample(copy.deepcopy(module.policy), run.dtype)  # faster than the policy
@@ -184,7 +176,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
 
     def work(rows: list[int]) -> dict[int, torch.Tensor]:
         batch = [(responses[i].prompt, responses[i].tokens) for i in rows]
-        inputs, targets = response_batch(batch, block_size, launch.device)  # (B, T)
+        inputs, targets = response_batch(batch, module.block_size, launch.device)  # (B, T)
         with autocast(launch.device, run.dtype):
             new = module(inputs, targets)  # (N, 2)
             _, losses = reference(inputs, targets, reduction="none", return_logits=False)
@@ -200,10 +192,8 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
     ends = torch.tensor([len(response.tokens) for response in responses])  # (R,)
     mask = A.response_mask(torch.zeros_like(ends), ends, rows.size(1))  # (R, T)
     logprobs, values, ref_logprobs = rows.unbind(2)
-    finished = perf_counter()
-    return Rollouts(responses, scores.float(), mask, logprobs, ref_logprobs, values,
-                    {"rollout_seconds": sampled - started, "score_seconds": finished - sampled},
-                    finished)
+    return Rollouts(responses, scores.float(), mask, logprobs, ref_logprobs, values, {
+        "rollout_seconds": sampled - started, "score_seconds": perf_counter() - sampled})
 
 
 def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig, kl_coef: float,
@@ -234,21 +224,23 @@ def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> li
 
 def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor,
              config: RLHFConfig, run: Run, lr: float, figures: dict[str, float]) -> None:
-    """Stage 5: --inner-epochs passes over the rollouts, one optimizer step per minibatch, whose
+    """Stage 5: --epochs passes over the rollouts, one optimizer step per minibatch, whose
     losses are means over its response tokens on all ranks. Logs the step (stage 6)."""
-    launch, device, responses = run.launch, run.launch.device, rollouts.responses
-    B, R, block_size = config.micro_batch_size, len(responses), run.model.config.block_size
-    rows, lengths = ([(r.prompt, r.tokens) for r in responses], [r.num_tokens for r in responses])
-    minibatches = [part.tolist() for epoch in range(config.inner_epochs) for part in np.array_split(
+    launch, device, started = run.launch, run.launch.device, perf_counter()
+    rows = [(response.prompt, response.tokens) for response in rollouts.responses]
+    lengths, R = [len(prompt) + len(tokens) for prompt, tokens in rows], len(rows)
+    minibatches = [part.tolist() for epoch in range(config.epochs) for part in np.array_split(
         permutation(R, config.seed, run.step, epoch), config.minibatches)]
     loss = torch.tensor(-figures["reward"], device=device)  # what is maximized, for the log
     for number, minibatch in enumerate(minibatches, 1):
         minibatch.sort(key=lengths.__getitem__)
         num_tokens = rollouts.mask[minibatch].sum().item()
-        micro_batches = rank_share(minibatch, B, launch.rank, launch.world_size)
+        micro_batches = rank_share(minibatch, config.micro_batch_size, launch.rank,
+                                   launch.world_size)
         sums = torch.zeros(3, device=device)
         for micro_step, mine in enumerate(micro_batches):
-            inputs, targets = response_batch([rows[i] for i in mine], block_size, device)  # (B, T)
+            inputs, targets = response_batch([rows[i] for i in mine], run.trained.block_size,
+                                             device)  # (B, T)
             old, advantage, old_values, target = (  # (N,) each, of N response tokens
                 to_device(x[mine][rollouts.mask[mine]], device)
                 for x in (rollouts.logprobs, advantages, rollouts.values, returns))
@@ -256,30 +248,27 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
                 with autocast(device, run.dtype):
                     new, values = model(inputs, targets).unbind(1)  # (N,) each
                 losses = torch.stack([
-                    A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
-                    A.value_loss(values, old_values, target, config.value_clip),
-                    A.is_clipped(new, old, config.clip_low, config.clip_high)])
+                    *A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
+                    A.value_loss(values, old_values, target, config.value_clip)])
                 losses = losses.sum(1) / num_tokens  # (3,)
-                run.scaler.scale((losses[0] + losses[1]) * launch.world_size).backward()
+                run.scaler.scale((losses[0] + losses[2]) * launch.world_size).backward()
             sums += losses.detach()
-        named = dict(zip(("policy_loss", "value_loss", "clip_fraction"), sums, strict=True))
+        named = dict(zip(("policy_loss", "clip_fraction", "value_loss"), sums, strict=True))
         if number < len(minibatches):
             run.update(loss, named.values())
-    figures["update_seconds"] = perf_counter() - rollouts.finished
-    tokens = config.inner_epochs * sum(lengths)
-    run.finish_step(loss, lr=lr, tokens=tokens, sequence_length=sum(lengths) // R, sums=named,
+    run.finish_step(loss, lr=lr, tokens=config.epochs * sum(lengths), sums=named,
+                    sequence_length=sum(lengths) // R, update_seconds=perf_counter() - started,
                     **figures)
 
 
-def write_samples(rollouts: Rollouts, config: RLHFConfig, run: Run) -> None:
+def write_samples(rollouts: Rollouts, run: Run) -> None:
     """Appends the first validation responses to OUT_DIR/rollouts.jsonl."""
-    if run.launch.is_master:
-        log = RunLog(run.out_dir / SAMPLES, fresh=run.step == 0)
-        for response, score, kl in zip(rollouts.responses[:SHOWN], rollouts.scores.tolist(),
-                                       rollouts.kl.tolist(), strict=False):
-            log.write(run.step, "sample", prompt=decode(response.prompt), score=score, kl=kl,
-                      response=decode(response.tokens), finish_reason=response.finish_reason)
-        log.close()
+    log = RunLog(run.out_dir / SAMPLES, fresh=run.step == 0)
+    for i, response in enumerate(rollouts.responses[:SHOWN]):
+        log.write(run.step, "sample", prompt=decode(response.prompt),
+                  response=decode(response.tokens), score=rollouts.scores[i].item(),
+                  kl=rollouts.kl[i].item(), finish_reason=response.finish_reason)
+    log.close()
 
 
 def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
@@ -302,8 +291,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
               reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
     policy = load_model(run.checkpoint or config.checkpoint, device)
     value = load_value_model(config, reward, run)
-    optimizer = make_optimizer(policy, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-5,
-                               weight_decay=config.weight_decay, shard=run.shard_optimizer)
+    optimizer = config.make_optimizer(policy, run.shard_optimizer)
     if value is not None:
         optimizer.add_param_group({"params": list(value.parameters()), "weight_decay": 0.0,
                                    "lr_scale": config.value_lr / (config.max_lr or 1)})
@@ -322,14 +310,13 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
                 rollouts = roll_out(module, reference, reward, chosen, (1, config.seed), config,
                                     run)
                 figures = rollouts and rollouts.figures(config.kl_coef)
-                if run.log_validation(figures and -figures["reward"], **(figures or {})):
-                    write_samples(rollouts, config, run)
+                if run.log_validation(figures and -figures["reward"], **(figures or {})) and (
+                        launch.is_master):
+                    write_samples(rollouts, run)
             if run.save_or_finish():
                 break
 
-            lr = learning_rate(run.step, warmup_steps=round(config.steps * config.warmup_fraction),
-                               max_steps=config.steps, max_lr=config.max_lr, min_lr=config.min_lr,
-                               schedule="linear")
+            lr = config.lr_at(run.step, config.steps)
             set_lr(optimizer, lr)
             rollouts = roll_out(module, reference, reward,
                                 step_prompts(train_prompts, config, run.step),
@@ -346,11 +333,5 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     return policy.eval()
 
 
-def main() -> None:
-    config = parse_config(RLHFConfig, description=__doc__)
-    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
-        train(config, launch, stop)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_training(RLHFConfig, train, __doc__)

@@ -2,6 +2,7 @@
 token; its checkpoint is a folder of transformers' `GPT2ForSequenceClassification`, which gives the
 same scores. Reward functions check a response without a model."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -13,7 +14,7 @@ import torch.nn as nn
 
 from minigpt2.advantages import response_targets
 from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha256
-from minigpt2.config import UserError, first_line
+from minigpt2.config import UserError
 from minigpt2.distributed import Launch, autocast, share_work, to_device
 from minigpt2.files import sha256_of
 from minigpt2.preferences import padded_length
@@ -97,67 +98,54 @@ def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequen
     return torch.tensor([scores[i] for i in range(len(rows))], dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------ reward functions
-
-
-def stops(row: dict, response: str, _: str) -> bool:
+def stops(_: str, row: dict, response: str) -> bool:
     return True  # a response that does not end is never asked about
 
 
-def at_most_words(row: dict, response: str, limit: str) -> bool:
+def at_most_words(limit: str, row: dict, response: str) -> bool:
     return len(response.split()) <= int(limit)
 
 
-def contains(row: dict, response: str, text: str) -> bool:
+def contains(text: str, row: dict, response: str) -> bool:
     return (text or row["output"]).casefold() in response.casefold()
 
 
-def equals(row: dict, response: str, text: str) -> bool:
+def equals(text: str, row: dict, response: str) -> bool:
     return response.split() == (text or row["output"]).split()  # up to whitespace
 
 
-def matches(row: dict, response: str, pattern: str) -> bool:
+def matches(pattern: str, row: dict, response: str) -> bool:
     return re.search(pattern, response) is not None
 
 
 FUNCTIONS = {"stops": stops, "at_most_words": at_most_words, "contains": contains,
              "equals": equals, "matches": matches}
-NEEDED = {"at_most_words": int, "matches": re.compile}  # functions whose argument is required
-REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function:NAME[=ARGUMENT] "
-           "with stops, at_most_words, contains, equals or matches")
-# What a user's function may raise
+REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function:NAME with stops, "
+           "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX")
 USER_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
-               OSError, RuntimeError, SyntaxError, TypeError, ValueError)
+               OSError, RuntimeError, SyntaxError, TypeError, ValueError, re.error)  # of users' code
 
 
 class Reward:
-    """What `--reward` names (docs/alignment.md): a reward model, or a function of a row (a dict of
-    instruction, input, output) and a response as text. A response without <|endoftext|> gets
+    """What `--reward` names (docs/alignment.md): a reward model, or a function of a row, a dict of
+    instruction, input and output, and a response as text. A response without <|endoftext|> gets
     `unstopped_score` instead, by default -1 from a model and 0 from a function."""
 
     def __init__(self, spec: str, flag: str, device: torch.device,
                  unstopped_score: float | None = None):
         """Raises UserError, which names `flag`."""
-        self.spec, self.model = spec, None
-        name, _, argument = spec.removeprefix("function:").partition("=")
-        file, _, function = spec.rpartition(":")
-        if spec.startswith("function:"):
-            if name not in FUNCTIONS:
-                raise UserError(f"{flag} {spec} is unknown: {REWARDS}")
-            try:
-                NEEDED.get(name, str)(argument)
-            except (ValueError, re.error) as error:
-                raise UserError(f"{flag} {spec}: the argument of {name} is not valid "
-                                f"({first_line(error)}), expected e.g. at_most_words=20, "
-                                "matches=^[0-9]+$") from None
-            self.function = lambda row, text: FUNCTIONS[name](row, text, argument)
-            self.sha256 = spec
-        elif file.endswith(".py"):
-            self.function, self.sha256 = load_function(Path(file), function, flag), sha256_of(
-                Path(file))
-        else:
-            self.model = load_model(spec, device, RewardModel).requires_grad_(False)
-            self.sha256 = weights_sha256(self.model)
+        self.spec, self.sha256, self.model = spec, spec, None
+        file, _, name = spec.rpartition(":")
+        try:
+            if spec.startswith("function:"):
+                self.function = built_in(spec.removeprefix("function:"))
+            elif file.endswith(".py"):
+                self.function, self.sha256 = load_function(Path(file), name), sha256_of(Path(file))
+            else:
+                self.model = load_model(spec, device, RewardModel).requires_grad_(False)
+                self.sha256 = weights_sha256(self.model)
+        except USER_ERRORS as error:
+            raise UserError(f"{flag} {spec}: {error!r:.200}, {REWARDS}") from None
         self.unstopped_score = unstopped_score
         if unstopped_score is None:
             self.unstopped_score = 0.0 if self.model is None else -1.0
@@ -168,18 +156,17 @@ class Reward:
         """The scores (R,) float64 of R responses to R `dataloader.Prompt`s, on every rank; for None
         see `share_work`. Raises UserError naming row and text of one without a finite score."""
         stopped = [i for i, response in enumerate(responses) if response.stopped]
-        places = [f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
-                  for i in stopped]
-        scores = torch.full((len(responses),), self.unstopped_score, dtype=torch.float64)
-        if self.model is not None:
-            ids = [responses[i].prompt + responses[i].tokens for i in stopped]
-            found = score_rows(self.model, ids, places, launch, dtype, batch_size, should_stop)
-        else:
-            found = share_work(
-                list(zip(stopped, places, strict=True)), lambda item: {item[0]: self.evaluate(
-                    rows[item[0]], decode(responses[item[0]].tokens[:-1]), item[1])},
-                launch, should_stop)
+        places = {i: f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
+                  for i in stopped}
+        if self.model is None:
+            found = share_work(stopped, lambda i: {i: self.evaluate(
+                rows[i], decode(responses[i].tokens[:-1]), places[i])}, launch, should_stop)
             found = found if found is None else torch.tensor(list(map(found.get, stopped)))
+        else:
+            ids = [responses[i].prompt + responses[i].tokens for i in stopped]
+            found = score_rows(self.model, ids, list(places.values()), launch, dtype, batch_size,
+                               should_stop)
+        scores = torch.full((len(responses),), self.unstopped_score, dtype=torch.float64)
         if found is not None:
             scores[stopped] = found.double()
         return None if found is None else scores
@@ -191,19 +178,22 @@ class Reward:
             if math.isfinite(value):
                 return float(value)
         except USER_ERRORS as error:
-            value = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"the reward function {self.spec} gives {value!r:.120} for {place} "
-                        "expected a finite number")
+            value = error
+        raise UserError(f"the reward {self.spec} gives {value!r:.120} for {place} expected a "
+                        "finite number")
 
 
-def load_function(path: Path, name: str, flag: str) -> Callable[[dict, str], float]:
-    """A function of a user's file, which this runs, as `--reward` asks. Raises UserError."""
+def built_in(text: str) -> Callable[[dict, str], float]:
+    """The function of "NAME" or "NAME=ARGUMENT". Raises KeyError, ValueError, re.error."""
+    name, _, argument = text.partition("=")
+    if name in ("at_most_words", "matches"):
+        {"at_most_words": int, "matches": re.compile}[name](argument or "(needs an argument")
+    return functools.partial(FUNCTIONS[name], argument)
+
+
+def load_function(path: Path, name: str) -> Callable[[dict, str], float]:
+    """A function of a user's file, which this runs."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except USER_ERRORS as error:
-        raise UserError(f"{flag} {path}: {type(error).__name__}: {first_line(error)}") from None
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{flag} {path} has no function {name!r}: {REWARDS}")
+    spec.loader.exec_module(module)
     return getattr(module, name)
