@@ -122,8 +122,9 @@ FUNCTIONS = {"stops": stops, "at_most_words": at_most_words, "contains": contain
              "equals": equals, "matches": matches}
 REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function:NAME with stops, "
            "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX")
-USER_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
-               OSError, RuntimeError, SyntaxError, TypeError, ValueError, re.error)  # of users' code
+USER_ERRORS = (  # which a user's function may raise
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, re.error)
 
 
 class Reward:
