@@ -2,24 +2,38 @@
 
 import json
 import math
-import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import world_rewards
-from helpers.common import CPU_LAUNCH
+from helpers.common import CPU_LAUNCH, write_rows
+from helpers.training import assert_same_run
 from helpers.worlds import T, W
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import finetune
+import reward
 import rlhf
+from dataloader import load_prompts, pad_rows
+from inference import logprobs
 from minigpt2 import advantages as A
+from minigpt2.checkpoint import load_model, save_checkpoint
+from minigpt2.faults import StopRequest
+from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
+from minigpt2.rewards import Reward, RewardModel, score_rows
 from minigpt2.sampling import Response
-from rlhf import RLHFConfig, train
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, decode
+from model import GPT, GPTConfig
+from rlhf import PolicyAndValue, RLHFConfig, collate, train
 
 # A tree like World T whose reference stops sooner: responses of all lengths, 1 to 4
 TREE = replace(T, sharpness=1)
+RUN = SimpleNamespace(launch=CPU_LAUNCH, stop=StopRequest(), dtype=torch.float32)
+CPU = torch.device("cpu")
 
 
 def settings(world, folder, **changes) -> RLHFConfig:
@@ -137,6 +151,7 @@ ROOM = "minigpt2.advantages."
 MUTATIONS = {  # what is replaced, the world that shows it, and the kinds of advantage
     "right": ({}, W, "gae"),
     "right, group": ({}, W, "group"),
+    "right, group, T": ({}, T, "group"),
     "sign": ({ROOM + "whiten": negated(A.whiten)}, W, "gae"),
     "sign, group": ({ROOM + "group_advantages": negated(A.group_advantages)}, W, "group"),
     "no KL": ({ROOM + "token_rewards": without_kl}, W, "gae"),
@@ -149,11 +164,11 @@ MUTATIONS = {  # what is replaced, the world that shows it, and the kinds of adv
         lambda self: True)}, W, "gae"),
     "ratio inverted": ({ROOM + "policy_loss": ratio_inverted}, W, "gae"),
     "k1 in the loss": (kl_in_the_loss(lambda new, ref: new - ref), W, "group"),
-    "k2 in the loss": (kl_in_the_loss(lambda new, ref: (new - ref).square() / 2), W, "group"),
-    "k3 in the loss": (kl_in_the_loss(lambda new, ref: (ref - new).exp() - 1 - (ref - new)), W,
+    "k2 in the loss": (kl_in_the_loss(lambda new, ref: (new - ref).square() / 2), T, "group"),
+    "k3 in the loss": (kl_in_the_loss(lambda new, ref: (ref - new).exp() - 1 - (ref - new)), T,
                        "group"),
 }
-SHORT = {"steps": 30, "max_lr": 5e-3, "value_lr": 5e-3}
+SHORT = {W: {"steps": 30, "max_lr": 5e-3, "value_lr": 5e-3}, T: {"steps": 60}}
 
 
 @pytest.mark.slow
@@ -163,6 +178,300 @@ def test_a_wrong_algorithm_does_not_reach_the_optimum(name, tmp_path, monkeypatc
     replaced, world, advantage = MUTATIONS[name]
     for path, mutation in replaced.items():
         monkeypatch.setattr(path, mutation)
-    found = optimize_in(world, tmp_path, monkeypatch, advantage=advantage, **SHORT)
-    print(name, found)
+    found = optimize_in(world, tmp_path, monkeypatch, advantage=advantage, **SHORT[world])
     assert (found.fraction > 0.95) == (not replaced), found
+
+
+# ------------------------------------------------------------- a learned reward, a real text
+
+
+@pytest.mark.slow
+def test_a_learned_reward_leads_to_the_same_optimum(tmp_path, monkeypatch):
+    """reward.py on the plain pairs of World W, then PPO on its scores, judged by the true rewards.
+    Pairs determine scores up to a constant of each prompt, here about -1.2 for both; so the fixed
+    score of responses that do not stop is on the scale of the true rewards only after such a shift:
+    it is the model's own mean score of them."""
+    W.use_small_vocabulary(monkeypatch)
+    base = W.save_reference(tmp_path / "reference")
+    model = reward.train(reward.RewardConfig(
+        checkpoint=str(base), data=str(W.write_rows(tmp_path / "rows.jsonl")), epochs=6,
+        out_dir=str(tmp_path / "reward"), batch_size=125, micro_batch_size=500, max_lr=3e-3,
+        val_fraction=0.0, eval_interval=10**6, save_interval=10**6, normalize_samples=0,
+        device="cpu"), CPU_LAUNCH)
+    scores = score_rows(model, W.rows, W.rows, CPU_LAUNCH, torch.float32, 26).view(2, -1)
+    offsets = (scores - W.rewards).mean(1)
+    assert (scores - W.rewards - offsets[:, None]).abs().max() < 0.25
+    found = optimize_in(W, tmp_path, monkeypatch, reward=str(tmp_path / "reward"),
+                        unstopped_score=scores[:, -9:].mean().item(), **SHORT[W])
+    assert found.fraction > 0.95 and found.total_variation < 0.1, (found, offsets)
+
+
+SEVENS = "7"
+
+
+def exact_success(model: GPT, prompts, ids: list[int]) -> torch.Tensor:
+    """The probability (P,) float64 of a response that is one of the ids and then stops."""
+    rows = [[*prompt.ids, i, EOT_TOKEN] for prompt in prompts for i in ids]
+    with torch.no_grad():
+        scores = logprobs(model, *pad_rows(rows)).double()
+    ends = torch.tensor([len(row) - 1 for row in rows])[:, None]
+    return (scores.gather(1, ends - 1) + scores.gather(1, ends - 2)).exp().view(
+        len(prompts), -1).sum(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_a_verifiable_reward_reaches_the_frontier(advantage, tmp_path):
+    """World V: GPT-2's vocabulary, fine-tuned to answer with one digit, any. The reward is 1 for
+    "7". Of a reward of 0 or 1, the reference's probability p0 determines the optimum:
+    p* = p0 e^(1/beta) / (1 - p0 + p0 e^(1/beta)); and a policy with probability p has at least the
+    KL of one coin to another, p log(p / p0) + (1 - p) log((1 - p) / (1 - p0))."""
+    torch.manual_seed(0)
+    base = save_checkpoint(tmp_path / "base", 1, GPT(GPTConfig(64, N_VOCAB, 2, 2, 32)))
+    rows = [{"instruction": f"{n} + 1 =", "output": str(digit)}
+            for n in range(10) for digit in range(10)]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    finetune.train(finetune.FinetuneConfig(
+        checkpoint=str(base), data=data, out_dir=str(tmp_path / "sft"), epochs=40, batch_size=32,
+        micro_batch_size=32, max_lr=3e-3, val_fraction=0.0, eval_interval=10**6, device="cpu",
+        save_interval=10**6), CPU_LAUNCH)
+    config = RLHFConfig(
+        checkpoint=str(tmp_path / "sft"), reward=f"function:equals={SEVENS}", prompts=data,
+        out_dir=str(tmp_path / "out"), advantage=advantage, steps=40, batch_size=108,
+        group_size=12, micro_batch_size=108, max_response=2, kl_coef=0.5, max_lr=1e-3,
+        value_lr=1e-3, warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6,
+        save_interval=10**6, seed=1, device="cpu")
+    policy, reference = train(config, CPU_LAUNCH), load_model(tmp_path / "sft")
+
+    prompts, _ = load_prompts(data, "--prompts", 64, 2)
+    ids = [i for i in range(EOT_TOKEN) if decode([i]).split() == [SEVENS]]
+    assert len(prompts) == 10 and len(ids) >= 2  # with and without a space before it
+    p0, p = (exact_success(model, prompts, ids) for model in (reference, policy))
+    best = p0 * math.exp(2) / (1 - p0 + p0 * math.exp(2))
+    print(advantage, p0.mean(), p.mean(), best.mean())
+    assert 0.05 < p0.min() and p0.max() < 0.2 and best.mean() > 0.3
+    assert p.mean().item() == pytest.approx(best.mean().item(), abs=0.05)
+    rollouts = rlhf.roll_out(PolicyAndValue(policy, None), reference,
+                             Reward(config.reward, "--reward", CPU), prompts * 64, (7,), config,
+                             RUN)
+    assert rollouts.scores.mean().item() == pytest.approx(p.mean().item(), abs=0.06)
+    kl, error = rollouts.kl.mean(), rollouts.kl.std() / len(rollouts.kl) ** 0.5
+    frontier = (p * (p / p0).log() + (1 - p) * ((1 - p) / (1 - p0)).log()).mean()
+    print(kl, frontier, error)
+    assert frontier > 0.1 and frontier - 2 * error <= kl < frontier + 0.15
+
+
+# ----------------------------------------------------------------------------- step 0
+
+
+def sampled(world, folder, monkeypatch, copies: int = 16, value: bool = False, **changes):
+    """Rollouts of a world's reference to its prompts, and what they were made with."""
+    world.use_small_vocabulary(monkeypatch)
+    config = settings(world, folder, **changes)
+    reference = load_model(config.checkpoint)
+    prompts, _ = load_prompts(config.prompts, "--prompts", 8, config.max_response)
+    prompts = [prompt for prompt in prompts[:-1] for _ in range(copies)]
+    policy = load_model(config.checkpoint)
+    module = PolicyAndValue(policy, RewardModel.from_language_model(
+        load_model(config.checkpoint), 0) if value else None).train()
+    made = Reward(config.reward, "--reward", CPU, config.unstopped_score)
+    return rlhf.roll_out(module, reference, made, prompts, (0,), config, RUN), module, config
+
+
+def assert_starts_at_the_reference(config: RLHFConfig) -> None:
+    """The first step has one update, whose ratios are all within 1e-6 of 1."""
+    train(replace(config, steps=1, inner_epochs=1, minibatches=1, clip_low=1e-6, clip_high=1e-6),
+          CPU_LAUNCH)
+    out = Path(config.out_dir)
+    [first], vals = records(out), records(out, "val")
+    for record in (first, vals[0]):
+        assert record["kl"] == record["kl_k3"] == 0.0 and record["reward"] == record["score"]
+    assert first["clip_fraction"] == 0.0 and first["grad_norm"] > 0.01
+    assert vals[1]["kl"] != 0.0
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_the_policy_starts_at_the_reference(advantage, tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    assert_starts_at_the_reference(settings(TREE, tmp_path, advantage=advantage,
+                                            micro_batch_size=3))
+
+
+def test_dropout_in_a_folder_of_transformers_is_not_used(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=6, n_positions=8, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5,
+        embd_pdrop=0.5, attn_pdrop=0.5)).save_pretrained(tmp_path / "reference")
+    assert json.loads((tmp_path / "reference" / "config.json").read_text())["attn_pdrop"] == 0.5
+    assert_starts_at_the_reference(settings(TREE, tmp_path))
+
+
+def test_rollouts_are_what_the_training_function_sees(tmp_path, monkeypatch):
+    """With gradients, in other batches, row by row: the same log-probabilities and values; of
+    responses of different lengths, from the last token of the prompt on, ends included."""
+    rollouts, module, _ = sampled(TREE, tmp_path, monkeypatch, value=True)
+    lengths = [len(response.tokens) for response in rollouts.responses]
+    assert set(lengths) == {1, 2, 3, 4} and rollouts.mask.sum(1).tolist() == lengths
+    assert {response.finish_reason for response in rollouts.responses} == {"stop", "length"}
+    for i, response in enumerate(rollouts.responses):
+        inputs, targets = collate([response], 8, CPU)
+        assert targets[targets != IGNORE_INDEX].tolist() == response.tokens
+        assert targets[0, len(response.prompt) - 1] == response.tokens[0]
+        assert (response.tokens[-1] == TREE.stop) == response.stopped
+        assert TREE.stop not in response.tokens[:-1]
+        new, values = module(inputs, targets).detach().unbind(1)
+        torch.testing.assert_close(rollouts.logprobs[i, : lengths[i]], new, atol=1e-6, rtol=0)
+        torch.testing.assert_close(rollouts.values[i, : lengths[i]], values, atol=1e-6, rtol=0)
+        alone = logprobs(module.policy, *pad_rows([response.prompt + response.tokens]))
+        torch.testing.assert_close(alone[0, len(response.prompt) - 1 :].detach(), new, atol=1e-6,
+                                   rtol=0)
+    outside = torch.stack([rollouts.logprobs, rollouts.ref_logprobs, rollouts.values])
+    assert outside[:, ~rollouts.mask].abs().max() == 0 and rollouts.values.std() > 0.1
+    assert torch.equal(rollouts.kl, torch.zeros(len(lengths)))
+
+
+def test_scores_are_the_table_of_the_world(tmp_path, monkeypatch):
+    rollouts, _, config = sampled(TREE, tmp_path, monkeypatch)
+    for response, score in zip(rollouts.responses, rollouts.scores.tolist(), strict=True):
+        row = TREE.rewards[TREE.prompts.index(tuple(response.prompt))]
+        assert score == pytest.approx(row[TREE.responses.index(response.tokens)].item(), abs=1e-6)
+    figures = rollouts.figures(config.kl_coef)
+    stopped = [response.stopped for response in rollouts.responses]
+    assert figures["stopped"] == sum(stopped) / len(stopped) and figures["entropy"] > 0
+    assert figures["score"] == pytest.approx(rollouts.scores.mean().item())
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_ids_beyond_the_end_of_rows_change_nothing(advantage, tmp_path, monkeypatch):
+    """Random ids for padding, in rollouts, scores of a reward model, and training."""
+    TREE.use_small_vocabulary(monkeypatch)
+    model = RewardModel.from_language_model(TREE.make_reference(), 0)
+    config = settings(TREE, tmp_path, advantage=advantage, steps=3,
+                      reward=str(save_checkpoint(tmp_path / "reward", 1, model)))
+    train(config, CPU_LAUNCH)
+
+    def random_padding(rows, block_size, device, real=rlhf.pad_batch):
+        ids, masks = real(rows, block_size, device)
+        assert (masks == 0).any()
+        return ids.where(masks.bool(), torch.randint_like(ids, 6)), masks
+
+    monkeypatch.setattr("rlhf.pad_batch", random_padding)
+    monkeypatch.setattr("minigpt2.rewards.pad_batch", random_padding)
+    train(replace(config, out_dir=str(tmp_path / "other")), CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "other")
+
+
+# ------------------------------------------------------------------- sampling and prompts
+
+
+def check_draws(folder, monkeypatch) -> None:
+    """4,096 first tokens after one prompt against the probabilities of the training function: the
+    0.999 quantile of chi-square with 5 degrees of freedom is 20.5."""
+    one = replace(TREE, prompts=TREE.prompts[:1])
+    rollouts, module, _ = sampled(one, folder, monkeypatch, copies=4096, max_response=1)
+    drawn = torch.tensor([response.tokens[0] for response in rollouts.responses])
+    counts = drawn.bincount(minlength=6)
+    inputs, targets = collate([Response(list(one.prompts[0]), [i], "length") for i in range(6)], 8,
+                              CPU)
+    expected = 4096 * module(inputs, targets)[:, 0].detach().double().exp()
+    assert expected.sum().item() == pytest.approx(4096, rel=1e-5) and expected.min() > 5
+    assert ((counts - expected).square() / expected).sum() < 20.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.9}],
+                         ids=["right", "temperature", "top-k", "top-p"])
+def test_samples_follow_the_distribution_that_is_trained(changes, tmp_path, monkeypatch):
+    """And the check would find other ways to sample, which reach 0.96 to 0.99 of an optimum."""
+    def other(model, ids, masks, temperature, max_steps, *, seed, real=rlhf.sample_responses):
+        temperature = changes.get("temperature", temperature)
+        cuts = {name: value for name, value in changes.items() if name != "temperature"}
+        return generate(model, ids, masks, temperature, max_steps, seed=seed, **cuts)
+
+    from inference import generate
+    if not changes:
+        return check_draws(tmp_path, monkeypatch)
+    monkeypatch.setattr("inference.generate", other)
+    with pytest.raises(AssertionError):
+        check_draws(tmp_path, monkeypatch)
+
+
+def check_targets() -> None:
+    """Only the response is trained: of [7, 8 | 9, 3] and [5 | 3], as 2, 1 tokens."""
+    responses = [Response([7, 8], [9, 3], "stop"), Response([5], [3], "stop")]
+    inputs, targets = collate(responses, 5, CPU)
+    assert inputs.tolist() == [[7, 8, 9, 3, 0], [5, 3, 0, 0, 0]]
+    no = IGNORE_INDEX
+    assert targets.tolist() == [[no, 9, 3, no, no], [3, no, no, no, no]]
+    inputs, targets = collate([], 5, CPU)  # for a rank without a row
+    assert inputs.shape == targets.shape and (targets == no).all()
+
+
+def test_the_prompt_is_not_trained(monkeypatch):
+    check_targets()
+    monkeypatch.setattr(A, "response_targets", lambda ids, starts, ends, real=A.response_targets:
+                        real(ids, torch.zeros_like(starts), ends))
+    with pytest.raises(AssertionError):
+        check_targets()
+
+
+def test_every_response_has_a_random_stream_of_its_own(tmp_path, monkeypatch):
+    """Copies of a prompt differ, and so do two consecutive steps."""
+    seeds = []
+    monkeypatch.setattr("rlhf.sample_responses", lambda model, prompts, given, *rest, real=(
+        rlhf.sample_responses), **options: (
+            seeds.extend(given) or real(model, prompts, given, *rest, **options)))
+    TREE.use_small_vocabulary(monkeypatch)
+    train(settings(TREE, tmp_path, steps=3, eval_interval=1), CPU_LAUNCH)
+    assert len(seeds) == 3 * 16 + 4  # and one held-out prompt before each step and at the end
+    assert len(set(seeds)) == 3 * 16 + 1  # the validations draw alike
+
+
+def test_an_epoch_visits_every_prompt_once():
+    """In groups, and in an order of the seed."""
+    prompts = [SimpleNamespace(ids=[i]) for i in range(10)]
+    config = RLHFConfig(batch_size=12, group_size=3, seed=1)
+    steps = [[prompt.ids[0] for prompt in rlhf.step_prompts(prompts, config, step)]
+             for step in range(5)]
+    assert all(step == [i for i in step[::3] for _ in range(3)] for step in steps)
+    order = [i for step in steps for i in step[::3]]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    assert steps[0] != [prompt.ids[0] for prompt in rlhf.step_prompts(
+        prompts, replace(config, seed=2), 0)]
+
+
+# ----------------------------------------------------------------------- from rewards on
+
+
+def rollouts_by_hand(config: RLHFConfig) -> rlhf.Rollouts:
+    """Two responses to each of two prompts, of 3, 1, 2 and 2 tokens."""
+    mask = A.response_mask(torch.zeros(4), torch.tensor([3, 1, 2, 2]), 3)
+    log_ratios = torch.tensor([[1.0, -2, 0], [0, 0, 0], [0.5, 0.5, 0], [-1, 1, 0]])
+    values = torch.tensor([[0.5, 0.4, 0.3], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    return rlhf.Rollouts([Response([0], [0], "stop")] * 4, torch.tensor([1.0, 0, 0.5, 0.5]), mask,
+                         log_ratios - 2.0 * mask, -2.0 * mask, values, {}, 0.0)
+
+
+def check_pipeline() -> None:
+    """GAE: rewards [-.1, .2, 1], with KL .1 a nat, and values as in `test_advantages`; then the
+    whitening of all 8 tokens. Group: scores minus .1 of the KL, which is -1, 0, 1, 0."""
+    config = RLHFConfig(advantage="gae", group_size=2, gae_lambda=0.95)
+    rollouts = rollouts_by_hand(config)
+    assert rollouts.kl.tolist() == pytest.approx([-1, 0, 1, 0])
+    found, returns, _ = rlhf.advantages_and_returns(rollouts, config, 0.1)
+    raw = torch.tensor([[0.52675, 0.765, 0.7], [0, 0, 0], [0.3775, 0.45, 0], [0.48, 0.4, 0]])
+    expected = ((raw - raw[rollouts.mask].mean()) / raw[rollouts.mask].std()).where(
+        rollouts.mask, 0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert returns[0].tolist() == pytest.approx([1.02675, 1.165, 1.0])
+    torch.testing.assert_close(returns[1:], raw[1:])
+    config = replace(config, advantage="group")
+    found, _, figures = rlhf.advantages_and_returns(rollouts, config, 0.1)
+    assert found.tolist() == [pytest.approx(row) for row in (
+        [0.55, 0.55, 0.55], [-0.55, 0, 0], [-0.05, -0.05, 0], [0.05, 0.05, 0])]
+    assert figures["dead_groups"] == 0.5
+
+
+def test_advantages_of_a_step_by_hand():
+    check_pipeline()
