@@ -110,6 +110,7 @@ class PolicyAndValue(nn.Module):
     def __init__(self, policy: GPT, value: RewardModel | None):
         super().__init__()
         self.policy, self.value = policy, value
+        self.block_size = min(model.config.block_size for model in (policy, value) if model)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """inputs, targets (B, T) -> (N, 2) float32, of the N targets in order: log-probabilities,
@@ -125,13 +126,13 @@ def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardMode
     if config.advantage == "group":
         return None
     device = run.launch.device
+    value = (copy.deepcopy(reward.model) if reward.model else
+             RewardModel.from_language_model(load_model(config.checkpoint, device), 0))
     if run.is_resumed:
         saved = {name: tensor.to(device, copy=True) for name, tensor in run.saved["value"].items()}
-        return model_from_parameters(load_model(config.checkpoint).config, saved, RewardModel)
-    value = (RewardModel.from_language_model(load_model(config.checkpoint, device), 0)
-             if reward.model is None else load_model(config.reward, device, RewardModel))
+        return model_from_parameters(value.config, saved, RewardModel)
     nn.init.zeros_(value.score.weight)
-    return value
+    return value.requires_grad_(True)
 
 
 def collate(responses: Sequence[Response], block_size: int,
@@ -179,7 +180,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
     """Stages 2 and 3: one response to each of R prompts, sampled from the policy, its score, and
     the log-probabilities and values of its tokens. Row i draws from a random stream of its own,
     (*stream, i), so that ranks and batches change nothing. None after a signal."""
-    launch, block_size, started = run.launch, module.policy.config.block_size, perf_counter()
+    launch, started = run.launch, perf_counter()
     seeds = [int(np.random.SeedSequence([*stream, row]).generate_state(1, np.uint64)[0])
              for row in range(len(prompts))]
     sampler = prepare_to_sample(copy.deepcopy(module.policy), run.dtype)  # faster than the policy
@@ -193,7 +194,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
 
     def work(rows: list[int]) -> dict[int, torch.Tensor]:
         batch = [responses[i] for i in rows]
-        inputs, targets = collate(batch, block_size, launch.device)  # (B, T)
+        inputs, targets = collate(batch, module.block_size, launch.device)  # (B, T)
         with autocast(launch.device, run.dtype):
             new = module(inputs, targets)  # (N, 2)
             _, losses = reference(inputs, targets, reduction="none", return_logits=False)
@@ -246,7 +247,7 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
     """Stage 5: --inner-epochs passes over the rollouts, one optimizer step per minibatch, whose
     losses are means over its response tokens on all ranks. Logs the step (stage 6)."""
     launch, device, responses = run.launch, run.launch.device, rollouts.responses
-    block_size, R = run.model.config.block_size, len(responses)
+    block_size, R = run.trained.block_size, len(responses)
     lengths = [response.num_tokens for response in responses]
     minibatches = [rows.tolist() for epoch in range(config.inner_epochs) for rows in np.array_split(
         permutation(R, config.seed, run.step, epoch), config.minibatches)]

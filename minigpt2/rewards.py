@@ -100,11 +100,18 @@ def at_most_words(row: dict, response: str, limit: str) -> bool:
 
 
 def contains(row: dict, response: str, text: str) -> bool:
-    return (text or row["output"]).casefold() in response.casefold()
+    return wanted(row, text).casefold() in response.casefold()
 
 
 def equals(row: dict, response: str, text: str) -> bool:
-    return response.split() == (text or row["output"]).split()  # up to whitespace
+    return response.split() == wanted(row, text).split()  # up to whitespace
+
+
+def wanted(row: dict, text: str) -> str:
+    """The text of the argument, else the row's own output. Raises ValueError if both are empty."""
+    if not (text or row["output"]):
+        raise ValueError("the row has no output, and the function no =TEXT")
+    return text or row["output"]
 
 
 def matches(row: dict, response: str, pattern: str) -> bool:
@@ -136,6 +143,8 @@ class Reward:
             if name not in FUNCTIONS:
                 raise UserError(f"{flag} {spec} is unknown: {REWARDS}")
             try:
+                if name in NEEDED and not argument:
+                    raise ValueError("it is missing")
                 NEEDED.get(name, str)(argument)
             except (ValueError, re.error) as error:
                 raise UserError(f"{flag} {spec}: the argument of {name} is not valid "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import world_rewards
-from helpers.common import CPU_LAUNCH, write_rows
-from helpers.training import assert_same_run
+from helpers.common import CPU_LAUNCH, ROOT, main_error, run_script, user_error, write_rows
+from helpers.ranks import Ranks, wait_until
+from helpers.training import assert_same_run, final_state, flags, num_records
 from helpers.worlds import T, W
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,9 +20,9 @@ import finetune
 import reward
 import rlhf
 from dataloader import load_prompts, pad_rows
-from inference import logprobs
+from inference import generate, logprobs
 from minigpt2 import advantages as A
-from minigpt2.checkpoint import load_model, save_checkpoint
+from minigpt2.checkpoint import load_model, save_checkpoint, weights_sha256
 from minigpt2.faults import StopRequest
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
@@ -389,7 +391,6 @@ def test_samples_follow_the_distribution_that_is_trained(changes, tmp_path, monk
         cuts = {name: value for name, value in changes.items() if name != "temperature"}
         return generate(model, ids, masks, temperature, max_steps, seed=seed, **cuts)
 
-    from inference import generate
     if not changes:
         return check_draws(tmp_path, monkeypatch)
     monkeypatch.setattr("inference.generate", other)
@@ -475,3 +476,345 @@ def check_pipeline() -> None:
 
 def test_advantages_of_a_step_by_hand():
     check_pipeline()
+
+
+# --------------------------------------------------------------------------- ranks
+
+
+def start(world_size: int, config: RLHFConfig, folder, **hooks) -> Ranks:
+    return Ranks(world_size, "rlhf", flags(config), folder, small_vocabulary="T", **hooks)
+
+
+def finished(world_size: int, config: RLHFConfig, folder, **hooks) -> None:
+    ranks = start(world_size, config, folder, **hooks)
+    assert ranks.wait() == [0] * world_size, ranks.output()
+
+
+@pytest.mark.slow
+def test_any_split_of_16_responses_gives_the_same_gradient(tmp_path):
+    """Over micro-batches and real ranks, of policy and value model, in float32; of 1 to 4 tokens
+    each: no mean of means. With micro-batches of 3 the last one of rank 1 is smaller, with 5 it is
+    empty."""
+    gradients = {}
+    for world_size, B in ((1, 16), (1, 5), (1, 3), (1, 1), (2, 8), (2, 5), (2, 3)):
+        folder = tmp_path / f"{world_size}x{B}"
+        config = settings(TREE, tmp_path, steps=1, inner_epochs=1, minibatches=1, grad_clip=0.0,
+                          micro_batch_size=B, out_dir=str(folder / "out"))
+        finished(world_size, config, folder, save_gradients=folder, start_value_head=0.5)
+        for rank in range(world_size):
+            gradients[world_size, B, rank] = torch.load(folder / f"gradients_{rank}.pt",
+                                                        weights_only=True)
+    expected = gradients.pop((1, 16, 0))
+    policy, value = (sum(g.square().sum() for g in part) ** 0.5
+                     for part in (expected[: len(expected) // 2], expected[len(expected) // 2 :]))
+    assert policy > 0.05 and value > 0.05
+    for case, found in gradients.items():
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() < 1e-6, case
+
+
+def assert_close_curves(a, b, tolerance: float) -> None:
+    for kind in ("train", "val"):
+        for ours, theirs in zip(records(a, kind), records(b, kind), strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                if name != "kind" and not name.endswith(("_seconds", "_per_sec")):
+                    assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance
+                                                       ), (ours["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"advantage": "group"}, {"shard_optimizer": True}],
+                         ids=["gae", "group", "sharded"])
+def test_two_ranks_equal_one(tmp_path, changes):
+    """The same responses, and the same rewards, losses and norms to 1e-5."""
+    for world_size in (1, 2):
+        config = settings(TREE, tmp_path, out_dir=str(tmp_path / f"out{world_size}"), steps=5,
+                          micro_batch_size=5, eval_interval=2, max_lr=1e-3, **changes)
+        finished(world_size, config, tmp_path / f"log{world_size}")
+    a, b = (tmp_path / f"out{world_size}" for world_size in (1, 2))
+    assert_close_curves(a, b, 1e-5)
+    samples = [[json.loads(line)["response"] for line in (out / rlhf.SAMPLES).open()]
+               for out in (a, b)]
+    assert samples[0] == samples[1] and len(samples[0]) == 4
+    assert len({record["score"] for record in records(a)}) > 1
+
+
+# --------------------------------------------------------------------------- resume
+
+
+def learned_reward(folder, **sizes) -> str:
+    """The folder of a reward model for World T, with a context of its own."""
+    model = RewardModel.from_language_model(GPT(GPTConfig(
+        **{"block_size": 7, "vocab_size": 6, "n_layer": 1, "n_head": 4, "n_embd": 16} | sizes)), 0)
+    return str(save_checkpoint(folder, 1, model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size, advantage", [(1, "gae"), (2, "gae"), (1, "group")])
+def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path, world_size,
+                                                                       advantage):
+    """With an adapted weight of the KL and, for gae, a value model that starts from the reward
+    model. Killed once before its first checkpoint, then after random numbers of log records."""
+    config = settings(TREE, tmp_path, advantage=advantage, save_interval=1, eval_interval=3,
+                      steps=12, resume=True, kl_target=0.02, unstopped_score=-1.0,
+                      reward=learned_reward(tmp_path / "reward"))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finished(world_size, replace(config, out_dir=str(whole)), tmp_path / "a")
+    moments = sorted(random.Random(world_size).sample(range(2, num_records(whole) - 2), 4))
+    for moment in (1, *moments):
+        ranks = start(world_size, config, tmp_path / f"b{moment}")
+        wait_until(lambda: num_records(out) >= moment, ranks)  # noqa: B023
+        ranks.kill()
+        assert ranks.wait() == [-9] * world_size, ranks.output()
+    finished(world_size, config, tmp_path / "c")
+    assert_same_run(out, whole)
+    values = [final_state(folder)["value"] for folder in (out, whole)]
+    assert (values[0] is None) == (advantage == "group")
+    for name in values[0] or ():
+        assert torch.equal(values[0][name], values[1][name])
+    coefficients = [record["kl_coef"] for record in records(whole)]
+    assert len(set(coefficients)) > 6 and final_state(whole)["progress"]["kl_coef"] != (
+        config.kl_coef)
+    samples = [{(record["step"], record["prompt"]): record for record in map(
+        json.loads, (folder / rlhf.SAMPLES).open())} for folder in (out, whole)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_resumes(tmp_path):
+    """Two ranks, killed; then one. As one from the start, up to rounding."""
+    config = settings(TREE, tmp_path, save_interval=1, eval_interval=2, resume=True, kl_target=0.02,
+                      max_lr=1e-3)
+    finished(1, replace(config, out_dir=str(tmp_path / "whole")), tmp_path / "a")
+    ranks = start(2, config, tmp_path / "b")
+    wait_until(lambda: num_records(tmp_path / "out") >= 8, ranks)
+    ranks.kill()
+    assert ranks.wait() == [-9, -9], ranks.output()
+    finished(1, config, tmp_path / "c")
+    assert len(read_log(tmp_path / "out" / "metrics.jsonl")["run"]) == 2
+    assert_close_curves(tmp_path / "out", tmp_path / "whole", 1e-4)
+
+
+@pytest.mark.slow
+def test_the_reference_never_changes(tmp_path, monkeypatch):
+    """And is the same after a resume, from its folder."""
+    TREE.use_small_vocabulary(monkeypatch)
+    seen = []
+
+    def roll_out(module, reference, *rest, real=rlhf.roll_out):
+        seen.append((weights_sha256(reference), weights_sha256(module.policy)))
+        assert not any(p.requires_grad for p in reference.parameters())
+        return real(module, reference, *rest)
+
+    monkeypatch.setattr(rlhf, "roll_out", roll_out)
+    config = settings(TREE, tmp_path, save_interval=2, max_lr=3e-2)
+    train(replace(config), CPU_LAUNCH, StopAfter(40))
+    steps = len(seen)
+    train(replace(config, resume=True), CPU_LAUNCH)
+    references, policies = map(set, zip(*seen, strict=True))
+    assert references == {weights_sha256(load_model(config.checkpoint))} and steps < len(seen)
+    assert len(policies) > 8
+
+
+class StopAfter(StopRequest):
+    """A signal that comes when it has been asked for `count` times."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def requested(self) -> bool:
+        self.count -= 1
+        if self.count < 0:
+            self.name = "SIGTERM"
+        return super().requested()
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_instant_saves_and_the_run_resumes(tmp_path, monkeypatch, capsys):
+    """In a validation, among samples, scores and updates."""
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=3, eval_interval=2, out_dir=str(tmp_path / "whole"))
+    train(config, CPU_LAUNCH)
+    for count in (0, 1, 3, 5, 6, 8, 9, 12, 17):
+        again = replace(config, out_dir=str(tmp_path / f"out{count}"))
+        capsys.readouterr()
+        train(again, CPU_LAUNCH, StopAfter(count))
+        assert "SIGTERM: stopped after" in capsys.readouterr().out, count
+        train(replace(again, resume=True), CPU_LAUNCH)
+        assert_same_run(tmp_path / f"out{count}", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=2, reward=learned_reward(tmp_path / "reward"))
+    train(config, CPU_LAUNCH)
+    again = replace(config, resume=True)
+    torch.manual_seed(5)
+    other = str(save_checkpoint(tmp_path / "other", 1, GPT(TREE.make_reference().config)))
+    (tmp_path / "more.jsonl").write_text(Path(config.prompts).read_text() + '{"prompt": "4 4"}\n')
+    for changes, words in (
+            ({"checkpoint": other}, "another reference (--checkpoint)"),
+            ({"reward": learned_reward(tmp_path / "reward2")}, "another reward (--reward)"),
+            ({"reward": "function:stops"}, "another reward (--reward)"),
+            ({"prompts": str(tmp_path / "more.jsonl")}, "other data"),
+            ({"unstopped_score": -2.0}, "--unstopped-score -1.0, not -2.0"),
+            ({"group_size": 8}, "--group-size 4, not 8"),
+            ({"advantage": "group"}, "--advantage gae, not group"),
+            ({"kl_coef": 0.5}, "--kl-coef 0.2, not 0.5"),
+            ({"inner_epochs": 1}, "--inner-epochs 2, not 1")):
+        assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
+    copied = save_checkpoint(tmp_path / "copied", 7, load_model(config.checkpoint))
+    train(replace(again, checkpoint=str(copied)), CPU_LAUNCH)  # the same weights elsewhere
+
+
+@pytest.mark.slow
+def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    path = tmp_path / "mine.py"
+    path.write_text("def score(row, response):\n    return len(response)\n")
+    config = settings(TREE, tmp_path, steps=1, reward=f"{path}:score")
+    train(config, CPU_LAUNCH)
+    path.write_text("def score(row, response):\n    return -len(response)\n")
+    message = user_error(train, replace(config, resume=True), CPU_LAUNCH)
+    assert "another reward (--reward)" in message
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target multiplies --kl-coef, which is 0"),
+    ({"advantage": "group", "group_size": 1}, "raise --group-size from 1"),
+    ({"batch_size": 15}, "--batch-size 15 is not a multiple of --group-size 4"),
+    ({"batch_size": 1, "group_size": 1}, "--batch-size 1"),
+    ({"scale_advantages": True}, "--scale-advantages needs --advantage group"),
+    ({"minibatches": 17}, "--minibatches 17 of --batch-size 16"),
+    ({"reward": "function:nonsense"}, "--reward function:nonsense is unknown: expected the folder"),
+    ({"reward": "function:at_most_words"}, "the argument of at_most_words is not valid"),
+    ({"reward": "function:at_most_words=many"}, "the argument of at_most_words is not valid"),
+    ({"reward": "function:matches"}, "the argument of matches is not valid"),
+    ({"reward": "function:matches=("}, "the argument of matches is not valid"),
+    ({"reward": "{folder}/no.py:score"}, "no.py"),
+    ({"reward": "{folder}/mine.py:other"}, "has no function 'other'"),
+    ({"reward": "{folder}/mine.py:number"}, "has no function 'number'"),
+    ({"reward": "{folder}/broken.py:score"}, "broken.py: SyntaxError"),
+    ({"reward": "{folder}/nowhere"}, "nowhere"),
+    ({"reward": "{folder}/reference"}, "is a language model, expected a reward model"),
+    ({"checkpoint": "{folder}/model"}, "is a reward model, expected a language model"),
+    ({"prompts": "{folder}/none.json"}, "cannot read --prompts"),
+    ({"prompts": "{folder}/empty.json"}, "0 prompts of 0 rows"),
+    ({"prompts": "{folder}/bad.json"}, "row 1"),
+    ({"max_response": 8}, "5 without room for 8 tokens in a context of 8): lower --max-response"),
+    ({"out_dir": "{folder}/reference/step_000001"}, "is itself a checkpoint")])
+def test_bad_settings_are_one_line(changes, words, tmp_path, monkeypatch, capsys):
+    """Through the command line: exit status 2, and nothing is written."""
+    TREE.use_small_vocabulary(monkeypatch)
+    (tmp_path / "mine.py").write_text("number = 3\n\ndef score(row, response):\n    return 1\n")
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "bad.json").write_text('[{"text": "a"}]')
+    learned_reward(tmp_path / "model")
+    changes = {name: value.format(folder=tmp_path) if isinstance(value, str) else value
+               for name, value in changes.items()}
+    config = settings(TREE, tmp_path, **changes)
+    assert words in main_error(rlhf.main, flags(config), monkeypatch, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("body, value", [
+    ("return float('nan')", "nan"), ("return 1 / 0", "ZeroDivisionError: division by zero"),
+    ("return 'good'", "TypeError: "), ("return None", "TypeError: "),
+    ("return row['label']", "KeyError: 'label'"), ("return -math.inf", "-inf"),
+    ("raise ValueError('no answer\\nin it')", "ValueError: no answer")])
+def test_what_a_reward_function_must_not_do(body, value, tmp_path, monkeypatch):
+    """The run stops with the row and the text, and the user's file is named."""
+    TREE.use_small_vocabulary(monkeypatch)
+    path = tmp_path / "mine.py"
+    path.write_text("import math\n\n\ndef score(row, response):\n    if response == '3 1':\n"
+                    f"        {body}\n    return 0\n")
+    responses = [Response([2], tokens, "stop") for tokens in ([3, 0, 5], [3, 1, 5], [3, 1, 5])]
+    rows, _ = load_prompts(str(TREE.write_prompts(tmp_path / "prompts.jsonl")), "--prompts", 8, 4)
+    message = user_error(Reward(f"{path}:score", "--reward", CPU), responses, rows, CPU_LAUNCH,
+                         torch.float32)
+    assert f"the reward function {path}:score gives " in message and value in message
+    assert f"'3 1 5', a response to {tmp_path / 'prompts.jsonl'} line 2" in message
+
+
+def test_a_score_that_is_not_finite_stops_the_run_naming_row_and_text(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, reward=learned_reward(tmp_path / "reward"))
+    real = RewardModel.forward
+
+    def forward(self, ids, masks):
+        is_poisoned = (ids[:, :3] == torch.tensor([2, 1, 5])).all(1)
+        return real(self, ids, masks).masked_fill(is_poisoned, math.nan)
+
+    monkeypatch.setattr(RewardModel, "forward", forward)
+    message = user_error(train, config, CPU_LAUNCH)
+    assert message.startswith(f"the score of '1 5', a response to {config.prompts} line 2, is nan")
+
+
+# --------------------------------------------------------------------- models and a whole run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"block_size": 7}, {"block_size": 12}, {
+    "block_size": 8, "n_embd": 32, "n_layer": 2, "n_head": 4}], ids=["shorter", "longer", "heads"])
+def test_a_reward_model_of_other_sizes_is_the_value_model(sizes, tmp_path, monkeypatch):
+    """With its own trunk and a head of 0 at first; a resumed run continues with it."""
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=4, save_interval=1, keep_last=0,
+                      reward=learned_reward(tmp_path / "reward", **sizes))
+    train(replace(config, out_dir=str(tmp_path / "whole")), CPU_LAUNCH)
+    train(config, CPU_LAUNCH, StopAfter(25))
+    assert 0 < len(records(tmp_path / "out")) < 4
+    train(replace(config, resume=True), CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert records(tmp_path / "whole")[0]["explained_variance"] == pytest.approx(0, abs=1e-6)
+
+
+def stopping_model(folder, p_stop: float) -> Path:
+    """A checkpoint with GPT-2's vocabulary that ends each response with about this probability."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(96, N_VOCAB, 1, 2, 8))
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1)  # a constant in every hidden state
+        model.transformer.wte.weight[EOT_TOKEN] = math.log(N_VOCAB * p_stop / (1 - p_stop)) / 8
+    return save_checkpoint(folder, 1, model)
+
+
+ROWS = [{"instruction": f"Name {n} animals.", "input": "", "output": "cat " * n}
+        for n in range(1, 9)]
+
+
+@pytest.mark.slow
+def test_the_command_line_with_a_function_of_a_file(rows_file, tmp_path):
+    """All files of a run, and the rewards of the user's function: the length of the text."""
+    (tmp_path / "mine.py").write_text(
+        "def length(row, response):\n    assert row['output'].startswith('cat')\n"
+        "    return min(len(response), 100) / 100\n")
+    base = stopping_model(tmp_path / "base", 0.3)
+    out = tmp_path / "out"
+    result = run_script(
+        ROOT / "rlhf.py", "--checkpoint", base, "--reward", f"{tmp_path / 'mine.py'}:length",
+        "--prompts", rows_file, "--out-dir", out, "--steps", 2, "--batch-size", 8, "--group-size",
+        2, "--max-response", 6, "--val-fraction", "0.2", "--device", "cpu", "--eval-interval", 1)
+    assert "8 prompts of 8 rows (left out: 0 repeated" in result.stdout
+    assert "2 steps of 8 responses, 2 per prompt" in result.stdout
+    assert "finished 2 steps" in result.stdout and (out / "step_000002").is_dir()
+    assert (out / "rlhf_reward.png").read_bytes().startswith(b"\x89PNG")
+    samples = [json.loads(line) for line in (out / rlhf.SAMPLES).open(encoding="utf-8")]
+    assert {sample["step"] for sample in samples} == {0, 1, 2}
+    stopped = [sample for sample in samples if sample["finish_reason"] == "stop"]
+    assert stopped and len(stopped) < len(samples)
+    for sample in samples:
+        text = sample["response"].removesuffix("<|endoftext|>")
+        expected = min(len(text), 100) / 100 if sample in stopped else 0.0
+        assert sample["score"] == pytest.approx(expected, abs=1e-6)
+    assert set(records(out)[0]) >= {
+        "score", "score_std", "reward", "kl", "kl_k3", "kl_coef", "entropy", "stopped",
+        "response_tokens", "policy_loss", "value_loss", "clip_fraction", "explained_variance",
+        "grad_norm", "lr", "rollout_seconds", "score_seconds", "update_seconds"}
