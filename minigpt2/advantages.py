@@ -86,9 +86,10 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale: bool) -> tor
     """The advantages (R,) of whole responses: rewards (R,) minus the mean of their group, which are
     `group_size` rows in turn (Liu et al. 2025, "Dr. GRPO"); with `scale` also divided by its
     deviation + 1e-4 (Shao et al. 2024, GRPO; as TRL's)."""
-    groups = rewards.view(-1, group_size)
+    groups = rewards.double().view(-1, group_size)  # a float32 mean of equal rewards is not exact
     centered = groups - groups.mean(1, keepdim=True)
-    return (centered / (groups.std(1, keepdim=True) + 1e-4) if scale else centered).flatten()
+    scaled = centered / (groups.std(1, keepdim=True) + 1e-4) if scale else centered
+    return scaled.flatten().to(rewards.dtype)
 
 
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,

@@ -107,11 +107,18 @@ def at_most_words(limit: str, row: dict, response: str) -> bool:
 
 
 def contains(text: str, row: dict, response: str) -> bool:
-    return (text or row["output"]).casefold() in response.casefold()
+    return wanted(text, row).casefold() in response.casefold()
 
 
 def equals(text: str, row: dict, response: str) -> bool:
-    return response.split() == (text or row["output"]).split()  # up to whitespace
+    return response.split() == wanted(text, row).split()  # up to whitespace
+
+
+def wanted(text: str, row: dict) -> str:
+    """The argument, else the row's own output. Raises ValueError if both are empty."""
+    if not (text or row["output"]):
+        raise ValueError("the row has no output, and the function no =TEXT")
+    return text or row["output"]
 
 
 def matches(pattern: str, row: dict, response: str) -> bool:

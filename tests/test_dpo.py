@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import worlds
 from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import assert_same_run, interrupted, losses, num_records
+from helpers.worlds import Standing, W
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -411,28 +411,28 @@ def test_the_command_line(base, rows_file, tmp_path):
 # ------------------------------------------------------------------------- a known optimum
 
 
-def train_in_world(tmp_path, monkeypatch, hard: bool = False, **changes) -> worlds.Standing:
+def train_in_world(tmp_path, monkeypatch, hard: bool = False, **changes) -> Standing:
     """dpo.py on the plain rows of World W."""
-    worlds.use_small_vocabulary(monkeypatch)
+    W.use_small_vocabulary(monkeypatch)
     monkeypatch.setattr("minigpt2.rewards.padded_length", int)  # four tokens stay four
-    options = {"beta": worlds.BETA, "batch_size": 780, "micro_batch_size": 780, "epochs": 60,
+    options = {"beta": W.beta, "batch_size": 780, "micro_batch_size": 780, "epochs": 60,
                "max_lr": 1e-2, "warmup_fraction": 0.1, "val_fraction": 0.0, "eval_interval": 10**6,
                "save_interval": 10**6} | changes
-    return worlds.standing(train(tiny(
-        worlds.save_reference(tmp_path / "reference"),
-        worlds.write_rows(tmp_path / "rows.jsonl", hard), tmp_path / "out", **options), CPU_LAUNCH))
+    return W.standing(train(tiny(
+        W.save_reference(tmp_path / "reference"),
+        W.write_rows(tmp_path / "rows.jsonl", hard), tmp_path / "out", **options), CPU_LAUNCH))
 
 
 def test_world_w_is_what_it_says():
-    reference = worlds.make_reference()
-    logprobs = worlds.response_logprobs(reference)
+    reference = W.make_reference()
+    logprobs = W.response_logprobs(reference)
     assert logprobs.exp().sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
-    best = worlds.best_logprobs(reference)
-    assert worlds.objective(logprobs, logprobs) == pytest.approx((-0.6177, 0), abs=1e-4)
-    assert worlds.objective(best, logprobs) == pytest.approx((0.1208, 1.3194), abs=1e-4)
-    partition = (logprobs + worlds.REWARDS / worlds.BETA).logsumexp(1).mean().item()
-    assert worlds.objective(best, logprobs)[0] == pytest.approx(worlds.BETA * partition)
-    rows = worlds.preference_rows()
+    best = W.best_logprobs(reference)
+    assert W.objective(logprobs, logprobs) == pytest.approx((-0.6177, 0), abs=1e-4)
+    assert W.objective(best, logprobs) == pytest.approx((0.1208, 1.3194), abs=1e-4)
+    partition = (logprobs + W.rewards / W.beta).logsumexp(1).mean().item()
+    assert W.objective(best, logprobs)[0] == pytest.approx(W.beta * partition)
+    rows = W.preference_rows()
     assert len(rows) == 3120 and len({json.dumps(row) for row in rows}) == 312  # both orders
 
 

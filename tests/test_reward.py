@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import worlds
 from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import losses
+from helpers.worlds import W
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import chat
@@ -471,14 +471,14 @@ def test_another_prompts_response_is_never_of_an_equal_prompt():
 def test_world_w_is_learned_from_plain_rows(tmp_path, monkeypatch):
     """The rewards of all 26 responses, the entropy of the labels as loss, and the best possible
     accuracy. See helpers/worlds.py."""
-    worlds.use_small_vocabulary(monkeypatch)
-    rows = worlds.write_rows(tmp_path / "rows.jsonl")
+    W.use_small_vocabulary(monkeypatch)
+    rows = W.write_rows(tmp_path / "rows.jsonl")
     config = RewardConfig(
-        checkpoint=str(worlds.save_reference(tmp_path / "base")), data=str(rows),
+        checkpoint=str(W.save_reference(tmp_path / "base")), data=str(rows),
         val_data=str(rows), out_dir=str(tmp_path / "out"), epochs=16, batch_size=125,
         micro_batch_size=500, max_lr=3e-3, eval_interval=10000, device="cpu", max_response=2)
     model = train(config, CPU_LAUNCH)
-    sequences = [prompt + response for prompt in worlds.PROMPTS for response in worlds.RESPONSES]
+    sequences = W.rows
     scores = score_rows(model, sequences, sequences, CPU_LAUNCH, torch.float32, 26).view(2, -1)
     report = report_of(tmp_path / "out")
     scores *= report["deviation"]  # normalization has divided by it
@@ -486,9 +486,9 @@ def test_world_w_is_learned_from_plain_rows(tmp_path, monkeypatch):
     def centered(table):
         return table - table.mean(1, keepdim=True)
 
-    assert (centered(scores) - centered(worlds.REWARDS)).abs().max() < 0.1
+    assert (centered(scores) - centered(W.rewards)).abs().max() < 0.1
     first, second = torch.triu_indices(13, 13, 1)
-    p = torch.sigmoid(worlds.REWARDS[:, first] - worlds.REWARDS[:, second])
+    p = torch.sigmoid(W.rewards[:, first] - W.rewards[:, second])
     entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean().item()
     assert entropy == pytest.approx(0.6004, abs=1e-4)
     assert report["loss"] == pytest.approx(entropy, abs=0.02)

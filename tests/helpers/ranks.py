@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -28,16 +29,17 @@ import finetune
 import judge
 import model
 import reward
+import rlhf
 import trainer
 from dataloader import TokenLoader
-from helpers import held_trainer, toy_script
+from helpers import held_trainer, toy_script, worlds
 from helpers.common import main_of
 from minigpt2 import distributed, faults, run
 from minigpt2.config import run_main
 
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
 NO_WAIT = {"minigpt2.config.RANK_DELAY_S": 0.0}
-SCRIPTS = {"trainer": trainer, "finetune": finetune, "reward": reward, "dpo": dpo,
+SCRIPTS = {"trainer": trainer, "finetune": finetune, "reward": reward, "dpo": dpo, "rlhf": rlhf,
            "toy": toy_script, "evaluate": evaluate, "judge": judge}
 
 
@@ -259,6 +261,25 @@ def record_pair_gradient(folder: Path) -> None:
         return real(parameters, limit)
 
     dpo.reference_logprobs, torch.nn.utils.clip_grad_norm_ = made_up, record
+
+
+def small_vocabulary(name: str) -> None:
+    """See `worlds.World.use_small_vocabulary`."""
+    getattr(worlds, name).use_small_vocabulary(pytest.MonkeyPatch())
+
+
+def start_value_head(scale: float) -> None:
+    """Makes the head of rlhf.py's value model start at +-scale instead of 0, with which its trunk
+    would have no gradient in the first step."""
+    real = rlhf.load_value_model
+
+    def load_value_model(*arguments):
+        value = real(*arguments)
+        with torch.no_grad():
+            value.score.weight.fill_(scale)[:, ::2] *= -1
+        return value
+
+    rlhf.load_value_model = load_value_model
 
 
 def record_broadcasts(folder: Path) -> None:

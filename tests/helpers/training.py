@@ -78,7 +78,8 @@ def curves(out_dir: Path) -> dict:
     """The train and val records, without the measured speed."""
     log = read_log(out_dir / "metrics.jsonl")
     return {kind: {step: {name: value for name, value in record.items()
-                          if name not in ("tokens_per_sec", "mfu")}
+                          if name not in ("tokens_per_sec", "mfu")
+                          and not name.endswith("_seconds")}
                    for step, record in log[kind].items()} for kind in ("train", "val")}
 
 

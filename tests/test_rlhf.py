@@ -1,0 +1,820 @@
+"""Policy optimization: what is scored and trained, known optima, ranks, resume, and bad input."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import world_rewards
+from helpers.common import CPU_LAUNCH, ROOT, main_error, run_script, user_error, write_rows
+from helpers.ranks import Ranks, wait_until
+from helpers.training import assert_same_run, final_state, flags, num_records
+from helpers.worlds import T, W
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import finetune
+import reward
+import rlhf
+from dataloader import load_prompts, pad_rows
+from inference import generate, logprobs
+from minigpt2 import advantages as A
+from minigpt2.checkpoint import load_model, save_checkpoint, weights_sha256
+from minigpt2.faults import StopRequest
+from minigpt2.loss import IGNORE_INDEX
+from minigpt2.metrics import read_log
+from minigpt2.rewards import Reward, RewardModel, score_rows
+from minigpt2.sampling import Response
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, decode
+from model import GPT, GPTConfig
+from rlhf import PolicyAndValue, RLHFConfig, collate, train
+
+# A tree like World T whose reference stops sooner: responses of all lengths, 1 to 4
+TREE = replace(T, sharpness=1)
+RUN = SimpleNamespace(launch=CPU_LAUNCH, stop=StopRequest(), dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+def settings(world, folder, **changes) -> RLHFConfig:
+    """Eight steps of 16 responses to the prompts of a world, with all files in a folder."""
+    reference = folder / "reference"
+    if not reference.exists():
+        world.save_reference(reference)
+    options = {"checkpoint": str(reference), "out_dir": str(folder / "out"), "steps": 8,
+               "prompts": str(world.write_prompts(folder / "prompts.jsonl")),
+               "reward": f"{world_rewards.__file__}:{world.reward.__name__}",
+               "unstopped_score": world.unstopped, "max_response": world.max_new_tokens,
+               "batch_size": 16, "group_size": 4, "micro_batch_size": 16, "kl_coef": world.beta,
+               "max_lr": 3e-3, "value_lr": 3e-3, "warmup_fraction": 0.0, "val_fraction": 0.0,
+               "eval_interval": 10**6, "save_interval": 10**6, "seed": 1, "device": "cpu"}
+    return RLHFConfig(**options | changes)
+
+
+def records(out, kind: str = "train") -> list[dict]:
+    return [record for _, record in sorted(read_log(out / "metrics.jsonl")[kind].items())]
+
+
+# --------------------------------------------------------------------------- known optima
+
+
+@pytest.mark.parametrize("world, start, best, responses, unstopped", [
+    (W, -0.6177, (0.1208, 1.3194), 13, 9), (T, -0.9229, (-0.0193, 3.5669), 781, 625)],
+    ids=["W", "T"])
+def test_the_worlds_are_what_they_say(world, start, best, responses, unstopped):
+    reference = world.make_reference()
+    logprobs, optimum = world.response_logprobs(reference), world.best_logprobs(reference)
+    assert logprobs.shape == (len(world.prompts), responses)
+    assert logprobs.exp().sum(1).tolist() == pytest.approx([1] * len(world.prompts), abs=1e-5)
+    assert world.objective(logprobs, logprobs) == pytest.approx((start, 0), abs=1e-4)
+    assert world.objective(optimum, logprobs) == pytest.approx(best, abs=1e-4)
+    partition = (logprobs + world.rewards / world.beta).logsumexp(1).mean().item()
+    assert world.objective(optimum, logprobs)[0] == pytest.approx(world.beta * partition)
+    assert sum(response[-1] != world.stop for response in world.responses) == unstopped
+
+
+def optimize_in(world, folder, monkeypatch, **changes):
+    world.use_small_vocabulary(monkeypatch)
+    options = {"steps": 100, "batch_size": 64, "group_size": 64 // len(world.prompts),
+               "micro_batch_size": 64}
+    return world.standing(train(settings(world, folder, **options | changes), CPU_LAUNCH))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [W, T], ids=["W", "T"])
+@pytest.mark.parametrize("changes", [
+    {"advantage": "gae"}, {"advantage": "group"},
+    {"advantage": "group", "scale_advantages": True, "seed": 2}], ids=["gae", "group", "scaled"])
+def test_a_known_optimum_is_reached(world, changes, tmp_path, monkeypatch):
+    """All responses are enumerated, so nothing is noisy but the training."""
+    found = optimize_in(world, tmp_path, monkeypatch, **changes)
+    assert found.fraction > 0.95 and found.total_variation < 0.1, found
+    reference = world.make_reference()
+    _, kl = world.objective(world.best_logprobs(reference), world.response_logprobs(reference))
+    assert found.kl == pytest.approx(kl, rel=0.1)
+
+
+# ------------------------------------------------ errors that the known optimum reveals
+
+
+def negated(real):
+    return lambda *arguments: -real(*arguments)
+
+
+def without_kl(scores, log_ratios, mask, _, real=A.token_rewards):
+    return real(scores, log_ratios, mask, 0.0)
+
+
+def score_shifted_by(shift: int):
+    """The score `shift` tokens after the last one; past the end it is lost."""
+    def token_rewards(scores, log_ratios, mask, kl_coef, real=A.token_rewards):
+        last = mask.sum(1) - 1
+        place = (last + shift).clamp(min=0)[:, None]
+        is_place = torch.arange(mask.size(1)) == place
+        return real(torch.zeros_like(scores), log_ratios, mask, kl_coef) + (
+            is_place * scores[:, None] * mask)
+
+    return token_rewards
+
+
+def ratio_inverted(new, old, *rest, real=A.policy_loss):
+    return real(old, new, *rest)
+
+
+def reference_is_the_policy(module, reference, *rest, real=rlhf.roll_out):
+    return real(module, module.policy, *rest)
+
+
+def ends_not_trained(rollouts, *rest, real=rlhf.advantages_and_returns):
+    advantages, *others = real(rollouts, *rest)
+    lengths = rollouts.mask.sum(1)
+    return advantages * (torch.arange(advantages.size(1)) < lengths[:, None] - 1), *others
+
+
+def kl_in_the_loss(estimate):
+    """`advantages_and_returns` and `policy_loss` with the KL in the loss, per token, instead of in
+    the reward. The former hands the log-probabilities of the reference to the latter."""
+    def advantages_and_returns(rollouts, config, _, real=rlhf.advantages_and_returns):
+        advantages, returns, figures = real(rollouts, config, 0.0)
+        beta = torch.full_like(advantages, config.kl_coef)
+        return torch.stack([advantages, rollouts.ref_logprobs, beta], -1), returns, figures
+
+    def policy_loss(new, old, extended, *rest, real=A.policy_loss):
+        advantages, ref, beta = extended.unbind(1)
+        return real(new, old, advantages, *rest) + beta * estimate(new, ref)
+
+    return {"rlhf.advantages_and_returns": advantages_and_returns,
+            "minigpt2.advantages.policy_loss": policy_loss}
+
+
+ROOM = "minigpt2.advantages."
+MUTATIONS = {  # what is replaced, the world that shows it, and the kinds of advantage
+    "right": ({}, W, "gae"),
+    "right, group": ({}, W, "group"),
+    "right, group, T": ({}, T, "group"),
+    "sign": ({ROOM + "whiten": negated(A.whiten)}, W, "gae"),
+    "sign, group": ({ROOM + "group_advantages": negated(A.group_advantages)}, W, "group"),
+    "no KL": ({ROOM + "token_rewards": without_kl}, W, "gae"),
+    "reference drifting": ({"rlhf.roll_out": reference_is_the_policy}, W, "group"),
+    "score one late": ({ROOM + "token_rewards": score_shifted_by(1)}, W, "gae"),
+    "score one early": ({ROOM + "token_rewards": score_shifted_by(-1)}, W, "gae"),
+    "end not trained": ({"rlhf.advantages_and_returns": ends_not_trained}, W, "group"),
+    "end not trained, gae": ({"rlhf.advantages_and_returns": ends_not_trained}, W, "gae"),
+    "unstopped as if whole": ({"minigpt2.sampling.Response.stopped": property(
+        lambda self: True)}, W, "gae"),
+    "ratio inverted": ({ROOM + "policy_loss": ratio_inverted}, W, "gae"),
+    "k1 in the loss": (kl_in_the_loss(lambda new, ref: new - ref), W, "group"),
+    "k2 in the loss": (kl_in_the_loss(lambda new, ref: (new - ref).square() / 2), T, "group"),
+    "k3 in the loss": (kl_in_the_loss(lambda new, ref: (ref - new).exp() - 1 - (ref - new)), T,
+                       "group"),
+}
+SHORT = {W: {"steps": 30, "max_lr": 5e-3, "value_lr": 5e-3}, T: {"steps": 60}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_algorithm_does_not_reach_the_optimum(name, tmp_path, monkeypatch):
+    """So `test_a_known_optimum_is_reached` would find these errors. The runs are shorter."""
+    replaced, world, advantage = MUTATIONS[name]
+    for path, mutation in replaced.items():
+        monkeypatch.setattr(path, mutation)
+    found = optimize_in(world, tmp_path, monkeypatch, advantage=advantage, **SHORT[world])
+    assert (found.fraction > 0.95) == (not replaced), found
+
+
+# ------------------------------------------------------------- a learned reward, a real text
+
+
+@pytest.mark.slow
+def test_a_learned_reward_leads_to_the_same_optimum(tmp_path, monkeypatch):
+    """reward.py on the plain pairs of World W, then PPO on its scores, judged by the true rewards.
+    Pairs determine scores up to a constant of each prompt, here about -1.2 for both; so the fixed
+    score of responses that do not stop is on the scale of the true rewards only after such a shift:
+    it is the model's own mean score of them."""
+    W.use_small_vocabulary(monkeypatch)
+    base = W.save_reference(tmp_path / "reference")
+    model = reward.train(reward.RewardConfig(
+        checkpoint=str(base), data=str(W.write_rows(tmp_path / "rows.jsonl")), epochs=6,
+        out_dir=str(tmp_path / "reward"), batch_size=125, micro_batch_size=500, max_lr=3e-3,
+        val_fraction=0.0, eval_interval=10**6, save_interval=10**6, normalize_samples=0,
+        device="cpu"), CPU_LAUNCH)
+    scores = score_rows(model, W.rows, W.rows, CPU_LAUNCH, torch.float32, 26).view(2, -1)
+    offsets = (scores - W.rewards).mean(1)
+    assert (scores - W.rewards - offsets[:, None]).abs().max() < 0.25
+    found = optimize_in(W, tmp_path, monkeypatch, reward=str(tmp_path / "reward"),
+                        unstopped_score=scores[:, -9:].mean().item(), **SHORT[W])
+    assert found.fraction > 0.95 and found.total_variation < 0.1, (found, offsets)
+
+
+SEVENS = "7"
+
+
+def exact_success(model: GPT, prompts, ids: list[int]) -> torch.Tensor:
+    """The probability (P,) float64 of a response that is one of the ids and then stops."""
+    rows = [[*prompt.ids, i, EOT_TOKEN] for prompt in prompts for i in ids]
+    with torch.no_grad():
+        scores = logprobs(model, *pad_rows(rows)).double()
+    ends = torch.tensor([len(row) - 1 for row in rows])[:, None]
+    return (scores.gather(1, ends - 1) + scores.gather(1, ends - 2)).exp().view(
+        len(prompts), -1).sum(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_a_verifiable_reward_reaches_the_frontier(advantage, tmp_path):
+    """World V: GPT-2's vocabulary, fine-tuned to answer with one digit, any. The reward is 1 for
+    "7". Of a reward of 0 or 1, the reference's probability p0 determines the optimum:
+    p* = p0 e^(1/beta) / (1 - p0 + p0 e^(1/beta)); and a policy with probability p has at least the
+    KL of one coin to another, p log(p / p0) + (1 - p) log((1 - p) / (1 - p0))."""
+    torch.manual_seed(0)
+    base = save_checkpoint(tmp_path / "base", 1, GPT(GPTConfig(64, N_VOCAB, 2, 2, 32)))
+    rows = [{"instruction": f"{n} + 1 =", "output": str(digit)}
+            for n in range(10) for digit in range(10)]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    finetune.train(finetune.FinetuneConfig(
+        checkpoint=str(base), data=data, out_dir=str(tmp_path / "sft"), epochs=40, batch_size=32,
+        micro_batch_size=32, max_lr=3e-3, val_fraction=0.0, eval_interval=10**6, device="cpu",
+        save_interval=10**6), CPU_LAUNCH)
+    config = RLHFConfig(
+        checkpoint=str(tmp_path / "sft"), reward=f"function:equals={SEVENS}", prompts=data,
+        out_dir=str(tmp_path / "out"), advantage=advantage, steps=40, batch_size=108,
+        group_size=12, micro_batch_size=108, max_response=2, kl_coef=0.5, max_lr=1e-3,
+        value_lr=1e-3, warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6,
+        save_interval=10**6, seed=1, device="cpu")
+    policy, reference = train(config, CPU_LAUNCH), load_model(tmp_path / "sft")
+
+    prompts, _ = load_prompts(data, "--prompts", 64, 2)
+    ids = [i for i in range(EOT_TOKEN) if decode([i]).split() == [SEVENS]]
+    assert len(prompts) == 10 and len(ids) >= 2  # with and without a space before it
+    p0, p = (exact_success(model, prompts, ids) for model in (reference, policy))
+    best = p0 * math.exp(2) / (1 - p0 + p0 * math.exp(2))
+    print(advantage, p0.mean(), p.mean(), best.mean())
+    assert 0.05 < p0.min() and p0.max() < 0.2 and best.mean() > 0.3
+    assert p.mean().item() == pytest.approx(best.mean().item(), abs=0.05)
+    rollouts = rlhf.roll_out(PolicyAndValue(policy, None), reference,
+                             Reward(config.reward, "--reward", CPU), prompts * 64, (7,), config,
+                             RUN)
+    assert rollouts.scores.mean().item() == pytest.approx(p.mean().item(), abs=0.06)
+    kl, error = rollouts.kl.mean(), rollouts.kl.std() / len(rollouts.kl) ** 0.5
+    frontier = (p * (p / p0).log() + (1 - p) * ((1 - p) / (1 - p0)).log()).mean()
+    print(kl, frontier, error)
+    assert frontier > 0.1 and frontier - 2 * error <= kl < frontier + 0.15
+
+
+# ----------------------------------------------------------------------------- step 0
+
+
+def sampled(world, folder, monkeypatch, copies: int = 16, value: bool = False, **changes):
+    """Rollouts of a world's reference to its prompts, and what they were made with."""
+    world.use_small_vocabulary(monkeypatch)
+    config = settings(world, folder, **changes)
+    reference = load_model(config.checkpoint)
+    prompts, _ = load_prompts(config.prompts, "--prompts", 8, config.max_response)
+    prompts = [prompt for prompt in prompts[:-1] for _ in range(copies)]
+    policy = load_model(config.checkpoint)
+    module = PolicyAndValue(policy, RewardModel.from_language_model(
+        load_model(config.checkpoint), 0) if value else None).train()
+    made = Reward(config.reward, "--reward", CPU, config.unstopped_score)
+    return rlhf.roll_out(module, reference, made, prompts, (0,), config, RUN), module, config
+
+
+def assert_starts_at_the_reference(config: RLHFConfig) -> None:
+    """The first step has one update, whose ratios are all within 1e-6 of 1."""
+    train(replace(config, steps=1, inner_epochs=1, minibatches=1, clip_low=1e-6, clip_high=1e-6),
+          CPU_LAUNCH)
+    out = Path(config.out_dir)
+    [first], vals = records(out), records(out, "val")
+    for record in (first, vals[0]):
+        assert record["kl"] == record["kl_k3"] == 0.0 and record["reward"] == record["score"]
+    assert first["clip_fraction"] == 0.0 and first["grad_norm"] > 0.01
+    assert vals[1]["kl"] != 0.0
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_the_policy_starts_at_the_reference(advantage, tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    assert_starts_at_the_reference(settings(TREE, tmp_path, advantage=advantage,
+                                            micro_batch_size=3))
+
+
+def test_dropout_in_a_folder_of_transformers_is_not_used(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=6, n_positions=8, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5,
+        embd_pdrop=0.5, attn_pdrop=0.5)).save_pretrained(tmp_path / "reference")
+    assert json.loads((tmp_path / "reference" / "config.json").read_text())["attn_pdrop"] == 0.5
+    assert_starts_at_the_reference(settings(TREE, tmp_path))
+
+
+def test_rollouts_are_what_the_training_function_sees(tmp_path, monkeypatch):
+    """With gradients, in other batches, row by row: the same log-probabilities and values; of
+    responses of different lengths, from the last token of the prompt on, ends included."""
+    rollouts, module, _ = sampled(TREE, tmp_path, monkeypatch, value=True)
+    lengths = [len(response.tokens) for response in rollouts.responses]
+    assert set(lengths) == {1, 2, 3, 4} and rollouts.mask.sum(1).tolist() == lengths
+    assert {response.finish_reason for response in rollouts.responses} == {"stop", "length"}
+    for i, response in enumerate(rollouts.responses):
+        inputs, targets = collate([response], 8, CPU)
+        assert targets[targets != IGNORE_INDEX].tolist() == response.tokens
+        assert targets[0, len(response.prompt) - 1] == response.tokens[0]
+        assert (response.tokens[-1] == TREE.stop) == response.stopped
+        assert TREE.stop not in response.tokens[:-1]
+        new, values = module(inputs, targets).detach().unbind(1)
+        torch.testing.assert_close(rollouts.logprobs[i, : lengths[i]], new, atol=1e-6, rtol=0)
+        torch.testing.assert_close(rollouts.values[i, : lengths[i]], values, atol=1e-6, rtol=0)
+        alone = logprobs(module.policy, *pad_rows([response.prompt + response.tokens]))
+        torch.testing.assert_close(alone[0, len(response.prompt) - 1 :].detach(), new, atol=1e-6,
+                                   rtol=0)
+    outside = torch.stack([rollouts.logprobs, rollouts.ref_logprobs, rollouts.values])
+    assert outside[:, ~rollouts.mask].abs().max() == 0 and rollouts.values.std() > 0.1
+    assert torch.equal(rollouts.kl, torch.zeros(len(lengths)))
+
+
+def test_scores_are_the_table_of_the_world(tmp_path, monkeypatch):
+    rollouts, _, config = sampled(TREE, tmp_path, monkeypatch)
+    for response, score in zip(rollouts.responses, rollouts.scores.tolist(), strict=True):
+        row = TREE.rewards[TREE.prompts.index(tuple(response.prompt))]
+        assert score == pytest.approx(row[TREE.responses.index(response.tokens)].item(), abs=1e-6)
+    figures = rollouts.figures(config.kl_coef)
+    stopped = [response.stopped for response in rollouts.responses]
+    assert figures["stopped"] == sum(stopped) / len(stopped) and figures["entropy"] > 0
+    assert figures["score"] == pytest.approx(rollouts.scores.mean().item())
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_ids_beyond_the_end_of_rows_change_nothing(advantage, tmp_path, monkeypatch):
+    """Random ids for padding, in rollouts, scores of a reward model, and training."""
+    TREE.use_small_vocabulary(monkeypatch)
+    model = RewardModel.from_language_model(TREE.make_reference(), 0)
+    config = settings(TREE, tmp_path, advantage=advantage, steps=3,
+                      reward=str(save_checkpoint(tmp_path / "reward", 1, model)))
+    train(config, CPU_LAUNCH)
+
+    def random_padding(rows, block_size, device, real=rlhf.pad_batch):
+        ids, masks = real(rows, block_size, device)
+        assert (masks == 0).any()
+        return ids.where(masks.bool(), torch.randint_like(ids, 6)), masks
+
+    monkeypatch.setattr("rlhf.pad_batch", random_padding)
+    monkeypatch.setattr("minigpt2.rewards.pad_batch", random_padding)
+    train(replace(config, out_dir=str(tmp_path / "other")), CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "other")
+
+
+# ------------------------------------------------------------------- sampling and prompts
+
+
+def check_draws(folder, monkeypatch) -> None:
+    """4,096 first tokens after one prompt against the probabilities of the training function: the
+    0.999 quantile of chi-square with 5 degrees of freedom is 20.5."""
+    one = replace(TREE, prompts=TREE.prompts[:1])
+    rollouts, module, _ = sampled(one, folder, monkeypatch, copies=4096, max_response=1)
+    drawn = torch.tensor([response.tokens[0] for response in rollouts.responses])
+    counts = drawn.bincount(minlength=6)
+    inputs, targets = collate([Response(list(one.prompts[0]), [i], "length") for i in range(6)], 8,
+                              CPU)
+    expected = 4096 * module(inputs, targets)[:, 0].detach().double().exp()
+    assert expected.sum().item() == pytest.approx(4096, rel=1e-5) and expected.min() > 5
+    assert ((counts - expected).square() / expected).sum() < 20.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.9}],
+                         ids=["right", "temperature", "top-k", "top-p"])
+def test_samples_follow_the_distribution_that_is_trained(changes, tmp_path, monkeypatch):
+    """And the check would find other ways to sample, which reach 0.96 to 0.99 of an optimum."""
+    def other(model, ids, masks, temperature, max_steps, *, seed, real=rlhf.sample_responses):
+        temperature = changes.get("temperature", temperature)
+        cuts = {name: value for name, value in changes.items() if name != "temperature"}
+        return generate(model, ids, masks, temperature, max_steps, seed=seed, **cuts)
+
+    if not changes:
+        return check_draws(tmp_path, monkeypatch)
+    monkeypatch.setattr("inference.generate", other)
+    with pytest.raises(AssertionError):
+        check_draws(tmp_path, monkeypatch)
+
+
+def check_targets() -> None:
+    """Only the response is trained: of [7, 8 | 9, 3] and [5 | 3], as 2, 1 tokens."""
+    responses = [Response([7, 8], [9, 3], "stop"), Response([5], [3], "stop")]
+    inputs, targets = collate(responses, 5, CPU)
+    assert inputs.tolist() == [[7, 8, 9, 3, 0], [5, 3, 0, 0, 0]]
+    no = IGNORE_INDEX
+    assert targets.tolist() == [[no, 9, 3, no, no], [3, no, no, no, no]]
+    inputs, targets = collate([], 5, CPU)  # for a rank without a row
+    assert inputs.shape == targets.shape and (targets == no).all()
+
+
+def test_the_prompt_is_not_trained(monkeypatch):
+    check_targets()
+    monkeypatch.setattr(A, "response_targets", lambda ids, starts, ends, real=A.response_targets:
+                        real(ids, torch.zeros_like(starts), ends))
+    with pytest.raises(AssertionError):
+        check_targets()
+
+
+def test_every_response_has_a_random_stream_of_its_own(tmp_path, monkeypatch):
+    """Copies of a prompt differ, and so do two consecutive steps."""
+    seeds = []
+    monkeypatch.setattr("rlhf.sample_responses", lambda model, prompts, given, *rest, real=(
+        rlhf.sample_responses), **options: (
+            seeds.extend(given) or real(model, prompts, given, *rest, **options)))
+    TREE.use_small_vocabulary(monkeypatch)
+    train(settings(TREE, tmp_path, steps=3, eval_interval=1), CPU_LAUNCH)
+    assert len(seeds) == 3 * 16 + 4  # and one held-out prompt before each step and at the end
+    assert len(set(seeds)) == 3 * 16 + 1  # the validations draw alike
+
+
+def test_an_epoch_visits_every_prompt_once():
+    """In groups, and in an order of the seed."""
+    prompts = [SimpleNamespace(ids=[i]) for i in range(10)]
+    config = RLHFConfig(batch_size=12, group_size=3, seed=1)
+    steps = [[prompt.ids[0] for prompt in rlhf.step_prompts(prompts, config, step)]
+             for step in range(5)]
+    assert all(step == [i for i in step[::3] for _ in range(3)] for step in steps)
+    order = [i for step in steps for i in step[::3]]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    assert steps[0] != [prompt.ids[0] for prompt in rlhf.step_prompts(
+        prompts, replace(config, seed=2), 0)]
+
+
+# ----------------------------------------------------------------------- from rewards on
+
+
+def rollouts_by_hand(config: RLHFConfig) -> rlhf.Rollouts:
+    """Two responses to each of two prompts, of 3, 1, 2 and 2 tokens."""
+    mask = A.response_mask(torch.zeros(4), torch.tensor([3, 1, 2, 2]), 3)
+    log_ratios = torch.tensor([[1.0, -2, 0], [0, 0, 0], [0.5, 0.5, 0], [-1, 1, 0]])
+    values = torch.tensor([[0.5, 0.4, 0.3], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    return rlhf.Rollouts([Response([0], [0], "stop")] * 4, torch.tensor([1.0, 0, 0.5, 0.5]), mask,
+                         log_ratios - 2.0 * mask, -2.0 * mask, values, {}, 0.0)
+
+
+def check_pipeline() -> None:
+    """GAE: rewards [-.1, .2, 1], with KL .1 a nat, and values as in `test_advantages`; then the
+    whitening of all 8 tokens. Group: scores minus .1 of the KL, which is -1, 0, 1, 0."""
+    config = RLHFConfig(advantage="gae", group_size=2, gae_lambda=0.95)
+    rollouts = rollouts_by_hand(config)
+    assert rollouts.kl.tolist() == pytest.approx([-1, 0, 1, 0])
+    found, returns, _ = rlhf.advantages_and_returns(rollouts, config, 0.1)
+    raw = torch.tensor([[0.52675, 0.765, 0.7], [0, 0, 0], [0.3775, 0.45, 0], [0.48, 0.4, 0]])
+    expected = ((raw - raw[rollouts.mask].mean()) / raw[rollouts.mask].std()).where(
+        rollouts.mask, 0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert returns[0].tolist() == pytest.approx([1.02675, 1.165, 1.0])
+    torch.testing.assert_close(returns[1:], raw[1:])
+    config = replace(config, advantage="group")
+    found, _, figures = rlhf.advantages_and_returns(rollouts, config, 0.1)
+    assert found.tolist() == [pytest.approx(row) for row in (
+        [0.55, 0.55, 0.55], [-0.55, 0, 0], [-0.05, -0.05, 0], [0.05, 0.05, 0])]
+    assert figures["dead_groups"] == 0.5
+
+
+def test_advantages_of_a_step_by_hand():
+    check_pipeline()
+
+
+# --------------------------------------------------------------------------- ranks
+
+
+def start(world_size: int, config: RLHFConfig, folder, **hooks) -> Ranks:
+    return Ranks(world_size, "rlhf", flags(config), folder, small_vocabulary="T", **hooks)
+
+
+def finished(world_size: int, config: RLHFConfig, folder, **hooks) -> None:
+    ranks = start(world_size, config, folder, **hooks)
+    assert ranks.wait() == [0] * world_size, ranks.output()
+
+
+@pytest.mark.slow
+def test_any_split_of_16_responses_gives_the_same_gradient(tmp_path):
+    """Over micro-batches and real ranks, of policy and value model, in float32; of 1 to 4 tokens
+    each: no mean of means. With micro-batches of 3 the last one of rank 1 is smaller, with 5 it is
+    empty."""
+    gradients = {}
+    for world_size, B in ((1, 16), (1, 5), (1, 3), (1, 1), (2, 8), (2, 5), (2, 3)):
+        folder = tmp_path / f"{world_size}x{B}"
+        config = settings(TREE, tmp_path, steps=1, inner_epochs=1, minibatches=1, grad_clip=0.0,
+                          micro_batch_size=B, out_dir=str(folder / "out"))
+        finished(world_size, config, folder, save_gradients=folder, start_value_head=0.5)
+        for rank in range(world_size):
+            gradients[world_size, B, rank] = torch.load(folder / f"gradients_{rank}.pt",
+                                                        weights_only=True)
+    expected = gradients.pop((1, 16, 0))
+    policy, value = (sum(g.square().sum() for g in part) ** 0.5
+                     for part in (expected[: len(expected) // 2], expected[len(expected) // 2 :]))
+    assert policy > 0.05 and value > 0.05
+    for case, found in gradients.items():
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() < 1e-6, case
+
+
+def assert_close_curves(a, b, tolerance: float) -> None:
+    for kind in ("train", "val"):
+        for ours, theirs in zip(records(a, kind), records(b, kind), strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                if name != "kind" and not name.endswith(("_seconds", "_per_sec")):
+                    assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance
+                                                       ), (ours["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"advantage": "group"}, {"shard_optimizer": True}],
+                         ids=["gae", "group", "sharded"])
+def test_two_ranks_equal_one(tmp_path, changes):
+    """The same responses, and the same rewards, losses and norms to 1e-5."""
+    for world_size in (1, 2):
+        config = settings(TREE, tmp_path, out_dir=str(tmp_path / f"out{world_size}"), steps=5,
+                          micro_batch_size=5, eval_interval=2, max_lr=1e-3, **changes)
+        finished(world_size, config, tmp_path / f"log{world_size}")
+    a, b = (tmp_path / f"out{world_size}" for world_size in (1, 2))
+    assert_close_curves(a, b, 1e-5)
+    samples = [[json.loads(line)["response"] for line in (out / rlhf.SAMPLES).open()]
+               for out in (a, b)]
+    assert samples[0] == samples[1] and len(samples[0]) == 4
+    assert len({record["score"] for record in records(a)}) > 1
+
+
+# --------------------------------------------------------------------------- resume
+
+
+def learned_reward(folder, **sizes) -> str:
+    """The folder of a reward model for World T, with a context of its own."""
+    model = RewardModel.from_language_model(GPT(GPTConfig(
+        **{"block_size": 7, "vocab_size": 6, "n_layer": 1, "n_head": 4, "n_embd": 16} | sizes)), 0)
+    return str(save_checkpoint(folder, 1, model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size, advantage", [(1, "gae"), (2, "gae"), (1, "group")])
+def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path, world_size,
+                                                                       advantage):
+    """With an adapted weight of the KL and, for gae, a value model that starts from the reward
+    model. Killed once before its first checkpoint, then after random numbers of log records."""
+    config = settings(TREE, tmp_path, advantage=advantage, save_interval=1, eval_interval=3,
+                      steps=12, resume=True, kl_target=0.02, unstopped_score=-1.0,
+                      reward=learned_reward(tmp_path / "reward"))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finished(world_size, replace(config, out_dir=str(whole)), tmp_path / "a")
+    moments = sorted(random.Random(world_size).sample(range(2, num_records(whole) - 2), 4))
+    for moment in (1, *moments):
+        ranks = start(world_size, config, tmp_path / f"b{moment}")
+        wait_until(lambda: num_records(out) >= moment, ranks)  # noqa: B023
+        ranks.kill()
+        assert ranks.wait() == [-9] * world_size, ranks.output()
+    finished(world_size, config, tmp_path / "c")
+    assert_same_run(out, whole)
+    values = [final_state(folder)["value"] for folder in (out, whole)]
+    assert (values[0] is None) == (advantage == "group")
+    for name in values[0] or ():
+        assert torch.equal(values[0][name], values[1][name])
+    coefficients = [record["kl_coef"] for record in records(whole)]
+    assert len(set(coefficients)) > 6 and final_state(whole)["progress"]["kl_coef"] != (
+        config.kl_coef)
+    samples = [{(record["step"], record["prompt"]): record for record in map(
+        json.loads, (folder / rlhf.SAMPLES).open())} for folder in (out, whole)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_resumes(tmp_path):
+    """Two ranks, killed; then one. As one from the start, up to rounding."""
+    config = settings(TREE, tmp_path, save_interval=1, eval_interval=2, resume=True, kl_target=0.02,
+                      max_lr=1e-3)
+    finished(1, replace(config, out_dir=str(tmp_path / "whole")), tmp_path / "a")
+    ranks = start(2, config, tmp_path / "b")
+    wait_until(lambda: num_records(tmp_path / "out") >= 8, ranks)
+    ranks.kill()
+    assert ranks.wait() == [-9, -9], ranks.output()
+    finished(1, config, tmp_path / "c")
+    assert len(read_log(tmp_path / "out" / "metrics.jsonl")["run"]) == 2
+    assert_close_curves(tmp_path / "out", tmp_path / "whole", 1e-4)
+
+
+@pytest.mark.slow
+def test_the_reference_never_changes(tmp_path, monkeypatch):
+    """And is the same after a resume, from its folder."""
+    TREE.use_small_vocabulary(monkeypatch)
+    seen = []
+
+    def roll_out(module, reference, *rest, real=rlhf.roll_out):
+        seen.append((weights_sha256(reference), weights_sha256(module.policy)))
+        assert not any(p.requires_grad for p in reference.parameters())
+        return real(module, reference, *rest)
+
+    monkeypatch.setattr(rlhf, "roll_out", roll_out)
+    config = settings(TREE, tmp_path, save_interval=2, max_lr=3e-2)
+    train(replace(config), CPU_LAUNCH, StopAfter(40))
+    steps = len(seen)
+    train(replace(config, resume=True), CPU_LAUNCH)
+    references, policies = map(set, zip(*seen, strict=True))
+    assert references == {weights_sha256(load_model(config.checkpoint))} and steps < len(seen)
+    assert len(policies) > 8
+
+
+class StopAfter(StopRequest):
+    """A signal that comes when it has been asked for `count` times."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def requested(self) -> bool:
+        self.count -= 1
+        if self.count < 0:
+            self.name = "SIGTERM"
+        return super().requested()
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_instant_saves_and_the_run_resumes(tmp_path, monkeypatch, capsys):
+    """In a validation, among samples, scores and updates."""
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=3, eval_interval=2, out_dir=str(tmp_path / "whole"))
+    train(config, CPU_LAUNCH)
+    for count in (0, 1, 3, 5, 6, 8, 9, 12, 17):
+        again = replace(config, out_dir=str(tmp_path / f"out{count}"))
+        capsys.readouterr()
+        train(again, CPU_LAUNCH, StopAfter(count))
+        assert "SIGTERM: stopped after" in capsys.readouterr().out, count
+        train(replace(again, resume=True), CPU_LAUNCH)
+        assert_same_run(tmp_path / f"out{count}", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=2, reward=learned_reward(tmp_path / "reward"))
+    train(config, CPU_LAUNCH)
+    again = replace(config, resume=True)
+    torch.manual_seed(5)
+    other = str(save_checkpoint(tmp_path / "other", 1, GPT(TREE.make_reference().config)))
+    (tmp_path / "more.jsonl").write_text(Path(config.prompts).read_text() + '{"prompt": "4 4"}\n')
+    for changes, words in (
+            ({"checkpoint": other}, "another reference (--checkpoint)"),
+            ({"reward": learned_reward(tmp_path / "reward2")}, "another reward (--reward)"),
+            ({"reward": "function:stops"}, "another reward (--reward)"),
+            ({"prompts": str(tmp_path / "more.jsonl")}, "other data"),
+            ({"unstopped_score": -2.0}, "--unstopped-score -1.0, not -2.0"),
+            ({"group_size": 8}, "--group-size 4, not 8"),
+            ({"advantage": "group"}, "--advantage gae, not group"),
+            ({"kl_coef": 0.5}, "--kl-coef 0.2, not 0.5"),
+            ({"inner_epochs": 1}, "--inner-epochs 2, not 1")):
+        assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
+    copied = save_checkpoint(tmp_path / "copied", 7, load_model(config.checkpoint))
+    train(replace(again, checkpoint=str(copied)), CPU_LAUNCH)  # the same weights elsewhere
+
+
+@pytest.mark.slow
+def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    path = tmp_path / "mine.py"
+    path.write_text("def score(row, response):\n    return len(response)\n")
+    config = settings(TREE, tmp_path, steps=1, reward=f"{path}:score")
+    train(config, CPU_LAUNCH)
+    path.write_text("def score(row, response):\n    return -len(response)\n")
+    message = user_error(train, replace(config, resume=True), CPU_LAUNCH)
+    assert "another reward (--reward)" in message
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target multiplies --kl-coef, which is 0"),
+    ({"advantage": "group", "group_size": 1}, "raise --group-size from 1"),
+    ({"batch_size": 15}, "--batch-size 15 is not a multiple of --group-size 4"),
+    ({"batch_size": 1, "group_size": 1}, "--batch-size 1"),
+    ({"scale_advantages": True}, "--scale-advantages needs --advantage group"),
+    ({"minibatches": 17}, "--minibatches 17 of --batch-size 16"),
+    ({"reward": "function:nonsense"}, "--reward function:nonsense is unknown: expected the folder"),
+    ({"reward": "function:at_most_words"}, "the argument of at_most_words is not valid"),
+    ({"reward": "function:at_most_words=many"}, "the argument of at_most_words is not valid"),
+    ({"reward": "function:matches"}, "the argument of matches is not valid"),
+    ({"reward": "function:matches=("}, "the argument of matches is not valid"),
+    ({"reward": "{folder}/no.py:score"}, "no.py"),
+    ({"reward": "{folder}/mine.py:other"}, "has no function 'other'"),
+    ({"reward": "{folder}/mine.py:number"}, "has no function 'number'"),
+    ({"reward": "{folder}/broken.py:score"}, "broken.py: SyntaxError"),
+    ({"reward": "{folder}/nowhere"}, "nowhere"),
+    ({"reward": "{folder}/reference"}, "is a language model, expected a reward model"),
+    ({"checkpoint": "{folder}/model"}, "is a reward model, expected a language model"),
+    ({"prompts": "{folder}/none.json"}, "cannot read --prompts"),
+    ({"prompts": "{folder}/empty.json"}, "0 prompts of 0 rows"),
+    ({"prompts": "{folder}/bad.json"}, "row 1"),
+    ({"max_response": 8}, "5 without room for 8 tokens in a context of 8): lower --max-response"),
+    ({"out_dir": "{folder}/reference/step_000001"}, "is itself a checkpoint")])
+def test_bad_settings_are_one_line(changes, words, tmp_path, monkeypatch, capsys):
+    """Through the command line: exit status 2, and nothing is written."""
+    TREE.use_small_vocabulary(monkeypatch)
+    (tmp_path / "mine.py").write_text("number = 3\n\ndef score(row, response):\n    return 1\n")
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "bad.json").write_text('[{"text": "a"}]')
+    learned_reward(tmp_path / "model")
+    changes = {name: value.format(folder=tmp_path) if isinstance(value, str) else value
+               for name, value in changes.items()}
+    config = settings(TREE, tmp_path, **changes)
+    assert words in main_error(rlhf.main, flags(config), monkeypatch, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("body, value", [
+    ("return float('nan')", "nan"), ("return 1 / 0", "ZeroDivisionError: division by zero"),
+    ("return 'good'", "TypeError: "), ("return None", "TypeError: "),
+    ("return row['label']", "KeyError: 'label'"), ("return -math.inf", "-inf"),
+    ("raise ValueError('no answer\\nin it')", "ValueError: no answer")])
+def test_what_a_reward_function_must_not_do(body, value, tmp_path, monkeypatch):
+    """The run stops with the row and the text, and the user's file is named."""
+    TREE.use_small_vocabulary(monkeypatch)
+    path = tmp_path / "mine.py"
+    path.write_text("import math\n\n\ndef score(row, response):\n    if response == '3 1':\n"
+                    f"        {body}\n    return 0\n")
+    responses = [Response([2], tokens, "stop") for tokens in ([3, 0, 5], [3, 1, 5], [3, 1, 5])]
+    rows, _ = load_prompts(str(TREE.write_prompts(tmp_path / "prompts.jsonl")), "--prompts", 8, 4)
+    message = user_error(Reward(f"{path}:score", "--reward", CPU), responses, rows, CPU_LAUNCH,
+                         torch.float32)
+    assert f"the reward function {path}:score gives " in message and value in message
+    assert f"'3 1 5', a response to {tmp_path / 'prompts.jsonl'} line 2" in message
+
+
+def test_a_score_that_is_not_finite_stops_the_run_naming_row_and_text(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, reward=learned_reward(tmp_path / "reward"))
+    real = RewardModel.forward
+
+    def forward(self, ids, masks):
+        is_poisoned = (ids[:, :3] == torch.tensor([2, 1, 5])).all(1)
+        return real(self, ids, masks).masked_fill(is_poisoned, math.nan)
+
+    monkeypatch.setattr(RewardModel, "forward", forward)
+    message = user_error(train, config, CPU_LAUNCH)
+    assert message.startswith(f"the score of '1 5', a response to {config.prompts} line 2, is nan")
+
+
+# --------------------------------------------------------------------- models and a whole run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"block_size": 7}, {"block_size": 12}, {
+    "block_size": 8, "n_embd": 32, "n_layer": 2, "n_head": 4}], ids=["shorter", "longer", "heads"])
+def test_a_reward_model_of_other_sizes_is_the_value_model(sizes, tmp_path, monkeypatch):
+    """With its own trunk and a head of 0 at first; a resumed run continues with it."""
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=4, save_interval=1, keep_last=0,
+                      reward=learned_reward(tmp_path / "reward", **sizes))
+    train(replace(config, out_dir=str(tmp_path / "whole")), CPU_LAUNCH)
+    train(config, CPU_LAUNCH, StopAfter(25))
+    assert 0 < len(records(tmp_path / "out")) < 4
+    train(replace(config, resume=True), CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert records(tmp_path / "whole")[0]["explained_variance"] == pytest.approx(0, abs=1e-6)
+
+
+def stopping_model(folder, p_stop: float) -> Path:
+    """A checkpoint with GPT-2's vocabulary that ends each response with about this probability."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(96, N_VOCAB, 1, 2, 8))
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1)  # a constant in every hidden state
+        model.transformer.wte.weight[EOT_TOKEN] = math.log(N_VOCAB * p_stop / (1 - p_stop)) / 8
+    return save_checkpoint(folder, 1, model)
+
+
+ROWS = [{"instruction": f"Name {n} animals.", "input": "", "output": "cat " * n}
+        for n in range(1, 9)]
+
+
+@pytest.mark.slow
+def test_the_command_line_with_a_function_of_a_file(rows_file, tmp_path):
+    """All files of a run, and the rewards of the user's function: the length of the text."""
+    (tmp_path / "mine.py").write_text(
+        "def length(row, response):\n    assert row['output'].startswith('cat')\n"
+        "    return min(len(response), 100) / 100\n")
+    base = stopping_model(tmp_path / "base", 0.3)
+    out = tmp_path / "out"
+    result = run_script(
+        ROOT / "rlhf.py", "--checkpoint", base, "--reward", f"{tmp_path / 'mine.py'}:length",
+        "--prompts", rows_file, "--out-dir", out, "--steps", 2, "--batch-size", 8, "--group-size",
+        2, "--max-response", 6, "--val-fraction", "0.2", "--device", "cpu", "--eval-interval", 1)
+    assert "8 prompts of 8 rows (left out: 0 repeated" in result.stdout
+    assert "2 steps of 8 responses, 2 per prompt" in result.stdout
+    assert "finished 2 steps" in result.stdout and (out / "step_000002").is_dir()
+    assert (out / "rlhf_reward.png").read_bytes().startswith(b"\x89PNG")
+    samples = [json.loads(line) for line in (out / rlhf.SAMPLES).open(encoding="utf-8")]
+    assert {sample["step"] for sample in samples} == {0, 1, 2}
+    stopped = [sample for sample in samples if sample["finish_reason"] == "stop"]
+    assert stopped and len(stopped) < len(samples)
+    for sample in samples:
+        text = sample["response"].removesuffix("<|endoftext|>")
+        expected = min(len(text), 100) / 100 if sample in stopped else 0.0
+        assert sample["score"] == pytest.approx(expected, abs=1e-6)
+    assert set(records(out)[0]) >= {
+        "score", "score_std", "reward", "kl", "kl_k3", "kl_coef", "entropy", "stopped",
+        "response_tokens", "policy_loss", "value_loss", "clip_fraction", "explained_variance",
+        "grad_norm", "lr", "rollout_seconds", "score_seconds", "update_seconds"}
