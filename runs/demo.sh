@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # A small GPT-2 from corpus to answers on a CPU, in about ten minutes on two cores:
 # corpus -> pre-training -> loss graph -> instruction tuning -> loss graph -> answers.
-#   bash runs/demo.sh [output folder; default: a new one under out/]
-# If interrupted, the same command with the same folder resumes.
+#   bash runs/demo.sh [--rlhf] [output folder; default: a new one under out/]
+# --rlhf adds policy optimization, a few minutes more. If interrupted, the same command with the
+# same folder resumes.
 set -euo pipefail
+rlhf=
+if [[ ${1:-} == --rlhf ]]; then rlhf=1; shift; fi
 out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
 [[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # relative to the caller's folder
 source "$(dirname "$0")/setup.sh" requirements.txt
@@ -40,6 +43,16 @@ python inference.py --checkpoint "$out/finetune" --device cpu --temperature 0.3 
   "What is the Python class torch.nn.modules.linear.Linear?" \
   "What is the Python class threading.Thread?" \
   "What is the Python module random for?"
+
+if [[ $rlhf ]]; then
+  step "policy optimization: a reward of 1 for an answer of at most 7 words"
+  python rlhf.py --resume --checkpoint "$out/finetune" --prompts "$out/questions.json" \
+    --out-dir "$out/rlhf" --device cpu --advantage group --reward function:at_most_words=7 \
+    --kl-coef 0.3 --steps 60 --batch-size 64 --max-response 48 --max-lr 2e-4 --eval-interval 15
+  python image/plot_frontier.py "$out/rlhf" --out "$out/rlhf.png"
+  python inference.py --checkpoint "$out/rlhf" --device cpu --temperature 0.3 --max-steps 60 \
+    "What does the Python function json.dumps do?" "What is the Python class threading.Thread?"
+fi
 
 step "done: $out"
 echo "loss graphs: $out/pretrain_loss.png and $out/finetune_loss.png"

@@ -282,7 +282,7 @@ def sampled(world, folder, monkeypatch, copies: int = 16, value: bool = False, *
 
 def assert_starts_at_the_reference(config: RLHFConfig) -> None:
     """The first step has one update, whose ratios are all within 1e-6 of 1."""
-    train(replace(config, steps=1, inner_epochs=1, minibatches=1, clip_low=1e-6, clip_high=1e-6),
+    train(replace(config, steps=1, epochs=1, minibatches=1, clip_low=1e-6, clip_high=1e-6),
           CPU_LAUNCH)
     out = Path(config.out_dir)
     [first], vals = records(out), records(out, "val")
@@ -498,7 +498,7 @@ def test_any_split_of_16_responses_gives_the_same_gradient(tmp_path):
     gradients = {}
     for world_size, B in ((1, 16), (1, 5), (1, 3), (1, 1), (2, 8), (2, 5), (2, 3)):
         folder = tmp_path / f"{world_size}x{B}"
-        config = settings(TREE, tmp_path, steps=1, inner_epochs=1, minibatches=1, grad_clip=0.0,
+        config = settings(TREE, tmp_path, steps=1, epochs=1, minibatches=1, grad_clip=0.0,
                           micro_batch_size=B, out_dir=str(folder / "out"))
         finished(world_size, config, folder, save_gradients=folder, start_value_head=0.5)
         for rank in range(world_size):
@@ -664,7 +664,7 @@ def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatc
             ({"group_size": 8}, "--group-size 4, not 8"),
             ({"advantage": "group"}, "--advantage gae, not group"),
             ({"kl_coef": 0.5}, "--kl-coef 0.2, not 0.5"),
-            ({"inner_epochs": 1}, "--inner-epochs 2, not 1")):
+            ({"epochs": 1}, "--epochs 2, not 1")):
         assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
     copied = save_checkpoint(tmp_path / "copied", 7, load_model(config.checkpoint))
     train(replace(again, checkpoint=str(copied)), CPU_LAUNCH)  # the same weights elsewhere
