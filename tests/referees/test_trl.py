@@ -18,6 +18,7 @@ from dataloader import load_pairs
 from dpo import DPOConfig, figure_sums, pair_logprobs
 from minigpt2.advantages import group_advantages, preference_loss, whiten
 from minigpt2.checkpoint import load_model, save_checkpoint
+from minigpt2.distributed import keep_freed_memory
 from minigpt2.faults import StopRequest
 from minigpt2.preferences import Pair, sequences
 from minigpt2.rewards import RewardModel, score_rows
@@ -68,7 +69,7 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
     for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
         if parameter.dim() == 1:  # vectors have the same layout in both
             generator = torch.Generator().manual_seed(i)
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -79,6 +80,7 @@ def trainer_of(base: type, config: type, tmp_path, model, rows: list[dict], opti
         def _prepare_dataset(self, dataset, *arguments):
             return dataset
 
+    keep_freed_memory()  # TRL holds all logits of a batch, several times
     settings = config(str(tmp_path), use_cpu=True, bf16=False, report_to="none",
                       per_device_train_batch_size=len(rows), gradient_checkpointing=False,
                       **settings)
@@ -101,9 +103,10 @@ def test_the_loss_of_dpo_equals_trls(checkpoint, pairs, tmp_path, beta):
 
     ref = pair_logprobs(load_model(checkpoint), [pairs], RUN)
     found = pair_logprobs(perturbed(load_model(checkpoint)), [pairs], RUN)
-    logprobs = torch.tensor([found[pair.place] for pair in pairs])
+    logprobs, ref_logprobs = (torch.tensor([row[pair.place] for pair in pairs])
+                              for row in (found, ref))  # (R, 2)
+    assert len(pairs) == PAIRS and (logprobs - ref_logprobs).abs().mean() > 0.3  # it has moved
     loss, accuracy, *_ = (figure_sums(logprobs, pairs, ref, DPOConfig(beta=beta)) / PAIRS).tolist()
-    assert len(pairs) == PAIRS and abs(loss - 0.6931) > 5e-3  # the policy has moved
     assert loss == pytest.approx(sum(expected) / 8, abs=1e-5)
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
     assert accuracy == pytest.approx(sum(metrics["rewards/accuracies"]) / 8, abs=1e-6)
@@ -190,7 +193,7 @@ def test_advantages_loss_and_gradient_of_grpo_equal_trls(checkpoint, pairs, tmp_
                  advantage="group", inner_epochs=1, minibatches=1, micro_batch_size=5,
                  clip_low=0.2, clip_high=clip_high), run, 0.0, {"reward": 0.0})
     assert logged["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-4)
-    assert 0.02 < logged["clip_fraction"] < 0.98 and abs(expected.item()) > 1e-3
+    assert 0.01 < logged["clip_fraction"] < 0.99 and abs(expected.item()) > 1e-3
     for name in ("wte", "ln_f"):
         ours, theirs = (model.get_submodule(f"transformer.{name}").weight.grad
                         for model in (policy, trainer.model))
