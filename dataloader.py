@@ -389,6 +389,14 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0
             sorted((pairs[i] for i in held_out), key=lambda pair: pair.num_tokens), summary)
 
 
+def split_prompts(prompts: Sequence[Prompt], val_fraction: float,
+                  ) -> tuple[list[Prompt], list[Prompt], str]:
+    """(training prompts, held-out prompts, summary), see `split_rows`."""
+    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in prompts]
+    trained, held_out, summary = split_rows(keys, val_fraction)
+    return [prompts[i] for i in trained], [prompts[i] for i in held_out], summary
+
+
 def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,
                 step: int) -> Iterator[list]:
     """The rows of `step`, and then of every later one: a pure function of (seed, step).

@@ -143,13 +143,6 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(std=INIT_STD)
 
-    @torch.no_grad()
-    def zero_projections(self) -> None:
-        """Zeroes every c_proj, so that each block starts as the identity."""
-        for block in self.transformer.h:
-            block.attn.c_proj.weight.zero_()
-            block.mlp.c_proj.weight.zero_()
-
     def num_parameters(self) -> int:
         """124,439,808 for the default config; the tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
