@@ -119,10 +119,9 @@ def test_pairs_are_held_out_like_rows_of_fine_tuning(rows_file):
     rows = [row | {"output": row["chosen"]} for row in ROWS]
     turns = [[(row["instruction"], row["input"], row["output"])] for row in rows]
     keys, _, _ = make_examples(turns, 160)
-    _, held_out, _ = split_rows(keys, 0.2)
+    _, held_out, _ = split_rows(keys, keys, 0.2)
     trained, val_pairs, _ = split_pairs(pairs_of(rows_file), 0.2)
-    assert {keys[i][:2] for i in held_out} == {(pair.instruction, pair.input)
-                                              for pair in val_pairs}
+    assert {key[:2] for key in held_out} == {(pair.instruction, pair.input) for pair in val_pairs}
     assert len(trained) + len(val_pairs) == len(ROWS) and len(val_pairs) > 3
 
 
