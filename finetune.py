@@ -1,14 +1,12 @@
-"""Instruction tuning of a checkpoint on rows of instruction, input and output (Alpaca's format), of
-prompt and completion, or of chat messages.
+"""Instruction tuning of a checkpoint on Alpaca's rows, on prompt and completion, or chat messages.
 
     python finetune.py --checkpoint out/pretrain --data finetune_data/alpaca.json
     python finetune.py --checkpoint gpt2                       # OpenAI's weights, from the hub
     torchrun --standalone --nproc-per-node=8 finetune.py --checkpoint out/pretrain
 
 The loss is over the tokens of the response and its final <|endoftext|>: the model learns to answer
-and to stop, not to repeat questions. Writes OUT_DIR/step_NNNNNN/ (with the name of the prompt
-template) after every epoch and every --save-interval steps, OUT_DIR/metrics.jsonl and, at the end,
-the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --resume continues it.
+and to stop, not to repeat questions. OUT_DIR gets checkpoints, metrics.jsonl and the loss graph. A
+signal saves and stops the run; --resume continues it.
 """
 
 from collections.abc import Sequence

@@ -401,8 +401,8 @@ def main() -> None:
     model, params, use_template = config.load()
     if config.input and (config.unconditional or not use_template):
         raise UserError("--input: no template is applied here; write the input into the prompt")
-    rows = [[EOT_TOKEN]] * config.unconditional or generated_rows(*tokenize_batch_input(
-        [format_prompt(p, config.input) if use_template else p for p in prompts]))
+    rows = [[EOT_TOKEN]] * config.unconditional or [
+        encode(format_prompt(p, config.input) if use_template else p) for p in prompts]
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):

@@ -64,8 +64,7 @@ class TrainerConfig(RunConfig):
     beta2: float = flag(0.95, "AdamW's decay rate of the second moment", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
     eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
-    sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation; empty: "
-                              "no samples", may_be_empty=True)
+    sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation")
     sample_steps: int = flag(32, "tokens per sample; 0: no samples", minimum=0)
     hellaswag_interval: int = flag(0, "steps between HellaSwag scores; 0: none", minimum=0)
     hellaswag: str = flag(str(ROOT / "eval_data" / "hellaswag_val.parquet"),
@@ -210,8 +209,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if run.eval_due():
                 val_loss = mean_loss(raw_model, val_loader.eval_batches(config.eval_tokens), launch,
                                      run.dtype, run.stop.requested)
-                wants_sample = bool(config.sample_prompt) and config.sample_steps > 0
-                if run.log_validation(val_loss) and wants_sample and launch.is_master:
+                if run.log_validation(val_loss) and config.sample_steps and launch.is_master:
                     run.bar.write(write_sample(raw_model, config, run.step))
             if run.benchmark_due(config.hellaswag_interval):
                 run.log_figures("hellaswag", question_figures(
