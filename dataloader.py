@@ -93,24 +93,25 @@ class TokenLoader:
         from_end = position - ends[place]  # of the shard's windows: negative
         return shard, int(inner[from_end]) * self.sequence_length
 
-    def read(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length of a shard (fewer at its end). Checks the ids."""
-        tokens = self.shards[shard][start : start + length]
-        if tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"shard {self.paths[shard]} holds id {tokens.max()} near token {start:,}, but the "
-                f"vocabulary has {self.vocab_size} ids: write the corpus again with this tokenizer")
-        return tokens
+    def read(self, windows: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) int64 of B windows (shard, first token, number of targets). A
+        short window is padded with 0 in the inputs, IGNORE_INDEX in the targets."""
+        tokens = np.full((len(windows), self.sequence_length + 1), IGNORE_INDEX, dtype=np.int64)
+        for row, (shard, start, length) in zip(tokens, windows, strict=True):
+            row[: length + 1] = self.shards[shard][start : start + length + 1]
+            if (largest := row.max()) >= self.vocab_size:
+                raise UserError(f"shard {self.paths[shard]} holds id {largest} near token "
+                                f"{start:,}, but the vocabulary has {self.vocab_size} ids: write "
+                                "the corpus again with this tokenizer")
+        ids = torch.from_numpy(tokens)  # (B, T + 1)
+        return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's inputs and targets, each (micro_batch_size, sequence_length) int64."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch_size
         first = step * self.windows_per_step + row
-        tokens = np.empty((self.micro_batch_size, self.sequence_length + 1), dtype=np.int64)
-        for i in range(self.micro_batch_size):
-            shard, start = self.locate(first + i)
-            tokens[i] = self.read(shard, start, self.sequence_length + 1)
-        return split_targets(tokens)
+        return self.read([(*self.locate(window), self.sequence_length)
+                          for window in range(first, first + self.micro_batch_size)])
 
     def stream(self, step: int, micro_steps: int, place: Callable[[torch.Tensor], torch.Tensor],
                ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -128,8 +129,7 @@ class TokenLoader:
                 yield batch
 
     def eval_batches(self, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of the first max_tokens targets of the split (or all), in order, each
-        once. A short last window is padded with 0 in the inputs, IGNORE_INDEX in the targets."""
+        """This rank's share of the first max_tokens targets of the split (or all), each once."""
         T, windows, budget = self.sequence_length, [], max_tokens
         for shard, tokens in enumerate(self.shards):
             for start in range(0, len(tokens) - 1, T):
@@ -139,17 +139,7 @@ class TokenLoader:
                     budget -= length
         mine = windows[self.rank :: self.world_size]
         for first in range(0, len(mine), self.micro_batch_size):
-            rows = mine[first : first + self.micro_batch_size]
-            tokens = np.full((len(rows), T + 1), IGNORE_INDEX, dtype=np.int64)
-            for i, (shard, start, length) in enumerate(rows):
-                tokens[i, : length + 1] = self.read(shard, start, length + 1)
-            yield split_targets(tokens)
-
-
-def split_targets(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T + 1) ids, IGNORE_INDEX as padding -> inputs and targets (B, T) int64."""
-    tokens = torch.from_numpy(tokens)
-    return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
+            yield self.read(mine[first : first + self.micro_batch_size])
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
