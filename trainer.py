@@ -132,14 +132,6 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 
-def make_loader(config: TrainerConfig, launch: Launch, split: str, vocab_size: int) -> TokenLoader:
-    """A loader; `micro_batch_size` is set once it is chosen."""
-    return TokenLoader(Path(config.data_dir), split, sequence_length=config.sequence_length,
-                       micro_batch_size=1, total_batch_size=config.total_batch_size,
-                       vocab_size=vocab_size, seed=config.seed, rank=launch.rank,
-                       world_size=launch.world_size)
-
-
 def one_epoch(config: TrainerConfig, loader: TokenLoader) -> int:
     """The full steps in one pass over the shards; fewer windows than a step are left over."""
     if loader.windows_per_epoch < loader.windows_per_step:
@@ -184,8 +176,10 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png",
               data=read_manifest(Path(config.data_dir)), fixed=FIXED_ON_RESUME,
               **dataclasses.asdict(sizes))
-    train_loader = make_loader(config, launch, "train", sizes.vocab_size)
-    val_loader = make_loader(config, launch, "val", sizes.vocab_size)
+    train_loader, val_loader = (TokenLoader(
+        Path(config.data_dir), split, sequence_length=T, micro_batch_size=1,  # chosen below
+        total_batch_size=config.total_batch_size, vocab_size=sizes.vocab_size, seed=config.seed,
+        rank=launch.rank, world_size=launch.world_size) for split in ("train", "val"))
     max_steps = config.max_steps or one_epoch(config, train_loader)
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} steps is longer than the run of "

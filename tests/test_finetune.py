@@ -36,14 +36,7 @@ from dataloader import (
     split_rows,
     token_ids,
 )
-from finetune import (
-    FinetuneConfig,
-    collate,
-    micro_batches,
-    show_example,
-    train,
-    with_prompt_targets,
-)
+from finetune import FinetuneConfig, collate, micro_batches, train
 from inference import tokenize_batch_input
 from minigpt2 import run
 from minigpt2.checkpoint import (
@@ -177,18 +170,6 @@ def first_batches(rows_file, count: int) -> list[list]:
     """The rows of the first steps of `tiny`."""
     rows, _, _ = split_examples(read_turns(rows_file), 128, 0.1)
     return list(itertools.islice(row_batches(rows, num_inputs, 8, 1337, 0), count))
-
-
-def test_the_example_that_is_printed():
-    conversation, = encoded([[(f"Question {n}", "", f"Answer {n}") for n in range(4)]], 512)
-    text = show_example(conversation)
-    assert text.startswith("Below is an instruction that describes a task.")
-    assert "Question 0\n\n### Response:\n[[Answer 0<|endoftext|>]] ... (3 more turns)" in text
-    assert "is an instruction" in show_example(with_prompt_targets(conversation))
-    long, = encoded([[("x", "", "word " * 300)]], 512)
-    text = show_example(long)
-    assert "[[word word" in text and text.endswith("word <|endoftext|>]]") and len(text) < 520
-    assert " ... " in text
 
 
 # ------------------------------------------------------------------------ order and splits
