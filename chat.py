@@ -2,10 +2,9 @@
 
     python chat.py --checkpoint out/finetune
 
-A fine-tuned model sees each message in its prompt template and each response followed by
-<|endoftext|>, as in training. A base model, or any model with --raw, continues one plain text. When
-the context is full, the oldest turns are dropped, with a notice. A file or pipe on standard input
-has one message per line. /help lists the commands.
+A fine-tuned model sees its prompt template, as in training; a base model, or any with --raw,
+continues one plain text. When the context is full, the oldest turns are dropped. A file or pipe on
+standard input has one message per line. /help lists the commands.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, 
 from model import GPT
 
 PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
-SETTINGS = {"/temperature": float}  # command for a field of SamplingParams: its type
 HELP = f"""/reset            clear the conversation
 /temperature 0.7  set the temperature; without a number, show it
 /help             show this help
@@ -79,8 +77,8 @@ def chat(config: SamplingConfig, model: GPT, params: SamplingParams, use_templat
             elif command == "/reset":
                 conversation.turns.clear()
                 print("(conversation cleared)", flush=True)
-            elif command in SETTINGS:
-                params = change_setting(params, command, argument)
+            elif command == "/temperature":
+                params = set_temperature(params, argument)
             elif message:
                 print(HELP if command == "/help" else f"(unknown {command}: see /help)", flush=True)
         except EOFError:
@@ -107,15 +105,13 @@ def read_message(is_terminal: bool) -> tuple[str, bool]:
     return text.rstrip().removesuffix(FENCE).strip("\n"), False
 
 
-def change_setting(params: SamplingParams, command: str, argument: str) -> SamplingParams:
-    """Changes a setting if an argument is given, and prints it. Raises UserError."""
-    name = command[1:].replace("-", "_")
+def set_temperature(params: SamplingParams, argument: str) -> SamplingParams:
+    """Changes the temperature if an argument is given, and prints it. Raises UserError."""
     try:
-        value = SETTINGS[command](argument or getattr(params, name))
+        params = replace(params, temperature=float(argument or params.temperature))
     except ValueError:
-        raise UserError(f"{command} {argument}: expected a number") from None
-    params = replace(params, **{name: value})
-    print(f"{command[1:]} {value:g}", flush=True)
+        raise UserError(f"/temperature {argument}: expected a number") from None
+    print(f"temperature {params.temperature:g}", flush=True)
     return params
 
 

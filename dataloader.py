@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,8 @@ ROLES = "user and assistant in turn, at most one system message before them"
 
 @lru_cache(maxsize=4)
 def permutation(n: int, *stream: int) -> np.ndarray:
-    """A permutation of range(n), a pure function of the numbers in `stream`.
-
-    `RandomState`, because NumPy guarantees its streams: a run resumed under another version sees
-    the same windows.
-    """
+    """A permutation of range(n), a pure function of the numbers in `stream`. NumPy guarantees the
+    streams of `RandomState`: a run resumed under another version sees the same windows."""
     # The length comes first: SeedSequence treats (7, 0) and (7, 0, 0) alike
     bits = np.random.MT19937(np.random.SeedSequence([len(stream), *stream]))
     return np.random.RandomState(bits).permutation(n)
@@ -56,16 +54,13 @@ def permutation(n: int, *stream: int) -> np.ndarray:
 @dataclass
 class TokenLoader:
     """Batches of one split of a corpus. Raises UserError if a shard does not match the manifest or
-    holds ids beyond vocab_size, or if no shard has enough tokens for one window.
-
-    `total_batch_size` is a multiple of micro_batch_size * sequence_length * world_size.
-    """
+    holds ids beyond vocab_size, or if no shard has enough tokens for one window."""
 
     data_dir: Path
     split: str  # "train" or "val"
     sequence_length: int
     micro_batch_size: int  # windows per rank and micro-step
-    total_batch_size: int  # tokens per step, over all ranks and micro-steps
+    total_batch_size: int  # tokens: a multiple of micro_batch_size * sequence_length * world_size
     vocab_size: int
     seed: int = 0
     rank: int = 0
@@ -79,19 +74,13 @@ class TokenLoader:
                        for path, entry in zip(self.paths, entries, strict=True)]
         self.window_counts = np.array(
             [(len(tokens) - 1) // self.sequence_length for tokens in self.shards], dtype=np.int64)
+        self.windows_per_epoch = int(self.window_counts.sum())
+        self.windows_per_step = self.total_batch_size // self.sequence_length
         needed = self.sequence_length if self.split == "train" else 1  # targets in a row
         if max((len(tokens) - 1 for tokens in self.shards), default=0) < needed:
             raise UserError(f"{self.data_dir} has {len(entries)} {self.split} shards, none of them "
                             f"with {needed} + 1 tokens for one window: lower --sequence-length or "
                             "make a larger corpus")
-
-    @property
-    def windows_per_epoch(self) -> int:
-        return int(self.window_counts.sum())
-
-    @property
-    def windows_per_step(self) -> int:
-        return self.total_batch_size // self.sequence_length
 
     def locate(self, window: int) -> tuple[int, int]:
         """(shard, first token) of a window, counted from the start of the run."""
@@ -100,28 +89,29 @@ class TokenLoader:
         ends = np.cumsum(self.window_counts[order])
         place = int(np.searchsorted(ends, position, side="right"))
         shard = int(order[place])
-        before = int(ends[place - 1]) if place else 0
         inner = permutation(int(self.window_counts[shard]), self.seed, epoch, shard)
-        return shard, int(inner[position - before]) * self.sequence_length
+        from_end = position - ends[place]  # of the shard's windows: negative
+        return shard, int(inner[from_end]) * self.sequence_length
 
-    def read(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length of a shard (fewer at its end). Checks the ids."""
-        tokens = self.shards[shard][start : start + length]
-        if tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"shard {self.paths[shard]} holds id {tokens.max()} near token {start:,}, but the "
-                f"vocabulary has {self.vocab_size} ids: write the corpus again with this tokenizer")
-        return tokens
+    def read(self, windows: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) int64 of B windows (shard, first token, number of targets). A
+        short window is padded with 0 in the inputs, IGNORE_INDEX in the targets."""
+        tokens = np.full((len(windows), self.sequence_length + 1), IGNORE_INDEX, dtype=np.int64)
+        for row, (shard, start, length) in zip(tokens, windows, strict=True):
+            row[: length + 1] = self.shards[shard][start : start + length + 1]
+            if (largest := row.max()) >= self.vocab_size:
+                raise UserError(f"shard {self.paths[shard]} holds id {largest} near token "
+                                f"{start:,}, but the vocabulary has {self.vocab_size} ids: write "
+                                "the corpus again with this tokenizer")
+        ids = torch.from_numpy(tokens)  # (B, T + 1)
+        return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's inputs and targets, each (micro_batch_size, sequence_length) int64."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch_size
         first = step * self.windows_per_step + row
-        tokens = np.empty((self.micro_batch_size, self.sequence_length + 1), dtype=np.int64)
-        for i in range(self.micro_batch_size):
-            shard, start = self.locate(first + i)
-            tokens[i] = self.read(shard, start, self.sequence_length + 1)
-        return split_targets(tokens)
+        return self.read([(*self.locate(window), self.sequence_length)
+                          for window in range(first, first + self.micro_batch_size)])
 
     def stream(self, step: int, micro_steps: int, place: Callable[[torch.Tensor], torch.Tensor],
                ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -139,11 +129,7 @@ class TokenLoader:
                 yield batch
 
     def eval_batches(self, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of the first max_tokens targets of the split (or all), in order.
-
-        Every target occurs once. A short last window is padded with 0 in the inputs and with
-        IGNORE_INDEX in the targets.
-        """
+        """This rank's share of the first max_tokens targets of the split (or all), each once."""
         T, windows, budget = self.sequence_length, [], max_tokens
         for shard, tokens in enumerate(self.shards):
             for start in range(0, len(tokens) - 1, T):
@@ -153,17 +139,7 @@ class TokenLoader:
                     budget -= length
         mine = windows[self.rank :: self.world_size]
         for first in range(0, len(mine), self.micro_batch_size):
-            rows = mine[first : first + self.micro_batch_size]
-            tokens = np.full((len(rows), T + 1), IGNORE_INDEX, dtype=np.int64)
-            for i, (shard, start, length) in enumerate(rows):
-                tokens[i, : length + 1] = self.read(shard, start, length + 1)
-            yield split_targets(tokens)
-
-
-def split_targets(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T + 1) ids, IGNORE_INDEX as padding -> inputs and targets (B, T) int64."""
-    tokens = torch.from_numpy(tokens)
-    return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
+            yield self.read(mine[first : first + self.micro_batch_size])
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +172,7 @@ def checked_batch(model: GPT, ids: torch.Tensor,
 
 def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
     """The rows of a JSON list, a JSON Lines file or a parquet file, each with its place ("x.jsonl
-    line 3") for error messages. `made_by`: scripts that make the file. Raises UserError."""
+    line 3", on every node). `made_by`: scripts that make the file. Raises UserError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -213,11 +189,11 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: {error}") from None
         if not text.lstrip().startswith("["):
-            lines = [(f"{path} line {number}", line)
+            lines = [(f"{path.name} line {number}", line)
                      for number, line in enumerate(text.split("\n"), 1) if line.strip()]
             return [(place, parse_json(place, line)) for place, line in lines]
         rows = parse_json(str(path), text)
-    return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+    return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def parse_json(place: str, text: str):
@@ -339,9 +315,9 @@ def content_hash(*texts: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48  # exact: a float has 53 bits
 
 
-def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float, val_start: float = 0.0,
-               ) -> tuple[list[int], list[int], str]:
-    """(training rows, held-out rows) as indices, and a summary. A key is (instruction, input) or
+def split_rows(rows: Sequence, keys: Sequence[tuple[str, ...]], val_fraction: float,
+               val_start: float = 0.0) -> tuple[list, list, str]:
+    """(training rows, held-out rows, summary). The key of a row is (instruction, input) or
     (instruction, input, response); of a conversation, the first user message is the instruction.
 
     A row is held out if content_hash(instruction, input) is below val_fraction: the same rows in
@@ -355,8 +331,8 @@ def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float, val_start: 
     hashes = [((content_hash(*key) if value in common else value) - val_start) % 1
               for key, value in zip(keys, hashes, strict=True)]
     below = max(val_fraction, math.nextafter(min(hashes, default=0), 1))
-    train, held_out = ([i for i, value in enumerate(hashes) if (value < below) == side]
-                       for side in (False, True))
+    train, held_out = ([row for row, value in zip(rows, hashes, strict=True)
+                        if (value < below) == side] for side in (False, True))
     if not train:
         raise UserError(f"all {len(keys)} usable rows are held out at --val-fraction {val_fraction}"
                         ": lower it, or give rows with more different prompts")
@@ -374,9 +350,8 @@ def split_examples(turns: list[list[TextTurn]], block_size: int, val_fraction: f
     if len(examples) < 2:  # one to train on, one to validate on
         raise UserError(f"--data: {usable}; expected at least 2: give other rows, or a model with "
                         "a longer context")
-    trained, held_out, summary = split_rows(keys, val_fraction)
-    return ([examples[i] for i in trained],
-            sorted((examples[i] for i in held_out), key=num_inputs), f"{usable}; {summary}")
+    trained, held_out, summary = split_rows(examples, keys, val_fraction)
+    return trained, sorted(held_out, key=num_inputs), f"{usable}; {summary}"
 
 
 def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0.0,
@@ -384,9 +359,15 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0
     """(training pairs, held-out pairs by length, summary), see `split_rows`: a prompt is held out
     here if it is held out of fine-tuning."""
     keys = [(pair.instruction, pair.input, decode(pair.chosen[:-1])) for pair in pairs]
-    trained, held_out, summary = split_rows(keys, val_fraction, val_start)
-    return ([pairs[i] for i in trained],
-            sorted((pairs[i] for i in held_out), key=lambda pair: pair.num_tokens), summary)
+    trained, held_out, summary = split_rows(pairs, keys, val_fraction, val_start)
+    return trained, sorted(held_out, key=attrgetter("num_tokens")), summary
+
+
+def split_prompts(prompts: Sequence[Prompt], val_fraction: float,
+                  ) -> tuple[list[Prompt], list[Prompt], str]:
+    """(training prompts, held-out prompts, summary), see `split_rows`."""
+    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in prompts]
+    return split_rows(prompts, keys, val_fraction)
 
 
 def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,

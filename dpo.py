@@ -6,11 +6,11 @@ pairs of responses, one chosen and one rejected, without a reward model.
 
 The checkpoint is the policy at the start, and the reference throughout. The loss of a pair is
 -log sigmoid(beta * [(chosen - reference's) - (rejected - reference's)]), of log-probabilities of
-whole responses (docs/alignment.md). Those of the reference are computed once, before training, and
-kept in OUT_DIR/reference.safetensors.
+whole responses (docs/alignment.md). Those of the reference are kept in OUT_DIR/reference.json.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,12 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from dataloader import load_pairs, row_batches, split_pairs
 from inference import check_vocabulary
 from minigpt2.advantages import accuracy, dpo_loss
 from minigpt2.checkpoint import load_model, weights_sha256
-from minigpt2.config import UserError, first_line, flag
+from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, share_work, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import atomic_write, sha256_of
@@ -38,7 +36,7 @@ from minigpt2.tokenizer import PROMPT_TEMPLATE
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
-CACHE = "reference.safetensors"  # in OUT_DIR
+CACHE = "reference.json"  # in OUT_DIR
 FIGURES = ("loss", "accuracy", "margin", "logp_chosen_change", "logp_rejected_change")
 
 
@@ -92,29 +90,23 @@ def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
 
 def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: Run,
                        ) -> dict[str, list[float]] | None:
-    """`pair_logprobs` of the reference, from OUT_DIR/reference.safetensors if that file holds them
-    for the same weights, pairs and precision; else they are computed and stored there."""
-    pairs = sorted((pair for batch in batches for pair in batch), key=lambda pair: pair.place)
+    """`pair_logprobs` of the reference, from OUT_DIR/reference.json if that file holds them for the
+    same weights, batches and precision; else they are computed and stored there."""
     reference.bf16_residual = run.model.bf16_residual
-    facts = [run.metadata["reference_sha256"], run.dtype, reference.bf16_residual,
-             *((pair.prompt, pair.chosen, pair.rejected) for pair in pairs)]
+    facts = [run.metadata["reference_sha256"], run.dtype, reference.bf16_residual, batches]
     key, path = hashlib.sha256(repr(facts).encode()).hexdigest(), run.out_dir / CACHE
-    rows = None
+    saved = {}
     if run.launch.is_master and path.exists():
         try:
-            with safe_open(path, framework="pt") as file:
-                if file.metadata() == {"key": key}:
-                    rows = file.get_tensor("logprobs").tolist()
-        except SafetensorError as error:
-            print(f"{path} is damaged ({first_line(error)}): computing it again", flush=True)
-    rows = run.launch.broadcast(rows)
-    if rows is not None:
-        return dict(zip((pair.place for pair in pairs), rows, strict=True))
-    found = pair_logprobs(reference, batches, run)
-    if run.launch.is_master and found is not None:
-        with atomic_write(path) as file:
-            file.write(save({"logprobs": torch.tensor([found[pair.place] for pair in pairs])},
-                            {"key": key}))
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            print(f"{path} is damaged ({error}): computing it again", flush=True)
+    found = run.launch.broadcast(saved["logprobs"] if saved.get("key") == key else None)
+    if found is None:
+        found = pair_logprobs(reference, batches, run)
+        if run.launch.is_master and found is not None:
+            with atomic_write(path, text=True) as file:
+                json.dump({"key": key, "logprobs": found}, file)
     return found
 
 

@@ -33,7 +33,6 @@ from minigpt2.files import atomic_write, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, list_files
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.progress import progress_bar
-from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, load_tokenizer
 from model import GPT
 
@@ -48,14 +47,6 @@ DOWNLOADS = {  # file: (repository and commit on the hub, path there, SHA-256)
         "EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4",
         "data/lambada_test_en.jsonl",
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")}
-# Published results of OpenAI's 124M weights: build-nanogpt (hellaswag, FineWeb-Edu), llm.c
-# (FineWeb), lm-evaluation-harness (the last word), the GPT-2 paper, table 3 (the last token).
-PUBLISHED = {
-    "hellaswag accuracy_summed": 0.2859, "hellaswag accuracy_per_token": 0.2955,
-    "lambada accuracy_last_word": 0.3256, "lambada accuracy_last_token": 0.4599,
-    "lambada perplexity_per_word": 40.06}
-PUBLISHED_LOSS = {"HuggingFaceFW/fineweb": 3.4250, "kjj0/fineweb10B-gpt2": 3.4250,
-                  "HuggingFaceFW/fineweb-edu": 3.2924}
 
 
 @dataclass(frozen=True)
@@ -149,31 +140,19 @@ def evaluate_checkpoint(name: str, folder: Path, config: EvaluateConfig, launch:
     return results
 
 
-def published_figures(config: EvaluateConfig, tasks: dict[str, Path | None]) -> dict[str, float]:
-    """PUBLISHED for these tasks, and the loss if it is known for the corpus of --data-dir."""
-    figures = {name: value for name, value in PUBLISHED.items() if name.split()[0] in tasks}
-    source = read_manifest(Path(config.data_dir)).get("source", {}) if "val" in tasks else {}
-    loss = PUBLISHED_LOSS.get(source.get("name"))
-    return figures if loss is None else {"val loss": loss} | figures
-
-
 def download_benchmark(target: Path) -> None:
     """Downloads and verifies a file, unless it is there already. Raises UserError."""
-    repo, commit, path, digest = DOWNLOADS[target.name]
-    if target.exists():
-        if sha256_of(target) != digest:
-            raise UserError(f"{target} is not the file of {repo}: delete it")
+    if target.exists():  # it was renamed into place when it was complete
         return
+    repo, commit, path, digest = DOWNLOADS[target.name]
     target.parent.mkdir(parents=True, exist_ok=True)
     retry = RetryPolicy()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        for file in list_files(repo, commit, str(Path(path).parent), retry):
-            if file.path == path:
-                source = fetch(repo, commit, file, Path(scratch), retry)
-                if sha256_of(source) == digest:
-                    source.replace(target)
-    if not target.exists():
-        raise UserError(f"{repo} has no file {path} with the expected SHA-256")
+        files = {file.path: file for file in list_files(repo, commit, "data", retry)}
+        source = fetch(repo, commit, files[path], Path(scratch), retry)
+        if sha256_of(source) != digest:
+            raise UserError(f"{path} of {repo} does not have the expected SHA-256")
+        source.replace(target)
     print(f"wrote {target}")
 
 
@@ -190,8 +169,6 @@ def main() -> None:
         tasks, results = parse_tasks(config), {}
         for name, folder in [(name, find_checkpoint(name)) for name in config.checkpoints]:
             results[name] = evaluate_checkpoint(name, folder, config, launch, tasks)
-            if name.removeprefix("openai-community/") == "gpt2":
-                results[f"{name}, published"] = published_figures(config, tasks)
         launch.print0(benchmarks.table(results))
         if config.json and launch.is_master:
             with atomic_write(Path(config.json), text=True) as file:

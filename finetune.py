@@ -1,14 +1,12 @@
-"""Instruction tuning of a checkpoint on rows of instruction, input and output (Alpaca's format), of
-prompt and completion, or of chat messages.
+"""Instruction tuning of a checkpoint on Alpaca's rows, on prompt and completion, or chat messages.
 
     python finetune.py --checkpoint out/pretrain --data finetune_data/alpaca.json
     python finetune.py --checkpoint gpt2                       # OpenAI's weights, from the hub
     torchrun --standalone --nproc-per-node=8 finetune.py --checkpoint out/pretrain
 
 The loss is over the tokens of the response and its final <|endoftext|>: the model learns to answer
-and to stop, not to repeat questions. Writes OUT_DIR/step_NNNNNN/ (with the name of the prompt
-template) after every epoch and every --save-interval steps, OUT_DIR/metrics.jsonl and, at the end,
-the loss graph. SIGTERM, SIGINT, SIGUSR1 and SIGHUP save and stop the run; --resume continues it.
+and to stop, not to repeat questions. OUT_DIR gets checkpoints, metrics.jsonl and the loss graph. A
+signal saves and stops the run; --resume continues it.
 """
 
 from collections.abc import Sequence
@@ -33,7 +31,6 @@ from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
-SHOWN = 240  # characters of each part of the example that is printed
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,6 @@ def with_prompt_targets(example: Example) -> Example:
     """The example with all tokens as targets but the first, which follows nothing."""
     first, *others = token_ids(example)
     return [([first], others)]
-
-
-def show_example(example: Example) -> str:
-    """The text of the first turn with its trained part in [[ ]]; long parts are shortened."""
-    texts = [decode(ids) for ids in example[0]]
-    prompt, response = (text if len(text) <= SHOWN else
-                        f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}" for text in texts)
-    return f"{prompt}[[{response}]]" + f" ... ({len(example) - 1} more turns)" * (len(example) > 1)
 
 
 def collate(rows: Sequence[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,8 +105,9 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     model = run.prepare_epochs(raw_model, len(train_rows),
                                padded_to(train_rows + val_rows, block_size))
     B = run.micro_batch_size
-    launch.print0(f"{summary}\nThe first row, its trained part in [[ ]]:\n"
-                  f"{show_example(train_rows[0])}\n{run.summary}")
+    prompt, response = map(decode, train_rows[0][0])
+    launch.print0(f"{summary}\nThe first turn of a row, its trained part in [[ ]]:\n"
+                  f"{prompt}[[{response}]]\n{run.summary}")
     global_batches = row_batches(train_rows, num_inputs, run.batch_size, config.seed, run.step)
 
     # 3. The loop

@@ -65,14 +65,6 @@ def decode_generation(output_ids: Tensor, output_masks: Tensor,
             for row in generated_rows(output_ids, output_masks, prompt_masks)]
 
 
-def finish_reasons(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor,
-                   max_steps: int) -> list[str]:
-    """Why each row ended: "stop" (<|endoftext|>), "length" (max_steps) or "context" (full)."""
-    return ["stop" if row and row[-1] == EOT_TOKEN else
-            "length" if len(row) >= max_steps else "context"
-            for row in generated_rows(output_ids, output_masks, prompt_masks)]
-
-
 def check_vocabulary(model: GPT, checkpoint: str) -> None:
     """Raises UserError if the model lacks ids of GPT-2's encoding. Extra ids are never sampled."""
     if model.config.vocab_size < N_VOCAB:
@@ -285,9 +277,9 @@ def respond(model: GPT, prompts: Sequence[Sequence[int]], max_steps: int,
     """The responses to one batch of prompts, given as ids; the options are those of `generate`."""
     ids, masks = pad_rows(prompts)
     output = generate(model, ids, masks, max_steps=max_steps, **options)
-    rows = zip(prompts, generated_rows(*output, masks),
-               finish_reasons(*output, masks, max_steps), strict=True)
-    return [Response(list(prompt), tokens, reason) for prompt, tokens, reason in rows]
+    return [Response(list(prompt), tokens, "stop" if tokens[-1:] == [EOT_TOKEN] else
+                     "length" if len(tokens) >= max_steps else "context")
+            for prompt, tokens in zip(prompts, generated_rows(*output, masks), strict=True)]
 
 
 def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
@@ -409,8 +401,8 @@ def main() -> None:
     model, params, use_template = config.load()
     if config.input and (config.unconditional or not use_template):
         raise UserError("--input: no template is applied here; write the input into the prompt")
-    rows = [[EOT_TOKEN]] * config.unconditional or generated_rows(*tokenize_batch_input(
-        [format_prompt(p, config.input) if use_template else p for p in prompts]))
+    rows = [[EOT_TOKEN]] * config.unconditional or [
+        encode(format_prompt(p, config.input) if use_template else p) for p in prompts]
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import Prompt, load_prompts, normalize, split_rows
+from dataloader import Prompt, load_prompts, normalize, split_prompts
 from image.plot_judge import draw_policies
 from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, best_of_n, binary_kl
@@ -65,10 +65,8 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
              *(reward.model.config for reward in rewards.values() if reward.model)]
     prompts, summary = load_prompts(config.data, "--data", min(size.block_size for size in sizes),
                                     config.max_response)
-    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in prompts]
-    _, indices, split = split_rows(keys, config.val_fraction)
+    _, held_out, split = split_prompts(prompts, config.val_fraction)
     launch.print0(f"{summary}; {split}")
-    held_out = [prompts[i] for i in indices]
     prompts = held_out[: config.rows]
     shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}
              for prompt in prompts[:SHOWN_PROMPTS]]

@@ -147,13 +147,6 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(std=INIT_STD)
 
-    @torch.no_grad()
-    def zero_projections(self) -> None:
-        """Zeroes every c_proj, so that each block starts as the identity."""
-        for block in self.transformer.h:
-            block.attn.c_proj.weight.zero_()
-            block.mlp.c_proj.weight.zero_()
-
     def num_parameters(self) -> int:
         """124,439,808 for the default config; the tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -167,12 +160,9 @@ class GPT(nn.Module):
 
     def hidden_states(self, idx: torch.Tensor, cache=None,
                       positions: torch.Tensor | None = None) -> torch.Tensor:
-        """The hidden states below the head: idx (B, T) int64 -> (B, T, C).
-
-        With an `inference.KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1;
-        with `positions` (B, 1) as well, it holds one new token per row, at that slot and position.
-        Raises ValueError past block_size.
-        """
+        """The hidden states below the head: idx (B, T) int64 -> (B, T, C). With an
+        `inference.KVCache`, idx holds prompts, whose keys and values fill slots 0 .. T - 1; with
+        `positions` (B, 1) too, one new token per row. Raises ValueError past block_size."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
@@ -192,14 +182,12 @@ class GPT(nn.Module):
                 reduction: str = "mean", return_logits: bool = True):
         """idx (B, T) int64, targets (B, T) int64 -> (logits (B, T, V), loss ()).
 
-        `targets[b, t]` is the token that follows `idx[b, t]`, or IGNORE_INDEX. The loss is the
-        cross-entropy in nats, averaged over valid targets, or summed (`reduction="sum"`) for
-        callers that divide by a global count. Without a valid target it is 0, with zero gradients;
-        without targets, None. With `reduction="none"` it is (B, T): minus the log-probability of
-        each target, 0 where there is none. `return_logits=False` returns (None, loss), the same
-        loss computed without holding all logits: the training path. Raises ValueError past
-        block_size.
-        """
+        `targets[b, t]` is the token that follows `idx[b, t]`, or IGNORE_INDEX. The loss is the mean
+        cross-entropy in nats over valid targets, 0 if there are none; without `targets`, None.
+        `reduction="sum"` is for callers that divide by a global count; `reduction="none"` gives
+        minus the log-probability of each target, (B, T), 0 where there is none. For training,
+        `return_logits=False` returns (None, loss), computed without holding all logits. Raises
+        ValueError past block_size."""
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
         x = self.hidden_states(idx)  # (B, T, C)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dataloader import load_pairs, permutation, row_batches, split_pairs
+from image.plot_reward import draw_calibration
 from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, weights_sha256
@@ -257,22 +258,6 @@ def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict
             | {"confidence": confidence[places == i].mean().item()} for i in places.unique()]
     error = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
     return error / len(margins), rows
-
-
-def draw_calibration(bins: list[dict], image: Path) -> None:
-    """Plots the accuracy of each bin, with its interval, against the confidence; a calibrated model
-    lies on the diagonal."""
-    from matplotlib.figure import Figure  # slow to import
-    x, y, low, high = ([row[name] for row in bins]
-                       for name in ("confidence", "accuracy", "low", "high"))
-    figure = Figure(figsize=(5, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
-    axes.vlines(x, low, high)
-    axes.plot(x, y, "o")
-    axes.set(xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy on held-out pairs")
-    with atomic_write(image) as file:
-        figure.savefig(file, format="png")
 
 
 def baseline_margins(pairs: Sequence[tuple[str, str]],

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from dataloader import Prompt, load_prompts, permutation, split_rows
+from dataloader import Prompt, load_prompts, permutation, split_prompts
 from inference import check_vocabulary, sample_responses
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import load_model, weights_sha256
@@ -282,9 +282,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     reward = Reward(config.reward, "--reward", device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
     prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_response)
-    trained, held_out, split = split_rows([(p.instruction, p.input, p.output) for p in prompts],
-                                          config.val_fraction)
-    train_prompts, val_prompts = ([prompts[i] for i in rows] for rows in (trained, held_out))
+    train_prompts, val_prompts, split = split_prompts(prompts, config.val_fraction)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
               loss_name="KL-penalized reward, negative", prompt_template=PROMPT_TEMPLATE,

@@ -1,17 +1,14 @@
-"""Pre-trains a GPT-2 on token shards, in one process or under torchrun.
+"""Pre-trains a GPT-2 on token shards.
 
     python trainer.py --data-dir pretrain_data/pydocs --out-dir out/small --n-layer 4 --n-head 4 \\
         --n-embd 128 --block-size 256 --sequence-length 256 --micro-batch-size 8 \\
         --total-batch-size 4096 --max-lr 3e-3 --warmup-steps 20 --max-steps 500    # a laptop's CPU
     python trainer.py                                                              # one GPU
     torchrun --standalone --nproc-per-node=8 trainer.py                            # eight GPUs
-    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=1 \\
-        --rdzv-endpoint=HOST:29500 --max-restarts=3 trainer.py --resume            # each of 2 nodes
 
-The defaults are GPT-2 124M on FineWeb: 2**19 tokens a step, AdamW, one epoch. Writes
-OUT_DIR/step_NNNNNN/, OUT_DIR/latest and OUT_DIR/best (see minigpt2/checkpoint.py),
-OUT_DIR/metrics.jsonl, OUT_DIR/samples.jsonl and, at the end, the loss graph. SIGTERM, SIGINT,
-SIGUSR1 and SIGHUP save and stop the run; --resume continues from the newest intact checkpoint.
+The defaults are GPT-2 124M on FineWeb: 2**19 tokens a step, AdamW, one epoch. OUT_DIR gets
+checkpoints, metrics.jsonl, samples.jsonl and the loss graph. A signal saves and stops the run;
+--resume continues from the newest intact checkpoint. docs/training.md: several nodes.
 """
 
 import dataclasses
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn as nn
 
 from dataloader import TokenLoader, read_rows
 from inference import decode_generation, generate, tokenize_batch_input
@@ -46,32 +44,27 @@ class TrainerConfig(RunConfig):
                         is_path=True)
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = flag("gpt2", "model size")
     n_layer: int | None = flag(None, "layers (default: the preset's)", minimum=1, below=2**16)
-    n_head: int | None = flag(None, "attention heads (default: the preset's)", minimum=1,
-                              below=2**16)
+    n_head: int | None = flag(None, "heads (default: the preset's)", minimum=1, below=2**16)
     n_embd: int | None = flag(None, "width (default: the preset's)", minimum=1, below=2**20)
-    block_size: int | None = flag(None, "longest context (default: the preset's)", minimum=1,
-                                  below=2**24)
+    block_size: int | None = flag(None, "context (default: the preset's)", minimum=1, below=2**24)
     zero_init: bool = flag(False, "initialize c_proj to 0: every block starts as the identity")
     total_batch_size: int = flag(524_288, "tokens per step, over all ranks", minimum=1)  # 2**19
     micro_batch_size: int | Literal["auto"] = flag(
         32, "sequences per rank and micro-step; auto: the largest that fits", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
     max_steps: int | None = flag(None, "optimizer steps (default: one epoch)", minimum=1)
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: Muon for the blocks' matrices, "
-                                                        "AdamW for all else")
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: AdamW but for the blocks' matrices")
     schedule: Literal["cosine", "linear"] = flag("cosine", "learning-rate decay after the warm-up")
     warmup_steps: int = flag(715, "steps of linear warm-up", minimum=0)
     max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(6e-5, "learning rate after the last step", minimum=0)
-    muon_lr: float = flag(6e-3, "Muon's learning rate after the warm-up; same schedule as AdamW's",
-                          minimum=0)
+    muon_lr: float = flag(6e-3, "Muon's learning rate, on the schedule of AdamW's", minimum=0)
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings", minimum=0)
     beta1: float = flag(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)
     beta2: float = flag(0.95, "AdamW's decay rate of the second moment", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
     eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
-    sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation; empty: "
-                              "no samples", may_be_empty=True)
+    sample_prompt: str = flag("Hello, I'm a language model,", "sampled at every validation")
     sample_steps: int = flag(32, "tokens per sample; 0: no samples", minimum=0)
     hellaswag_interval: int = flag(0, "steps between HellaSwag scores; 0: none", minimum=0)
     hellaswag: str = flag(str(ROOT / "eval_data" / "hellaswag_val.parquet"),
@@ -103,8 +96,9 @@ def new_model(config: TrainerConfig, sizes: GPTConfig, device: torch.device) -> 
     """Initialized on the CPU: the same weights on every device and rank."""
     torch.manual_seed(config.seed)
     model = GPT(sizes)
-    if config.zero_init:
-        model.zero_projections()
+    for block in model.transformer.h if config.zero_init else ():
+        nn.init.zeros_(block.attn.c_proj.weight)
+        nn.init.zeros_(block.mlp.c_proj.weight)
     return model.to(device)
 
 
@@ -138,33 +132,20 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 
-def make_loader(config: TrainerConfig, launch: Launch, split: str, vocab_size: int) -> TokenLoader:
-    """A loader; `micro_batch_size` is set once it is chosen."""
-    return TokenLoader(Path(config.data_dir), split, sequence_length=config.sequence_length,
-                       micro_batch_size=1, total_batch_size=config.total_batch_size,
-                       vocab_size=vocab_size, seed=config.seed, rank=launch.rank,
-                       world_size=launch.world_size)
-
-
-def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int:
-    """The full steps in one pass over the shards; prints how many windows are left over."""
-    steps, left = divmod(loader.windows_per_epoch, loader.windows_per_step)
-    if steps == 0:
+def one_epoch(config: TrainerConfig, loader: TokenLoader) -> int:
+    """The full steps in one pass over the shards; fewer windows than a step are left over."""
+    if loader.windows_per_epoch < loader.windows_per_step:
         raise UserError(f"one epoch of {config.data_dir} has {loader.windows_per_epoch:,} windows "
                         f"of {config.sequence_length} tokens, fewer than one step: lower "
                         "--total-batch-size or give --max-steps")
-    launch.print0(f"one epoch: {steps:,} steps, {left} windows left over")
-    return steps
+    return loader.windows_per_epoch // loader.windows_per_step
 
 
 def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
-    """Continues the sample prompt, appends the text to OUT_DIR/samples.jsonl and returns it; if
-    the prompt leaves no room in the context, returns a line that says so."""
-    input_ids, masks = tokenize_batch_input([config.sample_prompt])
-    if input_ids.size(1) >= model.config.block_size:
-        return (f"no samples: --sample-prompt has {input_ids.size(1)} tokens, and the context is "
-                f"{model.config.block_size}")
-    output = generate(model, input_ids, masks, 1.0, config.sample_steps, seed=config.seed)
+    """Continues the sample prompt, appends the text to OUT_DIR/samples.jsonl and returns it. Raises
+    UserError if the prompt leaves no room in the context."""
+    prompt = tokenize_batch_input([config.sample_prompt])
+    output = generate(model, *prompt, 1.0, config.sample_steps, seed=config.seed)
     text = decode_generation(*output)[0]
     log = RunLog(Path(config.out_dir) / SAMPLES, fresh=step == 0)
     log.write(step, "sample", text=text)
@@ -195,9 +176,11 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png",
               data=read_manifest(Path(config.data_dir)), fixed=FIXED_ON_RESUME,
               **dataclasses.asdict(sizes))
-    train_loader = make_loader(config, launch, "train", sizes.vocab_size)
-    val_loader = make_loader(config, launch, "val", sizes.vocab_size)
-    max_steps = config.max_steps or one_epoch(config, train_loader, launch)
+    train_loader, val_loader = (TokenLoader(
+        Path(config.data_dir), split, sequence_length=T, micro_batch_size=1,  # chosen below
+        total_batch_size=config.total_batch_size, vocab_size=sizes.vocab_size, seed=config.seed,
+        rank=launch.rank, world_size=launch.world_size) for split in ("train", "val"))
+    max_steps = config.max_steps or one_epoch(config, train_loader)
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} steps is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")
@@ -220,8 +203,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if run.eval_due():
                 val_loss = mean_loss(raw_model, val_loader.eval_batches(config.eval_tokens), launch,
                                      run.dtype, run.stop.requested)
-                wants_sample = bool(config.sample_prompt) and config.sample_steps > 0
-                if run.log_validation(val_loss) and wants_sample and launch.is_master:
+                if run.log_validation(val_loss) and config.sample_steps and launch.is_master:
                     run.bar.write(write_sample(raw_model, config, run.step))
             if run.benchmark_due(config.hellaswag_interval):
                 run.log_figures("hellaswag", question_figures(

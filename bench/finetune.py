@@ -60,10 +60,11 @@ def trained_rows(rows: list, block_size: int) -> list[tuple[torch.Tensor, torch.
     """Ids and labels (T,) of the rows that finetune.py trains on: not those that it leaves out or
     holds out."""
     keys, examples, _ = make_examples([text_turns(row, "a row") for row in rows], block_size)
+    trained, _, _ = split_rows(examples, keys, 0)
     labels = [[label for prompt, response in example
-               for label in [IGNORE_INDEX] * len(prompt) + response] for example in examples]
-    return [(torch.tensor(token_ids(examples[i])), torch.tensor(labels[i]))
-            for i in split_rows(keys, 0)[0]]
+               for label in [IGNORE_INDEX] * len(prompt) + response] for example in trained]
+    return [(torch.tensor(token_ids(example)), torch.tensor(row))
+            for example, row in zip(trained, labels, strict=True)]
 
 
 def make_finetuning(way: str, folder: pathlib.Path, rows: list, dtype: str, epochs: int,

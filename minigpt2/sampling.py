@@ -48,8 +48,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled response, and why it ended: "stop" (<|endoftext|>, its last token), "length" or
-    "context", see `inference.finish_reasons`."""
+    """A sampled response, and why it ended: "stop" (<|endoftext|>, its last token), "length"
+    (max_steps) or "context" (full)."""
 
     prompt: list[int]
     tokens: list[int]

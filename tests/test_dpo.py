@@ -10,7 +10,6 @@ from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, main_of, run_scri
 from helpers.ranks import Ranks, wait_until
 from helpers.training import assert_same_run, interrupted, losses, num_records
 from helpers.worlds import Standing, W
-from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dpo
@@ -120,10 +119,9 @@ def test_pairs_are_held_out_like_rows_of_fine_tuning(rows_file):
     rows = [row | {"output": row["chosen"]} for row in ROWS]
     turns = [[(row["instruction"], row["input"], row["output"])] for row in rows]
     keys, _, _ = make_examples(turns, 160)
-    _, held_out, _ = split_rows(keys, 0.2)
+    _, held_out, _ = split_rows(keys, keys, 0.2)
     trained, val_pairs, _ = split_pairs(pairs_of(rows_file), 0.2)
-    assert {keys[i][:2] for i in held_out} == {(pair.instruction, pair.input)
-                                              for pair in val_pairs}
+    assert {key[:2] for key in held_out} == {(pair.instruction, pair.input) for pair in val_pairs}
     assert len(trained) + len(val_pairs) == len(ROWS) and len(val_pairs) > 3
 
 
@@ -215,7 +213,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys):
     assert len(records(out)) == 2 * steps and (out / f"step_{steps:06d}").is_dir()
     assert read_prompt_template(out) == "alpaca"
     assert (out / "dpo_loss.png").read_bytes().startswith(b"\x89PNG")
-    assert load_file(out / CACHE)["logprobs"].shape == (len(ROWS), 2)
+    assert cached(out).shape == (len(ROWS), 2)
     printed = capsys.readouterr().out
     assert f"{2 * steps} steps of 8 rows, 4 per rank and micro-step" in printed
     assert f"{len(ROWS)} of {len(ROWS)} pairs (left out: none); {num_train} to train on" in printed
@@ -230,15 +228,22 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys):
 def test_cached_log_probabilities_equal_computed_ones(base, rows_file, tmp_path):
     for name, size in (("a", 4), ("b", 4), ("c", 3)):
         train(tiny(base, rows_file, tmp_path / name, micro_batch_size=size), CPU_LAUNCH)
-    a, b, c = (load_file(tmp_path / name / CACHE)["logprobs"] for name in "abc")
+    a, b, c = (cached(tmp_path / name) for name in "abc")
     assert torch.equal(a, b)  # the same batches
     assert torch.allclose(a, c, rtol=1e-5, atol=1e-5) and a.min() < -100
 
 
-def forged(path, key: str) -> None:
+def cached(out) -> torch.Tensor:
+    """The log-probabilities in a cache (R, 2), by the pairs' places."""
+    found = json.loads((out / CACHE).read_text())["logprobs"]
+    return torch.tensor([found[place] for place in sorted(found)])
+
+
+def forged(path, **changes) -> None:
     """A cache whose numbers no model gave."""
-    rows = torch.tensor([[-1e3, 0.0]]).expand(len(ROWS), 2).contiguous()
-    path.write_bytes(dpo.save({"logprobs": rows}, {"key": key}))
+    saved = json.loads(path.read_text())
+    made_up = {place: [-1e3, 0.0] for place in saved["logprobs"]}
+    path.write_text(json.dumps(saved | {"logprobs": made_up} | changes))
 
 
 @pytest.mark.slow
@@ -247,8 +252,6 @@ def test_only_the_cache_of_these_weights_and_pairs_is_used(base, rows_file, tmp_
     out, real = tmp_path / "out", dpo.pair_logprobs
     config = tiny(base, rows_file, out, epochs=2)
     train(config, CPU_LAUNCH)
-    with dpo.safe_open(out / CACHE, framework="pt") as file:
-        key = file.metadata()["key"]
     computed = []
     monkeypatch.setattr(dpo, "pair_logprobs", lambda model, batches, run: (
         computed.append(sum(map(len, batches))) or real(model, batches, run)))
@@ -262,12 +265,12 @@ def test_only_the_cache_of_these_weights_and_pairs_is_used(base, rows_file, tmp_
 
     assert resumed("right", lambda path: None) == []  # read
     assert resumed("gone", lambda path: path.unlink()) == [len(ROWS)]
-    assert resumed("other", lambda path: forged(path, "0" * 64)) == [len(ROWS)]
+    assert resumed("other", lambda path: forged(path, key="0" * 64)) == [len(ROWS)]
     assert resumed("cut", lambda path: path.write_bytes(path.read_bytes()[:-9])) == [len(ROWS)]
     assert "is damaged" in capsys.readouterr().out
     for name in ("right", "gone", "other", "cut"):
         assert_same_run(tmp_path / name, out)
-    assert resumed("forged", lambda path: forged(path, key)) == []  # only its key is checked
+    assert resumed("forged", forged) == []  # only its key is checked
     assert losses(tmp_path / "forged")[-1] != losses(out)[-1]
 
 

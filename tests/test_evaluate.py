@@ -34,7 +34,6 @@ from minigpt2.benchmarks import (
     score,
 )
 from minigpt2.checkpoint import save_checkpoint
-from minigpt2.shards import MANIFEST, read_manifest, write_record
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT, GPTConfig
 
@@ -280,33 +279,6 @@ def test_rows_of_other_forms_are_refused(render, row):
         render(row | {"label": 0})
 
 
-def test_published_numbers_stand_beside_gpt2(files, monkeypatch, capsys):
-    """The loss only for the corpora on which it was published."""
-    found = evaluate.find_checkpoint
-    monkeypatch.setattr(evaluate, "find_checkpoint", lambda name: found(files / "out"))
-    argv = arguments(files)[1:]
-    columns = {}
-    for corpus, name in (("HuggingFaceFW/fineweb", "gpt2"), ("kjj0/fineweb10B-gpt2", "gpt2"),
-                         ("HuggingFaceFW/fineweb-edu", "openai-community/gpt2"),
-                         ("wikipedia", "gpt2")):
-        manifest = read_manifest(files / "data") | {"source": {"name": corpus}}
-        write_record(files / "data" / MANIFEST, manifest)
-        monkeypatch.setattr("sys.argv", ["evaluate.py", name, *argv])
-        evaluate.main()
-        header, *lines = capsys.readouterr().out.splitlines()
-        assert header.split("  ")[-1].strip() == f"{name}, published"
-        start = header.index(f"{name}, published")
-        columns[corpus] = {line.split("  ")[0]: line[start:] for line in lines if line[start:]}
-    expected = {
-        "val loss": "3.4250", "hellaswag accuracy_summed": "0.2859",
-        "hellaswag accuracy_per_token": "0.2955",
-        "lambada accuracy_last_word": "0.3256", "lambada accuracy_last_token": "0.4599",
-        "lambada perplexity_per_word": "40.0600"}
-    assert columns["HuggingFaceFW/fineweb"] == expected == columns["kjj0/fineweb10B-gpt2"]
-    assert columns["HuggingFaceFW/fineweb-edu"] == expected | {"val loss": "3.2924"}
-    assert columns["wikipedia"] == {k: v for k, v in expected.items() if k != "val loss"}
-
-
 def test_wrong_files_and_tasks(files, monkeypatch, capsys):
     def error(*changes) -> str:
         return main_error(evaluate.main, [*arguments(files), *changes], monkeypatch, capsys)
@@ -345,6 +317,5 @@ def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monke
     path = tmp_path / "hellaswag_val.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), path)
     assert len(make_questions(path, read_rows(path), hellaswag, 64)) == 16
-    assert "is not the file of Rowan/hellaswag" in user_error(evaluate.download_benchmark, path)
-    monkeypatch.setattr(evaluate, "sha256_of", lambda _: evaluate.DOWNLOADS[path.name][3])
+    monkeypatch.setattr(evaluate, "fetch", None)
     evaluate.download_benchmark(path)

@@ -36,14 +36,7 @@ from dataloader import (
     split_rows,
     token_ids,
 )
-from finetune import (
-    FinetuneConfig,
-    collate,
-    micro_batches,
-    show_example,
-    train,
-    with_prompt_targets,
-)
+from finetune import FinetuneConfig, collate, micro_batches, train
 from inference import tokenize_batch_input
 from minigpt2 import run
 from minigpt2.checkpoint import (
@@ -179,18 +172,6 @@ def first_batches(rows_file, count: int) -> list[list]:
     return list(itertools.islice(row_batches(rows, num_inputs, 8, 1337, 0), count))
 
 
-def test_the_example_that_is_printed():
-    conversation, = encoded([[(f"Question {n}", "", f"Answer {n}") for n in range(4)]], 512)
-    text = show_example(conversation)
-    assert text.startswith("Below is an instruction that describes a task.")
-    assert "Question 0\n\n### Response:\n[[Answer 0<|endoftext|>]] ... (3 more turns)" in text
-    assert "is an instruction" in show_example(with_prompt_targets(conversation))
-    long, = encoded([[("x", "", "word " * 300)]], 512)
-    text = show_example(long)
-    assert "[[word word" in text and text.endswith("word <|endoftext|>]]") and len(text) < 520
-    assert " ... " in text
-
-
 # ------------------------------------------------------------------------ order and splits
 
 
@@ -198,15 +179,15 @@ KEYS = [(f"Question {n}", "input" * (n % 2), f"answer {n}") for n in range(2000)
 
 
 def held_out_keys(keys: list, val_fraction: float) -> set:
-    return {keys[i][:2] for i in split_rows(keys, val_fraction)[1]}
+    return {key[:2] for key in split_rows(keys, keys, val_fraction)[1]}
 
 
 def test_a_row_is_held_out_of_every_file_or_of_none():
     assert content_hash("Name three colors.", "") == 0.06674873834986883
     assert content_hash("  name THREE\ncolors.", " ") == content_hash("Name three colors.", "")
     assert content_hash("a", "b") != content_hash("ab", "") != content_hash("", "ab")
-    trained, held_out, summary = split_rows(KEYS, 0.05)
-    assert sorted(trained + held_out) == list(range(2000)) and 70 < len(held_out) < 130
+    trained, held_out, summary = split_rows(KEYS, KEYS, 0.05)
+    assert sorted(trained + held_out) == sorted(KEYS) and 70 < len(held_out) < 130
     assert summary == (f"{len(trained):,} to train on, {len(held_out):,} held out; 0 repeat "
                        "another's prompt")
     pairs = [(a, b, "other") for a, b, _ in KEYS[::-3]]  # some, in another order
@@ -217,9 +198,9 @@ def test_a_row_is_held_out_of_every_file_or_of_none():
 
 def test_at_least_the_lowest_hash_is_held_out_and_never_all():
     assert held_out_keys(KEYS, 0.0) == {min(KEYS, key=lambda key: content_hash(*key[:2]))[:2]}
-    assert "--val-fraction 0.999" in user_error(split_rows, KEYS[:3], 0.999)
-    assert "--val-fraction 0.0" in user_error(split_rows, KEYS[:1], 0.0)
-    assert "0 usable rows" in user_error(split_rows, [], 0.1)
+    assert "--val-fraction 0.999" in user_error(split_rows, KEYS[:3], KEYS[:3], 0.999)
+    assert "--val-fraction 0.0" in user_error(split_rows, KEYS[:1], KEYS[:1], 0.0)
+    assert "0 usable rows" in user_error(split_rows, [], [], 0.1)
 
 
 def test_rows_with_equal_prompts_are_on_the_same_side(base, tmp_path, capsys):
@@ -228,8 +209,8 @@ def test_rows_with_equal_prompts_are_on_the_same_side(base, tmp_path, capsys):
                "output": f"{row['output']}{n}"} for row in ROWS for n in ("", "", 3)]
     (tmp_path / "rows.json").write_text(json.dumps(ROWS + copies))
     keys = make_examples(read_turns(tmp_path / "rows.json"), 128)[0]
-    parts = split_rows(keys, 0.2)
-    prompts = [{" ".join(keys[i][0].lower().split()) for i in part} for part in parts[:2]]
+    parts = split_rows(keys, keys, 0.2)
+    prompts = [{" ".join(key[0].lower().split()) for key in part} for part in parts[:2]]
     assert sum(map(len, prompts)) == 30 and min(map(len, prompts)) and not prompts[0] & prompts[1]
     assert "90 repeat another's prompt" in parts[2]
     train(tiny(base, tmp_path / "rows.json", tmp_path / "out", epochs=1, batch_size=60),
@@ -240,14 +221,14 @@ def test_rows_with_equal_prompts_are_on_the_same_side(base, tmp_path, capsys):
 def test_a_prompt_of_a_large_share_of_the_rows_is_split_by_response():
     answers = [("Write a story.", "", f"story {n}") for n in range(1000)]
     for keys in (answers, answers + KEYS[:500], answers + KEYS):
-        trained, held_out, summary = split_rows(keys * 2, 0.1)
+        trained, held_out, summary = split_rows(keys * 2, keys * 2, 0.1)
         assert 0.07 < len(held_out) / len(keys * 2) < 0.13
-        assert not {keys[i % len(keys)] for i in trained} & {keys[i % len(keys)] for i in held_out}
+        assert not set(trained) & set(held_out)
         assert "1 prompts of over a fifth of the rows each: split by response" in summary
     fifths = [(f"Write story {n % 5}.", "", str(n)) for n in range(1000)]  # each exactly a fifth
-    assert {len(split_rows(fifths, fraction)[1]) for fraction in (0.0, 0.05)} == {200}
-    assert "split by response" not in split_rows(KEYS[:3], 0.0)[2]  # without repeated prompts
-    assert "all 9 usable rows" in user_error(split_rows, answers[:1] * 9, 0.2)
+    assert {len(split_rows(fifths, fifths, fraction)[1]) for fraction in (0.0, 0.05)} == {200}
+    assert "split by response" not in split_rows(KEYS[:3], KEYS[:3], 0.0)[2]  # nothing repeats
+    assert "all 9 usable rows" in user_error(split_rows, range(9), answers[:1] * 9, 0.2)
 
 
 # -------------------------------------------------------------------- steps by row length
@@ -409,7 +390,7 @@ def sixteen(base, tmp_path) -> tuple[list[str], list]:
     path, model = tmp_path / "rows.json", load_model(base)
     path.write_text(json.dumps(rows))
     keys, examples, _ = make_examples(read_turns(path), 128)
-    batch = [examples[i] for i in split_rows(keys, 0.0)[0]]
+    batch = split_rows(examples, keys, 0.0)[0]
     loss = sum(model(*collate([row], 1, num_inputs(row)), reduction="sum")[1] for row in batch)
     (loss / sum(len(response) for [(_, response)] in batch)).backward()
     optimizer = make_optimizer(model, lr=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0,
@@ -485,7 +466,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     assert read_prompt_template(out) == "alpaca" and read_prompt_template(base) is None
     assert (out / "finetune_loss.png").read_bytes().startswith(b"\x89PNG")
     keys, examples, _ = make_examples(TURNS, 128)
-    val_rows = [examples[i] for i in split_rows(keys, 0.1)[1]]
+    val_rows = split_rows(examples, keys, 0.1)[1]
     loss = mean_loss(load_model(out), micro_batches(val_rows, 2, 128, CPU_LAUNCH), CPU_LAUNCH,
                      torch.float32)
     assert loss == pytest.approx(log["val"][8]["loss"], abs=1e-6)

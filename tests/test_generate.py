@@ -26,9 +26,9 @@ from dataloader import pad_rows
 from inference import (
     DecodingBatch,
     decode_generation,
-    finish_reasons,
     generate,
     logprobs,
+    respond,
     tokenize_batch_input,
 )
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, N_VOCAB, encode
@@ -291,6 +291,11 @@ class ChainHead(torch.nn.Module):
         return torch.zeros(len(x), self.vocab_size).scatter(1, wanted, 100.0)
 
 
+def finish_reasons(model, batch, max_steps: int) -> list[str]:
+    return [response.finish_reason for response in
+            respond(model, rows_of(*batch), max_steps, temperature=0.0)]
+
+
 def test_each_row_stops_at_its_own_endoftext():
     a, c, d = (encode(prompt)[-1] for prompt in ("a", "b c", "d"))
     model = ChainModel([a, 5, EOT_TOKEN], [c, 7, 8, 9, EOT_TOKEN], [d, EOT_TOKEN])
@@ -299,12 +304,12 @@ def test_each_row_stops_at_its_own_endoftext():
     new = [row[int(mask.sum()) :] for row, mask in zip(rows_of(output, output_masks), masks,
                                                        strict=True)]
     assert new == [[5, EOT_TOKEN], [7, 8, 9, EOT_TOKEN], [EOT_TOKEN]]
-    assert finish_reasons(output, output_masks, masks, 6) == ["stop"] * 3
     # stops before max_steps, and drops finished rows once they are at least half
     assert model.batch_sizes == [3, 3, 1, 1]
     responses = decode_generation(output, output_masks, prompt_masks=masks)
     assert responses == ["&", "()*", ""]
     assert decode_generation(output, output_masks) == ["a&", "b c()*", "d"]
+    assert finish_reasons(model, (input_ids, masks), 6) == ["stop"] * 3
 
 
 @pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
@@ -345,16 +350,16 @@ def test_max_steps_and_the_context_end_a_row():
     output, masks = generate(model, *batch, 0.0, 3)
     assert masks.sum(1).tolist() == [4, 32]  # the second row fills the context of 32
     assert len(model.batch_sizes) == 3
-    assert finish_reasons(output, masks, batch[1], 3) == ["length", "length"]  # not cut
+    assert finish_reasons(model, batch, 3) == ["length", "length"]  # not cut
     output, masks = generate(model, *batch, 0.0, 4)
     assert masks.sum(1).tolist() == [5, 32]
-    assert finish_reasons(output, masks, batch[1], 4) == ["length", "context"]
+    assert finish_reasons(model, batch, 4) == ["length", "context"]
     output, masks = generate(model, *batch, 0.0, 1000)
     assert masks.sum(1).tolist() == [32, 32] and output.shape == (2, 32)
-    assert finish_reasons(output, masks, batch[1], 1000) == ["context", "context"]
+    assert finish_reasons(model, batch, 1000) == ["context", "context"]
     output, masks = generate(model, *batch, 0.0, 0)
     assert torch.equal(output, batch[0]) and torch.equal(masks, batch[1])
-    assert finish_reasons(output, masks, batch[1], 0) == ["length", "length"]
+    assert finish_reasons(model, batch, 0) == ["length", "length"]
 
 
 def test_max_steps_may_exceed_the_context(tiny_model):

@@ -320,7 +320,7 @@ def test_mistakes_are_named(files, monkeypatch, capsys):
     assert "without room for 126 tokens" in error(sft, "--max-response", "126")
     assert "expected a finite number" in error(sft, "--proxy", f"{files / 'rewards.py'}:nothing")
     assert "cannot be written" in error(sft, "--out-dir", files / "rows.jsonl")
-    assert "cannot read --data" in error(sft, "--data", files / "missing.json")
+    assert "cannot read" in error(sft, "--data", files / "missing.json")
     write_rows(files / "rows.jsonl", ROWS[:1])
     assert "--val-fraction" in error(sft)
     assert not (files / "out").exists()

@@ -8,7 +8,7 @@ import pytest
 from helpers.common import ROOT, assert_user_error, main_error, run_script, user_error
 from helpers.hub_server import serve
 
-from dataloader import content_hash, load_pairs, message_turns, split_rows
+from dataloader import content_hash, load_pairs, message_turns, split_pairs, split_rows
 from finetune import read_turns, token_ids
 from minigpt2.preferences import make_pairs, rank_share
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode, encode_example, format_prompt
@@ -129,17 +129,16 @@ def test_what_fine_tuning_holds_out_is_held_out_here(tmp_path):
              if content_hash(*turns[0][:2]) < 0.2}
     pairs, _ = pairs_of(*({"instruction": row["instruction"].upper(), "input": row["input"],
                            "chosen": "b", "rejected": "c"} for row in rows[::-1]))
-    _, held_out, _ = split_rows([(pair.instruction, pair.input, decode(pair.chosen))
-                                 for pair in pairs], 0.2)
-    assert {(pairs[i].instruction.capitalize(), pairs[i].input) for i in held_out} == tuned
+    _, held_out, _ = split_pairs(pairs, 0.2)
+    assert {(pair.instruction.capitalize(), pair.input) for pair in held_out} == tuned
 
 
 def test_five_folds_hold_out_every_pair_once():
     keys = [(f"prompt {i // 2}", "") for i in range(400)]
-    folds = [split_rows(keys, 0.2, k / 5)[1] for k in range(5)]
+    folds = [split_rows(range(400), keys, 0.2, k / 5)[1] for k in range(5)]
     assert sorted(i for fold in folds for i in fold) == list(range(400))
     assert all(40 < len(fold) < 120 for fold in folds)
-    assert folds[0] == split_rows(keys, 0.2)[1]
+    assert folds[0] == split_rows(range(400), keys, 0.2)[1]
 
 
 def test_a_file_that_is_missing_or_has_too_few_pairs(tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, user_error
+from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import losses
 from helpers.worlds import W
@@ -27,6 +27,7 @@ from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoin
 from minigpt2.metrics import read_log
 from minigpt2.preferences import make_pairs, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
+from minigpt2.sampling import Response
 from minigpt2.tokenizer import EOT_TOKEN, encode
 from model import GPT, GPTConfig
 from reward import RewardConfig, accuracy_interval, calibration, swap_prompts, train
@@ -64,7 +65,8 @@ def arguments(base, rows_file, out, *more) -> list[str]:
 @pytest.fixture
 def always_stops(monkeypatch):
     """Random weights seldom sample <|endoftext|>: every response counts as stopped."""
-    monkeypatch.setattr(inference, "finish_reasons", lambda ids, *_: ["stop"] * len(ids))
+    monkeypatch.setattr(inference, "Response",
+                        lambda prompt, tokens, reason: Response(prompt, tokens, "stop"))
 
 
 def report_of(out) -> dict:
@@ -431,6 +433,17 @@ def test_calibration_by_hand():
                                          torch.tensor([1e4, 0.0]).double()]))
     assert [row["n"] for row in rows] == [1, 10, 1]
     assert error == pytest.approx((10 * 0.3) / 12)
+
+
+def test_the_calibration_is_drawn_from_a_report(tmp_path):
+    bins = calibration(torch.tensor([1.0, 0.5, -0.1]))[1]
+    (tmp_path / "reward.json").write_text(json.dumps({"calibration": bins}))
+    (tmp_path / "rows.json").write_text("[]")
+    image = tmp_path / "image.png"
+    run_script("image/plot_reward.py", tmp_path / "reward.json", "--out", image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    broken = run_script("image/plot_reward.py", tmp_path / "rows.json", "--out", image, check=False)
+    assert broken.returncode == 2 and "is not a report of reward.py" in broken.stderr
 
 
 def test_null_baselines():

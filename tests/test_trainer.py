@@ -810,11 +810,11 @@ def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
     assert "--device cuda:0" in user_error(start, "cuda:0")
 
 
-def test_a_sample_prompt_that_does_not_fit_is_reported(corpus, tmp_path, capsys):
-    train(tiny(corpus, tmp_path / "out", block_size=16, sample_prompt="word " * 20, sample_steps=2,
-               max_steps=1), CPU_LAUNCH)
-    assert "no samples" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "samples.jsonl").exists()
+def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
+    config = tiny(corpus, tmp_path / "out", block_size=16, sample_prompt="word " * 20,
+                  sample_steps=2, max_steps=1)
+    assert "the context is 16, response included: shorten it" in user_error(
+        train, config, CPU_LAUNCH)
 
 
 @pytest.mark.parametrize("changes, words", [
