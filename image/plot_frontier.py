@@ -1,0 +1,112 @@
+"""Draws runs of rlhf.py with a reward of 0 or 1 beside the exact optimum.
+
+    python image/plot_frontier.py out/rlhf --out out/rlhf/frontier.png
+
+The best policy for a reward r is reference x exp(r / kl_coef) / Z. For r in {0, 1} it depends on
+the reference only by p0, its probability of success: p* = p0 e / (1 - p0 + p0 e), e = exp(1 /
+kl_coef), at the divergence kl(p* || p0) of two coins. No policy succeeds as often with less. p0 is
+estimated for every held-out prompt from samples of the reference; all figures are means over these
+prompts, and what a run reached on them is in its log.
+"""
+
+import pathlib
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from dataloader import load_prompts, split_prompts
+from inference import sample_responses
+from minigpt2.checkpoint import load_model
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.distributed import Launch
+from minigpt2.files import atomic_write
+from minigpt2.graphs import check_image, points
+from minigpt2.kernels import prepare_to_sample
+from minigpt2.metrics import read_log
+from minigpt2.rewards import Reward
+
+KL_COEFS = np.geomspace(0.01, 100, 200)  # of the frontier
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    runs: tuple[str, ...] = flag((), "OUT_DIRs of rlhf.py, or their metrics.jsonl", positional=True,
+                                 is_path=True)
+    out: str = flag("frontier.png", "PNG file to write", is_path=True)
+    samples: int = flag(32, "responses of the reference per held-out prompt", minimum=2)
+
+
+def success_of_reference(settings: dict, samples: int) -> np.ndarray:
+    """p0 (n,) of the held-out prompts that a run validated on, from its settings."""
+    device = torch.device("cpu")
+    reference = load_model(settings["checkpoint"], device)
+    reward = Reward(settings["reward"], "--reward", device, settings["unstopped_score"])
+    prompts, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,
+                              settings["max_response"])
+    _, held_out, _ = split_prompts(prompts, settings["val_fraction"])
+    rows = [row for row in held_out[: settings["eval_rows"]] for _ in range(samples)]
+    launch = Launch(0, 1, device)
+    responses = sample_responses(
+        prepare_to_sample(reference), [row.ids for row in rows], list(range(len(rows))),
+        settings["max_response"], launch, label="samples of the reference")
+    scores = reward(responses, rows, launch, torch.float32)
+    if not set(scores.tolist()) <= {0.0, 1.0}:
+        raise UserError(f"the reward {settings['reward']} has other values than 0 and 1, for which "
+                        "alone the optimum is known: choose such a function")
+    return scores.view(-1, samples).mean(1).numpy()
+
+
+def best_policy(p0: np.ndarray, kl_coef: float) -> tuple[float, float]:
+    """(KL, success) of the best policy, means over prompts with successes p0 (n,)."""
+    weight = p0 * np.exp(np.clip(1 / kl_coef, None, 500.0))
+    p = weight / (1 - p0 + weight)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 log 0 is 0
+        terms = np.nan_to_num(p * np.log(p / p0)) + np.nan_to_num(
+            (1 - p) * np.log((1 - p) / (1 - p0)))
+    return float(terms.mean()), float(p.mean())
+
+
+def main() -> None:
+    from matplotlib.figure import Figure  # slow to import
+    config = parse_config(FrontierConfig, description=__doc__)
+    if not config.runs:
+        raise UserError("no run given: python image/plot_frontier.py out/rlhf")
+    image = pathlib.Path(config.out)
+    check_image(image, "--out")
+    paths = [path / "metrics.jsonl" if path.is_dir() else path
+             for path in map(pathlib.Path, config.runs)]
+    logs = [read_log(path) for path in paths]
+    settings = [log["run"][min(log["run"])] for log in logs]
+    p0 = success_of_reference(settings[0], config.samples)
+    figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
+    by_step, by_kl = figure.subplots(1, 2, sharey=True)
+    by_kl.plot(*zip(*[best_policy(p0, one) for one in KL_COEFS], strict=True), color="gray",
+               label="exact frontier")
+    for number, (path, log, chosen) in enumerate(zip(paths, logs, settings, strict=True)):
+        label, color = path.parent.name, f"C{number}"
+        kl, best = best_policy(p0, chosen["kl_coef"])
+        steps, scores = points(log, "val", "score")
+        by_step.plot(steps, scores, "o-", color=color, label=label)
+        by_step.axhline(best, color=color, linestyle="--", linewidth=1)
+        by_kl.plot(points(log, "val", "kl")[1], scores, "o", color=color, label=label)
+        by_kl.plot([kl], [best], "*", markersize=14, color=color,
+                   label=f"optimum at kl_coef {chosen['kl_coef']:g}")
+        print(f"{label}: success {scores[0]:.3f} -> {scores[-1]:.3f}, KL "
+              f"{points(log, 'val', 'kl')[1][-1]:.3f}; reference {p0.mean():.3f}, optimum "
+              f"{best:.3f} at KL {kl:.3f}")
+    by_step.set(xlabel="step", ylabel="success on held-out prompts")
+    by_kl.set(xlabel="KL to the reference, nats per response")
+    for axes in (by_step, by_kl):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with atomic_write(image) as file:
+        figure.savefig(file, format="png")
+    print(f"wrote {image}")
+
+
+if __name__ == "__main__":
+    run_main(main)
