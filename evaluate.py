@@ -167,11 +167,10 @@ def download_benchmark(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     retry = RetryPolicy()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        for file in list_files(repo, commit, str(Path(path).parent), retry):
-            if file.path == path:
-                source = fetch(repo, commit, file, Path(scratch), retry)
-                if sha256_of(source) == digest:
-                    source.replace(target)
+        [file] = list_files(repo, commit, path, retry)
+        source = fetch(repo, commit, file, Path(scratch), retry)
+        if sha256_of(source) == digest:
+            source.replace(target)
     if not target.exists():
         raise UserError(f"{repo} has no file {path} with the expected SHA-256")
     print(f"wrote {target}")

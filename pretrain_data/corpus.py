@@ -24,13 +24,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from minigpt2 import shards
 from minigpt2.config import UserError
-from minigpt2.files import folder_lock
+from minigpt2.files import folder_lock, sha256_of
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
 from pretrain_data.documents import EOT_TEXT, Part, Source
@@ -56,21 +57,20 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
     settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
-                        f"--shard-tokens {shard_tokens}, e.g. to {shards.good_size(max_tokens)}")
+                        f"--shard-tokens {shard_tokens}, e.g. to {good_size(max_tokens)}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    read = partial(TokenReader, workers=workers, encoder=encoder)
     encode_to_array("", encoder)  # if it is not installed, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
         record = load_record(out_dir, finished, settings, max_tokens)
-        if finished:
-            rebuild_missing_shards(open_source, out_dir, record, read)
-            if max_tokens in (record["max_tokens"], record["tokens"]):
-                return record
-        change_limit(record, max_tokens)
+        if (finished and max_tokens in (record["max_tokens"], record["tokens"])
+                and all((out_dir / one["file"]).exists() for one in record["shards"])):
+            print(f"{out_dir} is already complete: {record['tokens']:,} tokens")
+            return record
+        rewind(record, out_dir, max_tokens)
         source = open_source()
         record |= {"files": source.file_counts} if source.file_counts else {}
-        return write_shards(source, out_dir, name, record, read)
+        return write_shards(source, out_dir, name, record, workers, encoder)
 
 
 def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int | None) -> dict:
@@ -89,7 +89,7 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     record.setdefault("files_read", len(old) if record["shards"] else 0)  # not in old manifests
     for file in list(old)[record["files_read"] :]:
         old[file] = new.get(file, old[file])
-    shards.check_same_corpus(out_dir, record, settings)
+    check_same_corpus(out_dir, record, settings)
     tokens = max(record["tokens"], record.get("counted", record)["tokens"])
     if max_tokens is not None and tokens > max_tokens:
         raise UserError(f"{out_dir} already holds {tokens:,} tokens, more than --max-tokens "
@@ -97,18 +97,36 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     return record
 
 
-def change_limit(record: dict, max_tokens: int | None) -> None:
-    """Sets max_tokens. If it was another, a short last shard is written again: `counted` is where
-    it ended, because the documents and outcomes up to there are in the record already."""
-    short = [one for one in record["shards"] if one["tokens"] < record["shard_tokens"]]
-    if short and record["max_tokens"] != max_tokens:
-        record["counted"] = record["position"] | {"tokens": record["tokens"]}
-        record["position"] = record["shards"].pop()["start"]
-        record["tokens"] -= short[0]["tokens"]
+def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
+    """Raises UserError if a manifest or progress record has other settings."""
+    for key, new in settings.items():
+        if (old := record.get(key)) != new:
+            found = f"its {key} is {old!s:.150}, expected {new!s:.150}"
+            if key == "source" and old and (files := old.get("files", {}).items()):
+                changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
+                found = f"changed files: {', '.join(changed[:5])}" if changed else found
+            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
+                            f"or delete that folder to begin anew: rm -r {out_dir}")
+
+
+def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:
+    """Sets max_tokens, and drops the shards to be written again: from the first one that is
+    missing, or short of shard_tokens because of another limit. `counted` is where the last one
+    ended: the documents and outcomes up to there are in the record already."""
+    for index, one in enumerate(record["shards"]):
+        is_short = one["tokens"] < record["shard_tokens"] and max_tokens != record["max_tokens"]
+        if is_short or not (out_dir / one["file"]).exists():
+            end = record["position"] | {"tokens": record["tokens"]}
+            record["counted"] = max(end, record.get("counted", end), key=itemgetter("tokens"))
+            record["position"] = one["start"]
+            record["tokens"] -= sum(dropped["tokens"] for dropped in record["shards"][index:])
+            del record["shards"][index:]
+            break
     record["max_tokens"] = max_tokens
 
 
-def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: Callable) -> dict:
+def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int,
+                 encoder: str) -> dict:
     """Writes the shards that are missing, then the manifest, and returns it. Raises UserError, and
     deletes what was written, if there is no training shard."""
     limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
@@ -120,7 +138,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: C
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)
     shards.write_record(progress, record)
-    t0, reader = time.monotonic(), read(source, record)
+    t0, reader = time.monotonic(), TokenReader(source, record, workers, encoder)
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
@@ -136,7 +154,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: C
         tokens = record["tokens"]
         raise UserError("the source has no text: nothing to write" if tokens <= 1 else
                         f"all {tokens:,} tokens fit into the first shard, which is for "
-                        f"validation: lower --shard-tokens, e.g. to {shards.good_size(tokens)}")
+                        f"validation: lower --shard-tokens, e.g. to {good_size(tokens)}")
     record.pop("counted", None)
     shards.write_record(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)
@@ -277,20 +295,20 @@ def default_workers() -> int:
     return min(cores or 1, 61)  # ProcessPoolExecutor's limit on Windows
 
 
-def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
-                           read: Callable) -> None:
-    """Rebuilds the shards of a finished folder that are missing. Raises UserError if the source has
-    changed."""
-    missing = [one for one in manifest["shards"] if not (out_dir / one["file"]).exists()]
-    source = open_source() if missing else None
-    for one in missing:
-        path, reader = out_dir / one["file"], read(source, manifest | {"position": one["start"]})
-        with (contextlib.closing(reader.stream),
-              progress_bar(one["tokens"], 0, f"rebuilding {path.name}", unit="token") as bar):
-            written = shards.write_shard(path, reader.take(one["tokens"], bar.update))
-        if written["sha256"] != one["sha256"]:
-            path.unlink()
-            raise UserError(f"{path} cannot be rebuilt, its source has changed: delete {out_dir} "
-                            "and run again")
-    print(f"{out_dir} is {'complete again' if missing else 'already complete'}: "
-          f"{manifest['tokens']:,} tokens, {len(manifest['shards'])} shards")
+def verify_corpus(out_dir: Path) -> None:
+    """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
+    entries = shards.read_manifest(out_dir)["shards"]
+    if not all("sha256" in shard for shard in entries):
+        raise UserError(f"{out_dir} has no {shards.MANIFEST} with checksums to verify against")
+    bar = progress_bar(len(entries), 0, "verifying", unit="shard", over=entries)
+    bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
+           or sha256_of(path) != shard["sha256"]]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
+                        f"wrote them after rm -f {' '.join(bad)}")
+    print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
+
+
+def good_size(tokens: int) -> int:
+    """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
+    return max(1, tokens // 10 // 1024) * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)

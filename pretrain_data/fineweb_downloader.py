@@ -25,8 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
-from minigpt2.shards import verify_corpus
-from pretrain_data.corpus import default_workers, write_corpus
+from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
 from pretrain_data.documents import Part, Source, local_source, open_parts
 
 SAMPLE_FOLDER = "sample/10BT"
@@ -56,11 +55,7 @@ class FineWebConfig:
 def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy) -> Source:
     """The 10BT sample of a dataset on the hub, one unit per file. `scratch` holds the file that is
     read, and the one before it, where the incomplete shard may begin. Raises UserError."""
-    files = [file for file in list_files(repo, commit, SAMPLE_FOLDER, retry)
-             if file.path.endswith(".parquet")]
-    if not files:
-        raise UserError(f"{repo} has no parquet file in {SAMPLE_FOLDER} at {commit}: choose "
-                        "another --revision")
+    files = list_files(repo, commit, f"{SAMPLE_FOLDER}/*.parquet", retry)
 
     def open_unit(unit: int) -> Iterator[Part]:
         for done in files[: max(0, unit - 1)]:

@@ -10,7 +10,6 @@ download deleted shards.
 
 import itertools
 import pathlib
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from huggingface_hub import RepoFile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2 import shards
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.config import flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
 from minigpt2.progress import progress_bar
-from pretrain_data.corpus import check_disk
+from pretrain_data.corpus import check_disk, check_same_corpus, verify_corpus
 
 REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
-SHARD_NAME = re.compile(r"fineweb_(val|train)_\d{6}\.bin")
 
 
 @dataclass(frozen=True)
@@ -40,38 +38,34 @@ class PretokenizedConfig:
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
-def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[tuple[RepoFile, str]]:
-    """(file, split) of the validation shard and of as many training shards, at least one, as are
-    needed to have `max_tokens` in total. Raises UserError if there are none."""
-    found = [(file, match[1]) for file in files if (match := SHARD_NAME.fullmatch(file.path))]
-    if {split for _, split in found} != {"val", "train"}:
-        raise UserError(f"{REPO} has no validation or no training shards, which are named "
-                        f"{SHARD_NAME.pattern}: choose another --revision")
-    found.sort(key=lambda shard: (shard[1] != "val", shard[0].path))
-    if max_tokens is not None:
-        ends = itertools.accumulate(file.size // 2 for file, _ in found)
-        found = found[: max(2, 1 + sum(end < max_tokens for end in ends))]
-    return found
+def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[RepoFile]:
+    """The validation shard and as many training shards, at least one, as are needed to have
+    `max_tokens` in total."""
+    files = sorted(files, key=lambda file: ("_val_" not in file.path, file.path))
+    if max_tokens is None:
+        return files
+    ends = itertools.accumulate(file.size // 2 for file in files)
+    return files[: max(2, 1 + sum(end < max_tokens for end in ends))]
 
 
 def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None) -> None:
     """Downloads shards, then writes their manifest. Raises UserError."""
     retry = RetryPolicy()
     commit = find_commit(REPO, revision, retry)
-    files = select_shards(list_files(REPO, commit, "", retry), max_tokens)
+    files = select_shards(list_files(REPO, commit, "fineweb_*_*.bin", retry), max_tokens)
     source, done = {"name": REPO, "revision": commit}, []
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
         for path in filter(pathlib.Path.exists, (progress, manifest)):
-            shards.check_same_corpus(out_dir, shards.read_record(path), {"source": source})
+            check_same_corpus(out_dir, shards.read_record(path), {"source": source})
         shards.write_record(progress, {"source": source, "shards": []})  # now unfinished
         manifest.unlink(missing_ok=True)
-        check_disk(out_dir, sum(f.size for f, _ in files if not (out_dir / f.path).exists()))
-        for file, split in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
+        check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
+        for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
             path = fetch(REPO, commit, file, out_dir, retry)
-            done.append({"file": file.path, "split": split, "tokens": len(shards.open_shard(path)),
-                            "sha256": file.lfs.sha256 if file.lfs else sha256_of(path)})
+            done.append({"file": file.path, "split": file.path.split("_")[1],
+                         "tokens": len(shards.open_shard(path)), "sha256": sha256_of(path)})
         tokens = sum(shard["tokens"] for shard in done)
         shards.write_record(manifest, {"source": source, "tokens": tokens, "shards": done})
         progress.unlink()
@@ -82,7 +76,7 @@ def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None
 def main() -> None:
     config = parse_config(PretokenizedConfig, description=__doc__)
     if config.verify:
-        shards.verify_corpus(pathlib.Path(config.out_dir))
+        verify_corpus(pathlib.Path(config.out_dir))
     else:
         download_shards(pathlib.Path(config.out_dir), config.revision, config.max_tokens)
 
