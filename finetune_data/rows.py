@@ -31,8 +31,8 @@ def download_rows(repo: str, commit: str, name: str, columns: Sequence[str], num
         if len(rows) != num_rows:
             raise ValueError(f"{len(rows):,} rows")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name} of {repo} at {commit} does not hold {num_rows:,} rows with "
-                        f"{', '.join(columns)} ({error!r:.200}): choose another --revision") from None
+        raise UserError(f"{name} of {repo} at {commit} is not {num_rows:,} rows with "
+                        f"{', '.join(columns)} ({error!r}): choose another --revision") from None
     write_rows(path, rows)
     print(f"wrote {path}: {num_rows:,} rows")
 
