@@ -3,12 +3,9 @@
     source -> parts -> worker processes (read, tokenize) -> one writer, in order -> shards, manifest
 
 Each document becomes <|endoftext|> followed by its tokens. The token stream is cut every
-`shard_tokens` tokens; the first shard is the validation split, the others are for training. Parts
-are written in the order of the source: the shards are byte-identical for any number of workers.
-
-A folder is unfinished until it has a `manifest.json`. Until then its record is `progress.json`,
-written after each shard. A build that was killed, or that a larger --max-tokens extends, resumes at
-the first token of its incomplete shard.
+`shard_tokens` tokens; the first shard is the validation split. The shards are byte-identical for
+any number of workers. A folder is unfinished until it has a `manifest.json`. Until then its record
+is `progress.json`, written after each shard: a build resumes at the first shard that it lacks.
 """
 
 import contextlib
@@ -50,9 +47,9 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
                  encoder: str = "tiktoken") -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
-    `description` identifies the documents. An unfinished build is resumed, and a larger max_tokens
-    extends a finished one; missing shards of a finished one are rebuilt. Raises UserError if the
-    folder holds another corpus or more tokens, or is in use, for a full disk, and for one shard."""
+    `description` identifies the documents. Resumes a build that is unfinished, lacks a shard, or
+    has a smaller max_tokens. Raises UserError if the folder holds another corpus or more tokens, or
+    is in use, for a full disk, and for one shard."""
     tokenizer = {"name": "gpt2", "sha256": {name: file[1] for name, file in VOCABULARY.items()}}
     settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     if max_tokens is not None and max_tokens <= shard_tokens:
@@ -133,7 +130,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     if tokens_before:
         print(f"{out_dir}: resuming after {tokens_before:,} tokens", flush=True)
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
-    check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
+    check_disk(out_dir, shards.shard_bytes(max(0, expected - tokens_before)))
     written, progress = record["shards"], out_dir / shards.PROGRESS
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)
@@ -297,9 +294,7 @@ def default_workers() -> int:
 
 def verify_corpus(out_dir: Path) -> None:
     """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
-    entries = shards.read_manifest(out_dir)["shards"]
-    if not all("sha256" in shard for shard in entries):
-        raise UserError(f"{out_dir} has no {shards.MANIFEST} with checksums to verify against")
+    entries = shards.read_record(out_dir / shards.MANIFEST)["shards"]
     bar = progress_bar(len(entries), 0, "verifying", unit="shard", over=entries)
     bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
            or sha256_of(path) != shard["sha256"]]

@@ -54,7 +54,6 @@ class Source:
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
     text_bytes: int  # roughly, to estimate the disk space for the shards
-    scratch_bytes: int = 0  # additional disk space needed during the build
     file_counts: dict | None = None  # of local files: for the record
 
 

@@ -7,10 +7,8 @@
 
 Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized.
 --files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain
-text, one document per file. For pre-tokenized shards, see pretokenized_downloader.py.
-
-The same command resumes an interrupted build; a larger --max-tokens extends a finished one. If
---verify finds damaged shards, delete them and run the command again to rebuild them.
+text, one document per file. The same command resumes an interrupted build, or one whose damaged
+shards were deleted; a larger --max-tokens extends a finished one. More in docs/data.md.
 """
 
 import functools
@@ -63,16 +61,13 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy
         print(f"reading {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
         return open_parts(fetch(repo, commit, files[unit], scratch, retry))
 
-    sizes = [file.size for file in files]
-    return Source(len(files), open_unit, int(TEXT_RATIO * sum(sizes)), 2 * max(sizes))
+    return Source(len(files), open_unit, int(TEXT_RATIO * sum(file.size for file in files)))
 
 
 def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
-    if config.files and config.edu:
-        raise UserError("--files and --edu are mutually exclusive: omit one")
-    if config.split_eot and not config.files:
-        raise UserError("--split-eot needs --files: add it, or omit --split-eot")
+    if config.edu if config.files else config.split_eot:
+        raise UserError("--files is for --split-eot only, and not for --edu: omit one of them")
     name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
     scratch = out_dir / ".download"

@@ -2,10 +2,9 @@
 
     python pretrain_data/pretokenized_downloader.py                      # 10 billion tokens
     python pretrain_data/pretokenized_downloader.py --max-tokens 1000000000
-    python pretrain_data/pretokenized_downloader.py --verify
 
 Each shard is checked against the hub's SHA-256. Run the same command again to resume, or to
-download deleted shards.
+download deleted shards; fineweb_downloader.py --verify finds damaged ones.
 """
 
 import itertools
@@ -23,7 +22,7 @@ from minigpt2.config import flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
 from minigpt2.progress import progress_bar
-from pretrain_data.corpus import check_disk, check_same_corpus, verify_corpus
+from pretrain_data.corpus import check_disk, check_same_corpus
 
 REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
 
@@ -35,7 +34,6 @@ class PretokenizedConfig:
     max_tokens: int | None = flag(None, "stop after about this many tokens (default: all)",
                                   minimum=1)
     revision: str = flag(COMMIT, "branch, tag or commit on the hub")
-    verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
 def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[RepoFile]:
@@ -48,12 +46,12 @@ def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[RepoFil
     return files[: max(2, 1 + sum(end < max_tokens for end in ends))]
 
 
-def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None) -> None:
-    """Downloads shards, then writes their manifest. Raises UserError."""
-    retry = RetryPolicy()
-    commit = find_commit(REPO, revision, retry)
-    files = select_shards(list_files(REPO, commit, "fineweb_*_*.bin", retry), max_tokens)
+def main() -> None:
+    config, retry = parse_config(PretokenizedConfig, description=__doc__), RetryPolicy()
+    commit = find_commit(REPO, config.revision, retry)
+    files = select_shards(list_files(REPO, commit, "fineweb_*_*.bin", retry), config.max_tokens)
     source, done = {"name": REPO, "revision": commit}, []
+    out_dir = pathlib.Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
@@ -71,14 +69,6 @@ def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None
         progress.unlink()
     shutil.rmtree(out_dir / ".cache", ignore_errors=True)  # download metadata of the hub's client
     print(f"wrote {out_dir}: {tokens:,} tokens, {len(done)} shards, the first for validation")
-
-
-def main() -> None:
-    config = parse_config(PretokenizedConfig, description=__doc__)
-    if config.verify:
-        verify_corpus(pathlib.Path(config.out_dir))
-    else:
-        download_shards(pathlib.Path(config.out_dir), config.revision, config.max_tokens)
 
 
 if __name__ == "__main__":
