@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -35,6 +34,7 @@ from pretrain_data.documents import EOT_TEXT, Part, Source
 
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
 CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
+FIRST = {"unit": 0, "part": 0, "tokens": 0}  # position
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
@@ -78,7 +78,7 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
         return settings | {
             "max_tokens": max_tokens, "documents": 0, "tokens": 0,
             "outcomes": dict.fromkeys(OUTCOMES, 0),
-            "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": []}
+            "position": dict(FIRST), "shards": []}
     record = shards.read_record(path)
     if "open_start" in record:
         raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
@@ -135,11 +135,11 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)
     shards.write_record(progress, record)
-    t0, reader = time.monotonic(), TokenReader(source, record, workers, encoder)
+    reader = TokenReader(source, record, workers, encoder)
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
-            split, start = "train" if written else "val", record["position"]
+            split, start = "train" if written else "val", dict(record["position"])
             path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
             count = min(record["shard_tokens"], limit - record["tokens"])
             size_and_sha256 = shards.write_shard(path, reader.take(count, bar.update))
@@ -155,7 +155,10 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     record.pop("counted", None)
     shards.write_record(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)
-    report(out_dir, record, record["tokens"] - tokens_before, time.monotonic() - t0)
+    outcomes = "".join(f"; {count:,} {OUTCOMES[name]}"
+                       for name, count in record["outcomes"].items() if count)
+    print(f"wrote {out_dir}: {record['documents']:,} documents, {record['tokens']:,} tokens, "
+          f"{len(written)} shards, the first for validation{outcomes}")
     return record
 
 
@@ -164,19 +167,14 @@ class TokenReader:
     next token, the numbers of `tokens` and `documents`, the `outcomes` of parts read to the end."""
 
     def __init__(self, source: Source, record: dict, workers: int, encoder: str):
-        self.record, record["outcomes"] = record, Counter(record["outcomes"])
-        self.counted = record.get("counted", {"unit": 0, "part": 0, "tokens": 0})
-        self.stream = token_stream(source, record["position"], workers, encoder)
-        self.rest, self.outcomes = np.empty(0, shards.TOKEN_DTYPE), Counter()  # of the current part
+        self.record, self.counted = record, record.get("counted", FIRST)
+        self.stream = token_stream(source, record, self.counted, workers, encoder)
+        self.rest = np.empty(0, shards.TOKEN_DTYPE)  # of the current part
 
     def has_next(self) -> bool:
         """Whether there is another token. If so, `position` is in its part."""
-        while not len(self.rest) and (item := next(self.stream, None)):
-            ended, counted = self.record["position"], self.counted
-            if (ended["unit"], ended["part"]) >= (counted["unit"], counted["part"]):
-                self.record["outcomes"].update(self.outcomes)
-            self.record["position"], self.rest, self.outcomes, file = item
-            self.record["files_read"] = max(file, self.record.get("files_read", 0))
+        while not len(self.rest) and (tokens := next(self.stream, None)) is not None:
+            self.rest = tokens
         return len(self.rest) > 0
 
     def take(self, count: int, show: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -184,21 +182,12 @@ class TokenReader:
         while count and self.has_next():
             chunk, self.rest = self.rest[:count], self.rest[count:]
             count -= len(chunk)
-            position = self.record["position"]
-            self.record["position"] = position | {"tokens": position["tokens"] + len(chunk)}
+            self.record["position"]["tokens"] += len(chunk)
             new = chunk[max(0, self.counted["tokens"] - self.record["tokens"]) :]
             self.record["documents"] += int(np.count_nonzero(new == EOT_TOKEN))
             self.record["tokens"] += len(chunk)
             show(len(chunk))
             yield chunk
-
-
-def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
-    outcomes = "".join(f"; {count:,} {OUTCOMES[name]}"
-                       for name, count in manifest["outcomes"].items() if count)
-    print(f"wrote {out_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-          f"{len(manifest['shards'])} shards, the first for validation; {tokens / seconds:,.0f} "
-          f"tokens/s over {seconds:,.0f} s{outcomes}")
 
 
 def check_disk(out_dir: Path, needed: int) -> None:
@@ -210,42 +199,41 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, start: dict, workers: int, encoder: str) -> Iterator[tuple]:
-    """Yields (position, tokens, outcomes, file), see `tokenize_part`, for each part from `start`
-    on, and after each unit the start of the next one with no tokens."""
-    tokenize = partial(tokenize_part, encoder=encoder)
+def token_stream(source: Source, record: dict, counted: dict, workers: int,
+                 encoder: str) -> Iterator[np.ndarray]:
+    """Yields the tokens (n,) uint16 of each part from the record's position on. When a part has
+    been read to its end, its outcomes are added to the record, unless they are `counted`."""
+    tokenize, start = partial(tokenize_part, encoder=encoder), record["position"]
     part, skipped = start["part"], start["tokens"]
-    with worker_map(workers) as ordered_map:
-        for unit in range(start["unit"], source.num_units):
-            parts = itertools.islice(source.open_unit(unit), part, None)
-            for tokens, outcomes, file in ordered_map(tokenize, parts):
-                yield ({"unit": unit, "part": part, "tokens": skipped}, tokens[skipped:], outcomes,
-                       file)
-                part, skipped = part + 1, 0
-            part, skipped = 0, 0
-            yield {"unit": unit + 1, "part": 0, "tokens": 0}, tokens[:0], Counter(), 0
+    for unit in range(start["unit"], source.num_units):
+        parts = itertools.islice(source.open_unit(unit), part, None)
+        for tokens, outcomes, file in ordered_map(tokenize, parts, workers):
+            record["position"] = {"unit": unit, "part": part, "tokens": skipped}
+            record["files_read"] = max(file, record.get("files_read", 0))
+            yield tokens[skipped:]
+            if (unit, part) >= (counted["unit"], counted["part"]):
+                for name, count in outcomes.items():
+                    record["outcomes"][name] += count
+            part, skipped = part + 1, 0
+        part, skipped = 0, 0
+        record["position"] = FIRST | {"unit": unit + 1}
 
 
-@contextlib.contextmanager
-def worker_map(workers: int) -> Iterator[Callable]:
-    """Yields a lazy, ordered `map` that runs in worker processes; with one worker, in this one."""
+def ordered_map(function: Callable, items: Iterator, workers: int) -> Iterator:
+    """A lazy `map` that runs in worker processes; with one worker, in this one."""
     if workers == 1:
-        yield map
+        yield from map(function, items)
         return
     # spawn: forking a process with threads (PyTorch, Arrow) can deadlock
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
                                initializer=exit_with_parent)
-
-    def ordered_map(function: Callable, items: Iterator) -> Iterator:
-        futures = deque()
+    futures = deque()
+    try:
         for item in items:
             futures.append(pool.submit(function, item))
             if len(futures) > 3 * workers:  # enough to keep all workers busy, in bounded memory
                 yield futures.popleft().result()
         yield from (future.result() for future in futures)
-
-    try:
-        yield ordered_map
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?): run again to resume, with "
                         "fewer --workers if it happens again") from None

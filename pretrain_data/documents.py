@@ -185,20 +185,14 @@ def parquet_parts(path: Path) -> Iterator[Part]:
     before it are decoded and dropped, which costs a twentieth of tokenizing them."""
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            ranges = min(max(1, text_size(file, group) // PART_BYTES), MAX_RANGES)
-            step = max(1, -(-num_rows // ranges))
-            for start in range(0, num_rows, step):
-                yield Part(functools.partial(read_texts, path, group, start,
-                                             min(start + step, num_rows)))
-
-
-def text_size(file: pyarrow.parquet.ParquetFile, group: int) -> int:
-    """The uncompressed size of a row group's text, in bytes."""
-    metadata = file.metadata.row_group(group)  # lists nested columns as several leaf columns
-    columns = map(metadata.column, range(metadata.num_columns))
-    return sum(column.total_uncompressed_size for column in columns
-               if column.path_in_schema == TEXT_COLUMN)
+            rows = file.metadata.row_group(group)  # lists nested columns as several leaf columns
+            size = sum(column.total_uncompressed_size  # of the text, in bytes
+                       for column in map(rows.column, range(rows.num_columns))
+                       if column.path_in_schema == TEXT_COLUMN)
+            step = -(-rows.num_rows // min(max(1, size // PART_BYTES), MAX_RANGES)) or 1
+            for start in range(0, rows.num_rows, step):
+                stop = min(start + step, rows.num_rows)
+                yield Part(functools.partial(read_texts, path, group, start, stop))
 
 
 def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | None]:

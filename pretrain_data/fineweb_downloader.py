@@ -46,7 +46,6 @@ class FineWebConfig:
     split_eot: bool = flag(False, "split .txt files into documents at <|endoftext|>")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
     revision: str | None = flag(None, "branch, tag or commit on the hub (default: a pinned commit)")
-    retries: int = flag(8, "retries of a failed request, with exponential backoff", minimum=0)
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
@@ -66,8 +65,8 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy
 
 def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
-    if config.edu if config.files else config.split_eot:
-        raise UserError("--files is for --split-eot only, and not for --edu: omit one of them")
+    if (config.files and config.edu) or (config.split_eot and not config.files):
+        raise UserError("--split-eot needs --files, and --edu excludes it: omit one of them")
     name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
     scratch = out_dir / ".download"
@@ -77,8 +76,7 @@ def main() -> None:
     if config.files:
         description, open_source = local_source(config.files, config.split_eot)
     else:
-        retry = RetryPolicy(config.retries)
-        repo, commit = FINEWEB_EDU if config.edu else FINEWEB
+        (repo, commit), retry = FINEWEB_EDU if config.edu else FINEWEB, RetryPolicy()
         commit = find_commit(repo, config.revision or commit, retry)
         description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
         open_source = functools.partial(hub_source, repo, commit, scratch, retry)
