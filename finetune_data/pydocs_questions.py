@@ -35,7 +35,6 @@ def main() -> None:
             for question, answer in answers.items()]
     random.Random(SHUFFLE_SEED).shuffle(rows)
     write_rows(pathlib.Path(config.out), rows[: config.rows])
-    print(f"wrote {config.out}: {len(rows[: config.rows]):,} questions of {len(rows):,}")
 
 
 if __name__ == "__main__":

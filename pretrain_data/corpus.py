@@ -75,10 +75,8 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     the settings or the source have changed; only local files that no shard has tokens of may."""
     path = out_dir / (shards.MANIFEST if finished else shards.PROGRESS)
     if not path.exists():
-        return settings | {
-            "max_tokens": max_tokens, "documents": 0, "tokens": 0,
-            "outcomes": dict.fromkeys(OUTCOMES, 0),
-            "position": dict(FIRST), "shards": []}
+        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0, "shards": [],
+                           "outcomes": dict.fromkeys(OUTCOMES, 0), "position": dict(FIRST)}
     record = shards.read_record(path)
     if "open_start" in record:
         raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
@@ -130,7 +128,8 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     if tokens_before:
         print(f"{out_dir}: resuming after {tokens_before:,} tokens", flush=True)
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
-    check_disk(out_dir, shards.shard_bytes(max(0, expected - tokens_before)))
+    on_disk = sum(path.stat().st_size for path in out_dir.glob("*.npy"))
+    check_disk(out_dir, max(0, shards.shard_bytes(expected) - on_disk))
     written, progress = record["shards"], out_dir / shards.PROGRESS
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from minigpt2 import shards
 from minigpt2.config import flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
-from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
+from minigpt2.hub import RetryPolicy, fetch, list_files
 from minigpt2.progress import progress_bar
 from pretrain_data.corpus import check_disk, check_same_corpus
 
@@ -33,7 +33,6 @@ class PretokenizedConfig:
                         "folder for the shards", is_path=True)
     max_tokens: int | None = flag(None, "stop after about this many tokens (default: all)",
                                   minimum=1)
-    revision: str = flag(COMMIT, "branch, tag or commit on the hub")
 
 
 def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[RepoFile]:
@@ -48,9 +47,8 @@ def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[RepoFil
 
 def main() -> None:
     config, retry = parse_config(PretokenizedConfig, description=__doc__), RetryPolicy()
-    commit = find_commit(REPO, config.revision, retry)
-    files = select_shards(list_files(REPO, commit, "fineweb_*_*.bin", retry), config.max_tokens)
-    source, done = {"name": REPO, "revision": commit}, []
+    files = select_shards(list_files(REPO, COMMIT, "fineweb_*_*.bin", retry), config.max_tokens)
+    source, done = {"name": REPO, "revision": COMMIT}, []
     out_dir = pathlib.Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
@@ -61,7 +59,7 @@ def main() -> None:
         manifest.unlink(missing_ok=True)
         check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
         for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
-            path = fetch(REPO, commit, file, out_dir, retry)
+            path = fetch(REPO, COMMIT, file, out_dir, retry)
             done.append({"file": file.path, "split": file.path.split("_")[1],
                          "tokens": len(shards.open_shard(path)), "sha256": sha256_of(path)})
         tokens = sum(shard["tokens"] for shard in done)

@@ -4,7 +4,7 @@
     python rlhf_data/hh_rlhf_downloader.py --subset harmless-base    # offensive by design
 
 Writes rlhf_data/hh_SUBSET_train.jsonl and hh_SUBSET_test.jsonl, rows of two transcripts, {"chosen",
-"rejected"}. Files are checked against the hub's SHA-256. Files that exist already are kept.
+"rejected"}. Files that exist already are kept.
 """
 
 import pathlib
@@ -18,9 +18,6 @@ from finetune_data.rows import download_rows
 from minigpt2.config import flag, parse_config, run_main
 
 REPO, COMMIT = "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
-NUM_ROWS = {  # train, test
-    "helpful-base": (43_835, 2_354), "harmless-base": (42_537, 2_312),
-    "helpful-online": (22_007, 1_137), "helpful-rejection-sampled": (52_421, 2_749)}
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,14 @@ class HHConfig:
                     "helpful-rejection-sampled"] = flag("helpful-base", "which part to download")
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent), "folder to write to",
                         is_path=True)
-    revision: str = flag(COMMIT, "branch, tag or commit on the hub")
 
 
 def main() -> None:
     config = parse_config(HHConfig, description=__doc__)
-    for split, num_rows in zip(("train", "test"), NUM_ROWS[config.subset], strict=True):
+    for split in ("train", "test"):
         name = f"hh_{config.subset.replace('-', '_')}_{split}.jsonl"
-        download_rows(REPO, config.revision, f"{config.subset}/{split}.jsonl.gz",
-                      ("chosen", "rejected"), num_rows, pathlib.Path(config.out_dir) / name)
+        download_rows(REPO, COMMIT, f"{config.subset}/{split}.jsonl.gz", ("chosen", "rejected"),
+                      pathlib.Path(config.out_dir) / name)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ def main() -> None:
     pairs = list(filter(None, map(question_and_answer, read_documents())))
     rows = make_rows(dict(reversed(pairs)))  # the first answer to a repeated question
     write_rows(pathlib.Path(config.out), rows[: config.rows])
-    print(f"wrote {config.out}: {len(rows[: config.rows]):,} pairs of {len(rows):,}")
 
 
 if __name__ == "__main__":
