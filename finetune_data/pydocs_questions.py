@@ -2,8 +2,8 @@
 
     python finetune_data/pydocs_questions.py --rows 4000
 
-Writes finetune_data/pydocs_questions.json, up to about 14,000 rows such as "What does the Python
-function json.dumps do?" with the first sentence of its documentation.
+Writes up to about 14,000 rows such as "What does the Python function json.dumps do?" with the first
+sentence of its documentation.
 """
 
 import pathlib
@@ -16,8 +16,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from finetune_data.rows import write_rows
 from minigpt2.config import flag, parse_config, run_main
 from pretrain_data.pydocs import question_and_answer, read_documents
-
-SHUFFLE_SEED = 1337
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def main() -> None:
     answers = dict(reversed(pairs))  # keep the first answer to a repeated question
     rows = [{"instruction": question, "input": "", "output": answer}
             for question, answer in answers.items()]
-    random.Random(SHUFFLE_SEED).shuffle(rows)
+    random.Random(1337).shuffle(rows)
     write_rows(pathlib.Path(config.out), rows[: config.rows])
 
 

@@ -147,10 +147,9 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     if len(written) < 2:
         for file in (progress.name, *(shard["file"] for shard in written)):
             (out_dir / file).unlink()
-        tokens = record["tokens"]
-        raise UserError("the source has no text: nothing to write" if tokens <= 1 else
-                        f"all {tokens:,} tokens fit into the first shard, which is for "
-                        f"validation: lower --shard-tokens, e.g. to {good_size(tokens)}")
+        raise UserError("the source has no text: nothing to write" if record["tokens"] <= 1 else
+                        f"all {record['tokens']:,} tokens fit into the first shard, for validation:"
+                        f" lower --shard-tokens, e.g. to {good_size(record['tokens'])}")
     record.pop("counted", None)
     shards.write_record(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)

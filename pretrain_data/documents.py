@@ -31,7 +31,7 @@ PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs
 MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
-RAW = (".jsonl", ".json", ".txt")  # not compressed
+RAW = (".jsonl", ".json", ".txt")  # zstd and gzip, in the others, halve text, or better
 POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 
 
@@ -48,8 +48,7 @@ class Part:
 
 @dataclass
 class Source:
-    """The documents of a corpus, in units: all local files together, or each file of the hub. Units
-    are opened in order."""
+    """The documents of a corpus in units, opened in order: all local files, or each of the hub."""
 
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
@@ -139,7 +138,6 @@ def file_source(paths: list[Path], split_eot: bool = False) -> Source:
                     raise UserError(f"{path} changed while it was read: run again when it is final")
                 yield replace(part, file=number)
 
-    # A rough estimate: zstd and gzip halve text, or better
     sizes = [path.stat().st_size * (1 if file_format(path) in RAW else 2) for path in paths]
     return Source(1, open_unit, sum(sizes))
 
@@ -172,17 +170,16 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file: {first_line(error)}") from None
-    kind = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)).get(TEXT_COLUMN)
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    kinds = dict(zip(file.schema_arrow.names, map(str, file.schema_arrow.types), strict=True))
+    if kinds.get(TEXT_COLUMN) not in ("string", "large_string", "string_view"):
         file.close()
-        found = f"its type is {kind}" if kind else f"only {file.schema_arrow.names}"
-        raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, {found}")
+        raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, only {kinds!s:.200}")
     return file
 
 
 def parquet_parts(path: Path) -> Iterator[Part]:
-    """Splits large row groups into at most MAX_RANGES ranges of rows. To read a range, the rows
-    before it are decoded and dropped, which costs a twentieth of tokenizing them."""
+    """Splits large row groups into at most MAX_RANGES ranges of rows. To read one, those before it
+    are decoded and dropped, which costs a twentieth of tokenizing them."""
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group)  # lists nested columns as several leaf columns

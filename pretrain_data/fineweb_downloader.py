@@ -36,8 +36,7 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 class FineWebConfig:
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
                                      "named after the dataset)", is_path=True)
-    shard_tokens: int = flag(100_000_000, "tokens per shard; the first shard is for validation",
-                             minimum=2)
+    shard_tokens: int = flag(100_000_000, "tokens per shard, the first for validation", minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
     workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
     encoder: Literal["tiktoken", "gigatoken"] = flag(
@@ -69,10 +68,9 @@ def main() -> None:
         raise UserError("--split-eot needs --files, and --edu excludes it: omit one of them")
     name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
-    scratch = out_dir / ".download"
     if config.verify:
-        verify_corpus(out_dir)
-        return
+        return verify_corpus(out_dir)
+    scratch = out_dir / ".download"
     if config.files:
         description, open_source = local_source(config.files, config.split_eot)
     else:

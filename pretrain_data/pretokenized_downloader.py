@@ -31,23 +31,21 @@ REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c
 class PretokenizedConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "fineweb-pretokenized"),
                         "folder for the shards", is_path=True)
-    max_tokens: int | None = flag(None, "stop after about this many tokens (default: all)",
-                                  minimum=1)
+    max_tokens: int | None = flag(None, "stop after about so many tokens (default: all)", minimum=1)
 
 
-def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[RepoFile]:
+def select_shards(files: list[RepoFile], max_tokens: int) -> list[RepoFile]:
     """The validation shard and as many training shards, at least one, as are needed to have
     `max_tokens` in total."""
     files = sorted(files, key=lambda file: ("_val_" not in file.path, file.path))
-    if max_tokens is None:
-        return files
     ends = itertools.accumulate(file.size // 2 for file in files)
     return files[: max(2, 1 + sum(end < max_tokens for end in ends))]
 
 
 def main() -> None:
     config, retry = parse_config(PretokenizedConfig, description=__doc__), RetryPolicy()
-    files = select_shards(list_files(REPO, COMMIT, "fineweb_*_*.bin", retry), config.max_tokens)
+    files = select_shards(list_files(REPO, COMMIT, "fineweb_*_*.bin", retry),
+                          config.max_tokens or sys.maxsize)
     source, done = {"name": REPO, "revision": COMMIT}, []
     out_dir = pathlib.Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

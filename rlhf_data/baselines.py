@@ -10,7 +10,6 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,7 @@ class BaselinesConfig:
     val_fraction: float = flag(0.05, "fraction of the prompts that is held out", minimum=0, below=1)
 
 
-def rule_margins(pairs: Sequence[Pair], training_pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+def rule_margins(pairs: list[Pair], training_pairs: list[Pair]) -> dict[str, torch.Tensor]:
     """The margins (n,) float64 that each rule gives to n pairs, chosen minus rejected."""
     texts, training_texts = ([(decode(pair.chosen[:-1]), decode(pair.rejected[:-1]))
                               for pair in part] for part in (pairs, training_pairs))
@@ -44,8 +43,8 @@ def rule_margins(pairs: Sequence[Pair], training_pairs: Sequence[Pair]) -> dict[
             "bag of words": bag_of_words_margins(texts, training_texts)}
 
 
-def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
-                         training_pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+def bag_of_words_margins(pairs: list[tuple[str, str]], training_pairs: list[tuple[str, str]],
+                         ) -> torch.Tensor:
     """The margins (n,) of n pairs of texts by a logistic regression on the difference of word
     counts, fitted to the training pairs with an L2 penalty of half the squared norm."""
     columns, entries = {}, []  # word -> column; (row, column, 1 in chosen or -1 in rejected)
@@ -76,8 +75,8 @@ def accuracy_interval(margins: torch.Tensor) -> dict:
     p, z2 = accuracy(margins).mean().item(), Z_95**2 / len(margins)
     half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
     low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    return {"n": len(margins), "ties": int((margins == 0).sum()), "accuracy": p, "low": low,
-            "high": high}
+    ties = int((margins == 0).sum())
+    return {"n": len(margins), "ties": ties, "accuracy": p, "low": low, "high": high}
 
 
 def print_accuracies(rows: dict[str, dict]) -> None:

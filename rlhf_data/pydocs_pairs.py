@@ -2,10 +2,9 @@
 
     python rlhf_data/pydocs_pairs.py --rows 4000
 
-Writes rlhf_data/pydocs_pairs.json, rows {"instruction", "chosen", "rejected"} with the questions of
-finetune_data/pydocs_questions.py. The rejected answer is, in turn, that of another symbol of the
-same kind, the right answer cut in its middle, or the right answer said twice: three faults, so that
-neither length nor the last character alone decides.
+Writes rows {"instruction", "chosen", "rejected"} with the questions of pydocs_questions.py. The
+rejected answer is, in turn, that of another symbol of the same kind, the right answer cut in its
+middle, or the right answer said twice: neither length nor the last character alone decides.
 """
 
 import pathlib
@@ -38,8 +37,7 @@ def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
         kinds.setdefault(" ".join(question.split()[:5]), []).append(answers[question])
     rows = []
     for i, question in enumerate(questions):
-        chosen = answers[question]
-        words = chosen.split()
+        chosen, words = answers[question], answers[question].split()
         rejected = (order.choice(kinds[" ".join(question.split()[:5])]),
                     " ".join(words[: (len(words) + 1) // 2]), f"{chosen} {chosen}")[i % 3]
         if rejected != chosen:
