@@ -148,8 +148,8 @@ def download_benchmark(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     retry = RetryPolicy()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        files = {file.path: file for file in list_files(repo, commit, "data", retry)}
-        source = fetch(repo, commit, files[path], Path(scratch), retry)
+        [file] = list_files(repo, commit, path, retry)
+        source = fetch(repo, commit, file, Path(scratch), retry)
         if sha256_of(source) != digest:
             raise UserError(f"{path} of {repo} does not have the expected SHA-256")
         source.replace(target)

@@ -10,9 +10,7 @@ training prompts, and OUT_DIR/reward.json compares the accuracy on held-out pair
 """
 
 import json
-import math
-import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -32,16 +30,15 @@ from minigpt2.faults import StopRequest
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.optimizer import set_lr
-from minigpt2.preferences import ARTIFACT, Pair, rank_share, sequences
+from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
+from minigpt2.tokenizer import PROMPT_TEMPLATE
+from rlhf_data.baselines import accuracy_interval, print_accuracies, rule_margins
 
 ROOT = Path(__file__).resolve().parent
 REPORT, CALIBRATION = "reward.json", "calibration.png"  # in OUT_DIR
 MIN_SAMPLES, MIN_DEVIATION = 16, 1e-3  # of scores that can be normalized; equal samples have 0
-WORD = re.compile(r"\w+|[^\w\s]")
-Z_95 = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -218,9 +215,7 @@ def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pa
                 training_pairs: Sequence[Pair]) -> dict:
     """Accuracies and calibration of margins (n,) on n held-out pairs, and (n',) on those with
     another prompt's response."""
-    texts, training_texts = ([(decode(pair.chosen[:-1]), decode(pair.rejected[:-1]))
-                              for pair in part] for part in (pairs, training_pairs))
-    rules = baseline_margins(texts, training_texts)
+    rules = rule_margins(pairs, training_pairs)
     rows = {"reward model": margins, "chosen is the shorter": margins[rules["shorter"] > 0],
             "against another prompt's": swapped, **rules}
     error, bins = calibration(margins)
@@ -229,23 +224,10 @@ def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pa
 
 
 def print_report(report: dict) -> None:
-    print(f"{'held-out pairs':26} accuracy  95 % interval      n")
-    for name, row in report["accuracy"].items():
-        print(f"{name:26} {row['accuracy']:8.4f}  {row['low']:.3f} to {row['high']:.3f} "
-              f"{row['n']:6,}" + (f" ({row['ties']:,} ties)" if row["ties"] else ""))
+    print_accuracies(report["accuracy"])
     print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} sampled "
           "responses: mean score {mean:.4f}, deviation {deviation:.4f}".format(**report),
           flush=True)
-
-
-def accuracy_interval(margins: torch.Tensor) -> dict:
-    """How many of n margins (n,), chosen minus rejected, are positive, a tie counted half, with the
-    95 % interval of Wilson (1927)."""
-    p, z2 = accuracy(margins).mean().item(), Z_95**2 / len(margins)
-    half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
-    low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    return {"n": len(margins), "ties": int((margins == 0).sum()), "accuracy": p, "low": low,
-            "high": high}
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
@@ -258,42 +240,6 @@ def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict
             | {"confidence": confidence[places == i].mean().item()} for i in places.unique()]
     error = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
     return error / len(margins), rows
-
-
-def baseline_margins(pairs: Sequence[tuple[str, str]],
-                     training_pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """The margins (n,) that simple rules give to n pairs of texts (chosen, rejected)."""
-    longer = torch.tensor([len(chosen) - len(rejected) for chosen, rejected in pairs]).double()
-    marked = torch.tensor([bool(ARTIFACT.search(chosen)) - bool(ARTIFACT.search(rejected))
-                           for chosen, rejected in pairs]).double()
-    return {"longer": longer, "shorter": -longer, "no artifact": -marked,
-            "bag of words": bag_of_words_margins(pairs, training_pairs)}
-
-
-def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
-                         training_pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
-    """The margins (n,) of a logistic regression on the difference of word counts, fitted to the
-    training pairs with an L2 penalty of half the squared norm."""
-    columns, entries = {}, []  # word -> column; row, column, count in chosen minus in rejected
-    for row, (chosen, rejected) in enumerate([*pairs, *training_pairs]):
-        counts = Counter(WORD.findall(chosen.lower()))
-        counts.subtract(WORD.findall(rejected.lower()))
-        entries += [(row, columns.setdefault(word, len(columns)), n) for word, n in counts.items()]
-    places, values = torch.tensor(entries).t().split([2, 1])
-    x = torch.sparse_coo_tensor(places, values[0].double(), (row + 1, len(columns)),
-                                check_invariants=False)
-    weights = torch.zeros(len(columns), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        margins = torch.mv(x, weights)[len(pairs) :]
-        loss = preference_loss(margins).sum() + weights.square().sum() / 2
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return torch.mv(x, weights.detach())[: len(pairs)]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python finetune_data/pydocs_questions.py --rows 4000
 
-Writes finetune_data/pydocs_questions.json, up to about 14,000 rows such as "What does the Python
-function json.dumps do?" with the first sentence of its documentation.
+Writes up to about 14,000 rows such as "What does the Python function json.dumps do?" with the first
+sentence of its documentation.
 """
 
-import json
 import pathlib
 import random
 import sys
@@ -14,11 +13,9 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from finetune_data.rows import write_rows
 from minigpt2.config import flag, parse_config, run_main
-from minigpt2.files import atomic_write
 from pretrain_data.pydocs import question_and_answer, read_documents
-
-SHUFFLE_SEED = 1337
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,8 @@ def main() -> None:
     answers = dict(reversed(pairs))  # keep the first answer to a repeated question
     rows = [{"instruction": question, "input": "", "output": answer}
             for question, answer in answers.items()]
-    random.Random(SHUFFLE_SEED).shuffle(rows)
-    path = pathlib.Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, text=True) as file:
-        json.dump(rows[: config.rows], file, ensure_ascii=False, indent=0)
-    print(f"wrote {path}: {len(rows[: config.rows]):,} questions of {len(rows):,}")
+    random.Random(1337).shuffle(rows)
+    write_rows(pathlib.Path(config.out), rows[: config.rows])
 
 
 if __name__ == "__main__":

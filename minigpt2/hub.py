@@ -1,5 +1,6 @@
 """Downloads dataset files from the Hugging Face hub, verified by the size and SHA-256 it lists."""
 
+import fnmatch
 import re
 import time
 from collections.abc import Callable
@@ -54,13 +55,17 @@ def find_commit(repo: str, revision: str, retry: RetryPolicy) -> str:
                       f"{repo} at {revision}")
 
 
-def list_files(repo: str, commit: str, folder: str, retry: RetryPolicy) -> list:
-    """The RepoFile of each file in a folder ("" for the root), sorted by path. Raises UserError."""
-    api = huggingface_hub.HfApi()
+def list_files(repo: str, commit: str, pattern: str, retry: RetryPolicy) -> list:
+    """The RepoFile of each file of a folder that matches a pattern such as "data/*.parquet", sorted
+    by path, at least one. Raises UserError."""
+    api, folder = huggingface_hub.HfApi(), pattern.rpartition("/")[0]
     entries = retry.call(lambda: list(api.list_repo_tree(
         repo, folder or None, revision=commit, repo_type="dataset")), f"{repo} at {commit}")
-    return sorted((entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)),
-                  key=lambda file: file.path)
+    files = [entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)
+             and fnmatch.fnmatchcase(entry.path, pattern)]
+    if not files:
+        raise UserError(f"{repo} has no {pattern} at {commit}: choose another --revision")
+    return sorted(files, key=lambda file: file.path)
 
 
 def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path,

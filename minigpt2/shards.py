@@ -12,7 +12,6 @@ import numpy as np
 
 from minigpt2.config import UserError, first_line
 from minigpt2.files import atomic_write, sha256_of
-from minigpt2.progress import progress_bar
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # of an unfinished corpus, see pretrain_data/corpus.py
@@ -126,34 +125,3 @@ def read_manifest(data_dir: Path) -> dict:
         raise UserError(f"data folder {data_dir} {state}: {build}")
     return {"source": {"name": "shards without a manifest"}, "shards": shards,
             "tokens": sum(shard["tokens"] for shard in shards)}
-
-
-def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
-    """Raises UserError if a manifest or progress record has other settings."""
-    for key, new in settings.items():
-        if (old := record.get(key)) != new:
-            found = f"its {key} is {old!s:.150}, expected {new!s:.150}"
-            if key == "source" and old and (files := old.get("files", {}).items()):
-                changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
-                found = f"changed files: {', '.join(changed[:5])}" if changed else found
-            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
-                            f"or delete that folder to begin anew: rm -r {out_dir}")
-
-
-def verify_corpus(out_dir: Path) -> None:
-    """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
-    entries = read_manifest(out_dir)["shards"]
-    if not all("sha256" in shard for shard in entries):
-        raise UserError(f"{out_dir} has no {MANIFEST} with checksums to verify against")
-    bar = progress_bar(len(entries), 0, "verifying", unit="shard", over=entries)
-    bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
-           or sha256_of(path) != shard["sha256"]]
-    if bad:
-        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
-                        f"wrote them, which rebuilds only those, after rm -f {' '.join(bad)}")
-    print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
-
-
-def good_size(tokens: int) -> int:
-    """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
-    return max(1, tokens // 10 // 1024) * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)

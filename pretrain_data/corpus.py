@@ -3,12 +3,9 @@
     source -> parts -> worker processes (read, tokenize) -> one writer, in order -> shards, manifest
 
 Each document becomes <|endoftext|> followed by its tokens. The token stream is cut every
-`shard_tokens` tokens; the first shard is the validation split, the others are for training. Parts
-are written in the order of the source: the shards are byte-identical for any number of workers.
-
-A folder is unfinished until it has a `manifest.json`. Until then its record is `progress.json`,
-written after each shard. A build that was killed, or that a larger --max-tokens extends, resumes at
-the first token of its incomplete shard.
+`shard_tokens` tokens; the first shard is the validation split. The shards are byte-identical for
+any number of workers. A folder is unfinished until it has a `manifest.json`. Until then its record
+is `progress.json`, written after each shard: a build resumes at the first shard that it lacks.
 """
 
 import contextlib
@@ -19,24 +16,25 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from minigpt2 import shards
 from minigpt2.config import UserError
-from minigpt2.files import folder_lock
+from minigpt2.files import folder_lock, sha256_of
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
 from pretrain_data.documents import EOT_TEXT, Part, Source
 
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
 CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
+FIRST = {"unit": 0, "part": 0, "tokens": 0}  # position
 OUTCOMES = {"empty": "had no text and were skipped",
             "failed": "could not be encoded and were skipped",
             "repaired": "had invalid characters, now U+FFFD",
@@ -49,28 +47,27 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
                  encoder: str = "tiktoken") -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
-    `description` identifies the documents. An unfinished build is resumed, and a larger max_tokens
-    extends a finished one; missing shards of a finished one are rebuilt. Raises UserError if the
-    folder holds another corpus or more tokens, or is in use, for a full disk, and for one shard."""
+    `description` identifies the documents. Resumes a build that is unfinished, lacks a shard, or
+    has a smaller max_tokens. Raises UserError if the folder holds another corpus or more tokens, or
+    is in use, for a full disk, and for one shard."""
     tokenizer = {"name": "gpt2", "sha256": {name: file[1] for name, file in VOCABULARY.items()}}
     settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
-                        f"--shard-tokens {shard_tokens}, e.g. to {shards.good_size(max_tokens)}")
+                        f"--shard-tokens {shard_tokens}, e.g. to {good_size(max_tokens)}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    read = partial(TokenReader, workers=workers, encoder=encoder)
     encode_to_array("", encoder)  # if it is not installed, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
         record = load_record(out_dir, finished, settings, max_tokens)
-        if finished:
-            rebuild_missing_shards(open_source, out_dir, record, read)
-            if max_tokens in (record["max_tokens"], record["tokens"]):
-                return record
-        change_limit(record, max_tokens)
+        if (finished and max_tokens in (record["max_tokens"], record["tokens"])
+                and all((out_dir / one["file"]).exists() for one in record["shards"])):
+            print(f"{out_dir} is already complete: {record['tokens']:,} tokens")
+            return record
+        rewind(record, out_dir, max_tokens)
         source = open_source()
         record |= {"files": source.file_counts} if source.file_counts else {}
-        return write_shards(source, out_dir, name, record, read)
+        return write_shards(source, out_dir, name, record, workers, encoder)
 
 
 def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int | None) -> dict:
@@ -78,10 +75,8 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     the settings or the source have changed; only local files that no shard has tokens of may."""
     path = out_dir / (shards.MANIFEST if finished else shards.PROGRESS)
     if not path.exists():
-        return settings | {
-            "max_tokens": max_tokens, "documents": 0, "tokens": 0,
-            "outcomes": dict.fromkeys(OUTCOMES, 0),
-            "position": {"unit": 0, "part": 0, "tokens": 0}, "shards": []}
+        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0, "shards": [],
+                           "outcomes": dict.fromkeys(OUTCOMES, 0), "position": dict(FIRST)}
     record = shards.read_record(path)
     if "open_start" in record:
         raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
@@ -89,7 +84,7 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     record.setdefault("files_read", len(old) if record["shards"] else 0)  # not in old manifests
     for file in list(old)[record["files_read"] :]:
         old[file] = new.get(file, old[file])
-    shards.check_same_corpus(out_dir, record, settings)
+    check_same_corpus(out_dir, record, settings)
     tokens = max(record["tokens"], record.get("counted", record)["tokens"])
     if max_tokens is not None and tokens > max_tokens:
         raise UserError(f"{out_dir} already holds {tokens:,} tokens, more than --max-tokens "
@@ -97,34 +92,53 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     return record
 
 
-def change_limit(record: dict, max_tokens: int | None) -> None:
-    """Sets max_tokens. If it was another, a short last shard is written again: `counted` is where
-    it ended, because the documents and outcomes up to there are in the record already."""
-    short = [one for one in record["shards"] if one["tokens"] < record["shard_tokens"]]
-    if short and record["max_tokens"] != max_tokens:
-        record["counted"] = record["position"] | {"tokens": record["tokens"]}
-        record["position"] = record["shards"].pop()["start"]
-        record["tokens"] -= short[0]["tokens"]
+def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
+    """Raises UserError if a manifest or progress record has other settings."""
+    for key, new in settings.items():
+        if (old := record.get(key)) != new:
+            found = f"its {key} is {old!s:.150}, expected {new!s:.150}"
+            if key == "source" and old and (files := old.get("files", {}).items()):
+                changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
+                found = f"changed files: {', '.join(changed[:5])}" if changed else found
+            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
+                            f"or delete that folder to begin anew: rm -r {out_dir}")
+
+
+def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:
+    """Sets max_tokens, and drops the shards to be written again: from the first one that is
+    missing, or short of shard_tokens because of another limit. `counted` is where the last one
+    ended: the documents and outcomes up to there are in the record already."""
+    for index, one in enumerate(record["shards"]):
+        is_short = one["tokens"] < record["shard_tokens"] and max_tokens != record["max_tokens"]
+        if is_short or not (out_dir / one["file"]).exists():
+            end = record["position"] | {"tokens": record["tokens"]}
+            record["counted"] = max(end, record.get("counted", end), key=itemgetter("tokens"))
+            record["position"] = one["start"]
+            record["tokens"] -= sum(dropped["tokens"] for dropped in record["shards"][index:])
+            del record["shards"][index:]
+            break
     record["max_tokens"] = max_tokens
 
 
-def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: Callable) -> dict:
+def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int,
+                 encoder: str) -> dict:
     """Writes the shards that are missing, then the manifest, and returns it. Raises UserError, and
     deletes what was written, if there is no training shard."""
     limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
     if tokens_before:
         print(f"{out_dir}: resuming after {tokens_before:,} tokens", flush=True)
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
-    check_disk(out_dir, source.scratch_bytes + shards.shard_bytes(max(0, expected - tokens_before)))
+    on_disk = sum(path.stat().st_size for path in out_dir.glob("*.npy"))
+    check_disk(out_dir, max(0, shards.shard_bytes(expected) - on_disk))
     written, progress = record["shards"], out_dir / shards.PROGRESS
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)
     shards.write_record(progress, record)
-    t0, reader = time.monotonic(), read(source, record)
+    reader = TokenReader(source, record, workers, encoder)
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
-            split, start = "train" if written else "val", record["position"]
+            split, start = "train" if written else "val", dict(record["position"])
             path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
             count = min(record["shard_tokens"], limit - record["tokens"])
             size_and_sha256 = shards.write_shard(path, reader.take(count, bar.update))
@@ -133,14 +147,16 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, read: C
     if len(written) < 2:
         for file in (progress.name, *(shard["file"] for shard in written)):
             (out_dir / file).unlink()
-        tokens = record["tokens"]
-        raise UserError("the source has no text: nothing to write" if tokens <= 1 else
-                        f"all {tokens:,} tokens fit into the first shard, which is for "
-                        f"validation: lower --shard-tokens, e.g. to {shards.good_size(tokens)}")
+        raise UserError("the source has no text: nothing to write" if record["tokens"] <= 1 else
+                        f"all {record['tokens']:,} tokens fit into the first shard, for validation:"
+                        f" lower --shard-tokens, e.g. to {good_size(record['tokens'])}")
     record.pop("counted", None)
     shards.write_record(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)
-    report(out_dir, record, record["tokens"] - tokens_before, time.monotonic() - t0)
+    outcomes = "".join(f"; {count:,} {OUTCOMES[name]}"
+                       for name, count in record["outcomes"].items() if count)
+    print(f"wrote {out_dir}: {record['documents']:,} documents, {record['tokens']:,} tokens, "
+          f"{len(written)} shards, the first for validation{outcomes}")
     return record
 
 
@@ -149,19 +165,14 @@ class TokenReader:
     next token, the numbers of `tokens` and `documents`, the `outcomes` of parts read to the end."""
 
     def __init__(self, source: Source, record: dict, workers: int, encoder: str):
-        self.record, record["outcomes"] = record, Counter(record["outcomes"])
-        self.counted = record.get("counted", {"unit": 0, "part": 0, "tokens": 0})
-        self.stream = token_stream(source, record["position"], workers, encoder)
-        self.rest, self.outcomes = np.empty(0, shards.TOKEN_DTYPE), Counter()  # of the current part
+        self.record, self.counted = record, record.get("counted", FIRST)
+        self.stream = token_stream(source, record, self.counted, workers, encoder)
+        self.rest = np.empty(0, shards.TOKEN_DTYPE)  # of the current part
 
     def has_next(self) -> bool:
         """Whether there is another token. If so, `position` is in its part."""
-        while not len(self.rest) and (item := next(self.stream, None)):
-            ended, counted = self.record["position"], self.counted
-            if (ended["unit"], ended["part"]) >= (counted["unit"], counted["part"]):
-                self.record["outcomes"].update(self.outcomes)
-            self.record["position"], self.rest, self.outcomes, file = item
-            self.record["files_read"] = max(file, self.record.get("files_read", 0))
+        while not len(self.rest) and (tokens := next(self.stream, None)) is not None:
+            self.rest = tokens
         return len(self.rest) > 0
 
     def take(self, count: int, show: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -169,21 +180,12 @@ class TokenReader:
         while count and self.has_next():
             chunk, self.rest = self.rest[:count], self.rest[count:]
             count -= len(chunk)
-            position = self.record["position"]
-            self.record["position"] = position | {"tokens": position["tokens"] + len(chunk)}
+            self.record["position"]["tokens"] += len(chunk)
             new = chunk[max(0, self.counted["tokens"] - self.record["tokens"]) :]
             self.record["documents"] += int(np.count_nonzero(new == EOT_TOKEN))
             self.record["tokens"] += len(chunk)
             show(len(chunk))
             yield chunk
-
-
-def report(out_dir: Path, manifest: dict, tokens: int, seconds: float) -> None:
-    outcomes = "".join(f"; {count:,} {OUTCOMES[name]}"
-                       for name, count in manifest["outcomes"].items() if count)
-    print(f"wrote {out_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-          f"{len(manifest['shards'])} shards, the first for validation; {tokens / seconds:,.0f} "
-          f"tokens/s over {seconds:,.0f} s{outcomes}")
 
 
 def check_disk(out_dir: Path, needed: int) -> None:
@@ -195,42 +197,41 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, start: dict, workers: int, encoder: str) -> Iterator[tuple]:
-    """Yields (position, tokens, outcomes, file), see `tokenize_part`, for each part from `start`
-    on, and after each unit the start of the next one with no tokens."""
-    tokenize = partial(tokenize_part, encoder=encoder)
+def token_stream(source: Source, record: dict, counted: dict, workers: int,
+                 encoder: str) -> Iterator[np.ndarray]:
+    """Yields the tokens (n,) uint16 of each part from the record's position on. When a part has
+    been read to its end, its outcomes are added to the record, unless they are `counted`."""
+    tokenize, start = partial(tokenize_part, encoder=encoder), record["position"]
     part, skipped = start["part"], start["tokens"]
-    with worker_map(workers) as ordered_map:
-        for unit in range(start["unit"], source.num_units):
-            parts = itertools.islice(source.open_unit(unit), part, None)
-            for tokens, outcomes, file in ordered_map(tokenize, parts):
-                yield ({"unit": unit, "part": part, "tokens": skipped}, tokens[skipped:], outcomes,
-                       file)
-                part, skipped = part + 1, 0
-            part, skipped = 0, 0
-            yield {"unit": unit + 1, "part": 0, "tokens": 0}, tokens[:0], Counter(), 0
+    for unit in range(start["unit"], source.num_units):
+        parts = itertools.islice(source.open_unit(unit), part, None)
+        for tokens, outcomes, file in ordered_map(tokenize, parts, workers):
+            record["position"] = {"unit": unit, "part": part, "tokens": skipped}
+            record["files_read"] = max(file, record.get("files_read", 0))
+            yield tokens[skipped:]
+            if (unit, part) >= (counted["unit"], counted["part"]):
+                for name, count in outcomes.items():
+                    record["outcomes"][name] += count
+            part, skipped = part + 1, 0
+        part, skipped = 0, 0
+        record["position"] = FIRST | {"unit": unit + 1}
 
 
-@contextlib.contextmanager
-def worker_map(workers: int) -> Iterator[Callable]:
-    """Yields a lazy, ordered `map` that runs in worker processes; with one worker, in this one."""
+def ordered_map(function: Callable, items: Iterator, workers: int) -> Iterator:
+    """A lazy `map` that runs in worker processes; with one worker, in this one."""
     if workers == 1:
-        yield map
+        yield from map(function, items)
         return
     # spawn: forking a process with threads (PyTorch, Arrow) can deadlock
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
                                initializer=exit_with_parent)
-
-    def ordered_map(function: Callable, items: Iterator) -> Iterator:
-        futures = deque()
+    futures = deque()
+    try:
         for item in items:
             futures.append(pool.submit(function, item))
             if len(futures) > 3 * workers:  # enough to keep all workers busy, in bounded memory
                 yield futures.popleft().result()
         yield from (future.result() for future in futures)
-
-    try:
-        yield ordered_map
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?): run again to resume, with "
                         "fewer --workers if it happens again") from None
@@ -277,20 +278,18 @@ def default_workers() -> int:
     return min(cores or 1, 61)  # ProcessPoolExecutor's limit on Windows
 
 
-def rebuild_missing_shards(open_source: Callable[[], Source], out_dir: Path, manifest: dict,
-                           read: Callable) -> None:
-    """Rebuilds the shards of a finished folder that are missing. Raises UserError if the source has
-    changed."""
-    missing = [one for one in manifest["shards"] if not (out_dir / one["file"]).exists()]
-    source = open_source() if missing else None
-    for one in missing:
-        path, reader = out_dir / one["file"], read(source, manifest | {"position": one["start"]})
-        with (contextlib.closing(reader.stream),
-              progress_bar(one["tokens"], 0, f"rebuilding {path.name}", unit="token") as bar):
-            written = shards.write_shard(path, reader.take(one["tokens"], bar.update))
-        if written["sha256"] != one["sha256"]:
-            path.unlink()
-            raise UserError(f"{path} cannot be rebuilt, its source has changed: delete {out_dir} "
-                            "and run again")
-    print(f"{out_dir} is {'complete again' if missing else 'already complete'}: "
-          f"{manifest['tokens']:,} tokens, {len(manifest['shards'])} shards")
+def verify_corpus(out_dir: Path) -> None:
+    """Compares every shard with its checksum. Raises UserError with the names of damaged ones."""
+    entries = shards.read_record(out_dir / shards.MANIFEST)["shards"]
+    bar = progress_bar(len(entries), 0, "verifying", unit="shard", over=entries)
+    bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
+           or sha256_of(path) != shard["sha256"]]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
+                        f"wrote them after rm -f {' '.join(bad)}")
+    print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
+
+
+def good_size(tokens: int) -> int:
+    """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
+    return max(1, tokens // 10 // 1024) * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)

@@ -1,14 +1,9 @@
 """Documents: files of several formats, split into parts that any process can read.
 
-A folder stands for all files below it, and a pattern for all files and folders that it matches.
-Files of the formats in SUFFIXES are read, in any letter case, sorted by path. Links are followed,
-and no file is read twice. Hidden files and folders are skipped, unless `--files` names them.
-
-A part is some rows of a parquet row group, a block of lines of a JSON Lines file (plain or gzipped)
-or a block of a text file. It has about PART_BYTES of text, so memory does not grow with the size of
-files. Parts are the same in every run over the same files: a build can resume at (unit, part).
-Invalid UTF-8 is read as lone surrogates, which `tokenizer.repair` replaces; a text file with too
-many of them is refused.
+A part has about PART_BYTES of text, so memory does not grow with the size of files: some rows of a
+parquet row group, or a block of a JSON Lines file (plain or gzipped) or of a text file. Parts are
+the same in every run over the same files: a build can resume at (unit, part). Invalid UTF-8 is read
+as lone surrogates, which `tokenizer.repair` replaces. Which files are read: docs/data.md.
 """
 
 import functools
@@ -36,6 +31,7 @@ PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs
 MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
+RAW = (".jsonl", ".json", ".txt")  # zstd and gzip, in the others, halve text, or better
 POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 
 
@@ -52,13 +48,11 @@ class Part:
 
 @dataclass
 class Source:
-    """The documents of a corpus, in units: all local files together, or each file of the hub. Units
-    are opened in order."""
+    """The documents of a corpus in units, opened in order: all local files, or each of the hub."""
 
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
     text_bytes: int  # roughly, to estimate the disk space for the shards
-    scratch_bytes: int = 0  # additional disk space needed during the build
     file_counts: dict | None = None  # of local files: for the record
 
 
@@ -144,21 +138,14 @@ def file_source(paths: list[Path], split_eot: bool = False) -> Source:
                     raise UserError(f"{path} changed while it was read: run again when it is final")
                 yield replace(part, file=number)
 
-    return Source(1, open_unit, sum(map(text_bytes, paths)))
+    sizes = [path.stat().st_size * (1 if file_format(path) in RAW else 2) for path in paths]
+    return Source(1, open_unit, sum(sizes))
 
 
 def file_format(path: str | Path) -> str:
     """The one of SUFFIXES that a file has, in any letter case, or ""."""
     name = os.path.basename(path).lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def text_bytes(path: Path) -> int:
-    """A rough estimate of the text in a file, in bytes."""
-    if file_format(path) == ".parquet":
-        with open_parquet(path) as file:
-            return sum(text_size(file, group) for group in range(file.num_row_groups))
-    return path.stat().st_size * (3 if file_format(path).endswith(".gz") else 1)
 
 
 def open_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
@@ -183,33 +170,26 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file: {first_line(error)}") from None
-    kind = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)).get(TEXT_COLUMN)
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    kinds = dict(zip(file.schema_arrow.names, map(str, file.schema_arrow.types), strict=True))
+    if kinds.get(TEXT_COLUMN) not in ("string", "large_string", "string_view"):
         file.close()
-        found = f"its type is {kind}" if kind else f"only {file.schema_arrow.names}"
-        raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, {found}")
+        raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, only {kinds!s:.200}")
     return file
 
 
 def parquet_parts(path: Path) -> Iterator[Part]:
-    """Splits large row groups into at most MAX_RANGES ranges of rows. To read a range, the rows
-    before it are decoded and dropped, which costs a twentieth of tokenizing them."""
+    """Splits large row groups into at most MAX_RANGES ranges of rows. To read one, those before it
+    are decoded and dropped, which costs a twentieth of tokenizing them."""
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            ranges = min(max(1, text_size(file, group) // PART_BYTES), MAX_RANGES)
-            step = max(1, -(-num_rows // ranges))
-            for start in range(0, num_rows, step):
-                yield Part(functools.partial(read_texts, path, group, start,
-                                             min(start + step, num_rows)))
-
-
-def text_size(file: pyarrow.parquet.ParquetFile, group: int) -> int:
-    """The uncompressed size of a row group's text, in bytes."""
-    metadata = file.metadata.row_group(group)  # lists nested columns as several leaf columns
-    columns = map(metadata.column, range(metadata.num_columns))
-    return sum(column.total_uncompressed_size for column in columns
-               if column.path_in_schema == TEXT_COLUMN)
+            rows = file.metadata.row_group(group)  # lists nested columns as several leaf columns
+            size = sum(column.total_uncompressed_size  # of the text, in bytes
+                       for column in map(rows.column, range(rows.num_columns))
+                       if column.path_in_schema == TEXT_COLUMN)
+            step = -(-rows.num_rows // min(max(1, size // PART_BYTES), MAX_RANGES)) or 1
+            for start in range(0, rows.num_rows, step):
+                stop = min(start + step, rows.num_rows)
+                yield Part(functools.partial(read_texts, path, group, start, stop))
 
 
 def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | None]:
@@ -259,30 +239,28 @@ def text_parts(path: Path, split_eot: bool) -> Iterator[Part]:
     the token ids."""
     with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline="") as file:
         text, continues = "", False
-
-        def part(text: str, ended: bool) -> Part:
-            texts = split_documents(text, continues, ended) if split_eot else [text]
-            return Part(functools.partial(list, texts), continues)
-
         while block := file.read(PART_BYTES):
             check_text(path, block)
             text, start = text + block, len(text)
             cut = last_border(text, start) if len(block) == PART_BYTES else 0  # 0: end of the file
             if cut:
-                yield part(text[:cut], ended=False)
+                yield text_part(text[:cut], continues, split_eot)
                 continues = not (split_eot and text.endswith(EOT_TEXT, 0, cut))
                 text = text[cut:]
         if text or not continues:
-            yield part(text, ended=True)
+            yield text_part(text, continues, split_eot)
 
 
-def split_documents(text: str, continues: bool, ended: bool) -> list[str]:
-    """The documents of a piece of a file, without the line ends next to <|endoftext|> and at the
-    ends of the file. The first one may continue the previous piece."""
-    first, *others = text.split(EOT_TEXT)
-    texts = [first if continues else first.lstrip("\r\n"), *(t.lstrip("\r\n") for t in others)]
-    texts = [t.rstrip("\r\n") for t in texts[:-1]] + [texts[-1].rstrip("\r\n" if ended else "")]
-    return [text for i, text in enumerate(texts) if text or (continues and i == 0)]
+def text_part(text: str, continues: bool, split_eot: bool) -> Part:
+    """The documents of a piece of a file, of which the first may continue the previous piece. Line
+    ends next to <|endoftext|> and at the ends of the file are dropped; a cut is not beside one."""
+    texts = [text]
+    if split_eot:
+        first, *others = text.split(EOT_TEXT)
+        texts = [first.rstrip("\r\n") if continues else first.strip("\r\n"),
+                 *(other.strip("\r\n") for other in others)]
+        texts = [text for i, text in enumerate(texts) if text or (continues and i == 0)]
+    return Part(functools.partial(list, texts), continues)
 
 
 def last_border(text: str, start: int) -> int:

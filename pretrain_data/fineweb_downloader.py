@@ -7,10 +7,8 @@
 
 Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized.
 --files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain
-text, one document per file. For pre-tokenized shards, see pretokenized_downloader.py.
-
-The same command resumes an interrupted build; a larger --max-tokens extends a finished one. If
---verify finds damaged shards, delete them and run the command again to rebuild them.
+text, one document per file. The same command resumes an interrupted build, or one whose damaged
+shards were deleted; a larger --max-tokens extends a finished one. More in docs/data.md.
 """
 
 import functools
@@ -25,8 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
-from minigpt2.shards import verify_corpus
-from pretrain_data.corpus import default_workers, write_corpus
+from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
 from pretrain_data.documents import Part, Source, local_source, open_parts
 
 SAMPLE_FOLDER = "sample/10BT"
@@ -39,8 +36,7 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 class FineWebConfig:
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
                                      "named after the dataset)", is_path=True)
-    shard_tokens: int = flag(100_000_000, "tokens per shard; the first shard is for validation",
-                             minimum=2)
+    shard_tokens: int = flag(100_000_000, "tokens per shard, the first for validation", minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
     workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
     encoder: Literal["tiktoken", "gigatoken"] = flag(
@@ -49,18 +45,13 @@ class FineWebConfig:
     split_eot: bool = flag(False, "split .txt files into documents at <|endoftext|>")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
     revision: str | None = flag(None, "branch, tag or commit on the hub (default: a pinned commit)")
-    retries: int = flag(8, "retries of a failed request, with exponential backoff", minimum=0)
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
 def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy) -> Source:
     """The 10BT sample of a dataset on the hub, one unit per file. `scratch` holds the file that is
     read, and the one before it, where the incomplete shard may begin. Raises UserError."""
-    files = [file for file in list_files(repo, commit, SAMPLE_FOLDER, retry)
-             if file.path.endswith(".parquet")]
-    if not files:
-        raise UserError(f"{repo} has no parquet file in {SAMPLE_FOLDER} at {commit}: choose "
-                        "another --revision")
+    files = list_files(repo, commit, f"{SAMPLE_FOLDER}/*.parquet", retry)
 
     def open_unit(unit: int) -> Iterator[Part]:
         for done in files[: max(0, unit - 1)]:
@@ -68,27 +59,22 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy
         print(f"reading {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
         return open_parts(fetch(repo, commit, files[unit], scratch, retry))
 
-    sizes = [file.size for file in files]
-    return Source(len(files), open_unit, int(TEXT_RATIO * sum(sizes)), 2 * max(sizes))
+    return Source(len(files), open_unit, int(TEXT_RATIO * sum(file.size for file in files)))
 
 
 def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
-    if config.files and config.edu:
-        raise UserError("--files and --edu are mutually exclusive: omit one")
-    if config.split_eot and not config.files:
-        raise UserError("--split-eot needs --files: add it, or omit --split-eot")
+    if (config.files and config.edu) or (config.split_eot and not config.files):
+        raise UserError("--split-eot needs --files, and --edu excludes it: omit one of them")
     name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
-    scratch = out_dir / ".download"
     if config.verify:
-        verify_corpus(out_dir)
-        return
+        return verify_corpus(out_dir)
+    scratch = out_dir / ".download"
     if config.files:
         description, open_source = local_source(config.files, config.split_eot)
     else:
-        retry = RetryPolicy(config.retries)
-        repo, commit = FINEWEB_EDU if config.edu else FINEWEB
+        (repo, commit), retry = FINEWEB_EDU if config.edu else FINEWEB, RetryPolicy()
         commit = find_commit(repo, config.revision or commit, retry)
         description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
         open_source = functools.partial(hub_source, repo, commit, scratch, retry)

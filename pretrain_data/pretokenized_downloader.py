@@ -2,15 +2,13 @@
 
     python pretrain_data/pretokenized_downloader.py                      # 10 billion tokens
     python pretrain_data/pretokenized_downloader.py --max-tokens 1000000000
-    python pretrain_data/pretokenized_downloader.py --verify
 
 Each shard is checked against the hub's SHA-256. Run the same command again to resume, or to
-download deleted shards.
+download deleted shards; fineweb_downloader.py --verify finds damaged ones.
 """
 
 import itertools
 import pathlib
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -20,71 +18,53 @@ from huggingface_hub import RepoFile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2 import shards
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.config import flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
-from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
+from minigpt2.hub import RetryPolicy, fetch, list_files
 from minigpt2.progress import progress_bar
-from pretrain_data.corpus import check_disk
+from pretrain_data.corpus import check_disk, check_same_corpus
 
 REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
-SHARD_NAME = re.compile(r"fineweb_(val|train)_\d{6}\.bin")
 
 
 @dataclass(frozen=True)
 class PretokenizedConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "fineweb-pretokenized"),
                         "folder for the shards", is_path=True)
-    max_tokens: int | None = flag(None, "stop after about this many tokens (default: all)",
-                                  minimum=1)
-    revision: str = flag(COMMIT, "branch, tag or commit on the hub")
-    verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
+    max_tokens: int | None = flag(None, "stop after about so many tokens (default: all)", minimum=1)
 
 
-def select_shards(files: list[RepoFile], max_tokens: int | None) -> list[tuple[RepoFile, str]]:
-    """(file, split) of the validation shard and of as many training shards, at least one, as are
-    needed to have `max_tokens` in total. Raises UserError if there are none."""
-    found = [(file, match[1]) for file in files if (match := SHARD_NAME.fullmatch(file.path))]
-    if {split for _, split in found} != {"val", "train"}:
-        raise UserError(f"{REPO} has no validation or no training shards, which are named "
-                        f"{SHARD_NAME.pattern}: choose another --revision")
-    found.sort(key=lambda shard: (shard[1] != "val", shard[0].path))
-    if max_tokens is not None:
-        ends = itertools.accumulate(file.size // 2 for file, _ in found)
-        found = found[: max(2, 1 + sum(end < max_tokens for end in ends))]
-    return found
+def select_shards(files: list[RepoFile], max_tokens: int) -> list[RepoFile]:
+    """The validation shard and as many training shards, at least one, as are needed to have
+    `max_tokens` in total."""
+    files = sorted(files, key=lambda file: ("_val_" not in file.path, file.path))
+    ends = itertools.accumulate(file.size // 2 for file in files)
+    return files[: max(2, 1 + sum(end < max_tokens for end in ends))]
 
 
-def download_shards(out_dir: pathlib.Path, revision: str, max_tokens: int | None) -> None:
-    """Downloads shards, then writes their manifest. Raises UserError."""
-    retry = RetryPolicy()
-    commit = find_commit(REPO, revision, retry)
-    files = select_shards(list_files(REPO, commit, "", retry), max_tokens)
-    source, done = {"name": REPO, "revision": commit}, []
+def main() -> None:
+    config, retry = parse_config(PretokenizedConfig, description=__doc__), RetryPolicy()
+    files = select_shards(list_files(REPO, COMMIT, "fineweb_*_*.bin", retry),
+                          config.max_tokens or sys.maxsize)
+    source, done = {"name": REPO, "revision": COMMIT}, []
+    out_dir = pathlib.Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
         for path in filter(pathlib.Path.exists, (progress, manifest)):
-            shards.check_same_corpus(out_dir, shards.read_record(path), {"source": source})
+            check_same_corpus(out_dir, shards.read_record(path), {"source": source})
         shards.write_record(progress, {"source": source, "shards": []})  # now unfinished
         manifest.unlink(missing_ok=True)
-        check_disk(out_dir, sum(f.size for f, _ in files if not (out_dir / f.path).exists()))
-        for file, split in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
-            path = fetch(REPO, commit, file, out_dir, retry)
-            done.append({"file": file.path, "split": split, "tokens": len(shards.open_shard(path)),
-                            "sha256": file.lfs.sha256 if file.lfs else sha256_of(path)})
+        check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
+        for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
+            path = fetch(REPO, COMMIT, file, out_dir, retry)
+            done.append({"file": file.path, "split": file.path.split("_")[1],
+                         "tokens": len(shards.open_shard(path)), "sha256": sha256_of(path)})
         tokens = sum(shard["tokens"] for shard in done)
         shards.write_record(manifest, {"source": source, "tokens": tokens, "shards": done})
         progress.unlink()
     shutil.rmtree(out_dir / ".cache", ignore_errors=True)  # download metadata of the hub's client
     print(f"wrote {out_dir}: {tokens:,} tokens, {len(done)} shards, the first for validation")
-
-
-def main() -> None:
-    config = parse_config(PretokenizedConfig, description=__doc__)
-    if config.verify:
-        shards.verify_corpus(pathlib.Path(config.out_dir))
-    else:
-        download_shards(pathlib.Path(config.out_dir), config.revision, config.max_tokens)
 
 
 if __name__ == "__main__":

@@ -20,21 +20,18 @@ from pretrain_data.corpus import write_corpus
 from pretrain_data.documents import Source, memory_source
 from pretrain_data.pydocs import PACKAGES, read_documents
 
-SHUFFLE_SEED = 1337
-
 
 @dataclass(frozen=True)
 class CorpusConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs"),
                         "folder for the shards", is_path=True)
-    shard_tokens: int = flag(65_536, "tokens per shard; the first shard is for validation",
-                             minimum=2)
+    shard_tokens: int = flag(65_536, "tokens per shard, the first for validation", minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
 
 
 def shuffled_documents() -> Source:
     documents = read_documents()
-    random.Random(SHUFFLE_SEED).shuffle(documents)
+    random.Random(1337).shuffle(documents)
     return memory_source([document.text for document in documents])
 
 

@@ -2,13 +2,11 @@
 
     python rlhf_data/pydocs_pairs.py --rows 4000
 
-Writes rlhf_data/pydocs_pairs.json, rows {"instruction", "chosen", "rejected"} with the questions of
-finetune_data/pydocs_questions.py. The rejected answer is, in turn, that of another
-symbol of the same kind, the right answer cut in its middle, or the right answer said twice: three
-faults, so that neither length nor the last character alone decides.
+Writes rows {"instruction", "chosen", "rejected"} with the questions of pydocs_questions.py. The
+rejected answer is, in turn, that of another symbol of the same kind, the right answer cut in its
+middle, or the right answer said twice: neither length nor the last character alone decides.
 """
 
-import json
 import pathlib
 import random
 import sys
@@ -16,8 +14,8 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from finetune_data.rows import write_rows
 from minigpt2.config import flag, parse_config, run_main
-from minigpt2.files import atomic_write
 from pretrain_data.pydocs import question_and_answer, read_documents
 
 
@@ -39,8 +37,7 @@ def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
         kinds.setdefault(" ".join(question.split()[:5]), []).append(answers[question])
     rows = []
     for i, question in enumerate(questions):
-        chosen = answers[question]
-        words = chosen.split()
+        chosen, words = answers[question], answers[question].split()
         rejected = (order.choice(kinds[" ".join(question.split()[:5])]),
                     " ".join(words[: (len(words) + 1) // 2]), f"{chosen} {chosen}")[i % 3]
         if rejected != chosen:
@@ -52,11 +49,7 @@ def main() -> None:
     config = parse_config(PairsConfig, description=__doc__)
     pairs = list(filter(None, map(question_and_answer, read_documents())))
     rows = make_rows(dict(reversed(pairs)))  # the first answer to a repeated question
-    path = pathlib.Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, text=True) as file:
-        json.dump(rows[: config.rows], file, ensure_ascii=False, indent=0)
-    print(f"wrote {path}: {len(rows[: config.rows]):,} pairs of {len(rows):,}")
+    write_rows(pathlib.Path(config.out), rows[: config.rows])
 
 
 if __name__ == "__main__":

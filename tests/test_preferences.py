@@ -152,10 +152,10 @@ def test_a_file_that_is_missing_or_has_too_few_pairs(tmp_path):
 # ---------------------------------------------------------------------- the data scripts
 
 
-def hub(num_train: int = 5, num_test: int = 3, line: str | None = None) -> dict:
+def hub() -> dict:
     files = {}
-    for split, n in (("train", num_train), ("test", num_test)):
-        rows = [line or json.dumps({"chosen": f"{HH.format(i)} é {split}", "rejected": "b"})
+    for split, n in (("train", 5), ("test", 3)):
+        rows = [json.dumps({"chosen": f"{HH.format(i)} é {split}", "rejected": "b"})
                 for i in range(n)]
         files[f"harmless-base/{split}.jsonl.gz"] = gzip.compress("\n".join(rows).encode())
     return {"datasets/Anthropic/hh-rlhf": files | {"README.md": b"x"}}
@@ -163,8 +163,7 @@ def hub(num_train: int = 5, num_test: int = 3, line: str | None = None) -> dict:
 
 def download(tmp_path, repos: dict, *, faults: list = (), check: bool = True):
     code = ("import rlhf_data.hh_rlhf_downloader as d, sys; from minigpt2 import hub\n"
-            "hub.INITIAL_DELAY_S = 0.001; d.NUM_ROWS['harmless-base'] = (5, 3)\n"
-            "d.run_main(d.main)\n")
+            "hub.INITIAL_DELAY_S = 0.001; d.run_main(d.main)\n")
     with serve(repos, faults=faults) as (environment, pending):
         result = run_script("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}",
                             "--subset", "harmless-base", "--out-dir", tmp_path / "new", check=check,
@@ -177,23 +176,22 @@ def download(tmp_path, repos: dict, *, faults: list = (), check: bool = True):
 def test_hh_rlhf_is_downloaded_with_the_real_client(tmp_path):
     """Through dropped connections, cut bodies and a flipped bit; a second run has nothing to do."""
     faults = [503, "drop", "cut", "flip"]
-    assert "5 pairs" in download(tmp_path, hub(), faults=faults).stdout
+    assert "5 rows" in download(tmp_path, hub(), faults=faults).stdout
     train, test = (tmp_path / "new" / f"hh_harmless_base_{split}.jsonl"
                    for split in ("train", "test"))
     assert [json.loads(line)["chosen"] for line in test.read_text(encoding="utf-8").splitlines()
             ] == [f"{HH.format(i)} é test" for i in range(3)]
-    assert {path.name for path in train.parent.iterdir()} == {".lock", train.name, test.name}
+    assert {path.name for path in train.parent.iterdir()} == {train.name, test.name}
     before = train.stat().st_mtime_ns
-    assert f"{train}: 5 pairs" in download(tmp_path, {}).stdout
+    assert f"{train} exists already" in download(tmp_path, {}).stdout
     assert train.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("repos, words", [
-    (hub(num_train=4), ["5 pairs", "--revision"]), (hub(line='{"chosen": "a"}'), ["--revision"]),
-    (hub(line="no json"), ["--revision"]), ({}, ["Anthropic/hh-rlhf"]),
+    ({}, ["Anthropic/hh-rlhf"]),
     ({"datasets/Anthropic/hh-rlhf": {"harmless-base/x": b""}}, ["train.jsonl.gz"])])
-def test_another_data_set_is_refused(tmp_path, repos, words):
+def test_a_missing_data_set_is_reported(tmp_path, repos, words):
     assert_user_error(download(tmp_path, repos, check=False), *words)
     assert not list((tmp_path / "new").glob("*.jsonl"))
 
@@ -229,7 +227,7 @@ def test_pydocs_pairs_writes_rows(tmp_path, monkeypatch, capsys):
     path = tmp_path / "new" / "pairs.json"
     monkeypatch.setattr(sys, "argv", ["", "--out", str(path), "--rows", "6"])
     pydocs_pairs.main()
-    assert f"wrote {path}: 6 pairs of" in capsys.readouterr().out
+    assert f"wrote {path}: 6 rows" in capsys.readouterr().out
     pairs, summary = load_pairs(str(path), "--data", 256)
     assert len(pairs) == 6, summary
     assert "something else" not in path.read_text()

@@ -30,7 +30,8 @@ from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import EOT_TOKEN, encode
 from model import GPT, GPTConfig
-from reward import RewardConfig, accuracy_interval, calibration, swap_prompts, train
+from reward import RewardConfig, calibration, swap_prompts, train
+from rlhf_data.baselines import accuracy_interval
 
 SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
 ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (n % 2),
@@ -444,24 +445,6 @@ def test_the_calibration_is_drawn_from_a_report(tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
     broken = run_script("image/plot_reward.py", tmp_path / "rows.json", "--out", image, check=False)
     assert broken.returncode == 2 and "is not a report of reward.py" in broken.stderr
-
-
-def test_null_baselines():
-    pairs = [("a long answer", "short ## Instruction"), ("b", "b, but longer"), ("c", "d")]
-    margins = reward.baseline_margins(pairs, [("good a", "bad a"), ("good b", "bad c")] * 50)
-    assert margins["longer"].tolist() == [-7, -12, 0]
-    assert margins["shorter"].tolist() == [7, 12, 0]
-    assert margins["no artifact"].tolist() == [1, 0, 0]
-    words = reward.bag_of_words_margins([("good", "bad"), ("bad x", "good y"), ("x", "y")],
-                                         [("good a", "bad a"), ("good b", "bad c")] * 50)
-    assert words[0] > 2 and words[1] == -words[0] and words[2] == 0
-    assert reward.bag_of_words_margins([("a", "b")], []).tolist() == [0]
-
-
-def test_the_bag_of_words_is_at_its_optimum():
-    """The gradient of the penalized loss is 0, for one word by hand: w = 3 sigmoid(-w)."""
-    [margin] = reward.bag_of_words_margins([("x", "")], [("x", "")] * 3).tolist()
-    assert margin == pytest.approx(3 / (1 + math.exp(margin)), abs=1e-6)
 
 
 def test_another_prompts_response_is_never_of_an_equal_prompt():
