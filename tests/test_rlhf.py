@@ -196,7 +196,7 @@ def test_a_learned_reward_leads_to_the_same_optimum(tmp_path, monkeypatch):
     W.use_small_vocabulary(monkeypatch)
     base = W.save_reference(tmp_path / "reference")
     model = reward.train(reward.RewardConfig(
-        checkpoint=str(base), data=str(W.write_rows(tmp_path / "rows.jsonl")), epochs=6,
+        checkpoint=str(base), data=str(W.write_rows(tmp_path / "rows.jsonl")), epochs=12,
         out_dir=str(tmp_path / "reward"), batch_size=125, micro_batch_size=500, max_lr=3e-3,
         val_fraction=0.0, eval_interval=10**6, save_interval=10**6, normalize_samples=0,
         device="cpu"), CPU_LAUNCH)
@@ -382,7 +382,7 @@ def check_draws(folder, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.9}],
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}],
                          ids=["right", "temperature", "top-k", "top-p"])
 def test_samples_follow_the_distribution_that_is_trained(changes, tmp_path, monkeypatch):
     """And the check would find other ways to sample, which reach 0.96 to 0.99 of an optimum."""
@@ -507,10 +507,11 @@ def test_any_split_of_16_responses_gives_the_same_gradient(tmp_path):
     expected = gradients.pop((1, 16, 0))
     policy, value = (sum(g.square().sum() for g in part) ** 0.5
                      for part in (expected[: len(expected) // 2], expected[len(expected) // 2 :]))
+    size = max(gradient.abs().max() for gradient in expected)
     assert policy > 0.05 and value > 0.05
     for case, found in gradients.items():
         for a, b in zip(found, expected, strict=True):
-            assert (a - b).abs().max() < 1e-6, case
+            assert (a - b).abs().max() < 1e-6 * max(1, size), case
 
 
 def assert_close_curves(a, b, tolerance: float) -> None:
@@ -518,7 +519,7 @@ def assert_close_curves(a, b, tolerance: float) -> None:
         for ours, theirs in zip(records(a, kind), records(b, kind), strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours:
-                if name != "kind" and not name.endswith(("_seconds", "_per_sec")):
+                if name not in ("kind", "mfu") and not name.endswith(("_seconds", "_per_sec")):
                     assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance
                                                        ), (ours["step"], name)
 
