@@ -208,7 +208,21 @@ def test_a_learned_reward_leads_to_the_same_optimum(tmp_path, monkeypatch):
     assert found.fraction > 0.95 and found.total_variation < 0.1, (found, offsets)
 
 
-SEVENS = "7"
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """World V: a checkpoint with GPT-2's vocabulary, fine-tuned to answer sums with one digit, any;
+    and its rows."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    base = save_checkpoint(folder / "base", 1, GPT(GPTConfig(64, N_VOCAB, 2, 2, 32)))
+    data = write_rows(folder / "rows.jsonl", [
+        {"instruction": f"{n} + 1 =", "output": str(digit)}
+        for n in range(10) for digit in range(10)])
+    finetune.train(finetune.FinetuneConfig(
+        checkpoint=str(base), data=str(data), out_dir=str(folder / "sft"), epochs=30,
+        batch_size=32, micro_batch_size=32, max_lr=1e-2, val_fraction=0.0, eval_interval=10**6,
+        save_interval=10**6, device="cpu"), CPU_LAUNCH)
+    return str(folder / "sft"), str(data)
 
 
 def exact_success(model: GPT, prompts, ids: list[int]) -> torch.Tensor:
@@ -223,44 +237,35 @@ def exact_success(model: GPT, prompts, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("advantage", ["gae", "group"])
-def test_a_verifiable_reward_reaches_the_frontier(advantage, tmp_path):
-    """World V: GPT-2's vocabulary, fine-tuned to answer with one digit, any. The reward is 1 for
-    "7". Of a reward of 0 or 1, the reference's probability p0 determines the optimum:
-    p* = p0 e^(1/beta) / (1 - p0 + p0 e^(1/beta)); and a policy with probability p has at least the
-    KL of one coin to another, p log(p / p0) + (1 - p) log((1 - p) / (1 - p0))."""
-    torch.manual_seed(0)
-    base = save_checkpoint(tmp_path / "base", 1, GPT(GPTConfig(64, N_VOCAB, 2, 2, 32)))
-    rows = [{"instruction": f"{n} + 1 =", "output": str(digit)}
-            for n in range(10) for digit in range(10)]
-    data = str(write_rows(tmp_path / "rows.jsonl", rows))
-    finetune.train(finetune.FinetuneConfig(
-        checkpoint=str(base), data=data, out_dir=str(tmp_path / "sft"), epochs=40, batch_size=32,
-        micro_batch_size=32, max_lr=3e-3, val_fraction=0.0, eval_interval=10**6, device="cpu",
-        save_interval=10**6), CPU_LAUNCH)
+def test_a_verifiable_reward_reaches_the_frontier(advantage, digits, tmp_path):
+    """A reward of 1 for "7", else 0: the reference's probability p0 of it determines the optimum,
+    p* = p0 e^(1/beta) / Z with Z = 1 - p0 + p0 e^(1/beta) and J* = beta log Z. A policy with
+    probability p has at least the KL of one coin to another, p log(p / p0) + (1 - p) log((1 - p) /
+    (1 - p0)). Both probabilities are exact, the policy's KL is that of 640 samples."""
+    checkpoint, data = digits
     config = RLHFConfig(
-        checkpoint=str(tmp_path / "sft"), reward=f"function:equals={SEVENS}", prompts=data,
-        out_dir=str(tmp_path / "out"), advantage=advantage, steps=40, batch_size=108,
-        group_size=12, micro_batch_size=108, max_response=2, kl_coef=0.5, max_lr=1e-3,
-        value_lr=1e-3, warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6,
-        save_interval=10**6, seed=1, device="cpu")
-    policy, reference = train(config, CPU_LAUNCH), load_model(tmp_path / "sft")
-
+        checkpoint=checkpoint, reward="function:equals=7", prompts=data, steps=30, kl_coef=0.5,
+        out_dir=str(tmp_path / "out"), advantage=advantage, batch_size=108, group_size=12,
+        micro_batch_size=108, inner_epochs=1, max_response=2, max_lr=1e-3, value_lr=1e-3,
+        warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6, save_interval=10**6, seed=1,
+        device="cpu")
+    policy, reference = train(config, CPU_LAUNCH), load_model(checkpoint)
     prompts, _ = load_prompts(data, "--prompts", 64, 2)
-    ids = [i for i in range(EOT_TOKEN) if decode([i]).split() == [SEVENS]]
+    ids = [i for i in range(EOT_TOKEN) if decode([i]).split() == ["7"]]
     assert len(prompts) == 10 and len(ids) >= 2  # with and without a space before it
     p0, p = (exact_success(model, prompts, ids) for model in (reference, policy))
-    best = p0 * math.exp(2) / (1 - p0 + p0 * math.exp(2))
-    print(advantage, p0.mean(), p.mean(), best.mean())
-    assert 0.05 < p0.min() and p0.max() < 0.2 and best.mean() > 0.3
-    assert p.mean().item() == pytest.approx(best.mean().item(), abs=0.05)
-    rollouts = rlhf.roll_out(PolicyAndValue(policy, None), reference,
-                             Reward(config.reward, "--reward", CPU), prompts * 64, (7,), config,
-                             RUN)
+    Z = 1 - p0 + p0 * math.exp(2)
+    best = (p0 * math.exp(2) / Z).mean().item()
+    assert 0.05 < p0.min() and p0.max() < 0.15 and best > 0.3
+    assert p.mean().item() == pytest.approx(best, abs=0.05)
+    made = Reward(config.reward, "--reward", CPU)
+    rollouts = rlhf.roll_out(PolicyAndValue(policy, None), reference, made, prompts * 64, (7,),
+                             config, RUN)
     assert rollouts.scores.mean().item() == pytest.approx(p.mean().item(), abs=0.06)
     kl, error = rollouts.kl.mean(), rollouts.kl.std() / len(rollouts.kl) ** 0.5
     frontier = (p * (p / p0).log() + (1 - p) * ((1 - p) / (1 - p0)).log()).mean()
-    print(kl, frontier, error)
-    assert frontier > 0.1 and frontier - 2 * error <= kl < frontier + 0.15
+    assert kl >= frontier - 2 * error and frontier > 0.2, (kl, frontier, error)
+    assert (p.mean() - 0.5 * kl).item() == pytest.approx(0.5 * Z.log().mean().item(), abs=0.05)
 
 
 # ----------------------------------------------------------------------------- step 0
@@ -476,6 +481,45 @@ def check_pipeline() -> None:
 
 def test_advantages_of_a_step_by_hand():
     check_pipeline()
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_every_epoch_trains_every_token_once(advantage, tmp_path, monkeypatch):
+    """The losses that are logged, from the tokens of each optimizer step: means over tokens, not of
+    micro-batches; the first step is on-policy, later ones are not."""
+    TREE.use_small_vocabulary(monkeypatch)
+    calls, made = [], []
+
+    def policy_loss(new, old, advantages, *bounds, real=A.policy_loss):
+        calls.append((new.detach(), old, advantages))
+        return real(new, old, advantages, *bounds)
+
+    def advantages_and_returns(rollouts, *rest, real=rlhf.advantages_and_returns):
+        made.append((rollouts, real(rollouts, *rest)))
+        return made[-1][1]
+
+    config = settings(TREE, tmp_path, advantage=advantage, steps=1, micro_batch_size=3, max_lr=1e-2)
+    monkeypatch.setattr(rlhf, "advantages_and_returns", advantages_and_returns)
+    with monkeypatch.context() as patch:
+        patch.setattr(A, "policy_loss", policy_loss)
+        train(config, CPU_LAUNCH)
+    [(rollouts, (advantages, *_))] = made
+    assert len(calls) == 2 * 2 * 3  # epochs, minibatches of 8, micro-batches of at most 3
+    updates = [[torch.cat(part) for part in zip(*calls[i : i + 3], strict=True)]
+               for i in range(0, 12, 3)]
+    tokens = sorted(zip(rollouts.logprobs[rollouts.mask].tolist(),
+                        advantages[rollouts.mask].tolist(), strict=True))
+    for first, second in (updates[:2], updates[2:]):
+        assert tokens == sorted(pair for _, old, advantage in (first, second)
+                                for pair in zip(old.tolist(), advantage.tolist(), strict=True))
+    assert len({len(new) for new, *_ in updates}) > 1 or advantage == "group"
+    [record] = records(tmp_path / "out")
+    for name, function in (("policy_loss", A.policy_loss), ("clip_fraction", lambda new, old, _,
+                           *bounds: A.is_clipped(new, old, *bounds))):
+        expected = sum(function(*update, 0.2, 0.2).mean().item() for update in updates) / 4
+        assert record[name] == pytest.approx(expected, abs=1e-6), name
+    changes = [(new - old).abs().max() for new, old, _ in updates]
+    assert changes[0] < 1e-6 and min(changes[1:]) > 1e-3
 
 
 # --------------------------------------------------------------------------- ranks
