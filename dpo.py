@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from dataloader import load_pairs, row_batches, split_pairs
 from inference import check_vocabulary
-from minigpt2.advantages import accuracy, dpo_loss, response_targets
+from minigpt2.advantages import accuracy, dpo_loss
 from minigpt2.checkpoint import load_model, weights_sha256
 from minigpt2.config import UserError, first_line, flag, parse_config, run_main
 from minigpt2.distributed import Launch, autocast, share_work, to_device
@@ -32,7 +32,7 @@ from minigpt2.faults import StopRequest, launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
-from minigpt2.rewards import pad_batch
+from minigpt2.rewards import response_batch
 from minigpt2.run import Run, TuningConfig
 from minigpt2.tokenizer import PROMPT_TEMPLATE
 from model import GPT
@@ -65,11 +65,9 @@ FIXED_ON_RESUME = ("beta", "label_smoothing", "length_normalized", "batch_size",
 
 def collate_pairs(pairs: Sequence[Pair], block_size: int,
                   device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs -> inputs and targets (2 R, T): chosen and rejected in turn. Without a pair, one row
-    without targets, because every rank takes part in every step."""
-    ids, masks = pad_batch(sequences(pairs) or [[0]], block_size, device)  # (2 R, T)
-    starts = torch.tensor([len(pair.prompt) for pair in pairs for _ in range(2)] or [1])  # (2 R,)
-    return ids, response_targets(ids, to_device(starts, device), masks.sum(1))
+    """Pairs -> inputs and targets (2 R, T): chosen and rejected in turn."""
+    return response_batch([(pair.prompt, response) for pair in pairs
+                           for response in (pair.chosen, pair.rejected)], block_size, device)
 
 
 def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,

@@ -34,7 +34,7 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import RunLog
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.preferences import rank_share
-from minigpt2.rewards import Reward, RewardModel, pad_batch
+from minigpt2.rewards import Reward, RewardModel, response_batch
 from minigpt2.run import Run, TuningConfig
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
@@ -136,16 +136,6 @@ def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardMode
     return value.requires_grad_(True)
 
 
-def collate(responses: Sequence[Response], block_size: int,
-            device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts with their responses -> inputs and targets (B, T). Without any, one row without
-    targets, because every rank takes part in every step."""
-    rows = [response.prompt + response.tokens for response in responses] or [[0]]
-    starts = torch.tensor([len(response.prompt) for response in responses] or [1])  # (B,)
-    ids, masks = pad_batch(rows, block_size, device)  # (B, T)
-    return ids, A.response_targets(ids, to_device(starts, device), masks.sum(1))
-
-
 @dataclass
 class Rollouts:
     """R responses and what is known of them, on the CPU of every rank. T is the longest response;
@@ -167,7 +157,8 @@ class Rollouts:
 
     def figures(self, kl_coef: float) -> dict[str, float]:
         ratios, n = self.ref_logprobs - self.logprobs, self.mask.sum().item()
-        return {"score": self.scores.mean().item(), "score_std": self.scores.std(correction=0).item(),
+        return {"score": self.scores.mean().item(),
+                "score_std": self.scores.std(correction=0).item(),
                 "reward": (self.scores - kl_coef * self.kl).mean().item(),
                 "kl": self.kl.mean().item(),
                 "kl_k3": (ratios.exp() - 1 - ratios).sum(1).mean().item(),  # Schulman 2020
@@ -194,13 +185,13 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
                     run.stop.requested)
 
     def work(rows: list[int]) -> dict[int, torch.Tensor]:
-        batch = [responses[i] for i in rows]
-        inputs, targets = collate(batch, module.block_size, launch.device)  # (B, T)
+        batch = [(responses[i].prompt, responses[i].tokens) for i in rows]
+        inputs, targets = response_batch(batch, module.block_size, launch.device)  # (B, T)
         with autocast(launch.device, run.dtype):
             new = module(inputs, targets)  # (N, 2)
             _, losses = reference(inputs, targets, reduction="none", return_logits=False)
         found = torch.cat([new, -losses[targets != IGNORE_INDEX][:, None]], 1).cpu()  # (N, 3)
-        return dict(zip(rows, found.split([len(one.tokens) for one in batch]), strict=True))
+        return dict(zip(rows, found.split([len(tokens) for _, tokens in batch]), strict=True))
 
     order = sorted(range(len(prompts)), key=lambda i: responses[i].num_tokens)
     found = share_work(rank_share(order, config.micro_batch_size, 0, 1), work, launch,
@@ -248,18 +239,18 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
     """Stage 5: --inner-epochs passes over the rollouts, one optimizer step per minibatch, whose
     losses are means over its response tokens on all ranks. Logs the step (stage 6)."""
     launch, device, responses = run.launch, run.launch.device, rollouts.responses
-    block_size, R = run.trained.block_size, len(responses)
-    lengths = [response.num_tokens for response in responses]
-    minibatches = [rows.tolist() for epoch in range(config.inner_epochs) for rows in np.array_split(
+    B, R, block_size = config.micro_batch_size, len(responses), run.trained.block_size
+    rows, lengths = ([(r.prompt, r.tokens) for r in responses], [r.num_tokens for r in responses])
+    minibatches = [part.tolist() for epoch in range(config.inner_epochs) for part in np.array_split(
         permutation(R, config.seed, run.step, epoch), config.minibatches)]
     loss = torch.tensor(-figures["reward"], device=device)  # what is maximized, for the log
-    for number, rows in enumerate(minibatches, 1):
-        rows.sort(key=lengths.__getitem__)
-        num_tokens = rollouts.mask[rows].sum().item()
-        micro_batches = rank_share(rows, config.micro_batch_size, launch.rank, launch.world_size)
+    for number, minibatch in enumerate(minibatches, 1):
+        minibatch.sort(key=lengths.__getitem__)
+        num_tokens = rollouts.mask[minibatch].sum().item()
+        micro_batches = rank_share(minibatch, B, launch.rank, launch.world_size)
         sums = torch.zeros(3, device=device)
         for micro_step, mine in enumerate(micro_batches):
-            inputs, targets = collate([responses[i] for i in mine], block_size, device)  # (B, T)
+            inputs, targets = response_batch([rows[i] for i in mine], block_size, device)  # (B, T)
             old, advantage, old_values, target = (  # (N,) each, of N response tokens
                 to_device(x[mine][rollouts.mask[mine]], device)
                 for x in (rollouts.logprobs, advantages, rollouts.values, returns))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from minigpt2.advantages import response_targets
 from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha256
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import Launch, autocast, share_work, to_device
@@ -64,6 +65,16 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
     ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])  # (B, T)
     masks = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])  # (B, T)
     return to_device(ids, device), to_device(masks, device)
+
+
+def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
+                   device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt, response) ids -> inputs and targets (B, T), of which only the responses' tokens are.
+    Without rows, one without targets: every rank takes part in every step."""
+    ids, masks = pad_batch([prompt + response for prompt, response in rows] or [[0]], block_size,
+                           device)
+    starts = torch.tensor([len(prompt) for prompt, _ in rows] or [1])  # (B,)
+    return ids, response_targets(ids, to_device(starts, device), masks.sum(1))
 
 
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequence[str],

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.common import ROOT, script_env
 
-SCRIPTS = {"trainer", "finetune", "reward", "dpo", "rlhf", "inference", "chat", "evaluate"}  # at the root
+SCRIPTS = {"trainer", "finetune", "reward", "dpo", "rlhf", "inference", "chat",
+           "evaluate"}  # at the root
 FOLDERS = ("minigpt2", "pretrain_data", "finetune_data", "rlhf_data", "bench", "image")
 SOURCES = sorted(path.relative_to(ROOT) for path in [
     *ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])

@@ -26,11 +26,11 @@ from minigpt2.checkpoint import load_model, save_checkpoint, weights_sha256
 from minigpt2.faults import StopRequest
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
-from minigpt2.rewards import Reward, RewardModel, score_rows
+from minigpt2.rewards import Reward, RewardModel, pad_batch, response_batch, score_rows
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, decode
 from model import GPT, GPTConfig
-from rlhf import PolicyAndValue, RLHFConfig, collate, train
+from rlhf import PolicyAndValue, RLHFConfig, train
 
 # A tree like World T whose reference stops sooner: responses of all lengths, 1 to 4
 TREE = replace(T, sharpness=1)
@@ -322,7 +322,7 @@ def test_rollouts_are_what_the_training_function_sees(tmp_path, monkeypatch):
     assert set(lengths) == {1, 2, 3, 4} and rollouts.mask.sum(1).tolist() == lengths
     assert {response.finish_reason for response in rollouts.responses} == {"stop", "length"}
     for i, response in enumerate(rollouts.responses):
-        inputs, targets = collate([response], 8, CPU)
+        inputs, targets = response_batch([(response.prompt, response.tokens)], 8, CPU)
         assert targets[targets != IGNORE_INDEX].tolist() == response.tokens
         assert targets[0, len(response.prompt) - 1] == response.tokens[0]
         assert (response.tokens[-1] == TREE.stop) == response.stopped
@@ -370,12 +370,11 @@ def test_ids_beyond_the_end_of_rows_change_nothing(advantage, tmp_path, monkeypa
                       reward=str(save_checkpoint(tmp_path / "reward", 1, model)))
     train(config, CPU_LAUNCH)
 
-    def random_padding(rows, block_size, device, real=rlhf.pad_batch):
+    def random_padding(rows, block_size, device, real=pad_batch):
         ids, masks = real(rows, block_size, device)
         assert (masks == 0).any()
         return ids.where(masks.bool(), torch.randint_like(ids, 6)), masks
 
-    monkeypatch.setattr("rlhf.pad_batch", random_padding)
     monkeypatch.setattr("minigpt2.rewards.pad_batch", random_padding)
     train(replace(config, out_dir=str(tmp_path / "other")), CPU_LAUNCH)
     assert_same_run(tmp_path / "out", tmp_path / "other")
@@ -391,8 +390,7 @@ def check_draws(folder, monkeypatch) -> None:
     rollouts, module, _ = sampled(one, folder, monkeypatch, copies=4096, max_response=1)
     drawn = torch.tensor([response.tokens[0] for response in rollouts.responses])
     counts = drawn.bincount(minlength=6)
-    inputs, targets = collate([Response(list(one.prompts[0]), [i], "length") for i in range(6)], 8,
-                              CPU)
+    inputs, targets = response_batch([(list(one.prompts[0]), [i]) for i in range(6)], 8, CPU)
     expected = 4096 * module(inputs, targets)[:, 0].detach().double().exp()
     assert expected.sum().item() == pytest.approx(4096, rel=1e-5) and expected.min() > 5
     assert ((counts - expected).square() / expected).sum() < 20.5
@@ -417,19 +415,18 @@ def test_samples_follow_the_distribution_that_is_trained(changes, tmp_path, monk
 
 def check_targets() -> None:
     """Only the response is trained: of [7, 8 | 9, 3] and [5 | 3], as 2, 1 tokens."""
-    responses = [Response([7, 8], [9, 3], "stop"), Response([5], [3], "stop")]
-    inputs, targets = collate(responses, 5, CPU)
+    inputs, targets = response_batch([([7, 8], [9, 3]), ([5], [3])], 5, CPU)
     assert inputs.tolist() == [[7, 8, 9, 3, 0], [5, 3, 0, 0, 0]]
     no = IGNORE_INDEX
     assert targets.tolist() == [[no, 9, 3, no, no], [3, no, no, no, no]]
-    inputs, targets = collate([], 5, CPU)  # for a rank without a row
+    inputs, targets = response_batch([], 5, CPU)  # for a rank without a row
     assert inputs.shape == targets.shape and (targets == no).all()
 
 
 def test_the_prompt_is_not_trained(monkeypatch):
     check_targets()
-    monkeypatch.setattr(A, "response_targets", lambda ids, starts, ends, real=A.response_targets:
-                        real(ids, torch.zeros_like(starts), ends))
+    monkeypatch.setattr("minigpt2.rewards.response_targets", lambda ids, starts, ends, real=(
+        A.response_targets): real(ids, torch.zeros_like(starts), ends))
     with pytest.raises(AssertionError):
         check_targets()
 
