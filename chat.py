@@ -9,20 +9,18 @@ has one message per line. /help lists the commands.
 """
 
 import contextlib
-import dataclasses
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 
-from dataloader import pad_rows
-from inference import SamplingConfig, finish_reasons, generate
+from inference import SamplingConfig, respond
 from minigpt2.config import UserError, parse_config, run_main
 from minigpt2.sampling import SamplingParams
 from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer
 from model import GPT
 
 PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
+SETTINGS = {"/temperature": float}  # command for a field of SamplingParams: its type
 HELP = f"""/reset            clear the conversation
 /temperature 0.7  set the temperature; without a number, show it
 /help             show this help
@@ -30,11 +28,6 @@ HELP = f"""/reset            clear the conversation
 {FENCE}               start and end a message of several lines
 Anything else is a message. To send a message that starts with /, type a space first."""
 NOTES = {"stop": "", "length": " [--max-steps reached]", "context": " [context full]"}
-
-
-@dataclass(frozen=True)
-class ChatConfig(SamplingConfig):
-    """The shared options are all that chat needs."""
 
 
 class Conversation:
@@ -64,7 +57,7 @@ class Conversation:
         self.turns = [*turns[:-1], turns[-1] + text + [EOT_TOKEN] * self.use_template]
 
 
-def chat(config: ChatConfig, model: GPT, params: SamplingParams, use_template: bool) -> None:
+def chat(config: SamplingConfig, model: GPT, params: SamplingParams, use_template: bool) -> None:
     """Reads messages and commands from standard input until it ends."""
     conversation = Conversation(use_template, model.config.block_size, config.max_steps)
     is_terminal = sys.stdin.isatty()
@@ -86,8 +79,8 @@ def chat(config: ChatConfig, model: GPT, params: SamplingParams, use_template: b
             elif command == "/reset":
                 conversation.turns.clear()
                 print("(conversation cleared)", flush=True)
-            elif command == "/temperature":
-                params = set_temperature(params, argument)
+            elif command in SETTINGS:
+                params = change_setting(params, command, argument)
             elif message:
                 print(HELP if command == "/help" else f"(unknown {command}: see /help)", flush=True)
         except EOFError:
@@ -114,54 +107,47 @@ def read_message(is_terminal: bool) -> tuple[str, bool]:
     return text.rstrip().removesuffix(FENCE).strip("\n"), False
 
 
-def set_temperature(params: SamplingParams, argument: str) -> SamplingParams:
-    """Sets the temperature, if an argument is given, and prints it. Raises UserError."""
+def change_setting(params: SamplingParams, command: str, argument: str) -> SamplingParams:
+    """Changes a setting if an argument is given, and prints it. Raises UserError."""
+    name = command[1:].replace("-", "_")
     try:
-        params = dataclasses.replace(params, temperature=float(argument or params.temperature))
+        value = SETTINGS[command](argument or getattr(params, name))
     except ValueError:
-        raise UserError(f"/temperature {argument}: expected a number of at least 0") from None
-    print(f"temperature {params.temperature:g}", flush=True)
+        raise UserError(f"{command} {argument}: expected a number") from None
+    params = replace(params, **{name: value})
+    print(f"{command[1:]} {value:g}", flush=True)
     return params
 
 
-def stream_response(config: ChatConfig, model: GPT, params: SamplingParams,
+def stream_response(config: SamplingConfig, model: GPT, params: SamplingParams,
                     conversation: Conversation, message: str) -> None:
-    """Streams the response to a message and stores both. Ctrl-C stops it."""
+    """Streams the response to a message and stores both. Ctrl-C stops it, but only between two
+    tokens, so that every printed token is stored."""
     def on_tokens(row: int, new: list[int]) -> None:
         tokens.extend(new)
         print(decoder.feed([i for i in new if i != EOT_TOKEN]), end="", flush=True)
         if interrupts:
             raise KeyboardInterrupt
 
-    turns, decoder, tokens = conversation.turns_with(message), StreamDecoder(), []
+    turns, decoder, tokens, interrupts = conversation.turns_with(message), StreamDecoder(), [], []
     if dropped := len(conversation.turns) + 1 - len(turns):
         print(f"(context full; oldest turns dropped: {dropped})", flush=True)
-    ids, masks = pad_rows([[token for turn in turns for token in turn]])
+    prompt = [token for turn in turns for token in turn]
+    handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
-        with deferred_interrupts() as interrupts:
-            output = generate(model, ids, masks, max_steps=config.max_steps, seed=config.seed,
-                              on_tokens=on_tokens, **dataclasses.asdict(params))
-        note = NOTES[finish_reasons(*output, masks, config.max_steps)[0]]
+        [response] = respond(model, [prompt], config.max_steps, seed=config.seed,
+                             on_tokens=on_tokens, **asdict(params))
+        note = NOTES[response.finish_reason]
     except KeyboardInterrupt:
         note = " [stopped]"
+    finally:
+        signal.signal(signal.SIGINT, handler)
     conversation.add_response(turns, tokens)
     print(decoder.feed([], final=True) + note, flush=True)
 
 
-@contextlib.contextmanager
-def deferred_interrupts() -> Iterator[list[int]]:
-    """Collects Ctrl-C signals in a list instead of raising KeyboardInterrupt at an arbitrary point,
-    so that a response stops between two tokens and every printed token is stored."""
-    signals: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def main() -> None:
-    config = parse_config(ChatConfig, description=__doc__)
+    config = parse_config(SamplingConfig, description=__doc__)
     if sys.stdin is None:
         raise UserError("standard input is closed, expected a terminal, pipe or file")
     chat(config, *config.load())

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
-from minigpt2.preferences import Pair, make_pairs
+from minigpt2.preferences import Pair, make_pairs, padded_length, require_text, row_texts
 from minigpt2.shards import open_shard, read_manifest
 from minigpt2.tokenizer import N_VOCAB, decode, encode, encode_example, format_prompt
 from model import GPT
@@ -37,7 +37,7 @@ TextTurn = tuple[str, str, str]  # instruction, input, output
 Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response with <|endoftext|>
 Example = list[Turn]  # one turn, or those of a conversation
 NO_ANSWER = ("<nooutput>", "<no output>", "<noinput>")  # how such outputs begin in Alpaca
-SCHEMAS = "instruction, output and optionally input; prompt and completion; or messages"
+FORMS = ("instruction", "input", "output"), ("prompt", "input", "completion"), ("messages",)
 ROLES = "user and assistant in turn, at most one system message before them"
 
 
@@ -58,8 +58,7 @@ class TokenLoader:
     """Batches of one split of a corpus. Raises UserError if a shard does not match the manifest or
     holds ids beyond vocab_size, or if no shard has enough tokens for one window.
 
-    `total_batch_size` is a multiple of micro_batch_size * sequence_length * world_size (checked by
-    `count_micro_steps`).
+    `total_batch_size` is a multiple of micro_batch_size * sequence_length * world_size.
     """
 
     data_dir: Path
@@ -89,12 +88,6 @@ class TokenLoader:
     @property
     def windows_per_epoch(self) -> int:
         return int(self.window_counts.sum())
-
-    @property
-    def unused_tokens(self) -> int:
-        """The targets of an epoch that no window has: windows end where their shard ends."""
-        targets = sum(len(tokens) - 1 for tokens in self.shards)
-        return targets - self.windows_per_epoch * self.sequence_length
 
     @property
     def windows_per_step(self) -> int:
@@ -173,33 +166,6 @@ def split_targets(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
 
 
-def count_micro_steps(total: int, *, micro_batch_size: int, sequence_length: int, world_size: int,
-                      flag: str) -> int:
-    """The micro-steps of one step: total / (micro_batch_size * sequence_length * world_size).
-
-    `total` is the global batch in tokens, set by `flag`. Raises UserError naming the nearest values
-    that divide evenly.
-    """
-    T = sequence_length
-    per_micro_step = micro_batch_size * T * world_size
-    if total % per_micro_step == 0 and total > 0:
-        return total // per_micro_step
-    below = total // per_micro_step * per_micro_step
-    totals = [str(value) for value in (below, below + per_micro_step) if value > 0]
-    message = (f"{flag} {total} does not divide into micro-steps of {micro_batch_size} x {T} x "
-               f"{world_size} ranks = {per_micro_step}; nearest that do: {flag} "
-               + " or ".join(totals))
-    if total % (T * world_size) == 0 and total > 0:
-        rows = total // (T * world_size)  # every divisor of this is a valid micro-batch
-        nearest = min((d for d in range(1, rows + 1) if rows % d == 0),
-                      key=lambda d: abs(d - micro_batch_size))
-        message += f", or --micro-batch-size {nearest}"
-    raise UserError(message)
-
-
-# -------------------------------------------------------------------------- padded batches
-
-
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-pads token ids into input_ids and attention_masks, both (B, T) int64."""
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
@@ -228,13 +194,14 @@ def checked_batch(model: GPT, ids: torch.Tensor,
     return ids, masks[:, :T]
 
 
-# ------------------------------------------------------------------------ instruction rows
-
-
-def read_rows(path: Path) -> list[tuple[str, object]]:
+def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
     """The rows of a JSON list, a JSON Lines file or a parquet file, each with its place ("x.jsonl
-    line 3") for error messages. Raises UserError naming what cannot be parsed, OSError."""
-    content = path.read_bytes()
+    line 3") for error messages. `made_by`: scripts that make the file. Raises UserError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})"
+                        + f": make it with {made_by}" * bool(made_by)) from None
     if content.startswith(b"PAR1"):
         try:
             rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
@@ -246,32 +213,27 @@ def read_rows(path: Path) -> list[tuple[str, object]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: {error}") from None
         if not text.lstrip().startswith("["):
-            return [(f"{path} line {number}", parse_json(path, line, number))
-                    for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = parse_json(path, text, 1)
+            lines = [(f"{path} line {number}", line)
+                     for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+            return [(place, parse_json(place, line)) for place, line in lines]
+        rows = parse_json(str(path), text)
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def parse_json(path: Path, text: str, line: int):
-    """The value of JSON text that begins in the given line of a file. Raises UserError."""
+def parse_json(place: str, text: str):
+    """The value of JSON text. Raises UserError."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        place, problem = f"line {line + error.lineno - 1} column {error.colno}", error.msg
-    except (ValueError, RecursionError) as error:  # too many digits, or nested too deep
-        place, problem = f"line {line}", first_line(error)
-    raise UserError(f"{path} {place} is not JSON ({problem}); expected a JSON list, or JSON Lines "
-                    "with one object per line, or parquet")
+    except (ValueError, RecursionError) as error:  # also too many digits, or nested too deep
+        raise UserError(f"{place} is not JSON ({first_line(error)}); expected a JSON list, or JSON "
+                        "Lines with one object per line, or parquet") from None
 
 
 def load_pairs(path: str, flag: str, block_size: int) -> tuple[list[Pair], str]:
     """The usable pairs of the preference file that `flag` gives, and a summary; see
     `preferences.make_pairs`. Raises UserError."""
-    try:
-        pairs, summary = make_pairs(read_rows(Path(path)), block_size)
-    except OSError as error:
-        raise UserError(f"cannot read {flag} {path} ({error}): make it with rlhf_data/"
-                        "hh_rlhf_downloader.py or pydocs_pairs.py") from None
+    rows = read_rows(Path(path), "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
+    pairs, summary = make_pairs(rows, block_size)
     if len(pairs) < 2:  # one to train on, one to validate on
         raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
@@ -294,17 +256,13 @@ def load_prompts(path: str, flag: str, block_size: int, max_response: int,
     """The different prompts of a file of instructions, conversations (their first message) or
     preference pairs, and a summary; those without room for max_response tokens in the context are
     left out. Raises UserError."""
-    try:
-        rows = read_rows(Path(path))
-    except OSError as error:
-        raise UserError(f"cannot read {flag} {path} ({error}): make it with finetune_data/"
-                        "alpaca_downloader.py or pydocs_questions.py") from None
+    rows = read_rows(Path(path), "finetune_data/alpaca_downloader.py or pydocs_questions.py")
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:
-        texts = dict(row) if isinstance(row, dict) else row
-        if isinstance(row, dict) and "messages" not in row:  # the response may be missing
-            texts = {"output": row.get("chosen", ""), "completion": row.get("chosen", "")} | texts
-        texts = text_turns(texts, place)[0]
+        if isinstance(row, dict):  # the response may be missing
+            chosen = row.get("chosen") or ""
+            row = {"output": chosen, "completion": chosen} | row
+        texts = text_turns(row, place)[0]
         ids = encode(format_prompt(*texts[:2]))
         prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))
     longest = block_size - max_response
@@ -317,23 +275,17 @@ def load_prompts(path: str, flag: str, block_size: int, max_response: int,
     return fitting, summary
 
 
+def read_turns(path: Path) -> list[list[TextTurn]]:
+    """The turns of every row of a file. Raises UserError naming the first bad row."""
+    rows = read_rows(path, "finetune_data/alpaca_downloader.py or pydocs_questions.py")
+    return [text_turns(row, place) for place, row in rows]
+
+
 def text_turns(row: object, place: str) -> list[TextTurn]:
     """The turns of a row, in one of the three schemas (docs/formats.md). Raises UserError."""
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is {row!r:.60}, expected an object with {SCHEMAS}")
-    row = {name: value for name, value in row.items() if value is not None}
-    if {"instruction", "output"} <= row.keys():
-        names = ("instruction", "input", "output")
-    elif "messages" in row:
+    if isinstance(row, dict) and row.get("messages") is not None:
         return message_turns(row["messages"], place)
-    elif {"prompt", "completion"} <= row.keys():
-        names = ("prompt", "", "completion")
-    else:
-        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}, expected {SCHEMAS}")
-    turn = tuple(require_text(row.get(name, ""), name, place) for name in names)
-    if not turn[0].strip():
-        raise UserError(f"{place} has an empty {names[0]}")
-    return [turn]
+    return [tuple(row_texts(row, place, FORMS))]
 
 
 def message_turns(messages: object, place: str) -> list[TextTurn]:
@@ -351,12 +303,6 @@ def message_turns(messages: object, place: str) -> list[TextTurn]:
         texts[1] = "\n\n".join(filter(None, texts[:2]))
     return [(user, "", assistant)
             for user, assistant in zip(texts[start::2], texts[start + 1 :: 2], strict=True)]
-
-
-def require_text(value: object, name: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {name} is {value!r:.60}, expected text")
-    return value
 
 
 def token_ids(example: Example) -> list[int]:
@@ -421,6 +367,18 @@ def split_rows(keys: Sequence[tuple[str, ...]], val_fraction: float, val_start: 
     return train, held_out, summary
 
 
+def split_examples(turns: list[list[TextTurn]], block_size: int, val_fraction: float,
+                   ) -> tuple[list[Example], list[Example], str]:
+    """(training rows, held-out rows by length, summary), see `make_examples` and `split_rows`."""
+    keys, examples, usable = make_examples(turns, block_size)
+    if len(examples) < 2:  # one to train on, one to validate on
+        raise UserError(f"--data: {usable}; expected at least 2: give other rows, or a model with "
+                        "a longer context")
+    trained, held_out, summary = split_rows(keys, val_fraction)
+    return ([examples[i] for i in trained],
+            sorted((examples[i] for i in held_out), key=num_inputs), f"{usable}; {summary}")
+
+
 def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0.0,
                 ) -> tuple[list[Pair], list[Pair], str]:
     """(training pairs, held-out pairs by length, summary), see `split_rows`: a prompt is held out
@@ -429,12 +387,6 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0
     trained, held_out, summary = split_rows(keys, val_fraction, val_start)
     return ([pairs[i] for i in trained],
             sorted((pairs[i] for i in held_out), key=lambda pair: pair.num_tokens), summary)
-
-
-def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 16 up to 192, of 32 up to 384, of 64 up to 768, and so
-    on: 26 lengths up to 1,024, and a twelfth more tokens on Alpaca's rows (27 % with 64 alone)."""
-    return length + -length % (16 << ((length - 1) // 192).bit_length())
 
 
 def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,

@@ -26,14 +26,14 @@ from dataloader import load_pairs, row_batches, split_pairs
 from inference import check_vocabulary
 from minigpt2.advantages import accuracy, dpo_loss
 from minigpt2.checkpoint import load_model, weights_sha256
-from minigpt2.config import UserError, first_line, flag, parse_config, run_main
+from minigpt2.config import UserError, first_line, flag
 from minigpt2.distributed import Launch, autocast, share_work, to_device
-from minigpt2.faults import StopRequest, launched
+from minigpt2.faults import StopRequest
 from minigpt2.files import atomic_write, sha256_of
-from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
+from minigpt2.optimizer import set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import response_batch
-from minigpt2.run import Run, TuningConfig
+from minigpt2.run import Run, TuningConfig, run_training
 from minigpt2.tokenizer import PROMPT_TEMPLATE
 from model import GPT
 
@@ -53,8 +53,6 @@ class DPOConfig(TuningConfig):
     label_smoothing: float = flag(0.0, "probability that a label is wrong", minimum=0, below=0.5)
     length_normalized: bool = flag(False, "means over the tokens of a response, not sums; this "
                                           "needs a larger beta, about 5")
-    epochs: int = flag(1, "passes over the training pairs", minimum=1)
-    micro_batch_size: int = flag(8, "pairs per rank and micro-step", minimum=1)
     max_lr: float = flag(1e-6, "learning rate after the warm-up", minimum=0)
 
 
@@ -161,26 +159,17 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
               prompt_template=PROMPT_TEMPLATE, reference_sha256=weights_sha256(reference))
     raw_model = load_model(run.checkpoint, device) if run.is_resumed else reference
 
-    # 2. The number of steps, and the optimizer
-    num_pairs = min(config.batch_size, len(train_pairs))  # of a step
-    steps_per_epoch = -(-len(train_pairs) // num_pairs)  # ceiling division
-    max_steps = config.epochs * steps_per_epoch
-    optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
-                               weight_decay=config.weight_decay, shard=run.shard_optimizer)
-    B = min(config.micro_batch_size, -(-num_pairs // launch.world_size))
-    model = run.prepare(raw_model, optimizer, max_steps, max_steps_flag="--epochs",
-                        milestones=range(steps_per_epoch, max_steps, steps_per_epoch),
-                        micro_batch_sizes=[B], sequence_length=block_size)
-    launch.print0(f"{summary}; {split_summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} "
-                  f"pairs, {B} per micro-step")
-    epoch, batches = (row_batches(train_pairs, attrgetter("num_tokens"), num_pairs, config.seed,
-                                  step) for step in (0, run.step))
+    # 2. The number of steps, the optimizer, and the micro-batch
+    model = run.prepare_epochs(raw_model, len(train_pairs), block_size)
+    launch.print0(f"{summary}; {split_summary}\n{run.summary}")
+    epoch, batches = (row_batches(train_pairs, attrgetter("num_tokens"), run.batch_size,
+                                  config.seed, step) for step in (0, run.step))
 
     with run:
         # 3. The reference, once. It sees the batches of the first epoch and of validation: a CPU
         # then gives the policy of step 0 the same log-probabilities, bit for bit
         run.pause_clock()
-        ref = reference_logprobs(reference, [*islice(epoch, steps_per_epoch), val_pairs], run)
+        ref = reference_logprobs(reference, [*islice(epoch, run.steps_per_epoch), val_pairs], run)
         run.stopping = ref is None  # a signal came
         del reference  # of a resumed run, it is not needed any more
 
@@ -191,11 +180,10 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
             if run.save_or_finish():
                 break
 
-            lr = learning_rate(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
-                               max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
-            set_lr(optimizer, lr)
+            lr = config.lr_at(run.step, run.max_steps)
+            set_lr(run.optimizer, lr)
             batch = next(batches)  # of all ranks
-            micro_batches = rank_share(batch, B, launch.rank, launch.world_size)
+            micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
             sums = torch.zeros(len(FIGURES), device=device)
             for micro_step, mine in enumerate(micro_batches):
                 inputs, targets = collate_pairs(mine, block_size, device)  # (2 R, T)
@@ -214,11 +202,5 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     return raw_model.eval()
 
 
-def main() -> None:
-    config = parse_config(DPOConfig, description=__doc__)
-    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
-        train(config, launch, stop)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_training(DPOConfig, train, __doc__)

@@ -19,21 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dataloader import PAD_TOKEN, checked_batch, pad_rows
+from minigpt2 import distributed
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import (
-    Dtype,
-    Launch,
-    allow_nondeterministic,
-    pick_device,
-    pick_dtype,
-    share_work,
-)
+from minigpt2.distributed import Dtype, Launch, share_work
 from minigpt2.kernels import capture_graph, prepare_to_sample
-from minigpt2.loss import block_sizes
+from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
 from model import GPT, GPTConfig
@@ -42,18 +35,11 @@ from model import GPT, GPTConfig
 # reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
 # graphs do not pay off
 STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
-SAMPLE_BATCH = 32  # responses sampled at a time
 
 
-# ---------------------------------------------------------------- texts to batches and back
 def tokenize_batch_input(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Encodes prompts into right-padded input_ids and attention_masks, both (B, T) int64. Raises
     UserError for an empty prompt or list. "<|endoftext|>" in a prompt is plain text."""
-    return pad_rows(encode_prompts(prompts))
-
-
-def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each prompt. Raises UserError for an empty prompt or list."""
     if isinstance(prompts, str):
         raise UserError("prompts is a single string, expected a list of strings")
     rows = [encode(prompt) for prompt in prompts]
@@ -61,7 +47,7 @@ def encode_prompts(prompts: Sequence[str]) -> list[list[int]]:
         raise UserError("no prompt given: see --unconditional")
     if [] in rows:
         raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: see --unconditional")
-    return rows
+    return pad_rows(rows)
 
 
 def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor | None = None,
@@ -103,7 +89,6 @@ def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
                         f"tokens; the context is {block_size}, response included: shorten it")
 
 
-# ---------------------------------------------------------------- prefill, decode, generate
 def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -126,15 +111,15 @@ class KVCache:
         (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
         (B, 1, 1, span) of 0 and -inf."""
         beyond = self.slots[: self.span] > positions  # (B, span)
-        mask = torch.zeros(beyond.shape, device=beyond.device, dtype=self.kv.dtype)
-        return (self.first + positions[:, :, None],
-                mask.masked_fill_(beyond, -torch.inf)[:, None, None, :])
+        mask = self.kv.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
+        return self.first + positions[:, :, None], mask[:, None, None, :]
 
     def write(self, layer: int, kv: Tensor, slots: Tensor | None) -> None:
-        """Stores kv (B, T, 2, H, D): whole rows, or one token per row at `slots` (B, 2, H)."""
+        """Stores kv (B', T, 2, H, D): the first B' rows from slot 0 on, or one token of each row at
+        `slots` (B, 2, H)."""
         stored = self.kv[layer]  # (B, 2, H, S, D)
         if slots is None:
-            stored[:, :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
+            stored[: len(kv), :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
         else:  # a single kernel
             stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
 
@@ -142,9 +127,9 @@ class KVCache:
         """The keys and values of a layer, both (B, H, span, D)."""
         return self.kv[layer, :, :, :, : self.span].unbind(1)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Moves the given rows, in ascending order, to the front, and drops the others."""
-        for stored in self.kv:  # layer by layer, so that few bytes are held twice
+    def select_rows(self, rows: Tensor, length: int) -> None:
+        """Row i gets the first `length` slots of row rows[i]. Only len(rows) rows remain."""
+        for stored in self.kv[:, :, :, :, :length]:  # layer by layer: few bytes are held twice
             stored[: len(rows)] = stored[rows]
         self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]
 
@@ -157,48 +142,48 @@ def hidden_states(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tens
     return model.hidden_states(F.pad(ids, (0, padding), value=PAD_TOKEN), cache)[:, :T]
 
 
-def prefill(model: GPT, input_ids: Tensor, lengths: Tensor, cache: KVCache | None) -> Tensor:
-    """Runs rows (B, T) through the model and fills the cache; returns the next logits (B, V)."""
-    x = hidden_states(model, input_ids, cache)  # (B, T, C)
-    return model.lm_head(x[torch.arange(len(x), device=x.device), lengths - 1])
-
-
-def decode_one_token(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-    """Feeds one token (B,) per row at its position (B,); returns the next logits (B, V)."""
-    x = model.hidden_states(token[:, None], cache, position[:, None])  # (B, 1, C)
-    return model.lm_head(x[:, 0])
+def prefill(model: GPT, prompts: Sequence[tuple[int, ...]], cache: KVCache) -> Tensor:
+    """Fills the cache with B prompts and returns the next logits (B, V). Copies of a prompt go
+    through the model once."""
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    ids, masks = (x.to(cache.kv.device) for x in pad_rows(list(places)))  # (B', T)
+    x = hidden_states(model, ids, cache)  # (B', T, C)
+    logits = model.lm_head(x[torch.arange(len(x), device=x.device), masks.sum(1) - 1])  # (B', V)
+    if len(places) == len(prompts):
+        return logits
+    rows = torch.tensor([places[prompt] for prompt in prompts], device=x.device)  # (B,)
+    cache.select_rows(rows, ids.size(1))
+    return logits[rows]
 
 
 class DecodingBatch:
-    """The unfinished rows of one `generate` call. With a cache, `step` modifies its tensors in
-    place, so that one CUDA graph of a step can be replayed for the next ones."""
+    """The unfinished rows of one `generate` call. `step` modifies its tensors in place, so that one
+    CUDA graph of a step can be replayed for the next ones."""
 
-    def __init__(self, model: GPT, params: SamplingParams, output_ids: Tensor, lengths: Tensor,
-                 longest: int, max_steps: int, keys: Tensor, use_cache: bool):
+    def __init__(self, model: GPT, params: SamplingParams, prompts: Sequence[tuple[int, ...]],
+                 output_ids: Tensor, max_steps: int, keys: Tensor):
         device, config = output_ids.device, model.config
         self.model, self.params, self.output_ids, self.graph = model, params, output_ids, None
         self.on_gpu = on_gpu(device)
-        self.use_graphs = self.on_gpu and use_cache and max_steps >= MIN_GRAPH_STEPS
+        self.use_graphs = self.on_gpu and max_steps >= MIN_GRAPH_STEPS
         self.span_multiple = SPAN_GPU if self.on_gpu else 1
         self.counter = torch.zeros((), dtype=torch.int64, device=device)  # tokens sampled per row
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all logits so far
-        self.all_lengths = lengths.clone()  # at the last sync, also of rows dropped since
-        # (B,), one entry per row that was not dropped:
-        self.row = torch.arange(len(lengths), device=device)  # its index in output_ids
-        self.lengths, self.keys = lengths.clone(), keys
-        self.max_lengths = (lengths + max_steps).clamp(max=config.block_size)
-        self.finished = torch.zeros_like(lengths, dtype=torch.bool)
-        self.longest = longest  # an upper bound of lengths, known to the host
-        self.seen = self.cache = None
-        if params.repetition_penalty != 1:
-            self.seen = seen_tokens(output_ids, lengths, config.vocab_size)  # (B, V)
-        if use_cache:
-            # on a CPU, attention is faster and more exact in float32 than in bfloat16
-            dtype = torch.float32 if device.type == "cpu" else model.transformer.wte.weight.dtype
-            slots = output_ids.size(1) + -output_ids.size(1) % self.span_multiple
-            self.cache = KVCache(config, len(lengths), slots, device, dtype)
-            self.cache.span = 0  # set by the first step
-        self.logits = prefill(model, output_ids[:, : self.longest], lengths, self.cache)  # (B, V)
+        # (B,), one entry per row that was not dropped; its index in output_ids:
+        self.row = torch.arange(len(prompts), device=device)
+        self.lengths, self.keys = torch.tensor(list(map(len, prompts)), device=device), keys
+        self.max_lengths = (self.lengths + max_steps).clamp(max=config.block_size)
+        self.finished = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.all_lengths = self.lengths.clone()  # at the last sync, also of rows dropped since
+        self.longest = max(map(len, prompts))  # an upper bound of lengths, known to the host
+        self.seen = None if params.repetition_penalty == 1 else seen_tokens(
+            output_ids, self.lengths, config.vocab_size)  # (B, V)
+        # on a CPU, attention is faster and more exact in float32 than in bfloat16
+        dtype = torch.float32 if device.type == "cpu" else model.transformer.wte.weight.dtype
+        slots = output_ids.size(1) + -output_ids.size(1) % self.span_multiple
+        self.cache = KVCache(config, len(prompts), slots, device, dtype)
+        self.cache.span = 0  # set by the first step
+        self.logits = prefill(model, prompts, self.cache)  # (B, V)
         self.sample_next()
 
     def sample_next(self) -> None:
@@ -214,20 +199,17 @@ class DecodingBatch:
 
     def step(self) -> None:
         """Feeds each row its last token and samples the next."""
-        if self.cache is None:
-            rows = self.output_ids[self.row, : self.longest]
-            self.logits = prefill(self.model, rows, self.lengths, None)
-        else:
-            last = self.lengths - 1
-            token = self.output_ids[self.row, last]
-            self.logits.copy_(decode_one_token(self.model, token, last, self.cache))
+        last = self.lengths - 1  # (B,)
+        tokens = self.output_ids[self.row, last]  # (B,)
+        x = self.model.hidden_states(tokens[:, None], self.cache, last[:, None])  # (B, 1, C)
+        self.logits.copy_(self.model.lm_head(x[:, 0]))
         self.sample_next()
 
     def decode_several(self) -> None:
         """Runs all steps up to the next sync: as CUDA graphs on a GPU, if they pay off."""
         for _ in range(STEPS_PER_SYNC_GPU if self.on_gpu else 1):
             span = self.longest + -self.longest % self.span_multiple
-            if self.cache is not None and span != self.cache.span:
+            if span != self.cache.span:
                 self.cache.span, self.graph = span, None
                 self.step()  # warm-up before a capture
             elif self.use_graphs:
@@ -255,43 +237,42 @@ class DecodingBatch:
         return len(unfinished) > 0
 
     def keep_rows(self, rows: Tensor) -> None:
+        """Drops all but the given rows, in ascending order."""
+        self.cache.select_rows(rows, self.longest)
+        self.cache.span, self.graph = 0, None  # both set by the next steps
         for name in ("row", "lengths", "max_lengths", "keys", "finished", "logits", "seen"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[rows])
-        if self.cache is not None:
-            self.cache.keep_rows(rows)
-            self.cache.span, self.graph = 0, None  # both set by the next steps
 
 
 @torch.no_grad()
 def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature: float,
              max_steps: int, *, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-             seed: int | Sequence[int] = 0, use_cache: bool = True,
+             seed: int | Sequence[int] = 0,
              on_tokens: Callable[[int, list[int]], None] | None = None) -> tuple[Tensor, Tensor]:
     """Continues right-padded prompts (B, T) until each row has sampled <|endoftext|>, has max_steps
     new tokens, or fills the context. Returns (output_ids, output_masks), both (B, T') int64 on the
     model's device and right-padded: prompt and new tokens, <|endoftext|> included.
 
-    For temperature, top_k, top_p and repetition_penalty see `SamplingParams`. The random stream of
-    a row depends only on its prompt and seed: in float32 its tokens are batch-invariant, except for
-    ties within rounding. `seed` is one per row, or one for all: repetition n of a prompt then uses
-    seed + n. `use_cache=False`, a reference, recomputes the row for each token. on_tokens(row, ids)
-    is called with new tokens; an exception ends generation. Raises UserError for an invalid batch
-    or setting, a prompt that leaves no room in the context, and non-finite logits."""
+    The settings are those of `SamplingParams`. The random stream of a row depends only on its
+    prompt and seed: in float32 its tokens are batch-invariant, except for ties within rounding.
+    `seed` is one per row, or one for all: repetition n of a prompt then uses seed + n.
+    on_tokens(row, ids) is called with new tokens; an exception ends generation. Raises UserError
+    for an invalid batch or setting, a prompt without room for a token, and non-finite logits."""
     params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T)
-    device, block_size, longest = ids.device, model.config.block_size, ids.size(1)
+    device, block_size = ids.device, model.config.block_size
     prompts = list(map(tuple, generated_rows(ids, masks)))
     check_room(list(map(len, prompts)), max_steps, block_size)
     keys = stream_keys(prompts, row_seeds(prompts, seed)).to(device)  # (B,)
     max_steps = min(max_steps, block_size)
     if max_steps == 0:
         return ids, masks
-    output_ids = F.pad(ids, (0, min(max_steps, block_size - longest) + 1))  # the last: for padding
-    # training may run with --deterministic; generation does not need it
-    with allow_nondeterministic(), torch.cuda.device(device if device.type == "cuda" else -1):
-        batch = DecodingBatch(model, params, output_ids, masks.sum(1), longest, max_steps, keys,
-                              use_cache)
+    # one column more, into which finished rows write
+    output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))
+    gpu = torch.cuda.device(device if device.type == "cuda" else -1)
+    with gpu, distributed.allow_nondeterministic():  # training may run with --deterministic
+        batch = DecodingBatch(model, params, prompts, output_ids, max_steps, keys)
         while batch.sync(on_tokens):
             batch.decode_several()
     T = int(batch.all_lengths.max())
@@ -299,19 +280,27 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
     return output_ids[:, :T].where(masks, PAD_TOKEN), masks.long()
 
 
+def respond(model: GPT, prompts: Sequence[Sequence[int]], max_steps: int,
+            **options) -> list[Response]:
+    """The responses to one batch of prompts, given as ids; the options are those of `generate`."""
+    ids, masks = pad_rows(prompts)
+    output = generate(model, ids, masks, max_steps=max_steps, **options)
+    rows = zip(prompts, generated_rows(*output, masks),
+               finish_reasons(*output, masks, max_steps), strict=True)
+    return [Response(list(prompt), tokens, reason) for prompt, tokens, reason in rows]
+
+
 def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
                      max_steps: int, launch: Launch, *, temperature: float = 1.0,
-                     batch_size: int = SAMPLE_BATCH, should_stop: Callable[[], bool] = bool,
+                     batch_size: int = 32, should_stop: Callable[[], bool] = bool,
                      label: str = "") -> list[Response] | None:
     """A response to each prompt, in order, on every rank; for None and `label` see `share_work`.
     Batches are made by length, alike for any number of ranks, and copies of a prompt are together.
     """
     def work(batch: list[int]) -> dict[int, Response]:
-        ids, masks = pad_rows([prompts[i] for i in batch])
-        output = generate(model, ids, masks, temperature, max_steps, seed=[seeds[i] for i in batch])
-        reasons = finish_reasons(*output, masks, max_steps)
-        return {i: Response(list(prompts[i]), tokens, reason) for i, tokens, reason in
-                zip(batch, generated_rows(*output, masks), reasons, strict=True)}
+        responses = respond(model, [prompts[i] for i in batch], max_steps,
+                            temperature=temperature, seed=[seeds[i] for i in batch])
+        return dict(zip(batch, responses, strict=True))
 
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -323,21 +312,15 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
     """The log-probability, in nats, of each token given those before it, as `generate` samples at
     temperature 1: (B, T - 1) float32 for input_ids (B, T), 0 for padding. Differentiable; holds few
     rows of logits at a time. Raises UserError for an invalid batch, ValueError past block_size."""
-    def score(x: Tensor, targets: Tensor) -> Tensor:  # (N, C), (N,) -> (N,)
-        return -F.cross_entropy(model.lm_head(x)[:, :N_VOCAB].float(), targets, reduction="none")
-
     ids, masks = checked_batch(model, input_ids, attention_masks)  # (B, T')
-    x = hidden_states(model, ids)[:, :-1]  # (B, T' - 1, C)
-    keep = masks[:, 1:].bool()  # (B, T' - 1)
-    rows, _ = block_sizes(x.device)
-    parts = zip(x[keep].split(rows), ids[:, 1:][keep].split(rows), strict=True)
-    picked = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
-              if torch.is_grad_enabled() else score(*part) for part in parts]
-    scores = torch.zeros(keep.shape, device=x.device).masked_scatter(keep, torch.cat(picked))
-    return F.pad(scores, (0, input_ids.size(1) - ids.size(1)))  # (B, T - 1)
+    x = hidden_states(model, ids)[:, :-1].flatten(0, 1).float()  # (B * (T' - 1), C)
+    targets = ids.where(masks.bool(), IGNORE_INDEX)[:, 1:]  # (B, T' - 1)
+    # wte is the tied head, of which a model prepared for sampling has packed a copy
+    head = model.transformer.wte.weight[:N_VOCAB]  # (V', C)
+    losses = linear_cross_entropy(x, head, targets.flatten(), reduction="none")
+    return F.pad(-losses.view(targets.shape), (0, input_ids.size(1) - ids.size(1)))  # (B, T - 1)
 
 
-# ---------------------------------------------------------------- the command line
 @dataclass(frozen=True)
 class SamplingConfig:
     """The options that inference.py and chat.py share."""
@@ -357,11 +340,11 @@ class SamplingConfig:
         params = SamplingParams(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         if sys.stdout is None:
             raise UserError("standard output is closed, expected a terminal, pipe or file")
-        device, folder = pick_device(self.device), find_checkpoint(self.checkpoint)
-        use_template = not self.raw and read_prompt_template(folder) is not None
+        device, folder = distributed.pick_device(self.device), find_checkpoint(self.checkpoint)
         model = load_model(folder, device)
         check_vocabulary(model, self.checkpoint)
-        return prepare_to_sample(model, pick_dtype(self.dtype, device)), params, use_template
+        prepare_to_sample(model, distributed.pick_dtype(self.dtype, device))
+        return model, params, not self.raw and read_prompt_template(folder) is not None
 
 
 @dataclass(frozen=True)
@@ -392,8 +375,8 @@ def read_prompts(config: InferenceConfig) -> list[str]:
     return text.split("\n") if text else []  # `str.splitlines` would also split at U+2028
 
 
-def respond(model: GPT, config: InferenceConfig, params: SamplingParams, prompts: list[str],
-            rows: list[list[int]], seeds: list[int]) -> None:
+def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
+                    prompts: list[str], rows: list[list[int]], seeds: list[int]) -> None:
     """Generates and prints the responses to one batch of prompts, given as text and as ids."""
     def print_tokens(row: int, ids: list[int]) -> None:
         print(decoder.feed([i for i in ids if i != EOT_TOKEN]), end="", flush=True)
@@ -401,39 +384,38 @@ def respond(model: GPT, config: InferenceConfig, params: SamplingParams, prompts
     decoder, stream = StreamDecoder(), len(rows) == 1 and not config.json
     if stream:
         print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
-    ids, masks = pad_rows(rows)
-    output = generate(model, ids, masks, max_steps=config.max_steps, seed=seeds,
-                      on_tokens=print_tokens if stream else None, **asdict(params))
-    answers = decode_generation(*output, masks)
-    reasons = finish_reasons(*output, masks, config.max_steps)
-    scores = logprobs(model, *output).tolist() if config.json else None
-    for i, tokens in enumerate(generated_rows(*output, masks)):
-        n, text = len(rows[i]), f"prompt:   {prompts[i]}\nresponse: {answers[i]}"
+    responses = respond(model, rows, config.max_steps, seed=seeds, **asdict(params),
+                        on_tokens=print_tokens if stream else None)
+    if config.json:
+        scores = logprobs(model, *pad_rows([one.prompt + one.tokens for one in responses])).tolist()
+    for i, (prompt, one) in enumerate(zip(prompts, responses, strict=True)):
+        n, text = len(one.prompt), decode(one.tokens[: -1 if one.stopped else None])
         if config.json:
-            text = json.dumps({
-                "prompt": prompts[i], "response": answers[i], "prompt_tokens": n, "tokens": tokens,
-                "logprobs": scores[i][n - 1 : n - 1 + len(tokens)], "finish_reason": reasons[i]})
-        else:
-            end = {"stop": "<|endoftext|>", "length": "--max-steps", "context": "a full context"}
-            text = (decoder.feed([], final=True) if stream else text) + (
-                f"\n          [{len(tokens)} tokens, ended by {end[reasons[i]]}]\n")
-        print(text, flush=True)
+            print(json.dumps({
+                "prompt": prompt, "response": text, "prompt_tokens": n, "tokens": one.tokens,
+                "logprobs": scores[i][n - 1 : n - 1 + len(one.tokens)],
+                "finish_reason": one.finish_reason}), flush=True)
+            continue
+        text = decoder.feed([], final=True) if stream else f"prompt:   {prompt}\nresponse: {text}"
+        end = {"stop": "<|endoftext|>", "length": "--max-steps", "context": "a full context"}
+        print(f"{text}\n          [{len(one.tokens)} tokens, ended by {end[one.finish_reason]}]\n",
+              flush=True)
 
 
 def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
     prompts = read_prompts(config)
-    encode_prompts([prompt.strip() for prompt in prompts])  # refuses blank prompts before loading
+    tokenize_batch_input([prompt.strip() for prompt in prompts])  # refuses blank ones at once
     model, params, use_template = config.load()
     if config.input and (config.unconditional or not use_template):
         raise UserError("--input: no template is applied here; write the input into the prompt")
-    rows = [[EOT_TOKEN]] * config.unconditional or encode_prompts(
-        [format_prompt(p, config.input) if use_template else p for p in prompts])
+    rows = [[EOT_TOKEN]] * config.unconditional or generated_rows(*tokenize_batch_input(
+        [format_prompt(p, config.input) if use_template else p for p in prompts]))
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):
         part = slice(i, i + config.batch_size)
-        respond(model, config, params, prompts[part], rows[part], seeds[part])
+        print_responses(model, config, params, prompts[part], rows[part], seeds[part])
 
 
 if __name__ == "__main__":

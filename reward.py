@@ -21,27 +21,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloader import load_pairs, pad_rows, permutation, row_batches, split_pairs
-from inference import check_vocabulary, finish_reasons, generate, generated_rows
+from dataloader import load_pairs, permutation, row_batches, split_pairs
+from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, weights_sha256
-from minigpt2.config import flag, parse_config, run_main
-from minigpt2.distributed import Launch, autocast, share_work
-from minigpt2.faults import StopRequest, launched
+from minigpt2.config import flag
+from minigpt2.distributed import Launch, autocast
+from minigpt2.faults import StopRequest
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
+from minigpt2.optimizer import set_lr
 from minigpt2.preferences import ARTIFACT, Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
-from minigpt2.run import Run, TuningConfig
+from minigpt2.run import Run, TuningConfig, run_training
 from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
 
 ROOT = Path(__file__).resolve().parent
 REPORT, CALIBRATION = "reward.json", "calibration.png"  # in OUT_DIR
-SAMPLE_BATCH, MIN_SAMPLES = 32, 16  # prompts sampled at a time; samples for a mean and deviation
+MIN_SAMPLES, MIN_DEVIATION = 16, 1e-3  # of scores that can be normalized; equal samples have 0
 WORD = re.compile(r"\w+|[^\w\s]")
 Z_95 = 1.959964  # of a 95 % interval
-NORMALIZED = 1e-3  # mean and deviation this near to 0 and 1 need no rescaling
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,6 @@ class RewardConfig(TuningConfig):
     val_start: float = flag(0.0, "hold out the rows with a hash from here to here + "
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)
     epochs: int = flag(1, "passes over the training pairs; a second one overfits", minimum=1)
-    micro_batch_size: int = flag(8, "pairs per rank and micro-step", minimum=1)
-    max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
     normalize_samples: int = flag(256, "responses sampled to normalize scores; 0: leave them",
                                   minimum=0)
     max_response: int = flag(128, "maximum number of tokens of such a response", minimum=1)
@@ -104,23 +101,16 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                                if file]}, loss_name="-log sigmoid(margin), nats per pair",
               fixed=FIXED_ON_RESUME, prompt_template=PROMPT_TEMPLATE, model_class=RewardModel,
               reference_sha256=weights_sha256(base))
+    is_normalized = run.is_resumed and "normalized" in run.saved["facts"]
     raw_model = (load_model(run.checkpoint, device, RewardModel) if run.is_resumed else
                  RewardModel.from_language_model(base, config.seed))
     del base  # a new run trains its tensors
 
-    # 2. The optimizer, and the number of steps
-    optimizer = make_optimizer(raw_model, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8,
-                               weight_decay=config.weight_decay, shard=run.shard_optimizer)
-    num_pairs = min(config.batch_size, len(train_pairs))  # of a step
-    steps_per_epoch = -(-len(train_pairs) // num_pairs)  # ceiling division
-    max_steps = config.epochs * steps_per_epoch
-    B = min(config.micro_batch_size, -(-num_pairs // launch.world_size))
-    model = run.prepare(raw_model, optimizer, max_steps, micro_batch_sizes=[B],
-                        sequence_length=block_size, max_steps_flag="--epochs",
-                        milestones=range(steps_per_epoch, max_steps, steps_per_epoch))
-    launch.print0(f"{summary}\n{run.summary}; {max_steps:,} steps of {num_pairs} pairs, {B} per "
-                  "micro-step")
-    batches = row_batches(train_pairs, attrgetter("num_tokens"), num_pairs, config.seed, run.step)
+    # 2. The number of steps, the optimizer, and the micro-batch
+    model = run.prepare_epochs(raw_model, len(train_pairs), block_size)
+    launch.print0(f"{summary}\n{run.summary}")
+    batches = row_batches(train_pairs, attrgetter("num_tokens"), run.batch_size, config.seed,
+                          run.step)
     recent = deque(maxlen=2)  # batches: on a GPU, the host reads a loss one step late
 
     # 3. The loop
@@ -136,11 +126,10 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
             if run.save_or_finish():
                 break
 
-            lr = learning_rate(run.step, warmup_steps=round(max_steps * config.warmup_fraction),
-                               max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
-            set_lr(optimizer, lr)
+            lr = config.lr_at(run.step, run.max_steps)
+            set_lr(run.optimizer, lr)
             recent.append(batch := next(batches))  # of all ranks
-            micro_batches = rank_share(batch, B, launch.rank, launch.world_size)
+            micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
             sums = torch.zeros(3, device=device)  # of loss, accuracy and margin
             for micro_step, pairs in enumerate(micro_batches):
                 # A rank without pairs takes part in the step with two rows that count for nothing
@@ -160,87 +149,58 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
                             sums={"accuracy": sums[1], "margin": sums[2]})
             if run.state.skipped:  # raises UserError if the score of a pair is not finite
                 pair_margins(raw_model, [pair for batch in recent for pair in batch], run)
-        if not run.stopping:
+        if not (run.stopping or is_normalized):
             finish(config, run, raw_model, train_pairs, val_pairs)
     return raw_model.eval()
-
-
-# ------------------------------------------------------------------- after the last step
 
 
 def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list[Pair],
            val_pairs: list[Pair]) -> None:
     """Writes the report on the held-out pairs, then normalizes the scores and saves again. A run
-    killed in between does the rest when it is resumed; it keeps a report on the same weights,
-    because normalization has changed the margins."""
-    path, launch = run.out_dir / REPORT, run.launch
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if is_new := report.get("loss") != run.state.val_loss:
-        report = make_report(model, train_pairs, val_pairs, run)
-    samples = sample_responses(config, train_pairs, run)
-    scores = None if samples is None else score_rows(
-        model, samples, ["a sampled response"] * len(samples), launch, run.dtype,
-        2 * run.micro_batch_size, run.stop.requested)
-    if report is None or scores is None:
+    killed in between does both again when it is resumed."""
+    swapped = swap_prompts(val_pairs, model.config.block_size)
+    scores = sampled_scores(config, model, train_pairs, run)
+    margins = None if scores is None else pair_margins(model, [*val_pairs, *swapped], run)
+    if margins is None:  # a signal came
         run.stopping = True
         return
-    deviation, mean = (0.0, 0.0) if len(scores) < MIN_SAMPLES else (
-        figure.item() for figure in torch.std_mean(scores, correction=0))
-    if is_new:
-        report |= {"samples": len(scores), "mean": mean, "deviation": deviation}
-    if is_new and launch.is_master:
-        draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
-        with atomic_write(path, text=True) as file:
-            json.dump(report, file, indent=1)
-    launch.print0(report_table(report))
-    if deviation < NORMALIZED:  # equal samples
-        launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
-                      f"samples ended within --max-response {config.max_response} tokens, at least "
-                      f"{MIN_SAMPLES} different ones are needed")
-    elif abs(mean) > NORMALIZED or abs(deviation - 1) > NORMALIZED:
-        model.rescale(mean, deviation)
-        run.writer.saved_step = None  # saves this step again
-        run.save_or_finish()
-
-
-def sample_responses(config: RewardConfig, pairs: list[Pair], run: Run) -> list[list[int]] | None:
-    """Prompts of training pairs with responses that the first checkpoint samples at temperature 1.
-    Only those that end by <|endoftext|>, as all training responses do: others have no valid score.
-    None after a signal. The ranks share the work; the world size changes nothing."""
-    order = permutation(len(pairs), config.seed)[: config.normalize_samples]
-    prompts = sorted((pairs[i].prompt for i in order), key=len)
-    seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
-    model = prepare_to_sample(load_model(config.checkpoint, run.launch.device), run.dtype)
-
-    def work(part: slice) -> dict[int, list[int]]:
-        ids, masks = pad_rows(prompts[part])
-        output = generate(model, ids, masks, 1.0, config.max_response, seed=seeds[part])
-        reasons = finish_reasons(*output, masks, config.max_response)
-        rows = enumerate(generated_rows(*output), part.start)
-        return {i: row for (i, row), reason in zip(rows, reasons, strict=True) if reason == "stop"}
-
-    parts = [slice(first, first + SAMPLE_BATCH) for first in range(0, len(prompts), SAMPLE_BATCH)]
-    found = share_work(parts, work, run.launch, run.stop.requested)
-    return None if found is None else sorted(found.values())
-
-
-def make_report(model: RewardModel, train_pairs: list[Pair], val_pairs: list[Pair],
-                run: Run) -> dict | None:
-    """The report on held-out pairs, with margins before normalization; None after a signal."""
-    margins = pair_margins(model, val_pairs, run)
-    swapped = pair_margins(model, swap_prompts(val_pairs, model.config.block_size), run)
-    if margins is None or swapped is None:
-        return None
-    texts, training_texts = ([(decode(pair.chosen[:-1]), decode(pair.rejected[:-1]))
-                              for pair in pairs] for pairs in (val_pairs, train_pairs))
-    is_shorter = torch.tensor([len(chosen) < len(rejected) for chosen, rejected in texts])
-    rows = {"reward model": margins, "chosen is the shorter": margins[is_shorter],
-            "against another prompt's": swapped}
+    mean, deviation = (0.0, 0.0) if len(scores) < MIN_SAMPLES else (
+        scores.mean().item(), scores.std(correction=0).item())
     if run.launch.is_master:
-        rows |= baseline_margins(texts, training_texts)
-    error, bins = calibration(margins)
-    return {"loss": run.state.val_loss, "calibration_error": error, "calibration": bins,
-            "accuracy": {name: accuracy_interval(row) for name, row in rows.items()}}
+        report = {"loss": run.state.val_loss, "samples": len(scores), "mean": mean,
+                  "deviation": deviation} | make_report(
+                      *margins.split([len(val_pairs), len(swapped)]), val_pairs, train_pairs)
+        draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
+        with atomic_write(run.out_dir / REPORT, text=True) as file:
+            json.dump(report, file, indent=1)
+        print_report(report)
+    if deviation < MIN_DEVIATION:
+        run.launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
+                          f"samples ended within --max-response {config.max_response} tokens, at "
+                          f"least {MIN_SAMPLES} different ones are needed")
+        return
+    model.rescale(mean, deviation)
+    run.metadata["normalized"] = True
+    run.writer.saved_step = None  # saves this step again
+    run.save_or_finish()
+
+
+def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
+                   run: Run) -> torch.Tensor | None:
+    """The scores (S,) of responses of the first checkpoint to training prompts, of those that end
+    by <|endoftext|>: without it, as in no training response, a score means nothing. None after a
+    signal."""
+    order = permutation(len(pairs), config.seed)[: config.normalize_samples]
+    prompts = [pairs[i].prompt for i in order]
+    seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
+    base = prepare_to_sample(load_model(config.checkpoint, run.launch.device), run.dtype)
+    responses = sample_responses(base, prompts, seeds, config.max_response, run.launch,
+                                 should_stop=run.stop.requested)
+    if responses is None:
+        return None
+    rows = [one.prompt + one.tokens for one in responses if one.stopped]
+    return score_rows(model, rows, ["a sampled response"] * len(rows), run.launch, run.dtype,
+                      2 * run.micro_batch_size, run.stop.requested)
 
 
 def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
@@ -253,31 +213,38 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
             if pair.num_tokens <= block_size and pair.chosen != pair.rejected]
 
 
-def report_table(report: dict) -> str:
-    lines = [f"{'held-out pairs':26} accuracy  95 % interval      n"]
+def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pair],
+                training_pairs: Sequence[Pair]) -> dict:
+    """Accuracies and calibration of margins (n,) on n held-out pairs, and (n',) on those with
+    another prompt's response."""
+    texts, training_texts = ([(decode(pair.chosen[:-1]), decode(pair.rejected[:-1]))
+                              for pair in part] for part in (pairs, training_pairs))
+    rules = baseline_margins(texts, training_texts)
+    rows = {"reward model": margins, "chosen is the shorter": margins[rules["shorter"] > 0],
+            "against another prompt's": swapped, **rules}
+    error, bins = calibration(margins)
+    return {"calibration_error": error, "calibration": bins,
+            "accuracy": {name: accuracy_interval(row) for name, row in rows.items() if len(row)}}
+
+
+def print_report(report: dict) -> None:
+    print(f"{'held-out pairs':26} accuracy  95 % interval      n")
     for name, row in report["accuracy"].items():
-        if row["n"]:
-            lines.append(f"{name:26} {row['accuracy']:8.4f}  {row['low']:.3f} to {row['high']:.3f}"
-                         f" {row['n']:6,}" + (f" ({row['ties']:,} ties)" if row["ties"] else ""))
-    return "\n".join([*lines, f"loss {report['loss']:.4f}, expected calibration error "
-                      f"{report['calibration_error']:.4f}; {report['samples']} sampled responses: "
-                      f"mean score {report['mean']:.4f}, deviation {report['deviation']:.4f}"])
-
-
-# ------------------------------------------------------------------------------ statistics
+        print(f"{name:26} {row['accuracy']:8.4f}  {row['low']:.3f} to {row['high']:.3f} "
+              f"{row['n']:6,}" + (f" ({row['ties']:,} ties)" if row["ties"] else ""))
+    print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} sampled "
+          "responses: mean score {mean:.4f}, deviation {deviation:.4f}".format(**report),
+          flush=True)
 
 
 def accuracy_interval(margins: torch.Tensor) -> dict:
     """How many of n margins (n,), chosen minus rejected, are positive, a tie counted half, with the
     95 % interval of Wilson (1927)."""
-    n, ties = len(margins), int((margins == 0).sum())
-    if n == 0:
-        return {"n": 0}
-    p = accuracy(margins).mean().item()
-    z2 = Z_95**2 / n
-    half = Z_95 / math.sqrt(n) * math.sqrt(p * (1 - p) + z2 / 4)
+    p, z2 = accuracy(margins).mean().item(), Z_95**2 / len(margins)
+    half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
     low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    return {"n": n, "ties": ties, "accuracy": p, "low": min(low, p), "high": max(high, p)}
+    return {"n": len(margins), "ties": int((margins == 0).sum()), "accuracy": p, "low": low,
+            "high": high}
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
@@ -296,26 +263,24 @@ def draw_calibration(bins: list[dict], image: Path) -> None:
     """Plots the accuracy of each bin, with its interval, against the confidence; a calibrated model
     lies on the diagonal."""
     from matplotlib.figure import Figure  # slow to import
+    x, y, low, high = ([row[name] for row in bins]
+                       for name in ("confidence", "accuracy", "low", "high"))
     figure = Figure(figsize=(5, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    x, y, low, high = (np.array([row[name] for row in bins])
-                       for name in ("confidence", "accuracy", "low", "high"))
     axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
-    axes.errorbar(x, y, [y - low, high - y], fmt="o", capsize=3)
+    axes.vlines(x, low, high)
+    axes.plot(x, y, "o")
     axes.set(xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy on held-out pairs")
     with atomic_write(image) as file:
         figure.savefig(file, format="png")
 
 
-# -------------------------------------------------------------------------- null baselines
-
-
 def baseline_margins(pairs: Sequence[tuple[str, str]],
                      training_pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """The margins (n,) that simple rules give to n pairs of texts (chosen, rejected)."""
-    lengths = torch.tensor([list(map(len, pair)) for pair in pairs])  # (n, 2)
-    artifacts = torch.tensor([[len(ARTIFACT.findall(text)) > 0 for text in pair] for pair in pairs])
-    longer, marked = (x.double()[:, 0] - x.double()[:, 1] for x in (lengths, artifacts))
+    longer = torch.tensor([len(chosen) - len(rejected) for chosen, rejected in pairs]).double()
+    marked = torch.tensor([bool(ARTIFACT.search(chosen)) - bool(ARTIFACT.search(rejected))
+                           for chosen, rejected in pairs]).double()
     return {"longer": longer, "shorter": -longer, "no artifact": -marked,
             "bag of words": bag_of_words_margins(pairs, training_pairs)}
 
@@ -324,39 +289,27 @@ def bag_of_words_margins(pairs: Sequence[tuple[str, str]],
                          training_pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
     """The margins (n,) of a logistic regression on the difference of word counts, fitted to the
     training pairs with an L2 penalty of half the squared norm."""
-    index: dict[str, int] = {}  # word -> column
-    x, x_train = (word_differences(part, index) for part in (pairs, training_pairs))
-    weights = torch.zeros(len(index), dtype=torch.float64, requires_grad=True)
+    columns, entries = {}, []  # word -> column; row, column, count in chosen minus in rejected
+    for row, (chosen, rejected) in enumerate([*pairs, *training_pairs]):
+        counts = Counter(WORD.findall(chosen.lower()))
+        counts.subtract(WORD.findall(rejected.lower()))
+        entries += [(row, columns.setdefault(word, len(columns)), n) for word, n in counts.items()]
+    places, values = torch.tensor(entries).t().split([2, 1])
+    x = torch.sparse_coo_tensor(places, values[0].double(), (row + 1, len(columns)),
+                                check_invariants=False)
+    weights = torch.zeros(len(columns), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = preference_loss(torch.mv(x_train, weights)).sum() + weights.square().sum() / 2
+        margins = torch.mv(x, weights)[len(pairs) :]
+        loss = preference_loss(margins).sum() + weights.square().sum() / 2
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return torch.mv(x, weights.detach()[: x.size(1)])
-
-
-def word_differences(pairs: Sequence[tuple[str, str]], index: dict[str, int]) -> torch.Tensor:
-    """A sparse matrix (pairs, words) float64: how often the chosen text has a word, minus how often
-    the rejected one does. New words are added to the index."""
-    entries = []  # row, column, count
-    for row, (chosen, rejected) in enumerate(pairs):
-        counts = Counter(WORD.findall(chosen.lower()))
-        counts.subtract(WORD.findall(rejected.lower()))
-        entries += [(row, index.setdefault(word, len(index)), n) for word, n in counts.items()]
-    places = torch.tensor(entries, dtype=torch.int64).view(-1, 3).t()  # (3, entries)
-    return torch.sparse_coo_tensor(places[:2], places[2].double(), (len(pairs), len(index)),
-                                   check_invariants=False)
-
-
-def main() -> None:
-    config = parse_config(RewardConfig, description=__doc__)
-    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
-        train(config, launch, stop)
+    return torch.mv(x, weights.detach())[: len(pairs)]
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_training(RewardConfig, train, __doc__)

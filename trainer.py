@@ -21,16 +21,16 @@ from typing import Literal
 
 import torch
 
-from dataloader import TokenLoader, count_micro_steps, read_rows
+from dataloader import TokenLoader, read_rows
 from inference import decode_generation, generate, tokenize_batch_input
 from minigpt2.benchmarks import Question, hellaswag, make_questions, question_figures
 from minigpt2.checkpoint import load_model
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
-from minigpt2.faults import StopRequest, launched
+from minigpt2.faults import StopRequest
 from minigpt2.metrics import RunLog
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
-from minigpt2.run import Run, RunConfig
+from minigpt2.run import Run, RunConfig, run_training
 from minigpt2.shards import read_manifest
 from model import GPT, PRESETS, GPTConfig
 
@@ -123,17 +123,18 @@ def optimizer_for(model: GPT, config: TrainerConfig, shard: bool) -> torch.optim
 
 def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     """The micro-batches to choose from, largest first: the one given, or with "auto" every divisor
-    of a rank's share of a step. Raises UserError for one that does not divide it."""
-    def micro_steps(micro_batch_size: int) -> int:
-        return count_micro_steps(
-            config.total_batch_size, micro_batch_size=micro_batch_size,
-            sequence_length=config.sequence_length, world_size=launch.world_size,
-            flag="--total-batch-size")
-
+    of a rank's share of a step. Raises UserError if they do not divide a step evenly."""
+    B = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    T, total = config.sequence_length, config.total_batch_size
+    per_micro_step = B * T * launch.world_size  # tokens
+    if total % per_micro_step:
+        nearest = max(1, round(total / per_micro_step)) * per_micro_step
+        raise UserError(f"--total-batch-size {total} does not divide into micro-steps of {B} x {T} "
+                        f"x {launch.world_size} ranks = {per_micro_step} tokens: change "
+                        f"--micro-batch-size, or use --total-batch-size {nearest}")
     if config.micro_batch_size != "auto":
-        micro_steps(config.micro_batch_size)
-        return [config.micro_batch_size]
-    share = micro_steps(1)  # windows
+        return [B]
+    share = total // per_micro_step  # windows
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 
@@ -149,29 +150,20 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader, launch: Launch) -> int
     """The full steps in one pass over the shards; prints how many windows are left over."""
     steps, left = divmod(loader.windows_per_epoch, loader.windows_per_step)
     if steps == 0:
-        tokens = loader.windows_per_epoch * config.sequence_length
-        raise UserError(f"one epoch of {config.data_dir} has {tokens:,} tokens, fewer than one "
-                        "step: lower --total-batch-size or give --max-steps")
-    launch.print0(f"one epoch: {steps:,} steps of {config.total_batch_size:,} tokens "
-                  f"({left} windows of {config.sequence_length} left over; "
-                  f"{loader.unused_tokens:,} tokens at the ends of shards are never used)")
+        raise UserError(f"one epoch of {config.data_dir} has {loader.windows_per_epoch:,} windows "
+                        f"of {config.sequence_length} tokens, fewer than one step: lower "
+                        "--total-batch-size or give --max-steps")
+    launch.print0(f"one epoch: {steps:,} steps, {left} windows left over")
     return steps
 
 
-def can_sample(config: TrainerConfig, sizes: GPTConfig, launch: Launch) -> bool:
-    """Whether to sample. Prints a line if the sample prompt leaves no room in the context."""
-    if not config.sample_prompt or config.sample_steps == 0:
-        return False
-    num_tokens = tokenize_batch_input([config.sample_prompt])[0].size(1)
-    if num_tokens >= sizes.block_size:
-        launch.print0(f"no samples: --sample-prompt has {num_tokens} tokens, and the context is "
-                      f"{sizes.block_size}")
-    return num_tokens < sizes.block_size
-
-
 def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
-    """Continues the sample prompt and appends the text to OUT_DIR/samples.jsonl."""
+    """Continues the sample prompt, appends the text to OUT_DIR/samples.jsonl and returns it; if
+    the prompt leaves no room in the context, returns a line that says so."""
     input_ids, masks = tokenize_batch_input([config.sample_prompt])
+    if input_ids.size(1) >= model.config.block_size:
+        return (f"no samples: --sample-prompt has {input_ids.size(1)} tokens, and the context is "
+                f"{model.config.block_size}")
     output = generate(model, input_ids, masks, 1.0, config.sample_steps, seed=config.seed)
     text = decode_generation(*output)[0]
     log = RunLog(Path(config.out_dir) / SAMPLES, fresh=step == 0)
@@ -182,11 +174,9 @@ def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
 
 def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:
     """The rows to score; none without --hellaswag-interval. Raises UserError."""
-    path = Path(config.hellaswag)
-    if config.hellaswag_interval and not path.is_file():
-        raise UserError(f"--hellaswag {path} does not exist: run python evaluate.py --download")
     if config.hellaswag_interval:
-        rows = read_rows(path)[: config.hellaswag_rows]
+        path = Path(config.hellaswag)
+        rows = read_rows(path, "python evaluate.py --download")[: config.hellaswag_rows]
         return make_questions(path, rows, hellaswag, block_size)
     if config.hellaswag_rows or config.hellaswag != TrainerConfig.hellaswag:
         raise UserError("--hellaswag and --hellaswag-rows need --hellaswag-interval: add it, or "
@@ -208,7 +198,6 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     train_loader = make_loader(config, launch, "train", sizes.vocab_size)
     val_loader = make_loader(config, launch, "val", sizes.vocab_size)
     max_steps = config.max_steps or one_epoch(config, train_loader, launch)
-    wants_samples = can_sample(config, sizes, launch)
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} steps is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")
@@ -231,7 +220,8 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
             if run.eval_due():
                 val_loss = mean_loss(raw_model, val_loader.eval_batches(config.eval_tokens), launch,
                                      run.dtype, run.stop.requested)
-                if run.log_validation(val_loss) and launch.is_master and wants_samples:
+                wants_sample = bool(config.sample_prompt) and config.sample_steps > 0
+                if run.log_validation(val_loss) and wants_sample and launch.is_master:
                     run.bar.write(write_sample(raw_model, config, run.step))
             if run.benchmark_due(config.hellaswag_interval):
                 run.log_figures("hellaswag", question_figures(
@@ -257,11 +247,5 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     return raw_model.eval()
 
 
-def main() -> None:
-    config = parse_config(TrainerConfig, description=__doc__)
-    with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
-        train(config, launch, stop)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_training(TrainerConfig, train, __doc__)

@@ -2,6 +2,8 @@
 tensors. Shapes: R rows, T tokens, of which a mask (R, T) marks the responses'; a pair is a row of
 two columns, (R, 2): chosen, rejected."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -125,3 +127,22 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, num_responses: int,
     """The adaptive coefficient of Ziegler et al. 2019, section 2.2: it grows by at most a fifth of
     num_responses / horizon while the KL is above its target, and falls likewise."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * num_responses / horizon)
+
+def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
+    """The expected gold reward (R,) of the response with the largest proxy among n, estimated
+    without bias from N >= n responses (R, N): with i the rank by proxy from 0, the sum of
+    C(i, n - 1) / C(N, n) gold_i (Nakano et al. 2021). Responses of equal proxy share their gold."""
+    equal = (proxy[:, :, None] == proxy[:, None, :]).to(gold.dtype)  # (R, N, N)
+    shared = (equal @ gold[:, :, None]).squeeze(2) / equal.sum(2)  # (R, N)
+    N = gold.size(1)
+    weights = gold.new_tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])  # (N,)
+    return shared.gather(1, proxy.argsort(1)) @ weights
+
+
+def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of two coins, in nats, elementwise: the least KL that a policy with success rate p
+    can have to one with q, by the data processing inequality. binary_kl(0.5, 0.1) is 0.510826."""
+    def part(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
+
+    return part(p, q) + part(1 - p, 1 - q)

@@ -42,15 +42,13 @@ def multiple_choice(row: dict) -> Question:
     context, choices, label = (row.get(key) for key in ("context", "choices", "label"))
     choices = choices if isinstance(choices, list) else []
     contexts = context if isinstance(context, list) else [context] * len(choices)
-    is_text = all(isinstance(text, str) for text in (*contexts, *choices))
-    if len(choices) < 2 or len(contexts) != len(choices) or not is_text or "" in map(
-            str.strip, choices):
-        raise ValueError("expected a list of at least two `choices`, texts that are not empty, and "
-                         "a `context`, or one for each choice")
-    index = int(label) if isinstance(label, str) and label.isdecimal() else label
-    if type(index) is not int or not 0 <= index < len(choices):
+    are_texts = all(isinstance(text, str) for text in (*contexts, *choices))
+    if not are_texts or not all(map(str.strip, choices)) or not 2 <= len(choices) == len(contexts):
+        raise ValueError("expected at least two `choices`, texts that are not empty, and a "
+                         "`context`, or one for each choice")
+    if not str(label).isdecimal() or int(label) >= len(choices):
         raise ValueError(f"label is {label!r:.40}, expected 0 to {len(choices) - 1}")
-    return make_question(contexts, choices, index)
+    return make_question(contexts, choices, int(label))
 
 
 def hellaswag(row: dict) -> Question:
@@ -69,8 +67,7 @@ def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         if (longest := max(len(continuation) for _, continuation in question.pairs)) > block_size:
-            raise UserError(f"{place}: a choice has {longest} tokens, the context {block_size}: "
-                            "leave the row out")
+            raise UserError(f"{place}: a choice has {longest} tokens, over {block_size}: omit it")
         questions.append(question)
     if not questions:
         raise UserError(f"{path} has no rows")
@@ -82,8 +79,7 @@ def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *, 
           ) -> torch.Tensor | None:
     """For each pair: the log-probability of the continuation (nats), whether every one of its
     tokens is the most likely one, and whether the last one is: (N, 3) float64, see `share_work`.
-    Batches of about batch_tokens are made by length, alike for any number of ranks. A context that
-    is too long is cut on the left."""
+    Batches of about batch_tokens do not depend on the world size. Long contexts lose their left."""
     limit = model.config.block_size + 1  # the last token is only a target
     rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
@@ -107,23 +103,22 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
     places = [(i, p - 1, row[p]) for i, (row, length) in enumerate(rows)
               for p in range(len(row) - length, len(row))]  # row, token before, target
     row, position, target = torch.tensor(places).T.to(device)  # (N,) each
+    parts = []
     with autocast(device, dtype):
         x = model.hidden_states(inputs.to(device))[row, position]  # (N, C)
         step, _ = block_sizes(device)
-        logits = (model.lm_head(part)[:, :N_VOCAB].float() for part in x.split(step))
-        parts = [(-F.cross_entropy(scores, ids, reduction="none"), scores.argmax(1) == ids)
-                 for scores, ids in zip(logits, target.split(step), strict=True)]
-    lengths = [length for _, length in rows]
-    logprobs, hits = (torch.cat(tensors).cpu().double().split(lengths)
-                      for tensors in zip(*parts, strict=True))
-    return torch.stack([torch.stack([logprob.sum(), hit.min(), hit[-1]])
-                        for logprob, hit in zip(logprobs, hits, strict=True)])
+        for hidden, ids in zip(x.split(step), target.split(step), strict=True):
+            logits = model.lm_head(hidden)[:, :N_VOCAB].float()
+            logprobs = -F.cross_entropy(logits, ids, reduction="none")
+            parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
+    tokens = torch.cat(parts).cpu().double().split([length for _, length in rows])  # (length, 2)
+    return torch.stack([torch.stack([part[:, 0].sum(), part[:, 1].min(), part[-1, 1]])
+                        for part in tokens])
 
 
 def question_figures(model: GPT, questions: list[Question], launch: Launch, dtype: torch.dtype,
                      **options) -> dict[str, float] | None:
-    """`choice_figures` of questions, or `last_word_figures` if each has a single continuation. For
-    the options and None see `score`."""
+    """`choice_figures` of the `score`, or `last_word_figures` if each question has one choice."""
     pairs = [pair for question in questions for pair in question.pairs]
     scores = score(model, pairs, launch, dtype, **options)
     if scores is None:
@@ -133,8 +128,7 @@ def question_figures(model: GPT, questions: list[Question], launch: Launch, dtyp
 
 
 def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str, float]:
-    """Accuracies of the choice with the highest log-probability: summed, per token, per character
-    (docs/evaluation.md)."""
+    """Accuracies of the choice of highest log-probability, summed, per token and per character."""
     right = {"accuracy_summed": [], "accuracy_per_token": [], "accuracy_per_character": []}
     parts = scores[:, 0].split([len(question.pairs) for question in questions])
     for question, logprobs in zip(questions, parts, strict=True):
@@ -147,18 +141,37 @@ def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str,
 def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
     """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
     paper's), and the perplexity per word, exp of the mean negative log-probability."""
-    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2],
-                     "nats": -scores[:, 0]})
-    perplexity = math.exp(figures.pop("nats"))
-    return figures | {"perplexity_per_word": perplexity, "rows": len(scores),
-                      "perplexity_per_word_stderr": perplexity * figures.pop("nats_stderr")}
+    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]})
+    nats = means({"nats": -scores[:, 0]})
+    figures["perplexity_per_word"] = perplexity = math.exp(nats["nats"])
+    if "nats_stderr" in nats:
+        figures["perplexity_per_word_stderr"] = perplexity * nats["nats_stderr"]
+    return figures | {"rows": len(scores)}
 
 
 def means(values: dict[str, Sequence[float]]) -> dict[str, float]:
-    """The mean of each figure over n rows, and its standard error, deviation / sqrt(n)."""
+    """The mean of each figure over n rows, and if n > 1 its standard error, deviation / sqrt(n)."""
     figures = {}
     for name, row in values.items():
         row = torch.as_tensor(row, dtype=torch.float64)
-        error = row.std().item() / math.sqrt(len(row)) if len(row) > 1 else math.nan
-        figures |= {name: row.mean().item(), f"{name}_stderr": error}
+        figures[name] = row.mean().item()
+        if len(row) > 1:
+            figures[f"{name}_stderr"] = row.std().item() / math.sqrt(len(row))
     return figures
+
+
+def table(results: dict[str, dict]) -> str:
+    """One row per figure, one column per entry of `results`: the value, and its standard error or
+    interval (NAME_stderr, NAME_interval) if there is one."""
+    def cell(figures: dict, name: str) -> str:
+        value, error, interval = (figures.get(name + end) for end in ("", "_stderr", "_interval"))
+        text = "" if value is None else f"{value:{',' if isinstance(value, int) else '.4f'}}"
+        text += "" if error is None else f" +- {error:.4f}"
+        return text if interval is None else f"{text}, {interval[0]:.3f} to {interval[1]:.3f}"
+
+    names = dict.fromkeys(name for figures in results.values() for name in figures
+                          if not name.endswith(("_stderr", "_interval")))
+    rows = [["", *results], *([name, *(cell(figures, name) for figures in results.values())]
+                              for name in names)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

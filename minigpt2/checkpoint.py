@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minigpt2 import tokenizer
-from minigpt2.config import NO_SPACE, UserError, first_line
+from minigpt2.config import UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
@@ -58,10 +58,8 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
             if step_of(path) != best_step and (keep_every == 0 or step_of(path) % keep_every):
                 os.replace(path, out_dir / f".{path.name}.old.tmp")  # deleted by clean_up
     except (SafetensorError, RuntimeError, OSError) as error:
-        # safetensors and torch.save raise errors without errno for a failed write
-        full = " Is the disk full?" if getattr(error, "errno", None) in {None, *NO_SPACE} else ""
-        raise UserError(f"cannot write {folder} ({first_line(error)}).{full} Earlier checkpoints "
-                        "are intact: resume from them with --resume") from error
+        raise UserError(f"cannot write {folder} ({first_line(error)}): is the disk full? Earlier "
+                        "checkpoints are intact: resume from them with --resume") from error
     finally:
         clean_up(out_dir)
     return folder
@@ -150,8 +148,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if folder.is_file() and folder.name in (LATEST, BEST):
         name = folder.read_text(encoding="utf-8", errors="replace").strip()
         if name not in (one.name for one in list_checkpoints(folder.parent)):
-            raise UserError(f"{folder} points to {name:.60}, which does not exist: give a "
-                            f"checkpoint, or {folder.parent} for its newest")
+            raise UserError(f"{folder}: {name:.60} does not exist: use {folder.parent}, its newest")
         return folder.with_name(name)
     if (folder / CONFIG_FILE).is_file():
         return folder
@@ -178,8 +175,7 @@ def reading(path: Path) -> Iterator[None]:
     sums = path.with_name(SUMS_FILE)
     try:
         if sums.exists() and f"{sha256_of(path)}  {path.name}\n" not in sums.read_text("utf-8"):
-            raise ValueError(f"it is damaged, or was edited: its SHA-256 is not that in {SUMS_FILE}"
-                             ", to be deleted after an edit")
+            raise ValueError(f"it is damaged or was edited; after an edit, delete {SUMS_FILE}")
         yield
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError,
             RecursionError) as error:
@@ -192,9 +188,8 @@ def reading(path: Path) -> Iterator[None]:
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT) -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode: a GPT or a
-    `rewards.RewardModel`. Raises UserError for one of the other kind, a damaged file, a setting or
-    tokenizer that differs from GPT-2's, a tensor that is missing, unknown, or of another shape than
-    config.json implies, and non-finite weights."""
+    `rewards.RewardModel`. Raises UserError for one of the other kind, a damaged file, another
+    setting or tokenizer than GPT-2's, missing, unknown and misshapen tensors, and NaN weights."""
     folder = find_checkpoint(path)
     config = read_config(folder, is_reward=model_class is not GPT)
     tokenizer.check_files(folder)

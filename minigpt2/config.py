@@ -79,9 +79,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kind, *words = (arm for arm in (typing.get_args(hint) if is_union else [hint])
-                    if arm is not types.NoneType)  # `X | None` is parsed as X
+    # `X | None` is parsed as X
+    kind, *words = (arm for arm in typing.get_args(hint | None) if arm is not types.NoneType)
     if field.metadata["is_path"]:
         options["type"] = path_value
     elif kind is bool:
@@ -117,8 +116,7 @@ def flag_name(field_name: str) -> str:
 
 
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs `main` and exits. A UserError, or a file that cannot be read or written, prints one line
-    and exits with status 2."""
+    """Runs `main` and exits: with one line and status 2 after a UserError or a failed file."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
@@ -139,7 +137,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0)
 
 
@@ -149,8 +147,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str) -> int:
-    """Prints an error and returns the exit status. Ranks other than 0 wait first: if rank 0 fails
-    too, torchrun stops them before they print."""
+    """Prints an error, returns 2. Other ranks wait first: if rank 0 fails too, they are stopped."""
     rank = os.environ.get("RANK") or "0"
     if rank != "0":
         time.sleep(RANK_DELAY_S)

@@ -113,18 +113,14 @@ def read_launch() -> tuple[int, int, int]:
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given.keys() & set(names[:4]):
         return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
-    try:
-        rank, local_rank, world_size = (int(given.get(name, "")) for name in names[:3])
+    with contextlib.suppress(KeyError, ValueError):  # missing, or not a number
+        rank, local_rank, world_size = (int(given[name]) for name in names[:3])
         ranks_here = int(given.get("LOCAL_WORLD_SIZE", world_size))
-        valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
-        if world_size > 1:
-            valid &= given.get("MASTER_ADDR", "") != "" and int(given.get("MASTER_PORT", "")) > 0
-    except ValueError:  # not a number
-        valid = False
-    if not valid:
-        raise UserError(f"launch variables are missing or invalid: {given}. Start with torchrun, "
-                        f"which sets {', '.join(names)}, or unset them")
-    return rank, local_rank, world_size
+        can_meet = world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"]) > 0)
+        is_valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
+        if is_valid and can_meet:
+            return rank, local_rank, world_size
+    raise UserError(f"launch variables {given} are missing or invalid: use torchrun or unset them")
 
 
 def keep_freed_memory() -> None:
@@ -185,14 +181,12 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device(device)
     if picked.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = local_rank if picked.index is None else picked.index
-        if index >= count:
-            raise UserError(f"--device {device} needs GPU {index} for local rank {local_rank}, but "
-                            f"{count} are visible: lower --nproc-per-node or use --device cpu")
-        return torch.device("cuda", index)
-    if picked.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps is not available here: use --device cpu")
+        picked = torch.device("cuda", local_rank if picked.index is None else picked.index)
+    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()),
+             "cuda": torch.cuda.device_count()}[picked.type]
+    if (picked.index or 0) >= count:
+        raise UserError(f"--device {device}: there is no {picked}, {count} are visible; lower "
+                        "--nproc-per-node, or use --device cpu")
     return picked
 
 
@@ -263,20 +257,19 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
 def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
                should_stop: Callable[[], bool] = bool, label: str = "") -> dict | None:
     """The dicts work(batch) of all batches, merged, on every rank: the ranks take the batches in
-    turn, eagerly and without gradients. None, on all ranks, once `should_stop()` is true on any. A
-    `label` shows a progress bar."""
-    mine, found, stopped = batches[launch.rank :: launch.world_size], {}, should_stop()
+    turn, eagerly and without gradients. None, on all, once `should_stop()` is true on any."""
+    mine, found = batches[launch.rank :: launch.world_size], {}
     bar = progress_bar(len(mine), 0, label, unit="batch", over=mine,
                        enabled=bool(label) and launch.is_master)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in bar:
-            if stopped := stopped or should_stop():
+            if should_stop():
                 break
             found |= work(batch)
-    parts = launch.gather((found, stopped))
-    if any(stopped for _, stopped in parts):
+    parts, stopped = zip(*launch.gather((found, should_stop())), strict=True)
+    if any(stopped):
         return None
-    return {key: value for part, _ in parts for key, value in part.items()}
+    return {key: value for part in parts for key, value in part.items()}
 
 
 class HostCopy:

@@ -94,9 +94,8 @@ class LostRankError(UserError):
 
 
 class RankMonitor:
-    """A thread that ends this process when another rank fails or sends no heartbeat, or when its
-    torchrun is killed. Once a second, every rank increments a counter in torchrun's store and
-    checks that the others' change."""
+    """A thread that ends this process when another rank fails, when its torchrun is killed, or when
+    a rank no longer increments its counter in torchrun's store, as all do once a second."""
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -178,9 +177,8 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
             launch.barrier()  # no rank falls silent while another is still writing
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise UserError(
-                    f"out of memory ({first_line(error):.120}): lower --micro-batch-size, or use "
-                    "--micro-batch-size auto") from error
+                raise UserError(f"out of memory ({first_line(error):.120}): lower the micro-batch, "
+                                "or use --micro-batch-size auto") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 raise LostRankError("lost the connection to another rank: it was killed, or its "
                                     f"node is down. {RESUME_HINT}") from error

@@ -49,10 +49,8 @@ def sync_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -67,8 +65,7 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
         with filelock.FileLock(out_dir / ".lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise UserError(f"another process is writing to {out_dir}: wait for it, or choose another "
-                        "--out-dir") from None
+        raise UserError(f"another process is writing to {out_dir}: use another --out-dir") from None
 
 
 def check_text(path: Path, text: str) -> None:

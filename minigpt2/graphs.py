@@ -12,8 +12,7 @@ PANELS = {("hellaswag", "accuracy_per_token"): "HellaSwag", ("train", "lr"): "le
 
 
 def check_image(image: Path, flag: str) -> None:
-    """Raises UserError if no PNG can be written to `image`, which `flag` has set: call it before
-    the run, not after."""
+    """Raises UserError, before a run, if no PNG can be written to `image`, set by `flag`."""
     if image.suffix != ".png":
         raise UserError(f"{flag} {image} does not end in .png: other formats are not supported")
     check_folder(image.parent, f"{flag} {image}")

@@ -40,8 +40,7 @@ class RetryPolicy:
                           and not isinstance(error, LocalEntryNotFoundError))
                 if attempt == self.max_retries or absent or status in PERMANENT:
                     raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
-                                    "check the network, --revision and access rights, then rerun "
-                                    "to resume") from None
+                                    "check network, --revision and access, then rerun") from None
                 delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
                 print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
                 time.sleep(delay)

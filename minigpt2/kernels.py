@@ -29,8 +29,7 @@ class PackedLinear(nn.Module):
 
 
 class Float32Head(nn.Module):
-    """Output head for a GPU without a gradient: multiplies in float16 or bfloat16 and returns the
-    float32 sums, x (..., C) -> (..., V)."""
+    """A head for a GPU, without gradient: 16-bit x (..., C) -> sums in float32 (..., V)."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -43,9 +42,8 @@ class Float32Head(nn.Module):
 
 def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this build of PyTorch has oneDNN's packed product and the CPU supports the dtype."""
-    has_packed = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
-                                                                  "_linear_pointwise")
-    return has_packed and (dtype == torch.float32 or (
+    exists = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return exists and (dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
@@ -67,8 +65,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     elif device.type != "cpu":
         model.to(dtype)
     elif dtype != torch.float32 and not can_pack(dtype):
-        raise UserError(f"this CPU does not support sampling in {str(dtype)[6:]}: use "
-                        "--dtype float32")
+        raise UserError(f"no sampling in {str(dtype)[6:]} on this CPU: use --dtype float32")
     elif can_pack():
         keep_freed_memory()
         model.float()

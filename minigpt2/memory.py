@@ -1,6 +1,7 @@
 """`--micro-batch-size auto`: the largest micro-batch that fits into memory."""
 
 import gc
+import re
 
 import torch
 
@@ -11,20 +12,16 @@ from model import GPT
 
 CPU_MICRO_BATCH = 16  # sequences: on a CPU, more are not faster
 HEADROOM_BYTES = 512 * 2**20  # which a trial leaves free, for evaluation and sampling
-OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",  # CUDA, MPS, NCCL, Triton
-    "DefaultCPUAllocator",  # "can't allocate memory: you tried to allocate N bytes"
-    "bad_alloc", "can't start new thread",  # C++, Python
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "could not create a primitive")  # oneDNN, which gives no reason
+OUT_OF_MEMORY = re.compile(  # CUDA, MPS, NCCL, Triton; PyTorch on a CPU; C++; Python; cuBLAS
+    "out of memory|DefaultCPUAllocator|bad_alloc|can't start new thread|CUBLAS_STATUS_ALLOC_FAILED"
+    "|could not create a primitive")  # oneDNN, which gives no reason
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one of its causes, is an out-of-memory error of any device."""
-    messages = OUT_OF_MEMORY_MESSAGES if isinstance(error, RuntimeError) else ()
-    return (isinstance(error, torch.OutOfMemoryError | MemoryError)
-            or any(text in str(error) for text in messages)
-            or (error is not None and is_out_of_memory(error.__cause__)))
+    return error is not None and (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_memory(error.__cause__)
+        or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
 
 
 def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
@@ -37,13 +34,18 @@ def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
-    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. All ranks must call this before
-    the model is wrapped in DDP. It leaves no gradients and preserves the random state. Raises
-    UserError if no candidate fits."""
+    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. A collective, before the model
+    is wrapped in DDP; preserves the random state. Raises UserError if no candidate fits."""
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
-        fits = try_step(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
+        fits = True
+        try:
+            try_step(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
         model.zero_grad(set_to_none=True)
         gc.collect()  # the frames of an error may hold tensors in a reference cycle
         torch.cuda.empty_cache()
@@ -55,28 +57,19 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
         if not failed_ranks:
             return size
     raise UserError(f"not even a micro-batch of {candidates[-1]} x {sequence_length} tokens fits "
-                    f"into the memory of {launch.device}: try --activation-checkpointing or "
-                    "shorter sequences")
+                    f"on {launch.device}: try --activation-checkpointing or shorter sequences")
 
 
 def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
-             dtype: torch.dtype, optimizer_bytes: int) -> bool:
-    """Whether forward and backward fit, on random tokens, while memory is held for gradients, for
-    moments that do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8,
-                                  device=device)
-            for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
-                parameter.grad = torch.zeros_like(parameter)
-            tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length),
-                                   device=device)
-            with autocast(device, dtype):
-                _, loss = model(*tokens, reduction="sum", return_logits=False)
-            loss.backward()
-            del ballast
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
+             dtype: torch.dtype, optimizer_bytes: int) -> None:
+    """Forward and backward on random tokens, while memory is held for gradients, for moments that
+    do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
+        for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length), device=device)
+        with autocast(device, dtype):
+            _, loss = model(*tokens, reduction="sum", return_logits=False)
+        loss.backward()
+        del ballast

@@ -1,4 +1,4 @@
-"""The run log (JSON Lines, optionally TensorBoard), run metadata, and the peak FLOP/s of GPUs."""
+"""The run log (JSON Lines), run metadata, and the peak FLOP/s of GPUs."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,6 @@ import math
 import platform
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "A100": 312,
     "A40": 149.7, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "RTX A6000": 154.8,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125, "T4": 65}
-OF_WEIGHTS = ("val", "hellaswag")  # kinds of records about the weights after so many steps
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -37,67 +35,56 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
     """What is needed to reproduce a run, as a flat JSON object. `data` is a manifest. `git_commit`
     is None without a repository, and ends with "+changes" if tracked files are modified."""
     root = Path(__file__).resolve().parents[1]
-    code = b"".join(path.read_bytes() for folder in (root, root / "minigpt2")
-                    for path in sorted(folder.glob("*.py")))
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"{device.type} {platform.machine()}")
+    files = [*sorted(root.glob("*.py")), *sorted(root.glob("minigpt2/*.py"))]
+    code = b"".join(path.read_bytes() for path in files)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
     describe = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always",
                 "--abbrev=64", "--exclude=*", "--dirty=+changes"]
     commit = None
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(describe, text=True, capture_output=True).stdout.strip() or None
-    environment = {"python": platform.python_version(), "torch": str(torch.__version__),
-                   "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": commit,
-                   "code_sha256": hashlib.sha256(code).hexdigest(),
-                   "data_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
-                   "world_size": world_size, "device_name": name}
-    return vars(config) | environment
+    return vars(config) | {
+        "python": platform.python_version(), "torch": str(torch.__version__),
+        "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": commit,
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+        "data_sha256": hashlib.sha256(canonical).hexdigest(), "world_size": world_size,
+        "device_name": (torch.cuda.get_device_name(device) if device.type == "cuda" else
+                        f"{device.type} {platform.machine()}")}
 
 
 class RunLog:
     """Appends records to a JSON Lines file: {"step": 3, "kind": "train", "loss": 4.2}. `fresh`
-    deletes an existing file first. A TensorBoard `SummaryWriter` gets the numbers as well."""
+    deletes an existing file first. Raises UserError if a line in it is damaged."""
 
-    def __init__(self, path: Path, fresh: bool = False, writer=None):
+    def __init__(self, path: Path, fresh: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.writer = path, writer
+        if path.exists() and not fresh:
+            read_log(path)
+        self.path = path
         self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115, see `close`
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # drop a line that a kill cut short
 
     def write(self, step: int, kind: str, **values) -> None:
-        """Appends a record; non-finite numbers, which JSON lacks, become null. Raises OSError with
-        `filename` set when the disk is full."""
+        """Appends a record; non-finite numbers become null. Raises OSError on a full disk."""
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
-        record = {"step": step, "kind": kind, **finite}
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps({"step": step, "kind": kind, **finite}).encode() + b"\n"
         try:
             while line:  # an almost full disk accepts a part; the next write raises
                 line = line[self.file.write(line):]
         except OSError as error:
             error.filename = str(self.path)
             raise
-        self.copy_to_tensorboard(record)
-
-    def copy_to_tensorboard(self, record: dict) -> None:
-        """Writes the numbers of a record as train/loss, val/loss, ..."""
-        if self.writer and record["kind"] not in ("run", "end"):
-            for name in record.keys() - {"step", "kind"}:
-                if isinstance(record[name], int | float):
-                    self.writer.add_scalar(f"{record['kind']}/{name}", record[name], record["step"])
 
     def close(self) -> None:
         self.file.close()
-        if self.writer:
-            self.writer.close()
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
     """The records of a run log as {kind: {step: record}}; the last of a step wins. A "run" record
-    of step S discards the train records from S on and those of OF_WEIGHTS after S. An incomplete
-    last line is ignored. Raises UserError for a damaged line."""
+    of step S discards all records after S, and the train record of S, which the run repeats. An
+    incomplete last line is ignored. Raises UserError for a damaged line."""
     records: dict[str, dict[int, dict]] = {}
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete
@@ -109,29 +96,9 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
             step, kind = int(record["step"]), str(record["kind"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not a record ({error!r:.200})") from None
-        for other in ("train", *OF_WEIGHTS) if kind == "run" else ():
-            first = step if other == "train" else step + 1
-            if other in records:
-                records[other] = {s: r for s, r in records[other].items() if s < first}
+        if kind == "run":
+            for other, old in records.items():
+                end = step if other == "train" else step + 1
+                records[other] = {s: old[s] for s in old if s < end}
         records.setdefault(kind, {})[step] = record
     return records
-
-
-def start_log(out_dir: Path, *, fresh: bool, start_step: int, metadata: dict,
-              tensorboard: bool) -> RunLog:
-    """Opens OUT_DIR/metrics.jsonl of a new (`fresh`) or resumed run, copied to OUT_DIR/tensorboard
-    if asked for, and writes a "run" record. Raises UserError (damaged log, no TensorBoard)."""
-    path, writer = out_dir / "metrics.jsonl", None
-    records = read_log(path) if path.exists() and not fresh else {}
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # optional
-        except ImportError:
-            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-        writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10, purge_step=start_step)
-    log = RunLog(path, fresh=fresh, writer=writer)
-    log.write(start_step, "run", time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **metadata)
-    for kind in OF_WEIGHTS:
-        if start_step in records.get(kind, {}):  # purged, but still valid
-            log.copy_to_tensorboard(records[kind][start_step])
-    return log

@@ -59,8 +59,6 @@ class Muon(torch.optim.AdamW):
         share = torch.where(skip, 0.0, 1 - group["momentum"])  # (), of the gradient
         batches = defaultdict(list)  # shape -> wide views of (weight, gradient, momentum)
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
@@ -127,8 +125,7 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> None:
-    """Takes a step if all `numbers` (n,) on the device are finite, else changes nothing. The device
-    decides; the host does not wait for it."""
+    """Takes a step if all `numbers` (n,) are finite; the host does not wait for the device."""
     local_optimizer(optimizer).found_inf = numbers.isfinite().all().logical_not().float()  # ()
     optimizer.step()
 

@@ -41,9 +41,6 @@ class TrainState:
     kl_coef: float | None = None  # of policy optimization, which may adapt it
 
 
-# --------------------------------------------------------------------------------- saving
-
-
 class CheckpointWriter(contextlib.AbstractContextManager):
     """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
     Training waits for the copy, and for the disk only if the previous checkpoint is not written
@@ -61,9 +58,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 
     def save(self, state: TrainState, model: GPT, optimizer: torch.optim.Optimizer,
              scaler: torch.amp.GradScaler, value: GPT | None = None) -> None:
-        """Copies the run's state and starts to write it. A collective. Does nothing if this step
-        is saved already, unless it has become the best since. Raises UserError if the previous
-        checkpoint could not be written."""
+        """Copies the run's state and starts to write it, unless this step is saved already and has
+        not become the best since. A collective. Raises UserError if the previous write failed."""
         best_before = state.best_step
         if state.val_loss is not None and state.val_loss < state.best_loss:
             state.best_loss, state.best_step = state.val_loss, state.step
@@ -92,10 +88,9 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             return {key: self.copy(item, f"{name}/{key}") for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self.buffers[name] = self.allocate(value)
-        return buffer.copy_(value, non_blocking=value.is_cuda)
+        if name not in self.buffers:
+            self.buffers[name] = self.allocate(value)
+        return self.buffers[name].copy_(value, non_blocking=value.is_cuda)
 
     def allocate(self, like: torch.Tensor) -> torch.Tensor:
         """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
@@ -113,8 +108,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     def wait(self, block: bool = True) -> None:
-        """Waits until the pending checkpoint is on disk; without `block`, only looks. Raises
-        UserError if it cannot be written."""
+        """Waits for the pending checkpoint, or only looks. Raises UserError if writing failed."""
         if self.pending is not None and (block or self.pending.done()):
             pending, self.pending = self.pending, None
             pending.result()
@@ -129,29 +123,22 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             print(second, file=sys.stderr, flush=True)  # the first error is raised
 
 
-# -------------------------------------------------------------------------------- finding
-
-
 def find_resume(out_dir: Path, resume: bool, launch: Launch,
                 model_class: type[GPT] = GPT) -> Path | None:
     """The newest intact checkpoint of out_dir; None for a new run. Raises UserError if the folder
-    holds a run but --resume was not given, if every checkpoint in it is damaged, if another process
-    is writing to it, or if a rank does not see it."""
+    holds a run and `resume` is false, has no intact checkpoint, is in use, or is not shared."""
     folder = None
     holds_run = checkpoint.list_checkpoints(out_dir) or (out_dir / "metrics.jsonl").exists()
     if launch.is_master and holds_run:
         if not resume:
-            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume to continue "
-                            "it, or choose another --out-dir")
+            raise UserError(f"--out-dir {out_dir} already holds a run: add --resume or change it")
         with folder_lock(out_dir):
             folder = newest_intact(out_dir, model_class)
     folder = launch.broadcast(folder)
     if resume and folder is None:
-        launch.print0(f"--resume: no checkpoint in {out_dir} yet, starting from scratch (with a "
-                      "new log)")
+        launch.print0(f"--resume: no checkpoint in {out_dir}, starting from scratch")
     if folder is not None and not folder.is_dir():
-        raise UserError(f"rank {launch.rank} does not see {folder}, from which rank 0 resumes: "
-                        "--out-dir must be a folder that all nodes share")
+        raise UserError(f"rank {launch.rank} does not see {folder}: all nodes must share --out-dir")
     return folder
 
 
@@ -183,8 +170,7 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
 
 def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[str],
                    launch: Launch) -> None:
-    """Prints what differs from the run that wrote the checkpoint. Raises UserError for a setting
-    in `fixed`, which a resumed run may not change."""
+    """Prints what differs from the run that wrote the checkpoint. Raises UserError for `fixed`."""
     before = saved["facts"]  # older versions lack newer settings
     changed = [name for name in metadata.keys() & before.keys() if metadata[name] != before[name]]
     for name in sorted(changed, key=lambda name: (name not in fixed, name)):
@@ -201,17 +187,15 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
 
 def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler) -> TrainState:
-    """Loads a training state into the optimizer and the scaler. Raises UserError if it belongs to
-    another model."""
+    """Loads a training state into optimizer and scaler. Raises UserError if it does not fit."""
     try:
         load_optimizer_state(optimizer, saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
             scaler.load_state_dict(saved["scaler"])
         return TrainState(**saved["progress"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: the state in {folder} does not fit this model, optimizer or "
-                        f"version of the project ({error}): rm -r {folder} to resume from the "
-                        "previous one") from None
+        raise UserError(f"--resume: {folder} is of another model, optimizer or version ({error}): "
+                        f"rm -r {folder} to resume from the previous one") from None
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:

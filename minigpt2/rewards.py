@@ -16,11 +16,10 @@ from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha25
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import Launch, autocast, share_work, to_device
 from minigpt2.files import sha256_of
+from minigpt2.preferences import padded_length
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import decode
 from model import GPT, GPTConfig
-
-PAD_TO = {"cpu": 16, "cuda": 64}  # tokens: few different lengths, for which a device plans
 
 
 class RewardModel(GPT):
@@ -59,9 +58,8 @@ class RewardModel(GPT):
 
 def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
               device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> ids and masks (B, T) int64 on the device, right-padded to a multiple of PAD_TO."""
-    T = max(map(len, rows))
-    T = min(T + -T % PAD_TO.get(device.type, 16), block_size)
+    """Rows -> ids and masks (B, T) int64 on the device, right-padded to one of few lengths."""
+    T = min(padded_length(max(map(len, rows))), block_size)
     ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])  # (B, T)
     masks = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])  # (B, T)
     return to_device(ids, device), to_device(masks, device)

@@ -5,23 +5,24 @@ the forward and backward pass, loss normalization, validation and schedule. The 
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, strftime
+from typing import NoReturn
 
 import torch
 
 from minigpt2 import distributed, resume
 from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
-from minigpt2.config import UserError, flag
+from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
-from minigpt2.faults import StopRequest, agree, count_skipped
+from minigpt2.faults import StopRequest, agree, count_skipped, launched
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.memory import find_micro_batch, optimizer_bytes
-from minigpt2.metrics import peak_flops, run_metadata, start_log
-from minigpt2.optimizer import step_if_finite
+from minigpt2.metrics import RunLog, peak_flops, run_metadata
+from minigpt2.optimizer import learning_rate, make_optimizer, step_if_finite
 from minigpt2.progress import progress_bar
 from model import GPT
 
@@ -50,7 +51,6 @@ class RunConfig:
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
-    tensorboard: bool = flag(False, "also log to OUT_DIR/tensorboard")
     loss_graph: str | None = flag(None, "PNG of the loss graph (default: in OUT_DIR)", is_path=True)
 
 
@@ -58,7 +58,10 @@ class RunConfig:
 class TuningConfig(RunConfig):
     """The flags of the scripts that train a pre-trained model on rows, epoch by epoch."""
 
+    epochs: int = flag(1, "passes over the training rows", minimum=1)
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
+    micro_batch_size: int = flag(8, "rows per rank and micro-step", minimum=1)
+    max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
     warmup_fraction: float = flag(0.03, "warm-up, as a fraction of all steps", minimum=0, below=1)
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
@@ -68,11 +71,31 @@ class TuningConfig(RunConfig):
     keep_last: int = flag(3, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
     compile: bool | None = flag(False, "torch.compile each shape of the step: slower on a CPU")
 
+    def lr_at(self, step: int, max_steps: int) -> float:
+        """The learning rate of a step: warm-up, then half a cosine."""
+        return learning_rate(step, warmup_steps=round(max_steps * self.warmup_fraction),
+                             max_steps=max_steps, max_lr=self.max_lr, min_lr=self.min_lr)
+
+    def make_optimizer(self, model: GPT, shard: bool) -> torch.optim.Optimizer:
+        return make_optimizer(model, lr=self.max_lr, betas=(0.9, 0.95), eps=1e-8,
+                              weight_decay=self.weight_decay, shard=shard)
+
+
+def run_training(config_class: type[RunConfig], train: Callable, description: str) -> NoReturn:
+    """The command line of a training script: calls train(config, launch, stop) and exits."""
+    def main() -> None:
+        config = parse_config(config_class, description=description)
+        with StopRequest() as stop, launched(config.device, config.deterministic) as launch:
+            train(config, launch, stop)
+
+    run_main(main)
+
 
 class Run:
     """One run of a training script, from resume to the closing line. For the script: `is_resumed`,
     `checkpoint` (resumed from, or None), `step` (steps taken so far), `dtype` (of autocast),
-    `scaler`, `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`."""
+    `scaler`, `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`, after
+    `prepare_epochs` also `optimizer`, `max_steps`, `batch_size` and `steps_per_epoch`."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
@@ -108,8 +131,6 @@ class Run:
     @property
     def step(self) -> int:
         return self.state.step
-
-    # ------------------------------------------------------------------ before the loop
 
     def prepare(self, model: GPT, optimizer: torch.optim.Optimizer, max_steps: int, *,
                 max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
@@ -156,6 +177,26 @@ class Run:
                         f"{launch.device}{', compiled' if compiled else ''}")
         return self.train_model
 
+    def prepare_epochs(self, model: GPT, num_rows: int, sequence_length: int) -> torch.nn.Module:
+        """`prepare` for the epochs of a TuningConfig over num_rows rows, `batch_size` a step (the
+        last of an epoch perhaps fewer). Micro-batches are even parts of a rank's share of a step,
+        so that none has many rows of padding."""
+        config = self.config
+        self.batch_size = min(config.batch_size, num_rows)
+        self.steps_per_epoch = -(-num_rows // self.batch_size)  # ceiling division
+        max_steps = config.epochs * self.steps_per_epoch
+        share = -(-self.batch_size // self.launch.world_size)
+        wanted = share if config.micro_batch_size == "auto" else min(share, config.micro_batch_size)
+        counts = [-(-share // (wanted >> n)) for n in range(wanted.bit_length())]  # of micro-steps
+        sizes = [-(-share // count) for count in counts]
+        prepared = self.prepare(
+            model, config.make_optimizer(model, self.shard_optimizer), max_steps,
+            max_steps_flag="--epochs", micro_batch_sizes=sizes, sequence_length=sequence_length,
+            milestones=range(self.steps_per_epoch, max_steps, self.steps_per_epoch))
+        self.summary += (f"; {max_steps:,} steps of {self.batch_size} rows, "
+                         f"{self.micro_batch_size} per rank and micro-step")
+        return prepared
+
     def __enter__(self) -> "Run":
         config, is_master = self.config, self.launch.is_master
         with contextlib.ExitStack() as stack:
@@ -169,9 +210,10 @@ class Run:
             if is_master:
                 if self.is_resumed:  # a kill may have come before they were written
                     write_pointers(self.out_dir, self.step, self.state.best_step)
-                self.log = stack.enter_context(contextlib.closing(start_log(
-                    self.out_dir, fresh=not self.is_resumed, start_step=self.step,
-                    metadata=self.metadata, tensorboard=config.tensorboard)))
+                self.log = stack.enter_context(contextlib.closing(RunLog(
+                    self.out_dir / "metrics.jsonl", fresh=not self.is_resumed)))
+                self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
+                               **self.metadata)
             self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
                                                         enabled=is_master))
             self.stack = stack.pop_all()
@@ -188,8 +230,6 @@ class Run:
         self.stack.__exit__(kind, error, traceback)  # waits for the checkpoint being written
         if error is None and self.launch.is_master:
             self.report(elapsed)
-
-    # ------------------------------------------------------------------- validate and save
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
@@ -237,8 +277,6 @@ class Run:
             self.overhead_s += self.restart_clock() - self.paused_at
             self.paused_at = None
         return finished
-
-    # ------------------------------------------------------------------------ one step
 
     def gradient_sync(self, is_last: bool):
         """The context of one micro-step, forward pass included: DDP averages gradients over ranks
@@ -306,8 +344,6 @@ class Run:
             self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
             self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tok/s"
                                      + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
-
-    # ----------------------------------------------------------------------- clock and end
 
     def restart_clock(self, now: float | None = None) -> float:
         """Starts the interval of the next throughput figure, by default when the device has caught

@@ -90,8 +90,7 @@ def seen_tokens(ids: torch.Tensor, lengths: torch.Tensor, vocab_size: int) -> to
 
 
 def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, so that none overflows;
-    0 for the tokens that top_k and top_p leave out."""
+    """The probabilities (B, V) of logits (B, V), scaled to a maximum of 1, 0 for those left out."""
     if 0 < params.top_k < logits.size(-1):
         smallest = logits.topk(params.top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -109,14 +108,12 @@ def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
-    """One seed per row. From a single seed, the n-th repetition of a prompt gets seed + n. Raises
-    UserError for invalid seeds or a wrong number of them."""
+    """One seed per row; from one, a prompt's n-th repetition gets seed + n. Raises UserError."""
     one_per_row = isinstance(seed, list | tuple)
     seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
-        raise UserError(f"seed is {seed!r:.60}, expected an integer from 0 to 2**64 - 1, or a list "
-                        "with one for each row")
+        raise UserError(f"seed is {seed!r:.60}, expected 0 to 2**64 - 1, or a list of one per row")
     repetitions = Counter()
     for i, prompt in enumerate(() if one_per_row else prompts):
         seeds[i] += repetitions[prompt]

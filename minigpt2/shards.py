@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # of an unfinished corpus, see pretrain_data/corpus.py
 TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4  # 256 int32, see open_shard
+TOKENIZE = "tokenize its text with pretrain_data/fineweb_downloader.py --files"
 FOREIGN_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:bin|npy)")  # of other projects' shards
 
 
@@ -44,20 +45,17 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
         magic, version, length = np.frombuffer(head.ljust(12, b"\0"), "<i4").tolist()
         if head.startswith(b"\x93NUMPY"):
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        elif magic != LLMC_MAGIC:
+        elif (magic, version) == (LLMC_MAGIC, LLMC_VERSION):
+            tokens = np.memmap(path, "<u2", mode="r", offset=LLMC_HEADER_BYTES)
+            num_tokens = length if num_tokens is None else num_tokens
+        else:
             tokens = np.memmap(path, "<u2", mode="r")
             is_llmc = 20240000 <= magic < 20250000  # and no first two ids: the lower half is larger
             high = tokens[1:4096:2]  # of uint32, the upper halves of the first ids
             if is_llmc or (len(high) > 4 and high.max() < 16 <= tokens[:4096].max()):
-                kind = "another kind of llm.c file" if is_llmc else "uint32"
+                kind = f"llm.c's format {magic}, version {version}" if is_llmc else "uint32"
                 raise UserError(f"{path} is {kind}, expected GPT-2's ids as uint16: move it out "
-                                "of the folder, or tokenize its text with "
-                                "pretrain_data/fineweb_downloader.py --files")
-        elif version != LLMC_VERSION:
-            raise ValueError(f"version {version} of llm.c's format, expected {LLMC_VERSION}")
-        else:
-            tokens = np.memmap(path, "<u2", mode="r", offset=LLMC_HEADER_BYTES)
-            num_tokens = length if num_tokens is None else num_tokens
+                                f"of the folder, or {TOKENIZE}")
     except OSError as error:
         raise shard_error(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, EOFError, OverflowError) as error:
@@ -71,8 +69,7 @@ def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
 
 
 def write_shard(path: Path, chunks: Iterable[np.ndarray]) -> dict:
-    """Writes arrays (n,) uint16 as one shard, which gets its name when it is complete. Returns the
-    number of `tokens` and the `sha256` of the file."""
+    """Writes arrays (n,) uint16 as one shard, atomically. Returns its `tokens` and `sha256`."""
     written = 0
     with atomic_write(path) as file:
         file.write(shard_header(0))
@@ -104,8 +101,7 @@ def read_record(path: Path) -> dict:
                     or Path(name).name != name):
                 raise ValueError(f"{tokens!r} tokens in {name!r}, split {split!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # also: not JSON, not UTF-8
-        raise UserError(f"{path} is not the record of a corpus ({error!r}): delete the folder and "
-                        "rerun the command that wrote it") from None
+        raise UserError(f"{path} is damaged ({error!r}): delete its folder and run again") from None
     return record
 
 
@@ -118,13 +114,11 @@ def read_manifest(data_dir: Path) -> dict:
     if (data_dir / MANIFEST).is_file():
         return read_record(data_dir / MANIFEST)
     if (data_dir / PROGRESS).exists():
-        raise UserError(f"data folder {data_dir} is unfinished: rerun the command that created "
-                        "it to resume")
+        raise UserError(f"data folder {data_dir} is unfinished: rerun what created it to resume")
     names = sorted(entry.name for entry in data_dir.iterdir())
     if "meta.pkl" in names:  # never opened: a pickle can run code
         raise UserError(f"data folder {data_dir} has a vocabulary of its own, meta.pkl (nanoGPT's "
-                        "character-level data), expected GPT-2's ids: tokenize its text with "
-                        "pretrain_data/fineweb_downloader.py --files")
+                        f"character-level data), expected GPT-2's ids: {TOKENIZE}")
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]
     if not shards:
@@ -155,9 +149,8 @@ def verify_corpus(out_dir: Path) -> None:
     bad = [str(path) for shard in bar if not (path := out_dir / shard["file"]).exists()
            or sha256_of(path) != shard["sha256"]]
     if bad:
-        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: delete them "
-                        "and rerun the command that wrote them, which rebuilds only those: "
-                        f"rm -f {' '.join(bad)}")
+        raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
+                        f"wrote them, which rebuilds only those, after rm -f {' '.join(bad)}")
     print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
 
 

@@ -62,35 +62,30 @@ def load_tokenizer() -> tiktoken.Encoding:
 
 def check_files(folder: Path) -> None:
     """Raises UserError if a tokenizer file of a Hugging Face checkpoint, where there is one, has
-    another vocabulary than GPT-2's, added tokens included."""
-    ours = vocabulary_path("vocab.json").read_bytes()
-    for name in ("vocab.json", "added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        content = (folder / name).read_bytes() if (folder / name).exists() else ours
+    another vocabulary than GPT-2's, added tokens included, or sets add_prefix_space."""
+    ours = json.loads(vocabulary_path("vocab.json").read_bytes())
+    for path in map(folder.joinpath, ("vocab.json", "added_tokens.json", "tokenizer_config.json",
+                                      "tokenizer.json")):
+        if not path.exists():
+            continue
         try:
-            difference = find_difference(name, content, ours) if content != ours else None
+            file = json.loads(path.read_bytes())
+            if path.name == "tokenizer.json":
+                added = {one["content"]: one["id"] for one in file["added_tokens"]}
+                ids, file = file["model"]["vocab"] | added, file["pre_tokenizer"]
+            elif path.name == "tokenizer_config.json":
+                added = file.get("added_tokens_decoder", {}).items()
+                ids = ours | {one["content"]: int(number) for number, one in added}
+            else:
+                ids = file if path.name == "vocab.json" else ours | file
+            wrong = [f"{token!r} has id {ids.get(token)}, not {ours.get(token)}"
+                     for token in ids | ours if ids.get(token) != ours.get(token)]
+            if file.get("add_prefix_space") is True:
+                wrong.append("add_prefix_space is set")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            difference = f"it cannot be read ({error!r:.200})"
-        if difference:
-            raise UserError(f"{folder / name} is not of GPT-2's tokenizer, the only one supported: "
-                            f"{difference}. Use another checkpoint")
-
-
-def find_difference(name: str, content: bytes, vocabulary: bytes) -> str | None:
-    """How a tokenizer file differs from GPT-2's, or None."""
-    file, ours = json.loads(content), json.loads(vocabulary)
-    ids = file if name == "vocab.json" else ours
-    if name == "added_tokens.json":
-        ids = ours | file
-    elif name == "tokenizer.json":
-        ids = file["model"]["vocab"] | {one["content"]: one["id"] for one in file["added_tokens"]}
-        file = file["pre_tokenizer"]
-    elif name == "tokenizer_config.json":
-        added = file.get("added_tokens_decoder", {})
-        ids = ours | {one["content"]: int(number) for number, one in added.items()}
-    for token in ids | ours:
-        if ids.get(token) != ours.get(token):
-            return f"{token!r} has id {ids.get(token)}, not {ours.get(token)}"
-    return "add_prefix_space is set" if file.get("add_prefix_space") is True else None
+            wrong = [f"it cannot be read ({error!r:.200})"]
+        if wrong:
+            raise UserError(f"{path} is not of GPT-2's tokenizer: {wrong[0]}; use another model")
 
 
 def repair(text: str) -> str:
@@ -100,16 +95,14 @@ def repair(text: str) -> str:
 
 
 def cut_runs(text: str) -> list[str]:
-    """Cuts a text after each block of MAX_RUN characters of one kind that continues in the next
-    block; nearly all texts stay in one piece."""
+    """Cuts a text after each block of MAX_RUN characters of one kind that the next continues."""
     cuts = [end for end in range(MAX_RUN, len(text), MAX_RUN)
             if RUN.match(text, end - MAX_RUN, end + 1).end() > end]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of a text. "<|endoftext|>" is encoded as text (seven ids), never as EOT_TOKEN.
-    Lone surrogates are encoded as U+FFFD."""
+    """The token ids of a text: "<|endoftext|>" as text, seven ids, lone surrogates as U+FFFD."""
     return encode_to_array(repair(text)).tolist()
 
 
@@ -132,8 +125,7 @@ def load_encoder(name: str) -> Callable[[str], np.ndarray]:
 
 
 def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
-    """Like `encode`, but returns (n,) uint32 without building a Python list. The text must not hold
-    lone surrogates (see `repair`)."""
+    """Like `encode`, but returns (n,) uint32, and for a text without lone surrogates only."""
     return np.concatenate([load_encoder(encoder)(piece) for piece in cut_runs(text)])
 
 

@@ -18,8 +18,9 @@ trial() { # the flags that differ from the center
     python finetune.py --resume --checkpoint "$base" --data "$rows" --out-dir "$folder" \
       --device cpu --dtype "$dtype" --max-lr 1e-3 --batch-size 32 --epochs 2 --weight-decay 0 \
       --eval-interval 100000 --save-interval 100000 --keep-last 1 "$@" > "$folder.log" 2>&1
-    python evaluate.py "$folder" --tasks "answers=$rows" --device cpu > "$folder.txt" 2>&1
-    cp "$folder"/step_*/evaluation.json "$folder/figures.json"
+    python judge.py "$folder" --data "$rows" --temperature 0 --device cpu \
+      --out-dir "$folder/judge" > "$folder.txt" 2>&1
+    cp "$folder/judge/judge.json" "$folder/figures.json"
   fi
 }
 export -f trial
@@ -37,7 +38,7 @@ xargs -P 2 -I {} bash -c 'trial {}' << 'END'
 --weight-decay 0.1
 --train-on-prompt
 END
-python evaluate.py "$base" --tasks "answers=$rows" --device cpu
+python judge.py "$base" --data "$rows" --temperature 0 --device cpu --out-dir "$out/base"
 for figures in "$out"/run*/figures.json; do
   flags=$(basename "$(dirname "$figures")")
   echo "{\"run\": \"${flags#run}\", \"figures\": $(tr -d '\n' < "$figures")}"

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from helpers.common import ROOT, script_env
 
-SCRIPTS = {"trainer", "finetune", "reward", "dpo", "rlhf", "inference", "chat",
-           "evaluate"}  # at the root
+SCRIPTS = {"trainer", "finetune", "reward", "dpo", "rlhf", "inference", "chat", "evaluate",
+           "judge"}  # at the root
 FOLDERS = ("minigpt2", "pretrain_data", "finetune_data", "rlhf_data", "bench", "image")
 SOURCES = sorted(path.relative_to(ROOT) for path in [
     *ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])
 TORCH_FREE = {"minigpt2.config", "minigpt2.files", "minigpt2.tokenizer", "minigpt2.shards",
               "minigpt2.hub", "minigpt2.preferences"}  # and all of pretrain_data/
-SHARED_NAMES = {"main", "train", "micro_batch_sizes"}  # each script's own story
+SHARED_NAMES = {"main", "train"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "HubDataset", "flag",
                   "str"}
 # Lines, docstrings and comments included; README in bytes

@@ -209,11 +209,6 @@ def test_other_files_of_llmc_are_refused(corpus, tmp_path, magic):
     assert "hellaswag_val.bin" in message and "llm.c" in message and "move it" in message
 
 
-def test_unused_tokens_are_counted(tmp_path):
-    data = make_corpus(tmp_path / "d", [100, 400, 33, 49, 5])  # 399, 32, 48 and 4 targets
-    assert loader(data).unused_tokens == 15 + 0 + 0 + 4
-
-
 def damage(corpus, change) -> str:
     path = corpus / "shard_000002.npy"
     change(path)

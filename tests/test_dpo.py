@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, run_script, user_error
+from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import assert_same_run, interrupted, losses, num_records
 from helpers.worlds import Standing, W
@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dpo
-import finetune
-from dataloader import load_pairs, pad_rows, split_pairs, split_rows
+from dataloader import load_pairs, make_examples, pad_rows, split_pairs, split_rows
 from dpo import CACHE, DPOConfig, collate_pairs, pair_logprobs, train
 from inference import logprobs
 from minigpt2.advantages import dpo_loss
@@ -120,7 +119,7 @@ def single_logprob(model: GPT, prompt: list[int], response: list[int]) -> float:
 def test_pairs_are_held_out_like_rows_of_fine_tuning(rows_file):
     rows = [row | {"output": row["chosen"]} for row in ROWS]
     turns = [[(row["instruction"], row["input"], row["output"])] for row in rows]
-    keys, _, _ = finetune.make_examples(turns, 160)
+    keys, _, _ = make_examples(turns, 160)
     _, held_out, _ = split_rows(keys, 0.2)
     trained, val_pairs, _ = split_pairs(pairs_of(rows_file), 0.2)
     assert {keys[i][:2] for i in held_out} == {(pair.instruction, pair.input)
@@ -218,7 +217,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys):
     assert (out / "dpo_loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_file(out / CACHE)["logprobs"].shape == (len(ROWS), 2)
     printed = capsys.readouterr().out
-    assert f"{2 * steps} steps of 8 pairs, 4 per micro-step" in printed
+    assert f"{2 * steps} steps of 8 rows, 4 per rank and micro-step" in printed
     assert f"{len(ROWS)} of {len(ROWS)} pairs (left out: none); {num_train} to train on" in printed
     assert "already holds a run" in user_error(train, tiny(base, rows_file, out), CPU_LAUNCH)
     assert "is itself a checkpoint" in user_error(train, tiny(base, rows_file, base), CPU_LAUNCH)
@@ -360,8 +359,8 @@ def test_what_is_left_out_is_counted(base, tmp_path, capsys):
              {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}]
     (tmp_path / "rows.json").write_text(json.dumps(ROWS + extra))
     train(tiny(base, tmp_path / "rows.json", tmp_path / "out"), CPU_LAUNCH)
-    assert (f"{len(ROWS)} of {len(ROWS) + 4} pairs (left out: 1 whose prompts differ, 1 with equal "
-            "responses, 1 with an empty response, 1 over 160 tokens)") in capsys.readouterr().out
+    assert (f"{len(ROWS)} of {len(ROWS) + 4} pairs (left out: 1 over 160 tokens, 1 whose prompts "
+            "differ, 1 with an empty response, 1 with equal responses)") in capsys.readouterr().out
 
 
 def test_what_is_no_language_model_is_refused(base, rows_file, tmp_path):
@@ -383,8 +382,8 @@ def test_malformed_rows(base, tmp_path, text, words, monkeypatch, capsys):
     path = tmp_path / ("no.json" if text is None else "rows.json")
     if text is not None:
         path.write_text(text)
-    message = main_error(dpo.main, ["--checkpoint", base, "--data", path, "--device", "cpu",
-                                    "--out-dir", tmp_path / "out"], monkeypatch, capsys)
+    message = main_error(main_of(dpo), ["--checkpoint", base, "--data", path, "--device", "cpu",
+                                        "--out-dir", tmp_path / "out"], monkeypatch, capsys)
     assert all(word in message for word in words) and not (tmp_path / "out").exists()
 
 
@@ -415,7 +414,7 @@ def test_the_command_line(base, rows_file, tmp_path):
 def train_in_world(tmp_path, monkeypatch, hard: bool = False, **changes) -> Standing:
     """dpo.py on the plain rows of World W."""
     W.use_small_vocabulary(monkeypatch)
-    monkeypatch.setattr("minigpt2.rewards.PAD_TO", {"cpu": 1})  # four tokens stay four
+    monkeypatch.setattr("minigpt2.rewards.padded_length", int)  # four tokens stay four
     options = {"beta": W.beta, "batch_size": 780, "micro_batch_size": 780, "epochs": 60,
                "max_lr": 1e-2, "warmup_fraction": 0.1, "val_fraction": 0.0, "eval_interval": 10**6,
                "save_interval": 10**6} | changes

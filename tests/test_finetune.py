@@ -1,7 +1,6 @@
 import itertools
 import json
 import operator
-import re
 import signal
 import sys
 
@@ -10,25 +9,38 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, run_script, run_torchrun, user_error
+from helpers.common import (
+    CPU_LAUNCH,
+    ROOT,
+    TINY,
+    main_error,
+    main_of,
+    run_script,
+    run_to_end,
+    run_torchrun,
+    user_error,
+)
 from helpers.ranks import Ranks, save_gradients, wait_until
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat
 import finetune
-from dataloader import content_hash, padded_length, row_batches, split_rows
+from dataloader import (
+    content_hash,
+    make_examples,
+    num_inputs,
+    read_turns,
+    row_batches,
+    split_examples,
+    split_rows,
+    token_ids,
+)
 from finetune import (
     FinetuneConfig,
     collate,
-    make_examples,
-    measure_padding,
-    micro_batch_sizes,
     micro_batches,
-    num_inputs,
-    read_turns,
     show_example,
-    token_ids,
     train,
     with_prompt_targets,
 )
@@ -45,6 +57,7 @@ from minigpt2.distributed import Launch, mean_loss
 from minigpt2.loss import IGNORE_INDEX, ROW_MULTIPLE_CPU
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import learning_rate, make_optimizer
+from minigpt2.preferences import padded_length
 from minigpt2.run import Run
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, decode, encode, format_prompt, repair
 from model import GPT, GPTConfig
@@ -148,7 +161,7 @@ def test_training_on_the_prompt_adds_its_tokens_and_changes_no_validation(base, 
     train(tiny(base, rows_file, tmp_path / "b", epochs=1, train_on_prompt=True), CPU_LAUNCH)
     assert "Below[[ is an instruction" in capsys.readouterr().out
     model, total, count = load_model(base), 0.0, 0
-    for example in first_batch(rows_file):
+    for example in first_batches(rows_file, 1)[0]:
         with torch.no_grad():
             logits = model(torch.tensor([token_ids(example)]))[0][0, :-1]
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(token_ids(example)[1:]),
@@ -160,19 +173,17 @@ def test_training_on_the_prompt_adds_its_tokens_and_changes_no_validation(base, 
     assert val[0] == val[1]
 
 
-def first_batch(rows_file) -> list:
-    """The rows of step 0 of `tiny`."""
-    keys, examples, _ = make_examples(read_turns(rows_file), 128)
-    rows = [examples[i] for i in split_rows(keys, 0.1)[0]]
-    return next(row_batches(rows, num_inputs, 8, 1337, 0))
+def first_batches(rows_file, count: int) -> list[list]:
+    """The rows of the first steps of `tiny`."""
+    rows, _, _ = split_examples(read_turns(rows_file), 128, 0.1)
+    return list(itertools.islice(row_batches(rows, num_inputs, 8, 1337, 0), count))
 
 
 def test_the_example_that_is_printed():
     conversation, = encoded([[(f"Question {n}", "", f"Answer {n}") for n in range(4)]], 512)
     text = show_example(conversation)
     assert text.startswith("Below is an instruction that describes a task.")
-    assert "Question 0\n\n### Response:\n[[Answer 0<|endoftext|>]]Below" in text
-    assert text.endswith("[[Answer 1<|endoftext|>]] ... (2 more turns)")
+    assert "Question 0\n\n### Response:\n[[Answer 0<|endoftext|>]] ... (3 more turns)" in text
     assert "is an instruction" in show_example(with_prompt_targets(conversation))
     long, = encoded([[("x", "", "word " * 300)]], 512)
     text = show_example(long)
@@ -271,7 +282,7 @@ def test_rows_are_padded_to_few_lengths():
 
 @pytest.mark.parametrize("num_rows, batch_size, steps, text", [
     (4, 64, 3, "3 steps of 3 rows"), (2, 64, 3, "3 steps of 1 rows"),
-    (11, 9, 3, "3 steps of 9 rows"), (12, 9, 6, "6 steps of 9 rows, the last of an epoch of 1")])
+    (11, 9, 3, "3 steps of 9 rows"), (12, 9, 6, "6 steps of 9 rows")])
 def test_an_epoch_is_at_least_one_step(base, tmp_path, capsys, num_rows, batch_size, steps, text):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:num_rows]))
     out = tmp_path / "out"
@@ -291,7 +302,7 @@ def alpaca_like(n: int) -> list:
 
 @pytest.mark.parametrize("micro_batch_size, world_size", [(16, 1), (64, 1), (8, 8)])
 def test_an_epoch_has_little_padding_and_few_shapes(micro_batch_size, world_size):
-    """As it is printed, and as every rank computes it; ranks have equally much to compute."""
+    """On every rank; ranks have equally many micro-steps and nearly equally much to compute."""
     rows = alpaca_like(10_000)
     lengths = list(map(num_inputs, rows))
     assert 90 < np.median(lengths) < 115 and max(lengths) == 1024
@@ -304,34 +315,39 @@ def test_an_epoch_has_little_padding_and_few_shapes(micro_batch_size, world_size
                 shapes_of_rank.append(inputs.shape)
                 valid[rank] += (targets != IGNORE_INDEX).sum()
         shapes.append(shapes_of_rank)
-    assert all(one == shapes[0] for one in shapes)  # all ranks, in every micro-step
+    assert {len(one) for one in shapes} == {len(shapes[0])}
     assert valid.sum() == sum(len(response) for [(_, response)] in rows)
-    assert valid.max() < 1.02 * valid.mean()
-    computed = world_size * sum(B * T for B, T in shapes[0])
-    padding = 1 - sum(lengths) / computed
-    assert padding < 0.1 and 12 < len(set(shapes[0])) <= 26
-    assert measure_padding(epoch, micro_batch_size, 1024, launch) == (
-        f"padding {padding:.1%} of the tokens, {len(set(shapes[0]))} shapes")
+    computed = [sum(B * T for B, T in one) for one in shapes]
+    assert max(computed) < 1.02 * np.mean(computed)
+    padding = 1 - sum(lengths) / sum(computed)
+    assert padding < 0.1 and 12 < len(set(sum(shapes, []))) <= 26
 
 
-def test_the_rows_of_a_short_micro_step_are_dealt_out_evenly():
+def test_ranks_have_equally_many_micro_batches_of_few_shapes():
     rows = alpaca_like(11)
     launches = [Launch(rank, 3, torch.device("cpu")) for rank in range(3)]
-    batches = [list(micro_batches(rows, 2, 1024, launch)) for launch in launches]
+    batches = [micro_batches(rows, 2, 1024, launch) for launch in launches]
     counts = [[(targets != IGNORE_INDEX).any(1).sum().item() for _, targets in one]
               for one in batches]
     assert counts == [[2, 2], [2, 2], [2, 1]]
-    assert batches[0][1][0].shape == batches[2][1][0].shape
+    assert [inputs.shape for inputs, _ in micro_batches(rows[:4], 2, 1024, launches[2])] == [
+        (2, 16)]  # rows of padding alone
 
 
 @pytest.mark.parametrize("wanted, num_rows, world_size, sizes", [
     (16, 64, 1, [16]), (16, 64, 8, [8]), (16, 64, 3, [11]), (40, 64, 1, [32]), (16, 5, 2, [3]),
     (1, 64, 1, [1]), ("auto", 64, 3, [22, 11, 5, 2, 1]), ("auto", 1, 2, [1])])
-def test_micro_batches_are_even_parts_of_a_ranks_share(wanted, num_rows, world_size, sizes, capsys):
-    launch = Launch(0, world_size, torch.device("cpu"))
-    assert micro_batch_sizes(FinetuneConfig(micro_batch_size=wanted), num_rows, launch) == sizes
-    assert (f"--micro-batch-size {wanted}: using" in capsys.readouterr().out) == (
-        wanted not in ("auto", sizes[0]))
+def test_micro_batches_are_even_parts_of_a_ranks_share(tmp_path, wanted, num_rows, world_size,
+                                                       sizes, monkeypatch):
+    config = FinetuneConfig(out_dir=str(tmp_path / "out"), micro_batch_size=wanted, device="cpu")
+    tuning = Run(config, CPU_LAUNCH, None, label="", graph="x.png", data={}, fixed=())
+    tuning.launch = Launch(0, world_size, torch.device("cpu"))
+    given = []
+    monkeypatch.setattr(tuning, "prepare", lambda *arguments, micro_batch_sizes, **options: (
+        given.extend(micro_batch_sizes)))
+    tuning.summary, tuning.micro_batch_size = "", 0
+    tuning.prepare_epochs(GPT(SIZES), num_rows, 16)
+    assert given[: len(sizes)] == sizes and (wanted != "auto" or given == sizes)
 
 
 class ProductShapes(TorchDispatchMode):
@@ -418,7 +434,7 @@ def test_any_micro_batch_of_16_rows_gives_the_same_gradient(sixteen, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(run, "step_if_finite", run.step_if_finite)  # restored at the end
             save_gradients(tmp_path)
-            finetune.main()
+            run_to_end(finetune)
         assert_saved_gradients(tmp_path / "gradients_0.pt", expected)
 
 
@@ -439,7 +455,7 @@ def test_the_first_loss_equals_one_computed_row_by_row(base, rows_file, tmp_path
     train(tiny(base, rows_file, tmp_path / "out", micro_batch_size=3), CPU_LAUNCH)
     model = load_model(base)
     total = count = 0
-    for [(prompt, response)] in first_batch(rows_file):
+    for [(prompt, response)] in first_batches(rows_file, 1)[0]:
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
         for i, token in enumerate(response):
@@ -492,8 +508,9 @@ def test_compiling_and_the_log_interval_do_not_change_the_losses(base, rows_file
     train(tiny(base, rows_file, tmp_path / "eager"), CPU_LAUNCH)
     assert counter.frame_count == 0
     train(tiny(base, rows_file, tmp_path / "compiled", compile=True, log_interval=2), CPU_LAUNCH)
-    shapes = re.search(r"(\d+) shapes", capsys.readouterr().out.split("compiled")[1])
-    assert counter.frame_count == int(shapes.group(1)) >= 2
+    shapes = {inputs.shape for batch in first_batches(rows_file, 4)
+              for inputs, _ in micro_batches(batch, 4, 128, CPU_LAUNCH)}
+    assert counter.frame_count == len(shapes) >= 2
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager")[::2], abs=1e-5)
     log = read_log(tmp_path / "compiled" / "metrics.jsonl")
     assert sorted(log["train"]) == [0, 2] and "mfu" in log["train"][2]
@@ -510,7 +527,7 @@ def test_resume_with_only_a_log_starts_from_scratch(base, rows_file, tmp_path):
 
 def test_a_micro_batch_larger_than_the_batch_is_lowered_to_it(base, rows_file, tmp_path, capsys):
     train(tiny(base, rows_file, tmp_path / "a", micro_batch_size=64), CPU_LAUNCH)
-    assert "--micro-batch-size 64" in capsys.readouterr().out
+    assert "8 rows, 8 per rank and micro-step" in capsys.readouterr().out
     train(tiny(base, rows_file, tmp_path / "b", micro_batch_size=8), CPU_LAUNCH)
     traces = [[r["loss"] for r in read_log(tmp_path / name / "metrics.jsonl")["train"].values()]
               for name in "ab"]
@@ -622,16 +639,16 @@ def test_a_conversation_is_trained_on_as_chat_shows_it():
     ('[{"instruction": "a", "input": 5, "output": "b"}]', ["row 1", "input", "5"]),
     ('[{"instruction": " ", "output": "b"}]', ["row 1", "empty instruction"]),
     ('["a"]', ["row 1", "'a'"]),
-    ('[{"instruction": "a", "output": "b"}', ["line 1 column 37 is not JSON"]),
-    ('[\n{"instruction": "a"},\n{"output": b}]', ["line 3 column 12 is not JSON"]),
-    ('{"instruction": "a", "output": "b"}\n\nnot json', ["line 3 column 1 is not JSON"]),
-    ('{"instruction": "a", "output": "b"}\n' * 23 + '{"instruction": "a"\n', ["line 24 column"]),
+    ('[{"instruction": "a", "output": "b"}', ["rows.json is not JSON", "line 1 column 37"]),
+    ('[\n{"instruction": "a"},\n{"output": b}]', ["rows.json is not JSON", "line 3 column 12"]),
+    ('{"instruction": "a", "output": "b"}\n\nnot json', ["line 3 is not JSON", "column 1"]),
+    ('{"instruction": "a", "output": "b"}\n' * 23 + '{"instruction": "a"\n', ["line 24 is not"]),
     ('{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}', ["line 3 has", "output"]),
     ('{"instruction": "a", "output": ' + "[" * 100_000, ["line 1 is not JSON", "recursion"]),
     ('{"instruction": "a", "output": ' + "1" * 5_000 + "}", ["line 1 is not JSON", "digits"]),
     ('{"conversations": [{"from": "human", "value": "a"}], "id": 1}',
      ["line 1 has the keys 'conversations, id'", "messages"]),
-    ('[{"text": "### Human: a"}]', ["row 1 has the keys 'text'", "prompt and completion"]),
+    ('[{"text": "### Human: a"}]', ["row 1 has the keys 'text'", "prompt, input, completion"]),
     ('[{"instruction": "a", "response": "b"}]', ["row 1 has the keys 'instruction, response'"]),
     ('[{"prompt": [1], "completion": "b"}]', ["row 1: prompt is [1], expected text"]),
     ('[{"prompt": "", "completion": "b"}]', ["row 1 has an empty prompt"]),
@@ -653,8 +670,8 @@ def test_a_conversation_is_trained_on_as_chat_shows_it():
 def test_malformed_rows(base, tmp_path, text, words, monkeypatch, capsys):
     path = tmp_path / "rows.json"
     path.write_text(text)
-    message = main_error(finetune.main, ["--checkpoint", base, "--data", path, "--device", "cpu",
-                                         "--out-dir", tmp_path / "out"], monkeypatch, capsys)
+    argv = ["--checkpoint", base, "--data", path, "--device", "cpu", "--out-dir", tmp_path / "out"]
+    message = main_error(main_of(finetune), argv, monkeypatch, capsys)
     for word in words:
         assert word in message
     assert not (tmp_path / "out").exists()
@@ -668,11 +685,11 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
 def test_missing_files(base, tmp_path, rows_file, monkeypatch, capsys):
     arguments = ["--out-dir", tmp_path / "out", "--device", "cpu"]
-    message = main_error(finetune.main, ["--checkpoint", base, "--data", tmp_path / "no.json",
-                                         *arguments], monkeypatch, capsys)
+    message = main_error(main_of(finetune), ["--checkpoint", base, "--data", tmp_path / "no.json",
+                                             *arguments], monkeypatch, capsys)
     assert "no.json" in message and "alpaca_downloader" in message
-    message = main_error(finetune.main, ["--checkpoint", tmp_path / "no", "--data", rows_file,
-                                         *arguments], monkeypatch, capsys)
+    message = main_error(main_of(finetune), ["--checkpoint", tmp_path / "no", "--data", rows_file,
+                                             *arguments], monkeypatch, capsys)
     assert str(tmp_path / "no") in message
 
 
@@ -759,17 +776,6 @@ def test_resume_refuses_settings_that_change_the_rows_and_prints_others(base, ro
     printed = capsys.readouterr().out
     assert "max_lr was 0.01, is now 0.001" in printed
     assert f"--checkpoint {tmp_path / 'gone'} is ignored" in printed
-
-
-def test_resume_refuses_a_run_of_a_version_with_another_order(base, rows_file, tmp_path,
-                                                              monkeypatch):
-    for name, facts in ("a", {}), ("b", {"row_order": "split by content"}):
-        with monkeypatch.context() as patch:
-            patch.setattr(finetune, "Run", lambda *given, row_order, facts=facts, **options: Run(
-                *given, **facts, **options))
-            train(tiny(base, rows_file, tmp_path / name, epochs=1), CPU_LAUNCH)
-        again = tiny(base, rows_file, tmp_path / name, epochs=1, resume=True)
-        assert "rows in another order" in user_error(train, again, CPU_LAUNCH)
 
 
 @pytest.mark.slow

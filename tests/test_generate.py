@@ -14,6 +14,7 @@ from helpers.generation import (
     PROMPTS,
     SAMPLING_OPTIONS,
     SMALL_VOCAB,
+    generate_simply,
     random_batch,
     rows_of,
     run_generate,
@@ -21,6 +22,7 @@ from helpers.generation import (
 )
 
 import inference
+from dataloader import pad_rows
 from inference import (
     DecodingBatch,
     decode_generation,
@@ -115,11 +117,10 @@ def test_random_batches_match_hugging_face_and_single_rows_without_a_cache(vocab
         with torch.no_grad():  # no ties within rounding, which would make the comparison random
             top = model(torch.tensor([expected]))[0][0, length - 1 : -1].topk(2).values
         assert (top[:, 0] - top[:, 1]).min() > 1e-4
-        no_cache = generate(model, prompt, ones, 0.0, max_steps, use_cache=False)
-        assert no_cache[0][0].tolist() == expected
-        no_cache = generate(model, prompt, ones, 1.0, max_steps, top_p=0.95, seed=3,
-                            use_cache=False)
-        assert no_cache[0][0].tolist() == sampled[i]
+        row = prompt[0].tolist()
+        assert generate_simply(model, row, max_steps, temperature=0.0) == expected
+        assert generate_simply(model, row, max_steps, temperature=1.0, top_p=0.95,
+                               seed=3) == sampled[i]
 
 
 def test_ids_in_padding_do_not_matter():
@@ -228,12 +229,27 @@ def test_streams_differ_between_prompts_seeds_and_positions(tiny_model):
     assert len(tokens) == 90 and len(set(tokens)) > 85
 
 
-def test_use_cache_false_allocates_no_cache(tiny_model, monkeypatch):
-    monkeypatch.setattr(inference, "KVCache", None)
-    batch = tokenize_batch_input(PROMPTS)
-    assert generate(tiny_model, *batch, 1.0, 5, use_cache=False)[0].size(1) > batch[0].size(1)
-    with pytest.raises(TypeError):
-        generate(tiny_model, *batch, 1.0, 5)
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_copies_of_a_prompt_are_prefilled_once(options, monkeypatch):
+    """Prompts in any order, of unequal length, one the beginning of another; every row equals the
+    row sampled alone."""
+    model = sharp_model(SMALL_VOCAB, seed=1)
+    prompts = [[7, 8, 9], [5], [7, 8], list(range(40, 80)), [7, 8, 0]]
+    batch = [prompts[i] for i in (0, 1, 0, 3, 2, 1, 4, 3, 0, 4, 1, 3)]
+    prefilled, forward = [], GPT.hidden_states
+
+    def counted(self, idx, cache=None, positions=None):
+        if positions is None:
+            prefilled.append(len(idx))
+        return forward(self, idx, cache, positions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "hidden_states", counted)
+        rows = rows_of(*run_generate(model, *pad_rows(batch), 25, seed=list(range(12)), **options))
+    assert prefilled == [5]
+    assert rows == [generate_simply(model, prompt, 25, seed=seed, **options)
+                    for seed, prompt in enumerate(batch)]
+    assert len(set(map(tuple, rows))) == (12 if options["temperature"] else 5)
 
 
 def test_the_repetition_penalty_ignores_padding(tiny_model):
@@ -452,14 +468,6 @@ def test_the_gpu_schedule_generates_the_same_tokens(options, with_endings, monke
     assert graphs.replays > (5 if with_endings else 140)
     assert graphs.batch_sizes[0] == len(ids)
     assert (len(set(graphs.batch_sizes)) > 1) == with_endings
-
-
-def test_the_gpu_schedule_without_a_cache(monkeypatch):
-    model = sharp_model(dataclasses.replace(SMALL_VOCAB, block_size=32), seed=1)
-    batch = random_batch([3, 25], 5, 511)
-    expected = rows_of(*generate(model, *batch, 1.0, 20))
-    FakeGraphs(monkeypatch)
-    assert rows_of(*generate(model, *batch, 1.0, 20, use_cache=False)) == expected
 
 
 def test_non_finite_logits_between_two_syncs_are_found(monkeypatch):

@@ -1,4 +1,4 @@
-"""The run log and its copy in TensorBoard, run metadata, FLOPs, and the graphs drawn from logs."""
+"""The run log, the documented trackers, run metadata, FLOPs, and the graphs drawn from logs."""
 
 import dataclasses
 import errno
@@ -10,7 +10,6 @@ import resource
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,43 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from image.plot_loss import main
 from minigpt2 import metrics
 from minigpt2.graphs import check_image, draw_runs
-from minigpt2.metrics import RunLog, peak_flops, read_log, run_metadata, start_log
+from minigpt2.metrics import RunLog, peak_flops, read_log, run_metadata
 from model import GPT, GPTConfig
-
-# A run that starts at step sys.argv[2], in a process of its own.
-MIRRORED_RUN = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from minigpt2.config import run_main
-from minigpt2.metrics import start_log
-
-def main():
-    out_dir, start = Path(sys.argv[1]), int(sys.argv[2])
-    log = start_log(out_dir, fresh=start == 0, start_step=start, tensorboard=True,
-                    metadata={"git_commit": "0123abc", "max_lr": 0.5})
-    for step in range(start, start + 4):
-        if step > start or start == 0:
-            log.write(step, "val", loss=100.0 * start + step)
-        log.write(step, "train", loss=1000.0 * start + step, lr=0.5, mfu=None)
-    log.write(step, "end", seconds=1.5)
-    log.close()
-
-run_main(main)
-"""
-
-
-class FakeWriter:
-    """Keeps what TensorBoard's SummaryWriter gets."""
-
-    def __init__(self):
-        self.scalars = []
-
-    def add_scalar(self, name, value, step):
-        self.scalars.append((name, value, step))
-
-    def close(self):
-        self.scalars.append("closed")
 
 
 def write_log(path, records: list[tuple]):
@@ -138,8 +102,8 @@ def test_the_error_of_a_partial_write_names_the_log(number, tmp_path):
             self.free -= written
             return written
 
-    path, writer = tmp_path / "metrics.jsonl", FakeWriter()
-    log = RunLog(path, writer=writer)
+    path = tmp_path / "metrics.jsonl"
+    log = RunLog(path)
     log.write(0, "train", loss=2.0)
     log.file = Full(log.file)
     with pytest.raises(OSError) as caught:
@@ -147,7 +111,6 @@ def test_the_error_of_a_partial_write_names_the_log(number, tmp_path):
     log.close()
     assert (caught.value.errno, caught.value.filename) == (number, str(path))
     assert losses(path, "train") == {0: 2.0}, "the partial line is ignored"
-    assert writer.scalars == [("train/loss", 2.0, 0), "closed"]
     write_log(path, [(1, "train", {"loss": 0.5})])
     assert losses(path, "train") == {0: 2.0, 1: 0.5}, "and dropped by the next run"
 
@@ -173,15 +136,6 @@ def test_full_disk_is_one_error_line_and_the_log_can_continue(tmp_path, monkeypa
     assert sorted(written) == list(range(len(written)))
     write_log(path, [(len(written), "train", {"loss": 0.25})])
     assert losses(path, "train") == written | {len(written): 0.25}
-
-
-def test_tensorboard_gets_the_finite_numbers_of_training_and_validation(tmp_path):
-    writer = FakeWriter()
-    log = RunLog(tmp_path / "metrics.jsonl", writer=writer)
-    for kind in ("run", "train", "val", "end"):
-        log.write(1, kind, loss=float("inf"), lr=0.5, name="text")
-    log.close()
-    assert writer.scalars == [("train/lr", 0.5, 1), ("val/lr", 0.5, 1), "closed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,52 +215,43 @@ def wandb_history(file: Path) -> list[dict]:
     return rows
 
 
-@pytest.mark.slow
-def test_tensorboard_of_a_run_and_its_restart(tmp_path):
-    out = tmp_path / "out"
-    (tmp_path / "run.py").write_text(MIRRORED_RUN)
-    for step in (0, 2):
-        run_script(tmp_path / "run.py", out, step, ROOT, cwd=tmp_path)
-    events = EventAccumulator(str(out / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr", "val/loss"}  # no mfu: None
-    plotted = {name: [(event.step, event.value) for event in events.Scalars(name)]
-               for name in ("train/loss", "val/loss")}
-    assert plotted == {f"{kind}/loss": list(losses(out / "metrics.jsonl", kind).items())
-                       for kind in ("train", "val")}, "every step of the log, once"
-    assert plotted["train/loss"] == [(0, 0), (1, 1), (2, 2002), (3, 2003), (4, 2004), (5, 2005)]
-    assert plotted["val/loss"] == [(0, 0), (1, 1), (2, 2), (3, 203), (4, 204), (5, 205)]
-
-
-@pytest.mark.slow
-def test_the_documented_command_sends_the_log_to_wandb(tmp_path):
-    """The real package, without a network, in an empty home folder."""
+def documented_trackers() -> tuple[str, str]:
+    """The programs of docs/training.md that send a run log to TensorBoard and to W&B."""
     docs = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    code, = re.findall(r"python -c '\n(import json, sys, wandb\n.*?)'\n```", docs, re.DOTALL)
-    log = write_log(tmp_path / "metrics.jsonl", [
+    code, = re.findall(r"metrics.jsonl \| python -c '\n(.*?)'\n```", docs, re.DOTALL)
+    instead, = re.findall(r"```python\n(import wandb\n.*?)```", docs, re.DOTALL)
+    lines, (*first, last) = code.splitlines(), instead.splitlines()
+    return code, "\n".join([lines[0], *first, *lines[3:-1], last])
+
+
+@pytest.fixture
+def tracked_log(tmp_path) -> str:
+    return write_log(tmp_path / "metrics.jsonl", [
         (0, "run", {"max_lr": 0.5}), (0, "val", {"loss": 9.0}), (0, "train", {"loss": 8.0}),
-        (1, "train", {"loss": None, "mfu": None}), (1, "run", {"max_lr": 0.25})])
-    run_script("-c", code, stdin=log.read_text(), cwd=tmp_path, env={
+        (1, "train", {"loss": None, "mfu": None, "lr": 0.5}), (1, "run", {"max_lr": 0.25})
+    ]).read_text()
+
+
+@pytest.mark.slow
+def test_the_documented_command_sends_the_log_to_tensorboard(tmp_path, tracked_log):
+    run_script("-c", documented_trackers()[0], stdin=tracked_log, cwd=tmp_path)
+    events = EventAccumulator(str(tmp_path / "out" / "pretrain" / "tensorboard")).Reload()
+    assert {name: [(event.step, event.value) for event in events.Scalars(name)]
+            for name in events.Tags()["scalars"]} == {
+        "val/loss": [(0, 9.0)], "train/loss": [(0, 8.0)], "train/lr": [(1, 0.5)]}
+
+
+@pytest.mark.slow
+def test_the_documented_command_sends_the_log_to_wandb(tmp_path, tracked_log):
+    """The real package, without a network, in an empty home folder."""
+    run_script("-c", documented_trackers()[1], stdin=tracked_log, cwd=tmp_path, env={
         "HOME": str(tmp_path), "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "", "NETRC": "",
         "WANDB_API_KEY": "", "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     file, = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"max_lr" in file.read_bytes()
     rows = [{name: value for name, value in row.items() if name[0] != "_"}
             for row in wandb_history(file)]
-    assert rows == [{"val/step": 0, "val/loss": 9.0}, {"train/step": 0, "train/loss": 8.0},
-                    {"train/step": 1, "train/loss": None, "train/mfu": None}]
-
-
-def test_missing_tensorboard_is_an_error_before_anything_is_opened(monkeypatch, tmp_path):
-    options = {"fresh": True, "start_step": 0, "metadata": {}}
-    with monkeypatch.context() as missing:
-        missing.setitem(sys.modules, "tensorboard", None)
-        missing.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-        assert "pip install tensorboard" in user_error(start_log, tmp_path / "out",
-                                                       tensorboard=True, **options)
-    assert not (tmp_path / "out").exists()
-    log = start_log(tmp_path / "out", tensorboard=False, **options)
-    log.close()
-    assert log.writer is None and os.listdir(tmp_path / "out") == ["metrics.jsonl"]
+    assert rows == [{"step": 0, "val/loss": 9.0}, {"step": 0, "train/loss": 8.0},
+                    {"step": 1, "train/lr": 0.5}]
 
 
 def draw_and_capture(monkeypatch, *arguments) -> Figure:

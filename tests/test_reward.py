@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import CPU_LAUNCH, TINY, main_error, user_error
+from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import losses
 from helpers.worlds import W
@@ -22,6 +22,7 @@ import finetune
 import inference
 import reward
 from dataloader import row_batches
+from inference import sample_responses
 from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoint
 from minigpt2.metrics import read_log
 from minigpt2.preferences import make_pairs, sequences
@@ -63,7 +64,7 @@ def arguments(base, rows_file, out, *more) -> list[str]:
 @pytest.fixture
 def always_stops(monkeypatch):
     """Random weights seldom sample <|endoftext|>: every response counts as stopped."""
-    monkeypatch.setattr(reward, "finish_reasons", lambda ids, *_: ["stop"] * len(ids))
+    monkeypatch.setattr(inference, "finish_reasons", lambda ids, *_: ["stop"] * len(ids))
 
 
 def report_of(out) -> dict:
@@ -157,7 +158,7 @@ def test_a_reward_model_in_place_of_a_language_model_is_one_line(
         rows = [{"instruction": "a", "output": "b"}] * 3
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         argv += ["--data", str(tmp_path / "rows.json")]
-    error = main_error(script.main, [*argv, "--device", "cpu"], monkeypatch, capsys)
+    error = main_error(main_of(script), [*argv, "--device", "cpu"], monkeypatch, capsys)
     assert f"{folder}/config.json (it is a reward model, expected a language model)" in error
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -184,7 +185,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys, always_stops):
         "reward model", "chosen is the shorter", "against another prompt's", "longer", "shorter",
         "no artifact", "bag of words"]
     for name, row in report["accuracy"].items():
-        assert row["n"] == 0 or f"{name:26} {row['accuracy']:8.4f}" in printed
+        assert f"{name:26} {row['accuracy']:8.4f}" in printed
     assert abs(report["mean"]) + report["deviation"] > 0 and report["samples"] == 21
     for image in ("reward_loss.png", reward.CALIBRATION):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
@@ -313,19 +314,19 @@ def test_a_run_killed_between_report_and_normalization_ends_the_same(base, rows_
     for _ in range(2):
         train(tiny(base, rows_file, out, resume=True), CPU_LAUNCH)
         assert_same_reward_run(out, tmp_path / "whole")
+        monkeypatch.setattr(reward, "sample_responses", None)  # a finished run samples no more
     assert report_of(out)["deviation"] > 0 and (out / "step_000003").is_dir()
 
 
 @pytest.mark.slow
 def test_a_signal_in_the_final_evaluation_stops_the_run(base, rows_file, tmp_path, capsys,
-                                                        always_stops):
+                                                        monkeypatch, always_stops):
     config, asked = tiny(base, rows_file, tmp_path / "out"), []
     stop = SimpleNamespace(requested=lambda: bool(asked), report=lambda *_: "stopped: --resume")
-    real, reward.make_report = reward.make_report, lambda *a: asked.append(1) or real(*a)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "sample_responses", lambda *args, **options: (
+            sample_responses(*args, **options), asked.append(1))[0])
         train(config, CPU_LAUNCH, stop)
-    finally:
-        reward.make_report = real
     assert "stopped: --resume" in capsys.readouterr().out
     assert not (tmp_path / "out" / reward.REPORT).exists()
     train(tiny(base, rows_file, tmp_path / "out", resume=True), CPU_LAUNCH)
@@ -344,11 +345,10 @@ def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, rows_fil
     model = train(config, CPU_LAUNCH)
     pairs, _, _ = reward.read_splits(config, 128)
     fresh = RewardConfig(**vars(config) | {"seed": 7})
-    run = SimpleNamespace(launch=CPU_LAUNCH, dtype=torch.float32,
+    run = SimpleNamespace(launch=CPU_LAUNCH, dtype=torch.float32, micro_batch_size=8,
                           stop=SimpleNamespace(requested=bool))
-    rows = reward.sample_responses(fresh, pairs, run)
-    assert rows != reward.sample_responses(config, pairs, run)
-    scores = score_rows(model, rows, rows, CPU_LAUNCH, torch.float32, 16)
+    scores = reward.sampled_scores(fresh, model, pairs, run)
+    assert not torch.equal(scores, reward.sampled_scores(config, model, pairs, run))
     assert abs(scores.mean()) < 0.2 and 0.8 < scores.std() < 1.2
     report = report_of(tmp_path / "out")
     assert report["samples"] == len(pairs) and report["deviation"] != pytest.approx(1, abs=0.01)
@@ -415,7 +415,6 @@ def test_resume_refuses_other_settings(base, rows_file, tmp_path):
 
 
 def test_accuracy_with_wilsons_interval_and_ties_counted_half():
-    assert accuracy_interval(torch.tensor([])) == {"n": 0}
     five = accuracy_interval(torch.tensor([1.0] * 4 + [-1.0] * 4 + [0.0] * 2))
     assert five["accuracy"] == 0.5 and five["ties"] == 2 and five["n"] == 10
     assert (five["low"], five["high"]) == pytest.approx((0.2366, 0.7634), abs=1e-4)

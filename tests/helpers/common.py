@@ -14,6 +14,7 @@ import torch
 from minigpt2.config import UserError, run_main
 from minigpt2.distributed import Launch
 from minigpt2.files import atomic_write
+from minigpt2.run import RunConfig, run_training
 from minigpt2.shards import MANIFEST, read_manifest, shard_header, write_record
 from model import GPTConfig
 
@@ -105,6 +106,22 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
     for word in words:
         assert word in errors[0], (word, errors[0])
+
+
+def main_of(script):
+    """What the __main__ guard of a script runs, as a function."""
+    if hasattr(script, "main"):
+        return script.main
+    config_class = next(value for value in vars(script).values() if isinstance(value, type)
+                        and issubclass(value, RunConfig) and value.__module__ == script.__name__)
+    return lambda: run_training(config_class, script.train, script.__doc__)
+
+
+def run_to_end(script) -> None:
+    """Runs a training script in this process with sys.argv; asserts exit status 0."""
+    with pytest.raises(SystemExit) as stopped:
+        main_of(script)()
+    assert stopped.value.code == 0
 
 
 def main_error(main, argv: list, monkeypatch, capsys) -> str:

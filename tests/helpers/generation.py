@@ -4,7 +4,8 @@ import torch
 
 from helpers.common import TINY
 from inference import generate
-from minigpt2.tokenizer import N_VOCAB
+from minigpt2.sampling import SamplingParams, sample, seen_tokens, stream_keys
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB
 from model import GPT, GPTConfig
 
 PROMPTS = ["The quick brown fox", "Hello", "It was the best of times, it was the worst of times"]
@@ -29,6 +30,22 @@ def sharp_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
 def run_generate(model, ids, masks, max_steps: int, *, temperature: float = 0.0, **options):
     """`generate`, greedy by default, with the temperature among the options."""
     return generate(model, ids, masks, temperature, max_steps, **options)
+
+
+@torch.no_grad()
+def generate_simply(model, prompt: list[int], max_steps: int, *, seed: int = 0,
+                    **params) -> list[int]:
+    """`generate` of one row without batch and cache: the whole row goes through the model for each
+    token."""
+    row, key = list(prompt), stream_keys([tuple(prompt)], [seed])
+    for count in range(min(max_steps, model.config.block_size - len(prompt))):
+        ids = torch.tensor([row])
+        seen = seen_tokens(ids, torch.tensor([len(row)]), model.config.vocab_size)
+        row += sample(model(ids)[0][:, -1], SamplingParams(**params), key, torch.tensor(count),
+                      seen).tolist()
+        if row[-1] == EOT_TOKEN:
+            break
+    return row
 
 
 def rows_of(output, masks) -> list[list[int]]:

@@ -12,8 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import trainer
-from minigpt2.config import run_main
-from minigpt2.run import Run
+from minigpt2.run import Run, run_training
 
 
 def hold(steps: int, until: Path) -> None:
@@ -31,4 +30,4 @@ def hold(steps: int, until: Path) -> None:
 
 if __name__ == "__main__":
     hold(int(os.environ["HOLD_AFTER"]), Path(os.environ["HOLD_UNTIL"]))
-    run_main(trainer.main)
+    run_training(trainer.TrainerConfig, trainer.train, trainer.__doc__)

@@ -26,19 +26,21 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 import dpo
 import evaluate
 import finetune
+import judge
 import model
 import reward
 import rlhf
 import trainer
 from dataloader import TokenLoader
 from helpers import held_trainer, toy_script, worlds
+from helpers.common import main_of
 from minigpt2 import distributed, faults, run
 from minigpt2.config import run_main
 
 # For tests in which all ranks fail alike: the later ones need not wait for a torchrun to end them
 NO_WAIT = {"minigpt2.config.RANK_DELAY_S": 0.0}
-MAINS = {"trainer": trainer.main, "finetune": finetune.main, "reward": reward.main,
-         "dpo": dpo.main, "rlhf": rlhf.main, "toy": toy_script.main, "evaluate": evaluate.main}
+SCRIPTS = {"trainer": trainer, "finetune": finetune, "reward": reward, "dpo": dpo,
+           "rlhf": rlhf, "toy": toy_script, "evaluate": evaluate, "judge": judge}
 
 
 def run_rank(script: str, argv: list[str], environment: dict[str, str], output: Path,
@@ -53,7 +55,7 @@ def run_rank(script: str, argv: list[str], environment: dict[str, str], output: 
     for name, argument in hooks.items():
         globals()[name](argument)
     sys.argv = [f"{script}.py", *argv]
-    run_main(MAINS[script])
+    run_main(main_of(SCRIPTS[script]))
 
 
 # ----------------------------------------------------------------------------------- hooks

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from minigpt2.checkpoint import load_model
-from minigpt2.config import flag, parse_config, run_main
+from minigpt2.config import flag
 from minigpt2.distributed import Launch
-from minigpt2.faults import StopRequest, launched
+from minigpt2.faults import StopRequest
 from minigpt2.optimizer import make_optimizer
-from minigpt2.run import Run, RunConfig
+from minigpt2.run import Run, RunConfig, run_training
 from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=2, n_embd=16)
@@ -48,11 +48,5 @@ def train(config: ToyConfig, launch: Launch, stop: StopRequest | None = None) ->
     return raw_model
 
 
-def main() -> None:
-    config = parse_config(ToyConfig, description=__doc__)
-    with StopRequest() as stop, launched(config.device) as launch:
-        train(config, launch, stop)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_training(ToyConfig, train, __doc__)

@@ -9,10 +9,8 @@ from lm_eval.tasks import TaskManager
 
 CHOICES = ("output_type: multiple_choice\ndoc_to_choice: {choices}\ndoc_to_target: label\n"
            "metric_list: [{{metric: acc}}, {{metric: acc_norm}}]\n")
-# hellaswag_harness: what the harness's own preprocessing makes of a row
 TASKS = {
     "hellaswag": 'doc_to_text: "{{ctx}}"\n' + CHOICES.format(choices="endings"),
-    "hellaswag_harness": 'doc_to_text: "{{query}}"\n' + CHOICES.format(choices="choices"),
     "lambada": ("output_type: loglikelihood\n"
                 "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\n"
                 "doc_to_target: \"{{' '+text.split(' ')[-1]}}\"\n"

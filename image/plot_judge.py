@@ -1,0 +1,77 @@
+"""Plots the rewards of policies against their KL to the reference, from what judge.py has written.
+
+    python image/plot_judge.py out/judge/judge.json --out image/judge.png
+
+Rewards are drawn against sqrt(KL), gold filled and solid, proxy hollow and dashed. A success rate,
+the mean of a reward that is 0 or 1, is drawn against KL, with the least KL that it takes.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from dataclasses import dataclass
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from minigpt2.advantages import binary_kl
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.files import atomic_write
+from minigpt2.graphs import check_image
+
+
+@dataclass(frozen=True)
+class PlotJudgeConfig:
+    report: tuple[str, ...] = flag((), "judge.json of a run of judge.py", positional=True,
+                                   is_path=True)
+    out: str = flag("judge.png", "PNG file to write", is_path=True)
+
+
+def draw_policies(results: dict[str, dict], image: pathlib.Path) -> None:
+    """Plots the `results` of judge.py, of which the first is the reference, into a PNG."""
+    from matplotlib.figure import Figure  # slow to import
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes, reference = figure.subplots(), next(iter(results.values()))
+    is_success = "kl_lower_bound" in reference
+    for kind, line, fill in (("proxy", "--", "none"), ("gold", "-", "full")):
+        curve = []
+        for i, (name, row) in enumerate(results.items()):
+            kl = max(0.0, row.get("kl", row.get("kl_upper_bound", 0.0)))  # of the reference: 0
+            x = kl if is_success else math.sqrt(kl)
+            if kind in row and "kl_upper_bound" in row:
+                curve.append((x, row[kind]))
+            elif kind in row:
+                axes.errorbar(x, row[kind], row.get(f"{kind}_stderr"), fmt="o", fillstyle=fill,
+                              color=f"C{i}", zorder=3, label=f"{kind} of {name}")
+        if curve:
+            axes.plot(*zip(*curve, strict=True), f".{line}", color="gray",
+                      label=f"{kind} of best of n")
+    if is_success:
+        p0 = torch.tensor(reference.get("gold", reference.get("proxy")), dtype=torch.float64)
+        p = torch.linspace(p0.item(), 1, 200, dtype=torch.float64)
+        axes.plot(binary_kl(p, p0), p, "k", linewidth=0.8, label="least possible KL")
+    axes.set(xlabel="KL to the reference, nats" if is_success else "sqrt(KL to the reference)",
+             ylabel="mean reward")
+    for text in figure.legend(loc="outside lower center", ncols=2).texts:
+        text.set_parse_math(False)  # $ is only a character
+    with atomic_write(image) as file:
+        figure.savefig(file, format="png")
+
+
+def main() -> None:
+    config = parse_config(PlotJudgeConfig, description=__doc__)
+    if len(config.report) != 1:
+        raise UserError("expected one report: python image/plot_judge.py out/judge/judge.json")
+    image = pathlib.Path(config.out)
+    check_image(image, "--out")
+    try:
+        results = json.loads(pathlib.Path(config.report[0]).read_text(encoding="utf-8"))["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config.report[0]} is not a report of judge.py ({error})") from None
+    draw_policies(results, image)
+
+
+if __name__ == "__main__":
+    run_main(main)

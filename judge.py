@@ -1,0 +1,203 @@
+"""Compares policies on held-out prompts: rewards, win rates, KL, and how their responses end.
+
+    python judge.py out/finetune out/rlhf out/dpo --proxy out/reward --gold out/gold --best-of 16
+    python judge.py out/pretrain out/finetune --temperature 0     # greedy answers, no reward
+    torchrun --standalone --nproc-per-node=8 judge.py out/finetune out/rlhf --proxy out/reward
+
+The first checkpoint is the reference of win rates, KL and best-of-n. No number depends on the
+number of ranks. OUT_DIR gets judge.json, samples.jsonl and judge.png (docs/evaluation.md).
+"""
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloader import Prompt, load_prompts, normalize, split_rows
+from image.plot_judge import draw_policies
+from inference import check_vocabulary, sample_responses
+from minigpt2.advantages import accuracy, best_of_n, binary_kl
+from minigpt2.benchmarks import means, score, table
+from minigpt2.checkpoint import find_checkpoint, load_model, read_config
+from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.distributed import Dtype, Launch, pick_dtype
+from minigpt2.faults import launched
+from minigpt2.files import atomic_write, check_folder
+from minigpt2.kernels import prepare_to_sample
+from minigpt2.rewards import Reward
+from minigpt2.sampling import Response
+from minigpt2.tokenizer import decode, encode_example
+from model import GPT
+
+ROOT = Path(__file__).resolve().parent
+SHORT_WORDS, SHOWN_PROMPTS, BOOTSTRAP_DRAWS = 5, 20, 2000
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    policies: tuple[str, ...] = flag((), "checkpoints; the first is the reference", positional=True)
+    data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows of prompts", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "judge"), "folder of the results", is_path=True)
+    proxy: str | None = flag(None, "optimized reward: folder, function:NAME[=X] or FILE.py:NAME")
+    gold: str | None = flag(None, "the reward that decides, likewise (default: --proxy)")
+    best_of: int = flag(0, "also best-of-n up to this n, from that many responses", minimum=0)
+    samples: int = flag(1, "responses of each policy to a prompt", minimum=1)
+    rows: int = flag(200, "respond to the first held-out prompts", minimum=1)
+    max_response: int = flag(128, "maximum number of tokens of a response", minimum=1)
+    temperature: float = flag(1.0, "sampling temperature; 0: greedy", minimum=0)
+    val_fraction: float = flag(0.05, "held out, as in finetune.py", minimum=0, below=1)
+    seed: int = flag(0, "seed of the responses, the same for all policies", minimum=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Dtype = flag("auto", "of sampling and reward models; losses and KL are in float32")
+
+
+def judge(config: JudgeConfig, launch: Launch) -> None:
+    # 1. Checkpoints, rewards, and the held-out prompts with room for a response in all of them
+    folders = {name: find_checkpoint(name) for name in config.policies}
+    rewards = {kind: Reward(spec, f"--{kind}", launch.device) for kind, spec in
+               (("proxy", config.proxy), ("gold", config.gold)) if spec}
+    sizes = [*map(read_config, folders.values()),
+             *(reward.model.config for reward in rewards.values() if reward.model)]
+    prompts, summary = load_prompts(config.data, "--data", min(size.block_size for size in sizes),
+                                    config.max_response)
+    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in prompts]
+    _, indices, split = split_rows(keys, config.val_fraction)
+    launch.print0(f"{summary}; {split}")
+    held_out = [prompts[i] for i in indices]
+    prompts = held_out[: config.rows]
+    shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}
+             for prompt in prompts[:SHOWN_PROMPTS]]
+
+    # 2. K responses of each policy to each of P prompts, with rewards and log-probabilities
+    P, most = len(prompts), max(config.samples, config.best_of)  # K of the reference
+    seeds = np.random.SeedSequence(config.seed).generate_state(P * most, np.uint64).tolist()
+    dtype, values, results, reference = pick_dtype(config.dtype, launch.device), {}, {}, None
+    for name, folder in folders.items():
+        policy = load_model(folder, launch.device)
+        check_vocabulary(policy, name)
+        reference = reference or policy
+        rows = prompts * (config.samples if results else most)
+        responses = sample_responses(
+            prepare_to_sample(copy.deepcopy(policy), dtype), [row.ids for row in rows],
+            seeds[: len(rows)], config.max_response, launch, temperature=config.temperature,
+            label=f"responses of policy {len(results) + 1}")
+        figures = {kind: reward(responses, rows, launch, dtype) for kind, reward in
+                   rewards.items()} | response_figures(responses, rows)
+        if config.temperature == 1 and policy is not reference:
+            pairs = [(response.prompt, response.tokens) for response in responses]
+            figures["kl"] = (score(policy, pairs, launch, torch.float32)
+                             - score(reference, pairs, launch, torch.float32))[:, 0]  # (K * P,)
+        values[name] = {figure: torch.as_tensor(row, dtype=torch.float64).view(-1, P)
+                        for figure, row in figures.items()}  # (K, P) each
+        results[name] = summarize(values[name], prompts) | response_loss(policy, held_out, launch)
+        for i, line in enumerate(shown):
+            line["responses"][name] = {"text": decode(responses[i].tokens)} | {
+                figure: row[0, i].item() for figure, row in values[name].items()}
+    if rewards:
+        add_comparisons(results, values, config)
+
+    # 3. The table and the files
+    launch.print0(table(results))
+    if launch.is_master:
+        folder = Path(config.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "judge.json", text=True) as file:
+            json.dump({"flags": asdict(config), "prompts": P, "results": results}, file, indent=1)
+        with atomic_write(folder / "samples.jsonl", text=True) as file:
+            file.writelines(json.dumps(line) + "\n" for line in shown)
+        if rewards and config.temperature == 1:
+            draw_policies(results, folder / "judge.png")
+
+
+def response_figures(responses: list[Response], prompts: list[Prompt]) -> dict[str, list]:
+    """Figures of R responses to R prompts, in lists (R,)."""
+    texts = [decode(one.tokens[: len(one.tokens) - one.stopped]) for one in responses]
+    return {"tokens": [len(one.tokens) - one.stopped for one in responses],
+            "stopped": [one.stopped for one in responses],
+            "repeated_4grams": list(map(repeated_4grams, texts)),
+            "exact_match": [plain(text) == plain(prompt.output)
+                            for text, prompt in zip(texts, prompts, strict=True)]}
+
+
+def repeated_4grams(text: str) -> float:
+    """The share of the 4-grams of a text's words that occurred earlier in it; 0 if it has none."""
+    words = text.split()
+    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def plain(text: str) -> str:
+    """The text without differences in case, whitespace and final punctuation."""
+    return normalize(text).rstrip(" .,;:!?")
+
+
+def summarize(values: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
+    """Means over all responses (K, P) with standard errors over prompts; of exact_match only over
+    prompts with a short reference, which a response can be expected to match."""
+    rows = {figure: row.mean(0) for figure, row in values.items()}  # (P,) each
+    short = [0 < len(prompt.output.split()) <= SHORT_WORDS for prompt in prompts]
+    rows["exact_match"] = rows["exact_match"][torch.tensor(short)]
+    return means({figure: row for figure, row in rows.items() if len(row)})
+
+
+def response_loss(model: GPT, prompts: list[Prompt], launch: Launch) -> dict[str, float]:
+    """The loss of the reference responses that fit into the context, in nats per token,
+    <|endoftext|> included: what learning from rewards costs. Empty if there are none."""
+    pairs = [encode_example(prompt.instruction, prompt.input, prompt.output)
+             for prompt in prompts if prompt.output.strip()]
+    pairs = [pair for pair in pairs if sum(map(len, pair)) - 1 <= model.config.block_size]
+    if not pairs:
+        return {}
+    total = score(model, pairs, launch, torch.float32, label="response loss")[:, 0].sum().item()
+    return {"response_loss": -total / sum(len(response) for _, response in pairs)}
+
+
+def add_comparisons(results: dict, values: dict[str, dict], config: JudgeConfig) -> None:
+    """Adds to the results: win rates, best-of-n of the reference, and bounds of the KL."""
+    kinds = [kind for kind in ("proxy", "gold") if getattr(config, kind)]
+    judged, (first, *others) = kinds[-1], values  # gold if there is one
+    baseline = values[first]
+    for name in others:
+        results[name] |= win_rate(values[name][judged], baseline[judged])
+    success = {name: row[judged].mean() for name, row in values.items()}  # if the reward is 0 or 1
+    if config.temperature == 1 and 0 < success[first] < 1 and all(
+            ((row[judged] == 0) | (row[judged] == 1)).all() for row in values.values()):
+        for name in values:
+            results[name]["kl_lower_bound"] = binary_kl(success[name], success[first]).item()
+    for n in sorted({config.best_of, *(2**k for k in range(config.best_of.bit_length()))} - {0}):
+        results[f"best of {n}"] = means({
+            kind: best_of_n(baseline[kinds[0]].T, baseline[kind].T, n) for kind in kinds})
+        results[f"best of {n}"]["kl_upper_bound"] = math.log(n) - (n - 1) / n
+
+
+def win_rate(scores: Tensor, baseline: Tensor) -> dict:
+    """How often a response wins against the reference's, by rewards (K, P) and (K', P) of responses
+    to the same prompts, ties half; with a 95 % interval, bootstrapped over prompts."""
+    wins = accuracy(scores[:, None] - baseline[: len(scores)]).mean((0, 1))  # (P,)
+    draws = torch.randint(len(wins), (BOOTSTRAP_DRAWS, len(wins)),
+                          generator=torch.Generator().manual_seed(0))
+    interval = wins[draws].mean(1).quantile(wins.new_tensor([0.025, 0.975]))
+    return {"win_rate": wins.mean().item(), "win_rate_interval": interval.tolist()}
+
+
+def main() -> None:
+    config = parse_config(JudgeConfig, description=__doc__)
+    if not config.policies:
+        raise UserError("no checkpoint given: python judge.py out/finetune out/rlhf")
+    if config.best_of and (config.temperature != 1 or not (config.proxy or config.gold)):
+        raise UserError(f"--best-of {config.best_of} needs --proxy, the reward to choose by, and "
+                        "--temperature 1, for which its KL is known")
+    check_folder(Path(config.out_dir), f"--out-dir {config.out_dir}")
+    with launched(config.device) as launch:
+        if config.temperature != 1 and len(config.policies) > 1:
+            launch.print0(f"--temperature {config.temperature}: no KL, which is defined at 1")
+        judge(config, launch)
+
+
+if __name__ == "__main__":
+    run_main(main)
