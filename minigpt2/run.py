@@ -288,9 +288,11 @@ class Run:
         """Clips the gradients, those of a value model by themselves, and takes one optimizer step.
         A non-finite loss, figure in `sums` or gradient norm skips it on all ranks."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm, *_ = [torch.nn.utils.clip_grad_norm_(
+        grad_norm, *others = [torch.nn.utils.clip_grad_norm_(
             model.parameters(), self.config.grad_clip or math.inf)
             for model in (self.model, self.value) if model is not None]
+        for other in others:
+            grad_norm = grad_norm.where(other.isfinite(), other)
         numbers = agree(torch.stack([loss_sum, *sums]), grad_norm, self.stop, self.launch)
         step_if_finite(self.optimizer, numbers)
         self.scaler.update()

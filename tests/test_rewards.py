@@ -47,13 +47,22 @@ def test_an_output_that_is_needed_but_missing(spec):
 def test_a_function_of_a_file(tmp_path):
     """Gets the row and the text without <|endoftext|>; may return any real number."""
     path = tmp_path / "mine.py"
-    path.write_text("import fractions\n\n\ndef score(row, response):\n"
+    path.write_text("from fractions import Fraction\n\n\ndef score(row, response):\n"
                     "    assert set(row) >= {'instruction', 'input', 'output'}, row\n"
-                    "    return fractions.Fraction(len(response), 4) + (row['output'] == 'x')\n")
-    assert scores(f"{path}:score", ["", "abc"], "x") == [1.0, 1.75]
+                    "    return Fraction(len(response), 4) + (row.pop('output') == 'x')\n")
+    assert scores(f"{path}:score", ["", "abc"], "x") == [1.0, 1.75]  # a row is its own copy
     before = Reward(f"{path}:score", "--reward", CPU).sha256
     path.write_text(path.read_text() + "# more\n")
     assert Reward(f"{path}:score", "--reward", CPU).sha256 != before
+
+
+def test_a_file_may_define_a_dataclass(tmp_path):
+    """Which looks its module up by name."""
+    path = tmp_path / "re.py"  # the name of a module that is loaded already
+    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+                    "@dataclass\nclass Score:\n    value: float\n\n\n"
+                    "def score(row, response):\n    return Score(2.0).value\n")
+    assert scores(f"{path}:score", ["a"]) == [2.0]
 
 
 def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):

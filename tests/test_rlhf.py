@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import world_rewards
-from helpers.common import CPU_LAUNCH, ROOT, main_error, run_script, user_error, write_rows
+from helpers.common import CPU_LAUNCH, ROOT, main_error, main_of, run_script, user_error, write_rows
 from helpers.ranks import Ranks, wait_until
 from helpers.training import assert_same_run, final_state, flags, num_records
 from helpers.worlds import T, W
@@ -530,6 +530,21 @@ def test_every_epoch_trains_every_token_once(advantage, tmp_path, monkeypatch):
     assert changes[0] < 1e-6 and min(changes[1:]) > 1e-3
 
 
+def test_a_gradient_of_the_value_model_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
+    """Even if its loss is finite, as after an overflow in float16."""
+    TREE.use_small_vocabulary(monkeypatch)
+
+    def value_loss(values, *rest, real=A.value_loss):
+        return real(values, *rest) + (values - values.detach()).abs().sqrt()  # slope: NaN
+
+    monkeypatch.setattr(A, "value_loss", value_loss)
+    policy = train(settings(TREE, tmp_path, steps=1, inner_epochs=1, minibatches=1), CPU_LAUNCH)
+    [record] = records(tmp_path / "out")
+    assert record["skipped"] == 1 and record["grad_norm"] is None
+    assert weights_sha256(policy) == weights_sha256(TREE.make_reference())
+    assert all(value.isfinite().all() for value in final_state(tmp_path / "out")["value"].values())
+
+
 # --------------------------------------------------------------------------- ranks
 
 
@@ -757,7 +772,7 @@ def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
     ({"reward": "{folder}/nowhere"}, "nowhere"),
     ({"reward": "{folder}/reference"}, "is a language model, expected a reward model"),
     ({"checkpoint": "{folder}/model"}, "is a reward model, expected a language model"),
-    ({"prompts": "{folder}/none.json"}, "cannot read --prompts"),
+    ({"prompts": "{folder}/none.json"}, "none.json (No such file"),
     ({"prompts": "{folder}/empty.json"}, "0 prompts of 0 rows"),
     ({"prompts": "{folder}/bad.json"}, "row 1"),
     ({"max_response": 8}, "5 without room for 8 tokens in a context of 8): lower --max-response"),
@@ -773,7 +788,7 @@ def test_bad_settings_are_one_line(changes, words, tmp_path, monkeypatch, capsys
     changes = {name: value.format(folder=tmp_path) if isinstance(value, str) else value
                for name, value in changes.items()}
     config = settings(TREE, tmp_path, **changes)
-    assert words in main_error(rlhf.main, flags(config), monkeypatch, capsys)
+    assert words in main_error(main_of(rlhf), flags(config), monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -794,6 +809,20 @@ def test_what_a_reward_function_must_not_do(body, value, tmp_path, monkeypatch):
                          torch.float32)
     assert f"the reward function {path}:score gives " in message and value in message
     assert f"'3 1 5', a response to {tmp_path / 'prompts.jsonl'} line 2" in message
+
+
+@pytest.mark.slow
+def test_a_reward_function_that_raises_on_one_rank_ends_all(tmp_path):
+    """One line, from the rank that asked it, and no rank waits for the other."""
+    path = tmp_path / "mine.py"
+    path.write_text("import os\n\n\ndef score(row, response):\n"
+                    "    return 1 / (1 - int(os.environ['RANK']))\n")
+    config = settings(TREE, tmp_path, reward=f"{path}:score", batch_size=64)
+    ranks = start(2, config, tmp_path / "log")
+    codes = ranks.wait(60)
+    assert codes[1] == 2 and codes[0] not in (None, 0), (codes, ranks.output())
+    assert "ZeroDivisionError: division by zero" in ranks.output(1)
+    assert not any("Traceback" in ranks.output(rank) for rank in range(2)), ranks.output()
 
 
 def test_a_score_that_is_not_finite_stops_the_run_naming_row_and_text(tmp_path, monkeypatch):
