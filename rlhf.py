@@ -80,8 +80,9 @@ class RLHFConfig(TuningConfig):
 
 # A resumed run may change neither the rewards nor what a step samples and computes
 FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size",
-                   "epochs", "minibatches", "max_response", "unstopped_score", "kl_target",
-                   "seed", "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
+                   "epochs", "minibatches", "max_response", "unstopped_score", "kl_coef",
+                   "kl_target", "seed", "val_fraction", "data_sha256", "reference_sha256",
+                   "reward_sha256")
 
 
 def check_config(config: RLHFConfig) -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -182,7 +183,7 @@ class Reward:
     def evaluate(self, row, text: str, place: str) -> float:
         """The value of the function. Raises UserError if it raises, or returns no number."""
         try:
-            value = self.function(vars(row), text)
+            value = self.function(dict(vars(row)), text)
             if math.isfinite(value):
                 return float(value)
         except USER_ERRORS as error:
@@ -201,7 +202,7 @@ def built_in(text: str) -> Callable[[dict, str], float]:
 
 def load_function(path: Path, name: str) -> Callable[[dict, str], float]:
     """A function of a user's file, which this runs."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"rewards in {path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)

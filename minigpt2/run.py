@@ -288,9 +288,9 @@ class Run:
         """Clips the gradients, those of a value model by themselves, and takes one optimizer step.
         A non-finite loss, figure in `sums` or gradient norm skips it on all ranks."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm, *_ = [torch.nn.utils.clip_grad_norm_(
-            model.parameters(), self.config.grad_clip or math.inf)
-            for model in (self.model, self.value) if model is not None]
+        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.grad_clip or math.inf)
+                 for model in (self.model, self.value) if model is not None]
+        grad_norm = norms[0] + 0 * norms[-1]  # not finite if either is not
         numbers = agree(torch.stack([loss_sum, *sums]), grad_norm, self.stop, self.launch)
         step_if_finite(self.optimizer, numbers)
         self.scaler.update()
@@ -300,11 +300,11 @@ class Run:
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
-        """Takes the last optimizer step of a step, and logs the step. loss_sum () is this rank's
-        loss, scaled so that its mean over ranks is the loss of the global batch; `tokens` are those
-        of all ranks, in sequences of sequence_length. Logs `figures` too, and `sums`, tensors () of
-        this rank, summed over ranks, both as means over the updates of the step. Three steps in a
-        row with one that was skipped raise UserError."""
+        """Takes the last update of a step, and logs the step: means over its updates of the loss
+        and of `sums`, tensors () of this rank, summed over ranks; and `figures`. loss_sum () is
+        this rank's loss, scaled so that its mean over ranks is that of the global batch; `tokens`
+        are those of all ranks, in sequences of sequence_length. Raises UserError after three
+        skipped steps in a row."""
         sums = sums or {}
         self.update(loss_sum, sums.values())
         numbers, self.updates = torch.stack(self.updates).mean(0), []

@@ -1,0 +1,94 @@
+"""Reward functions, by name and from files, and the prompts they are asked about."""
+
+import pytest
+import torch
+from helpers.common import CPU_LAUNCH, user_error, write_rows
+
+from dataloader import Prompt, load_prompts
+from minigpt2.rewards import Reward
+from minigpt2.sampling import Response
+from minigpt2.tokenizer import EOT_TOKEN, encode, format_prompt
+
+CPU = torch.device("cpu")
+
+
+def scores(spec: str, texts: list[str], output: str = "", stopped: bool = True,
+           **options) -> list[float]:
+    """The scores of responses with these texts to a row with this output."""
+    row = Prompt("rows.json row 1", "Say it.", "", output, [0])
+    responses = [Response([0], encode(text) + [EOT_TOKEN] * stopped, "stop" if stopped else
+                          "length") for text in texts]
+    reward = Reward(spec, "--reward", CPU, **options)
+    return reward(responses, [row] * len(texts), CPU_LAUNCH, torch.float32).tolist()
+
+
+@pytest.mark.parametrize("spec, output, texts, expected", [
+    ("function:stops", "", ["", "a b", "\n"], [1, 1, 1]),
+    ("function:at_most_words=2", "", ["", "a  b\n", "a b c"], [1, 1, 0]),
+    ("function:contains=Cat", "dog", ["a cat", "concatenate", "a dog"], [1, 1, 0]),
+    ("function:contains", "Blue sky", ["the BLUE SKY.", "blue", ""], [1, 0, 0]),
+    ("function:equals=four two", "", [" four  two\n", "four", "Four two", "four two ."],
+     [1, 0, 0, 0]),
+    ("function:equals", "4 = x", ["4 = x", "4 =\nx ", "4=x"], [1, 1, 0]),
+    ("function:equals=a=b", "", ["a=b", "a"], [1, 0]),
+    ("function:matches=^[0-9]+$", "", ["12", "a12", "", "12 "], [1, 0, 0, 0])])
+def test_functions(spec, output, texts, expected):
+    assert scores(spec, texts, output) == expected
+    assert scores(spec, texts, output, stopped=False) == [0] * len(texts)
+    assert scores(spec, texts, output, stopped=False, unstopped_score=-0.5) == [-0.5] * len(texts)
+
+
+@pytest.mark.parametrize("spec", ["function:contains", "function:equals"])
+def test_an_output_that_is_needed_but_missing(spec):
+    message = user_error(scores, spec, ["cat"])
+    assert "the row has no output" in message and "rows.json row 1" in message
+
+
+def test_a_function_of_a_file(tmp_path):
+    """Gets the row and the text without <|endoftext|>; may return any real number."""
+    path = tmp_path / "mine.py"
+    path.write_text("from fractions import Fraction\n\n\ndef score(row, response):\n"
+                    "    assert set(row) >= {'instruction', 'input', 'output'}, row\n"
+                    "    return Fraction(len(response), 4) + (row.pop('output') == 'x')\n")
+    assert scores(f"{path}:score", ["", "abc"], "x") == [1.0, 1.75]  # a row is its own copy
+    before = Reward(f"{path}:score", "--reward", CPU).sha256
+    path.write_text(path.read_text() + "# more\n")
+    assert Reward(f"{path}:score", "--reward", CPU).sha256 != before
+
+
+def test_a_file_may_define_a_dataclass(tmp_path):
+    """Which looks its module up by name."""
+    path = tmp_path / "re.py"  # the name of a module that is loaded already
+    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+                    "@dataclass\nclass Score:\n    value: float\n\n\n"
+                    "def score(row, response):\n    return Score(2.0).value\n")
+    assert scores(f"{path}:score", ["a"]) == [2.0]
+
+
+def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
+    rows = [{"instruction": "Name a cat.", "output": "Tom"}, {"prompt": "Name a cat."},
+            {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Add.",
+                                                                   "input": "1 2"},
+            {"prompt": "Say yes.", "completion": "yes"},
+            {"instruction": "Choose.", "chosen": "this", "rejected": "that"},
+            {"messages": [{"role": "user", "content": "Hello?"},
+                          {"role": "assistant", "content": "Hello!"}]},
+            {"prompt": "long " * 100}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    prompts, summary = load_prompts(str(path), "--prompts", 100, 20)
+    assert [(p.instruction, p.input, p.output) for p in prompts] == [
+        ("Name a cat.", "", "Tom"), ("Add.", "1 2", "3"), ("Say yes.", "", "yes"),
+        ("Choose.", "", "this"), ("Hello?", "", "Hello!")]
+    assert all(p.ids == encode(format_prompt(p.instruction, p.input)) for p in prompts)
+    assert [p.place.split()[-1] for p in prompts] == ["1", "3", "5", "6", "7"]
+    assert summary == ("5 prompts of 8 rows (left out: 2 repeated, 1 without room for 20 tokens in "
+                       "a context of 100)")
+    message = user_error(load_prompts, str(path), "--prompts", 30, 20)
+    assert "0 prompts of 8 rows" in message and "lower --max-response" in message
+
+
+@pytest.mark.parametrize("row", [3, {"text": "a"}, {"prompt": 3}, {"prompt": ""},
+                                 {"messages": "hello"}, {"instruction": None, "output": "b"}])
+def test_a_row_without_a_prompt_is_named(tmp_path, row):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
+    assert "line 2" in user_error(load_prompts, str(path), "--prompts", 100, 20)
