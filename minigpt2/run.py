@@ -288,7 +288,8 @@ class Run:
         """Clips the gradients, those of a value model by themselves, and takes one optimizer step.
         A non-finite loss, figure in `sums` or gradient norm skips it on all ranks."""
         self.scaler.unscale_(self.optimizer)
-        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.grad_clip or math.inf)
+        largest = self.config.grad_clip or math.inf
+        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
                  for model in (self.model, self.value) if model is not None]
         grad_norm = norms[0] + 0 * norms[-1]  # not finite if either is not
         numbers = agree(torch.stack([loss_sum, *sums]), grad_norm, self.stop, self.launch)

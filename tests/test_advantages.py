@@ -181,7 +181,7 @@ def corners(*names: str) -> list[torch.Tensor]:
 def check_policy_loss() -> None:
     new, old, advantages = corners("new", "old", "advantages")
     new.requires_grad_()
-    losses = A.policy_loss(new, old, advantages, 0.2, 0.2)
+    losses, _ = A.policy_loss(new, old, advantages, 0.2, 0.2)
     assert losses.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
     losses.sum().backward()  # a clipped token has no gradient, others ratio x -advantage
     assert new.grad.tolist() == pytest.approx([0, 1.5, -0.5, 0])
@@ -193,12 +193,12 @@ def test_the_clipped_policy_loss_by_hand():
 
 def test_the_upper_bound_is_its_own():
     new, old, advantages = corners("new", "old", "advantages")
-    losses = A.policy_loss(new, old, advantages, 0.4, 0.28)
+    losses, _ = A.policy_loss(new, old, advantages, 0.4, 0.28)
     assert losses.tolist() == pytest.approx([-1.28, 1.5, -0.5, 0.6])
-    assert A.is_clipped(new, old, 0.2, 0.2).tolist() == [1, 1, 1, 1]
-    assert A.is_clipped(new, old, 0.6, 0.2).tolist() == [1, 1, 0, 0]
-    assert A.is_clipped(new, old, 0.2, 0.6).tolist() == [0, 0, 1, 1]
-    assert A.is_clipped(old, old, 0, 0).tolist() == [0, 0, 0, 0]
+    for low, high, clipped in ((0.2, 0.2, [1, 1, 1, 1]), (0.6, 0.2, [1, 1, 0, 0]),
+                               (0.2, 0.6, [0, 0, 1, 1])):
+        assert A.policy_loss(new, old, advantages, low, high)[1].tolist() == clipped
+    assert A.policy_loss(old, old, advantages, 0, 0)[1].tolist() == [0, 0, 0, 0]
 
 
 def check_value_loss() -> None:
@@ -279,7 +279,7 @@ def check_kl_gradient(kl_in_loss=None) -> None:
         mask = torch.ones(9, 2, dtype=torch.bool)
         rewards = A.token_rewards(torch.zeros(9), log_ratios.detach(), mask, 1.0)
         advantages = A.gae(rewards, torch.zeros(9, 2), mask, 1.0)
-        losses = A.policy_loss(logprobs, logprobs.detach(), advantages, 0.2, 0.2)
+        losses, _ = A.policy_loss(logprobs, logprobs.detach(), advantages, 0.2, 0.2)
     else:
         losses = kl_in_loss(logprobs, reference)
     [found] = torch.autograd.grad((p.detach() * losses.sum(1)).sum(), theta)
@@ -326,7 +326,8 @@ def interleaved(rewards, group_size, scale, real=A.group_advantages):
 
 def maximum(new, old, advantages, low, high):
     ratios = (new - old).exp()
-    return -torch.maximum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
+    losses = -torch.maximum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
+    return losses, torch.zeros_like(losses)
 
 
 MUTATIONS = {

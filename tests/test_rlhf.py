@@ -143,7 +143,8 @@ def kl_in_the_loss(estimate):
 
     def policy_loss(new, old, extended, *rest, real=A.policy_loss):
         advantages, ref, beta = extended.unbind(1)
-        return real(new, old, advantages, *rest) + beta * estimate(new, ref)
+        losses, clipped = real(new, old, advantages, *rest)
+        return losses + beta * estimate(new, ref), clipped
 
     return {"rlhf.advantages_and_returns": advantages_and_returns,
             "minigpt2.advantages.policy_loss": policy_loss}
@@ -246,7 +247,7 @@ def test_a_verifiable_reward_reaches_the_frontier(advantage, digits, tmp_path):
     config = RLHFConfig(
         checkpoint=checkpoint, reward="function:equals=7", prompts=data, steps=30, kl_coef=0.5,
         out_dir=str(tmp_path / "out"), advantage=advantage, batch_size=108, group_size=12,
-        micro_batch_size=108, inner_epochs=1, max_response=2, max_lr=1e-3, value_lr=1e-3,
+        micro_batch_size=108, epochs=1, max_response=2, max_lr=1e-3, value_lr=1e-3,
         warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6, save_interval=10**6, seed=1,
         device="cpu")
     policy, reference = train(config, CPU_LAUNCH), load_model(checkpoint)
@@ -538,7 +539,7 @@ def test_a_gradient_of_the_value_model_that_is_not_finite_skips_the_step(tmp_pat
         return real(values, *rest) + (values - values.detach()).abs().sqrt()  # slope: NaN
 
     monkeypatch.setattr(A, "value_loss", value_loss)
-    policy = train(settings(TREE, tmp_path, steps=1, inner_epochs=1, minibatches=1), CPU_LAUNCH)
+    policy = train(settings(TREE, tmp_path, steps=1, epochs=1, minibatches=1), CPU_LAUNCH)
     [record] = records(tmp_path / "out")
     assert record["skipped"] == 1 and record["grad_norm"] is None
     assert weights_sha256(policy) == weights_sha256(TREE.make_reference())
