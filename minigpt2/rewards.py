@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from minigpt2.advantages import response_targets
 from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha256
-from minigpt2.config import UserError
+from minigpt2.config import UserError, first_line
 from minigpt2.distributed import Launch, autocast, share_work, to_device
 from minigpt2.files import sha256_of
 from minigpt2.preferences import padded_length
@@ -128,6 +128,7 @@ def matches(pattern: str, row: dict, response: str) -> bool:
 
 FUNCTIONS = {"stops": stops, "at_most_words": at_most_words, "contains": contains,
              "equals": equals, "matches": matches}
+CHECKS = {"at_most_words": int, "matches": re.compile}  # of arguments that must be there
 REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function:NAME with stops, "
            "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX")
 USER_ERRORS = (  # which a user's function may raise
@@ -154,7 +155,8 @@ class Reward:
                 self.model = load_model(spec, device, RewardModel).requires_grad_(False)
                 self.sha256 = weights_sha256(self.model)
         except USER_ERRORS as error:
-            raise UserError(f"{flag} {spec}: {error!r:.200}, {REWARDS}") from None
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{flag} {spec}: {problem:.200}; {REWARDS}") from None
         self.unstopped_score = unstopped_score
         if unstopped_score is None:
             self.unstopped_score = 0.0 if self.model is None else -1.0
@@ -187,22 +189,25 @@ class Reward:
             if math.isfinite(value):
                 return float(value)
         except USER_ERRORS as error:
-            value = error
-        raise UserError(f"the reward {self.spec} gives {value!r:.120} for {place} expected a "
+            value = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the reward function {self.spec} gives {value!s:.120} for {place} expected a "
                         "finite number")
 
 
 def built_in(text: str) -> Callable[[dict, str], float]:
-    """The function of "NAME" or "NAME=ARGUMENT". Raises KeyError, ValueError, re.error."""
+    """The function of "NAME" or "NAME=ARGUMENT". Raises ValueError, re.error."""
     name, _, argument = text.partition("=")
-    if name in ("at_most_words", "matches"):
-        {"at_most_words": int, "matches": re.compile}[name](argument or "(needs an argument")
+    if name not in FUNCTIONS or (name in CHECKS and not argument):
+        raise ValueError(f"{name} is unknown, or lacks its argument")
+    CHECKS.get(name, str)(argument)  # may raise
     return functools.partial(FUNCTIONS[name], argument)
 
 
 def load_function(path: Path, name: str) -> Callable[[dict, str], float]:
-    """A function of a user's file, which this runs."""
+    """A function of a user's file, which this runs. May raise any of USER_ERRORS."""
     spec = importlib.util.spec_from_file_location(f"rewards in {path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, name)
+    if not callable(function := getattr(module, name, None)):
+        raise ValueError(f"it has no function {name!r}")
+    return function
