@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -254,10 +254,20 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
     return None if stopped else summed / count
 
 
-def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
-               should_stop: Callable[[], bool] = bool, label: str = "") -> dict | None:
-    """The dicts work(batch) of all batches, merged, on every rank: the ranks take the batches in
-    turn, eagerly and without gradients. None, on all, once `should_stop()` is true on any."""
+def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch, *,
+               size_of: Callable[[object], object] = bool, batch_size: int = 32,
+               batch_tokens: int = 0, should_stop: Callable[[], bool] = bool,
+               label: str = "") -> list | None:
+    """The results of work(batch), one per row, of all rows in their order, on every rank: the ranks
+    take batches in turn, eagerly and without gradients. Whatever their number, a batch holds
+    batch_size rows, or about batch_tokens, sorted by `size_of`, the largest first. With a `label`,
+    rank 0 shows progress. None, on all ranks, once `should_stop()` is true on any."""
+    order = sorted(range(len(rows)), key=lambda i: size_of(rows[i]), reverse=True)
+    batches = []
+    while order:
+        count = max(1, batch_tokens // size_of(rows[order[0]])) if batch_tokens else batch_size
+        batches.append(order[:count])
+        del order[:count]
     mine, found = batches[launch.rank :: launch.world_size], {}
     bar = progress_bar(len(mine), 0, label, unit="batch", over=mine,
                        enabled=bool(label) and launch.is_master)
@@ -265,11 +275,12 @@ def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
         for batch in bar:
             if should_stop():
                 break
-            found |= work(batch)
+            found |= zip(batch, work([rows[i] for i in batch]), strict=True)
     parts, stopped = zip(*launch.gather((found, should_stop())), strict=True)
     if any(stopped):
         return None
-    return {key: value for part in parts for key, value in part.items()}
+    merged = {row: result for part in parts for row, result in part.items()}
+    return [merged[row] for row in range(len(rows))]
 
 
 class HostCopy:
