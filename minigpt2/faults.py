@@ -190,16 +190,6 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         dist.destroy_process_group()
 
 
-def agree(figures: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
-          launch: Launch) -> torch.Tensor:
-    """What all ranks must agree on in a step, on the device: (n + 2,) float32, the sums of figures
-    (n,) over ranks, how many ranks were asked to stop, and the gradient norm (that of all-reduced
-    gradients). One small all-reduce, and no synchronization with the host."""
-    asked = torch.full((1,), float(request.requested()), device=launch.device)
-    sums = launch.sum(torch.cat([figures, asked]))  # (n + 1,)
-    return torch.cat([sums, grad_norm[None]])
-
-
 def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
                   scaler: torch.amp.GradScaler, out_dir: Path) -> int:
     """The number of consecutive skipped steps after `step`, whose loss and gradient norm are the

@@ -24,28 +24,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
 
 
-def optimizer_bytes(model: torch.nn.Module, ranks: int) -> int:
-    """AdamW's moments, 8 bytes per parameter, on the fullest of `ranks`: an equal share, or the
-    largest tensor if that is more, since ZeroRedundancyOptimizer assigns whole tensors."""
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return 8 * max(-(-sum(sizes) // ranks), *sizes)
-
-
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
     """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
     on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. A collective, before the model
-    is wrapped in DDP; preserves the random state. Raises UserError if no candidate fits."""
+    is wrapped in DDP. Raises UserError if no candidate fits."""
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
-        fits = True
-        try:
-            try_step(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            fits = False
+        fits = step_fits(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
         model.zero_grad(set_to_none=True)
         gc.collect()  # the frames of an error may hold tensors in a reference cycle
         torch.cuda.empty_cache()
@@ -60,16 +47,21 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
                     f"on {launch.device}: try --activation-checkpointing or shorter sequences")
 
 
-def try_step(model: GPT, size: int, sequence_length: int, device: torch.device,
-             dtype: torch.dtype, optimizer_bytes: int) -> None:
-    """Forward and backward on random tokens, while memory is held for gradients, for moments that
-    do not exist yet (`optimizer_bytes`) and for some headroom. Leaves gradients."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+def step_fits(model: GPT, size: int, sequence_length: int, device: torch.device,
+              dtype: torch.dtype, optimizer_bytes: int) -> bool:
+    """Whether there is memory for a forward and backward pass, gradients, moments that do not exist
+    yet (`optimizer_bytes`) and some headroom. Leaves gradients."""
+    try:
         ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
         for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
             parameter.grad = torch.zeros_like(parameter)
-        tokens = torch.randint(model.config.vocab_size, (2, size, sequence_length), device=device)
+        tokens = torch.zeros(2, size, sequence_length, dtype=torch.int64, device=device)
         with autocast(device, dtype):
             _, loss = model(*tokens, reduction="sum", return_logits=False)
         loss.backward()
         del ballast
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False

@@ -139,21 +139,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
     pickle a rank's whole state and block the interpreter, heartbeats included, for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = local_optimizer(optimizer).state
-    is_sharded = local_optimizer(optimizer) is not optimizer
     held = [(index, name) for index, p in enumerate(params) for name in states.get(p, ())]
-    keys_by_rank = launch.gather(held) if is_sharded else [held]
-    largest = max(p.numel() for p in params) if is_sharded else 0
-    buffer = torch.empty(largest, device=params[0].device)
+    is_sharded = local_optimizer(optimizer) is not optimizer
     gathered: dict[int, dict] = defaultdict(dict)
-    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(keys_by_rank)
-                                     for key in keys):
-        shape = () if name == "step" else params[index].shape
-        tensor = (states[params[index]][name].to(buffer.device) if params[index] in states else
-                  buffer[: math.prod(shape)].view(shape))
-        if owner > 0:
-            dist.broadcast(tensor, src=owner)
-        if launch.is_master:
-            gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
+    for owner, keys in enumerate(launch.gather(held) if is_sharded else [held]):
+        for index, name in keys:
+            param = params[index]
+            tensor = (states[param][name].to(param.device) if param in states else
+                      torch.empty(() if name == "step" else param.shape, device=param.device))
+            if owner > 0:
+                dist.broadcast(tensor, src=owner)
+            if launch.is_master:
+                gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
     settings = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer, only these
     return settings | {"state": dict(gathered)} if launch.is_master else None
 
