@@ -34,10 +34,10 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
-    replaces a matrix's momentum by the nearest orthogonal matrix; q, k and v, stacked in c_attn,
-    each by itself. Weights decay, and updates have AdamW's usual RMS (Liu et al. 2025). As in
-    PyTorch's fused AdamW, `found_inf` (), 1 or 0, skips a step without the host waiting for it."""
+    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for others. A matrix moves
+    by the nearest orthogonal matrix to its momentum; q, k and v, stacked in c_attn, each by itself.
+    Updates have AdamW's usual RMS, weights decay (Liu et al. 2025). As in PyTorch's fused AdamW,
+    `found_inf` (), 1 or 0, skips a step without the host waiting for it."""
 
     @torch.no_grad()
     def step(self):
@@ -46,10 +46,8 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(group)
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if not group.get("muon")]
-        try:
-            super().step()
-        finally:
-            self.param_groups = all_groups
+        super().step()
+        self.param_groups = all_groups
 
     def step_matrices(self, group: dict) -> None:
         if not group["params"]:  # of a rank that owns no matrix
@@ -133,10 +131,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> N
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
                     copy: Callable[[torch.Tensor, str], torch.Tensor]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(tensor, name)` copies a tensor before it changes.
-
-    The tensors of a sharded optimizer are broadcast one by one: `consolidate_state_dict` would
-    pickle a rank's whole state and block the interpreter, heartbeats included, for minutes."""
+    collective. `copy(tensor, name)` copies a tensor before it changes. Those of other ranks are
+    broadcast one by one: `consolidate_state_dict` would block heartbeats for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = local_optimizer(optimizer).state
     held = [(index, name) for index, p in enumerate(params) for name in states.get(p, ())]
