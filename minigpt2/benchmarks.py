@@ -133,11 +133,8 @@ def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
     """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
     paper's), and the perplexity per word, exp of the mean negative log-probability."""
     figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]})
-    nats = means({"nats": -scores[:, 0]})
-    figures["perplexity_per_word"] = perplexity = math.exp(nats["nats"])
-    if "nats_stderr" in nats:
-        figures["perplexity_per_word_stderr"] = perplexity * nats["nats_stderr"]
-    return figures | {"rows": len(scores)}
+    perplexity = scores[:, 0].mean().neg().exp().item()
+    return figures | {"perplexity_per_word": perplexity, "rows": len(scores)}
 
 
 def means(values: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses."""
+"""Fault tolerance: signals, lost ranks, non-finite losses, out of memory."""
 
 import contextlib
+import gc
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -19,8 +21,9 @@ import torch.distributed as dist
 
 from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
-from minigpt2.distributed import Launch, connect_store, start
-from minigpt2.memory import is_out_of_memory
+from minigpt2.distributed import Launch, autocast, connect_store, start
+from minigpt2.loss import on_cpu
+from model import GPT
 
 # torchrun and SLURM, Ctrl-C, SLURM's early warning, a closed terminal
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
@@ -29,6 +32,11 @@ HEARTBEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # a rank with no heartbeat for this long is lost
 MAX_SKIPPED = 3  # consecutive steps
 RESUME_HINT = "--resume continues from the newest checkpoint"
+CPU_MICRO_BATCH = 16  # sequences: on a CPU, more are not faster
+HEADROOM_BYTES = 512 * 2**20  # which a trial leaves free, for evaluation and sampling
+OUT_OF_MEMORY = re.compile(  # CUDA, MPS, NCCL, Triton; PyTorch on a CPU; C++; Python; cuBLAS
+    "out of memory|DefaultCPUAllocator|bad_alloc|can't start new thread|CUBLAS_STATUS_ALLOC_FAILED"
+    "|could not create a primitive")  # oneDNN, which gives no reason
 
 
 class IgnoreBrokenPipe:
@@ -192,10 +200,9 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 
 def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
                   scaler: torch.amp.GradScaler, out_dir: Path) -> int:
-    """The number of consecutive skipped steps after `step`, whose loss and gradient norm are the
-    same on all ranks. Raises UserError, on all of them, after MAX_SKIPPED. The float16 scaler
-    starts too high on purpose and halves at every overflow: while its scale is at least 1, an
-    overflow of the gradients alone is neither counted nor reported."""
+    """The number of consecutive skipped steps after `step`, the same on all ranks. Raises UserError
+    after MAX_SKIPPED. The float16 scaler starts too high on purpose: while its scale is at least 1,
+    an overflow of the gradients alone is neither counted nor reported."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
@@ -206,3 +213,53 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
     good = f"the last checkpoint before them is {before[-1]}" if before else "no earlier checkpoint"
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
                     f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is an out-of-memory error of any device."""
+    return error is not None and (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_memory(error.__cause__)
+        or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
+
+
+def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
+                     compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
+    """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
+    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. A collective, before the model
+    is wrapped in DDP. Raises UserError if no candidate fits."""
+    if on_cpu(launch.device):
+        return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
+    for size in candidates:
+        fits = step_fits(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
+        model.zero_grad(set_to_none=True)
+        gc.collect()  # the frames of an error may hold tensors in a reference cycle
+        torch.cuda.empty_cache()
+        failed_ranks = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()
+        if compiled and (failed_ranks or launch.world_size > 1):
+            # Compile the next size for itself, not for dynamic shapes. Under DDP the compiler
+            # splits the graph differently, so that gradients can be reduced early.
+            torch.compiler.reset()
+        if not failed_ranks:
+            return size
+    raise UserError(f"not even a micro-batch of {candidates[-1]} x {sequence_length} tokens fits "
+                    f"on {launch.device}: try --activation-checkpointing or shorter sequences")
+
+
+def step_fits(model: GPT, size: int, sequence_length: int, device: torch.device,
+              dtype: torch.dtype, optimizer_bytes: int) -> bool:
+    """Whether there is memory for a forward and backward pass, gradients, moments that do not exist
+    yet (`optimizer_bytes`) and some headroom. Leaves gradients."""
+    try:
+        ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
+        for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.zeros(2, size, sequence_length, dtype=torch.int64, device=device)
+        with autocast(device, dtype):
+            _, loss = model(*tokens, reduction="sum", return_logits=False)
+        loss.backward()
+        del ballast
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False

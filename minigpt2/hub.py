@@ -1,6 +1,5 @@
 """Downloads dataset files from the Hugging Face hub, verified by the size and SHA-256 it lists."""
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from minigpt2.files import sha256_of
 
 PERMANENT = {400, 401, 403, 404, 410, 416}  # HTTP status codes that are not retried
 INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every failure
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,7 @@ class RetryPolicy:
 
 
 def find_commit(repo: str, revision: str, retry: RetryPolicy) -> str:
-    """The commit of a branch or tag; a commit is returned without a request. Raises UserError."""
-    if COMMIT.fullmatch(revision):
-        return revision
+    """The commit of a branch, a tag or an abbreviated commit. Raises UserError."""
     return retry.call(lambda: huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha,
                       f"{repo} at {revision}")
 

@@ -43,13 +43,6 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     return losses.new_zeros(len(valid)).masked_scatter(valid, losses)
 
 
-def pad_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight (V, C) in `dtype`, with rows of zeros up to a multiple of HEAD_MULTIPLE (V', C)."""
-    head = weight.new_zeros(len(weight) + -len(weight) % HEAD_MULTIPLE, weight.size(1), dtype=dtype)
-    head[: len(weight)] = weight
-    return head
-
-
 def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
@@ -68,7 +61,8 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     weight is float32. `scales` (N,) weigh the rows in that sum; `gradients` may be left out."""
     N, V, device = len(x), len(weight), x.device
     rows, softmax_rows = block_sizes(device)
-    head, ignored, targets = pad_head(weight, x.dtype), targets < 0, targets.clamp(min=0)
+    head = F.pad(weight.to(x.dtype), (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
+    ignored, targets = targets < 0, targets.clamp(min=0)
     losses, grad_x = torch.empty(N, device=device), torch.empty_like(x)
     grad_head = torch.zeros_like(head, dtype=torch.float32) if gradients else head
     # Buffers shared by all blocks: on a CPU, fresh pages would take a fifth of the time

@@ -17,10 +17,9 @@ from minigpt2 import distributed, resume
 from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
-from minigpt2.faults import StopRequest, count_skipped, launched
+from minigpt2.faults import StopRequest, count_skipped, find_micro_batch, launched
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
-from minigpt2.memory import find_micro_batch
 from minigpt2.metrics import RunLog, peak_flops, run_metadata
 from minigpt2.optimizer import learning_rate, make_optimizer, step_if_finite
 from minigpt2.progress import progress_bar

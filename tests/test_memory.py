@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH, user_error
 
-from minigpt2.memory import find_micro_batch, is_out_of_memory
+from minigpt2.faults import find_micro_batch, is_out_of_memory
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64)
@@ -59,7 +59,7 @@ def find(model, candidates=(16, 8, 4, 2, 1), launch=CPU_LAUNCH, dtype=torch.floa
          compiled=False) -> int:
     """By trial, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minigpt2.memory.on_cpu", lambda device: False)
+        patch.setattr("minigpt2.faults.on_cpu", lambda device: False)
         return find_micro_batch(model, list(candidates), launch=launch, dtype=dtype,
                                 compiled=compiled, sequence_length=32, optimizer_bytes=1000)
 
