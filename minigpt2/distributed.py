@@ -36,10 +36,6 @@ class Launch:
     device: torch.device
 
     @property
-    def device_type(self) -> str:
-        return self.device.type
-
-    @property
     def is_master(self) -> bool:
         return self.rank == 0
 

@@ -97,10 +97,6 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class LostRankError(UserError):
-    """This rank failed because another one was lost: a consequence, not the cause."""
-
-
 class RankMonitor:
     """A thread that ends this process when another rank fails, when its torchrun is killed, or when
     a rank no longer increments its counter in torchrun's store, as all do once a second."""
@@ -127,8 +123,9 @@ class RankMonitor:
             self.store = dist.PrefixStore(prefix, store)
 
     def __exit__(self, kind, error, traceback) -> None:
+        is_cause = error is not None and not self.leaving.is_set()
         self.leaving.set()
-        if self.store is not None and error is not None and kind is not LostRankError:
+        if self.store is not None and is_cause:
             status, name = (2, "") if kind is UserError else (1, f"{kind.__name__}: ")
             with contextlib.suppress(RuntimeError):  # the store itself may be lost
                 self.store.set("failed", f"{status}rank {self.rank}: {name}{first_line(error)}")
@@ -188,8 +185,9 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
                 raise UserError(f"out of memory ({first_line(error):.120}): lower the micro-batch, "
                                 "or use --micro-batch-size auto") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-                raise LostRankError("lost the connection to another rank: it was killed, or its "
-                                    f"node is down. {RESUME_HINT}") from error
+                monitor.leaving.set()  # a consequence: the cause is reported by another rank
+                raise UserError("lost the connection to another rank: it was killed, or its node "
+                                f"is down. {RESUME_HINT}") from error
             if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
                 raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
                                 "lacks, or train with --no-compile, which is slower") from error

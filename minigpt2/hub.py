@@ -23,7 +23,7 @@ class RetryPolicy:
     def call(self, function: Callable, what: str):
         """Returns function(), retried while the network or the hub fails. `what` names the request
         in messages. Raises UserError if it keeps failing, and at once if a retry cannot help."""
-        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HTTPError
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()  # hides the client's own messages
         for attempt in range(self.max_retries + 1):
@@ -33,10 +33,7 @@ class RetryPolicy:
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                # LocalEntryNotFoundError, a FileNotFoundError, means that the hub did not answer
-                absent = (isinstance(error, FileNotFoundError)
-                          and not isinstance(error, LocalEntryNotFoundError))
-                if attempt == self.max_retries or absent or status in PERMANENT:
+                if attempt == self.max_retries or status in PERMANENT:
                     raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
                                     "check network, --revision and access, then rerun") from None
                 delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)

@@ -70,7 +70,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if not self.launch.is_master:
             return
         parameters = self.copy(dict(model.named_parameters()), "model")
-        if self.launch.device_type == "cuda":
+        if self.launch.device.type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         saved = {"progress": dataclasses.asdict(state), "optimizer": moments,
                  "scaler": scaler.state_dict(), "facts": self.metadata,

@@ -122,7 +122,7 @@ class Run:
         self.state, self.stopping = resume.TrainState(), False
         self.unread, self.updates = deque(), []
         self.dtype = distributed.pick_dtype(config.dtype, launch.device)
-        self.scaler = torch.amp.GradScaler(launch.device_type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(launch.device.type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
         if config.shard_optimizer and not self.shard_optimizer:
             launch.print0("--shard-optimizer: ignored, there is only one rank")
@@ -159,7 +159,7 @@ class Run:
             launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
                           f"{max_steps:,} steps")
         resume.seed_rank(config.seed, self.step, launch)
-        compiled = launch.device_type == "cuda" if config.compile is None else config.compile
+        compiled = launch.device.type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
@@ -314,7 +314,7 @@ class Run:
         self.state.val_loss = None
         self.state.step += 1
         resume.seed_rank(self.config.seed, self.step, self.launch)
-        self.read_steps(all_but=STEPS_LATE[self.launch.device_type])
+        self.read_steps(all_but=STEPS_LATE[self.launch.device.type])
         self.writer.wait(block=False)
         self.bar.update()
 
