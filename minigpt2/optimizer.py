@@ -110,11 +110,10 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     # fused: one kernel instead of a dozen passes over memory per parameter
     options = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
     optimizer_class = Muon if muon_params else torch.optim.AdamW
-    if shard:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
-
-        return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
-    return optimizer_class(groups, **options)
+    if not shard:
+        return optimizer_class(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+    return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
