@@ -25,7 +25,7 @@ from inference import check_vocabulary
 from minigpt2.advantages import accuracy, dpo_loss
 from minigpt2.checkpoint import load_model, weights_sha256
 from minigpt2.config import UserError, flag
-from minigpt2.distributed import Launch, autocast, share_work, to_device
+from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.optimizer import set_lr
@@ -69,19 +69,22 @@ def collate_pairs(pairs: Sequence[Pair], block_size: int,
 def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
                   ) -> dict[str, list[float]] | None:
     """The log-probabilities of the chosen and the rejected response of every pair, by its place, on
-    every rank, in the micro-batches of training; for None see `share_work`. Raises UserError naming
+    every rank, in the micro-batches of training; for None see `share_rows`. Raises UserError naming
     a pair whose log-probability is not finite."""
-    def work(pairs: Sequence[Pair]) -> dict[str, list[float]]:
-        inputs, targets = collate_pairs(pairs, model.config.block_size, run.launch.device)
+    def work(parts: list[Sequence[Pair]]) -> list[list[list[float]]]:
+        inputs, targets = collate_pairs(parts[0], model.config.block_size, run.launch.device)
         with autocast(run.launch.device, run.dtype):
             _, losses = model(inputs, targets, reduction="none", return_logits=False)
-        logprobs = -losses.sum(1).view(-1, 2)  # (R, 2)
-        return dict(zip((pair.place for pair in pairs), logprobs.tolist(), strict=True))
+        return [(-losses.sum(1).view(-1, 2)).tolist()]  # (R, 2)
 
     parts = [part for batch in batches for part in rank_share(batch, run.micro_batch_size, 0, 1)]
-    found = share_work(parts, work, run.launch, run.stop.requested,
-                       "reference" if len(batches) > 1 else "")
-    for place, both in (found or {}).items():
+    rows = share_rows(parts, work, run.launch, batch_size=1, should_stop=run.stop.requested,
+                      label="reference" if len(batches) > 1 else "")
+    if rows is None:
+        return None
+    found = {pair.place: both for part, logprobs in zip(parts, rows, strict=True)
+             for pair, both in zip(part, logprobs, strict=True)}
+    for place, both in found.items():
         if not all(map(math.isfinite, both)):
             raise UserError(f"{place}: its responses have the log-probabilities {both}: leave that "
                             "row out, or use --dtype float32")

@@ -24,7 +24,7 @@ from dataloader import PAD_TOKEN, checked_batch, pad_rows
 from minigpt2 import distributed
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Dtype, Launch, share_work
+from minigpt2.distributed import Dtype, Launch, share_rows
 from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_tokens, stream_keys
@@ -284,20 +284,15 @@ def respond(model: GPT, prompts: Sequence[Sequence[int]], max_steps: int,
 
 def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
                      max_steps: int, launch: Launch, *, temperature: float = 1.0,
-                     batch_size: int = 32, should_stop: Callable[[], bool] = bool,
-                     label: str = "") -> list[Response] | None:
-    """A response to each prompt, in order, on every rank; for None and `label` see `share_work`.
-    Batches are made by length, alike for any number of ranks, and copies of a prompt are together.
-    """
-    def work(batch: list[int]) -> dict[int, Response]:
-        responses = respond(model, [prompts[i] for i in batch], max_steps,
-                            temperature=temperature, seed=[seeds[i] for i in batch])
-        return dict(zip(batch, responses, strict=True))
+                     **options) -> list[Response] | None:
+    """A response to each prompt, in order, on every rank; for the options see `share_rows`. Batches
+    are made by length, with copies of a prompt together."""
+    def work(batch: list[tuple[Sequence[int], int]]) -> list[Response]:
+        prompts, seeds = zip(*batch, strict=True)
+        return respond(model, prompts, max_steps, temperature=temperature, seed=seeds)
 
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    found = share_work(batches, work, launch, should_stop, label)
-    return None if found is None else [found[i] for i in range(len(prompts))]
+    return share_rows(list(zip(prompts, seeds, strict=True)), work, launch,
+                      size_of=lambda row: (len(row[0]), row[0]), **options)
 
 
 def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:

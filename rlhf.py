@@ -11,7 +11,7 @@ it saves, stops on signals, and continues with --resume.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +26,7 @@ from inference import check_vocabulary, sample_responses
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import load_model, weights_sha256
 from minigpt2.config import UserError, flag
-from minigpt2.distributed import Launch, autocast, share_work, to_device
+from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of
 from minigpt2.kernels import prepare_to_sample
@@ -175,21 +175,20 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
     scores = reward(responses, prompts, launch, run.dtype, 2 * config.micro_batch_size,
                     run.stop.requested)
 
-    def work(rows: list[int]) -> dict[int, torch.Tensor]:
-        batch = [(responses[i].prompt, responses[i].tokens) for i in rows]
-        inputs, targets = response_batch(batch, module.block_size, launch.device)  # (B, T)
+    def work(batch: list[Response]) -> Iterable[torch.Tensor]:
+        inputs, targets = response_batch([(one.prompt, one.tokens) for one in batch],
+                                         module.block_size, launch.device)  # (B, T)
         with autocast(launch.device, run.dtype):
             new = module(inputs, targets)  # (N, 2)
             _, losses = reference(inputs, targets, reduction="none", return_logits=False)
         found = torch.cat([new, -losses[targets != IGNORE_INDEX][:, None]], 1).cpu()  # (N, 3)
-        return dict(zip(rows, found.split([len(tokens) for _, tokens in batch]), strict=True))
+        return found.split([len(response.tokens) for response in batch])
 
-    order = sorted(range(len(prompts)), key=lambda i: responses[i].num_tokens)
-    found = share_work(rank_share(order, config.micro_batch_size, 0, 1), work, launch,
-                       run.stop.requested)
+    found = share_rows(responses, work, launch, size_of=lambda response: response.num_tokens,
+                       batch_size=config.micro_batch_size, should_stop=run.stop.requested)
     if scores is None or found is None:
         return None
-    rows = nn.utils.rnn.pad_sequence([found[i] for i in range(len(found))], batch_first=True)
+    rows = nn.utils.rnn.pad_sequence(found, batch_first=True)
     ends = torch.tensor([len(response.tokens) for response in responses])  # (R,)
     mask = A.response_mask(torch.zeros_like(ends), ends, rows.size(1))  # (R, T)
     logprobs, values, ref_logprobs = rows.unbind(2)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError
-from minigpt2.distributed import Launch, autocast, share_work
+from minigpt2.distributed import Launch, autocast, share_rows
 from minigpt2.loss import block_sizes
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, encode
 from model import GPT
@@ -74,26 +74,17 @@ def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[
     return questions
 
 
-def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *, label: str = "",
-          batch_tokens: int = 8192, should_stop: Callable[[], bool] = bool,
-          ) -> torch.Tensor | None:
+def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *,
+          batch_tokens: int = 8192, **options) -> torch.Tensor | None:
     """For each pair: the log-probability of the continuation (nats), whether every one of its
-    tokens is the most likely one, and whether the last one is: (N, 3) float64, see `share_work`.
-    Batches of about batch_tokens do not depend on the world size. Long contexts lose their left."""
+    tokens is the most likely one, and whether the last one is: (N, 3) float64. The options are
+    those of `share_rows`. Long contexts lose their left."""
     limit = model.config.block_size + 1  # the last token is only a target
     rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    batches = []
-    while order:
-        batches.append(order[: max(1, batch_tokens // len(rows[order[0]][0]))])
-        del order[: len(batches[-1])]
-
-    def work(batch: list[int]) -> dict[int, list[float]]:
-        scores = score_batch(model, [rows[i] for i in batch], launch.device, dtype)
-        return dict(zip(batch, scores.tolist(), strict=True))
-
-    found = share_work(batches, work, launch, should_stop, label)
-    return found and torch.tensor([found[i] for i in range(len(rows))], dtype=torch.float64)
+    scores = share_rows(
+        rows, lambda batch: score_batch(model, batch, launch.device, dtype).tolist(), launch,
+        size_of=lambda row: len(row[0]), batch_tokens=batch_tokens, **options)
+    return scores and torch.tensor(scores, dtype=torch.float64)
 
 
 def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.device,
@@ -142,11 +133,8 @@ def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
     """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
     paper's), and the perplexity per word, exp of the mean negative log-probability."""
     figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]})
-    nats = means({"nats": -scores[:, 0]})
-    figures["perplexity_per_word"] = perplexity = math.exp(nats["nats"])
-    if "nats_stderr" in nats:
-        figures["perplexity_per_word_stderr"] = perplexity * nats["nats_stderr"]
-    return figures | {"rows": len(scores)}
+    perplexity = scores[:, 0].mean().neg().exp().item()
+    return figures | {"perplexity_per_word": perplexity, "rows": len(scores)}
 
 
 def means(values: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -24,7 +24,6 @@ from model import GPT, INIT_STD, GPTConfig
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
 INDEX_FILE, TRAINING_STATE_FILE = "model.safetensors.index.json", "training_state.pt"
 LATEST, BEST = "latest", "best"
-STEP_FOLDER = re.compile(r"step_(\d{6,})")
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
@@ -41,9 +40,8 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
                     prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
                     best_step: int | None = None) -> Path:
     """Writes OUT_DIR/step_NNNNNN atomically and returns it; points OUT_DIR/latest to it and
-    OUT_DIR/best to the checkpoint of `best_step`. `model` is the raw module, not its DDP wrapper.
-    With keep_last > 0, older checkpoints are deleted, except multiples of `keep_every` and
-    `best_step`. Raises UserError if writing fails; earlier checkpoints stay intact."""
+    OUT_DIR/best to `best_step`. With keep_last > 0, deletes older ones except `best_step` and
+    multiples of `keep_every`. Raises UserError if writing fails; earlier checkpoints are intact."""
     folder, tensors = step_folder(out_dir, step), to_gpt2_layout(model)
     temporary = out_dir / f".{folder.name}.tmp"
     try:
@@ -98,20 +96,18 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """Returns the parameters under GPT-2's names and in GPT-2's layout, float32, on the CPU. Raises
-    ValueError for a model whose weights `prepare_to_sample` has packed."""
-    tensors = {
-        name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach()
-        .to("cpu", torch.float32).contiguous()
-        for name, tensor in model.named_parameters()}  # lists the tied head once, as wte
-    if len(tensors) < 4 + 12 * model.config.n_layer:
+    """The parameters under GPT-2's names and in its layout, float32, on the CPU. Raises ValueError
+    for a model whose weights `prepare_to_sample` has packed."""
+    tensors = {name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach().to(
+        "cpu", torch.float32).contiguous() for name, tensor in model.named_parameters()}
+    if len(tensors) < 4 + 12 * model.config.n_layer:  # the tied head is listed once, as wte
         raise ValueError("cannot save a model after prepare_to_sample: it has no parameters left")
     return tensors
 
 
 def clean_up(out_dir: Path) -> None:
-    """Ends what a kill may have interrupted: of a checkpoint that was being replaced, the old or
-    the new one remains; folders that are unfinished or to be deleted are deleted."""
+    """Ends what a kill may have interrupted: of a checkpoint being replaced, the old or the new one
+    remains; unfinished folders and those to be deleted are deleted."""
     for replaced in out_dir.glob(".step_*.replaced"):
         folder = out_dir / replaced.stem[1:]
         os.replace(replaced, replaced.with_suffix(".old.tmp") if folder.exists() else folder)
@@ -137,8 +133,8 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, damaged ones included, oldest first."""
-    return sorted((path for path in out_dir.glob("step_*") if STEP_FOLDER.fullmatch(path.name)),
-                  key=step_of)
+    return sorted((path for path in out_dir.glob("step_*")
+                   if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -170,8 +166,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Everything that goes wrong while a file of a checkpoint is read becomes a UserError: it
-    differs from SHA256SUMS, if there is one; it is damaged; it does not hold what it should."""
+    """Whatever goes wrong while a file is read becomes a UserError, also a wrong SHA-256."""
     sums = path.with_name(SUMS_FILE)
     try:
         if sums.exists() and f"{sha256_of(path)}  {path.name}\n" not in sums.read_text("utf-8"):
@@ -187,9 +182,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT) -> GPT:
-    """The model of a checkpoint (see `find_checkpoint`), float32, in evaluation mode: a GPT or a
-    `rewards.RewardModel`. Raises UserError for one of the other kind, a damaged file, another
-    setting or tokenizer than GPT-2's, missing, unknown and misshapen tensors, and NaN weights."""
+    """The model of a checkpoint (see `find_checkpoint`), a GPT or a `rewards.RewardModel`, float32,
+    in evaluation mode. Raises UserError for another model or tokenizer, damage, and NaN weights."""
     folder = find_checkpoint(path)
     config = read_config(folder, is_reward=model_class is not GPT)
     tokenizer.check_files(folder)
@@ -261,9 +255,9 @@ def read_prompt_template(path: str | Path) -> str | None:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """Yields (file, name, tensor) of every weight: the name as in GPT, the tensor as stored. Adds
-    the prefix that OpenAI's files lack, skips their causal masks, drops the prefixes of DDP and
-    torch.compile, and yields a stored head under the name of wte, to which it is tied."""
+    """Yields (file, name, tensor) of every weight, the tensor as stored, the name as in GPT:
+    OpenAI's files lack a prefix, those of DDP and torch.compile have others; a stored head is
+    wte."""
     names = {WEIGHTS_FILE}
     if not (folder / WEIGHTS_FILE).exists():  # files are chosen as by transformers
         names = set(map(str, read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
@@ -277,8 +271,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 
 def load_training_state(folder: Path) -> dict:
-    """Returns the `training_state` of a checkpoint, memory-mapped: a tensor is read when it is
-    used. Raises UserError if the file is damaged or holds anything but tensors and plain values."""
+    """The `training_state` of a checkpoint, memory-mapped. Raises UserError if the file is damaged
+    or holds anything but tensors and plain values."""
     path = folder / TRAINING_STATE_FILE
     with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import errno
 import functools
-import inspect
 import math
 import os
 import re
@@ -52,9 +51,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     `--max-lr` and `--max_lr` are the same. Everything after "--" is a positional value."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
-    # --help lists the flags of `cls` before those of its base classes
-    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
     for field in fields:
         add_argument(parser, field, hints[field.name])
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -34,10 +34,6 @@ class Launch:
     rank: int  # among all processes of all nodes
     world_size: int
     device: torch.device
-
-    @property
-    def device_type(self) -> str:
-        return self.device.type
 
     @property
     def is_master(self) -> bool:
@@ -124,8 +120,7 @@ def read_launch() -> tuple[int, int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory; by default, every large tensor is returned to the system and
-    handed out again page by page, zeroed (docs/LOG.md, 2026-11-25)."""
+    """Makes glibc keep freed memory: zeroing new pages for every large tensor is slow."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
@@ -133,9 +128,8 @@ def keep_freed_memory() -> None:
 
 
 def use_fastest_exact_matmul() -> None:
-    """Uses oneDNN for float32 matrix products on a CPU; on AMD it is twice as fast as MKL. PyTorch
-    does so only under "medium" precision, with which processors with AMX round to bfloat16. A trial
-    product detects that and restores "highest"."""
+    """Uses oneDNN for float32 products on a CPU, twice as fast as MKL on AMD. PyTorch does so only
+    under "medium" precision, unless processors with AMX then round to bfloat16: a trial tells."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
@@ -153,10 +147,9 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A key prefix shared by exactly the processes of this attempt: without it, a restarted gloo
-    group reads addresses of dead processes in torchrun's store (PyTorch 2.13). Every rank announces
-    a random number, and rank 0 offers its own, with those it has seen, until every other rank has
-    found its number in the offer. Nobody waits in the store, where signal handlers do not run."""
+    """A key prefix of this attempt: a restarted gloo group would read addresses of dead processes
+    in torchrun's store. Every rank announces a random number; rank 0 offers its own with those seen
+    until all have found theirs. None waits in the store, where signal handlers do not run."""
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
@@ -179,9 +172,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
-    picked = torch.device(device)
-    if picked.type == "cuda":
-        picked = torch.device("cuda", local_rank if picked.index is None else picked.index)
+    picked = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()),
              "cuda": torch.cuda.device_count()}[picked.type]
     if (picked.index or 0) >= count:
@@ -191,8 +182,8 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The autocast dtype. "auto" on CUDA is bfloat16 if the GPU supports it natively, else float16
-    (with a gradient scaler); elsewhere float32, so that machines agree to rounding."""
+    """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on others,
+    and float32 elsewhere, so that machines agree to rounding."""
     if dtype == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -238,8 +229,8 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
     """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), in
-    float64, so that world size and micro-batch do not change it, and eagerly: other shapes would
-    recompile. None, on all ranks, once `should_stop()` is true on any."""
+    float64 and eagerly, as other shapes would recompile. None, on all ranks, after a stop on
+    any."""
     sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
@@ -254,10 +245,20 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
     return None if stopped else summed / count
 
 
-def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
-               should_stop: Callable[[], bool] = bool, label: str = "") -> dict | None:
-    """The dicts work(batch) of all batches, merged, on every rank: the ranks take the batches in
-    turn, eagerly and without gradients. None, on all, once `should_stop()` is true on any."""
+def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch, *,
+               size_of: Callable = lambda row: 0, batch_size: int = 32,
+               batch_tokens: int = 0, should_stop: Callable[[], bool] = bool,
+               label: str = "") -> list | None:
+    """The results of work(batch), one per row, of all rows in their order, on every rank: the ranks
+    take batches in turn, eagerly and without gradients. Whatever their number, a batch holds
+    batch_size rows, or about batch_tokens, sorted by `size_of`, the largest first. With a `label`,
+    rank 0 shows progress. None, on all ranks, once `should_stop()` is true on any."""
+    order = sorted(range(len(rows)), key=lambda i: size_of(rows[i]), reverse=True)
+    batches = []
+    while order:
+        count = max(1, batch_tokens // size_of(rows[order[0]])) if batch_tokens else batch_size
+        batches.append(order[:count])
+        del order[:count]
     mine, found = batches[launch.rank :: launch.world_size], {}
     bar = progress_bar(len(mine), 0, label, unit="batch", over=mine,
                        enabled=bool(label) and launch.is_master)
@@ -265,11 +266,12 @@ def share_work(batches: list, work: Callable[[object], dict], launch: Launch,
         for batch in bar:
             if should_stop():
                 break
-            found |= work(batch)
+            found |= zip(batch, work([rows[i] for i in batch]), strict=True)
     parts, stopped = zip(*launch.gather((found, should_stop())), strict=True)
     if any(stopped):
         return None
-    return {key: value for part in parts for key, value in part.items()}
+    merged = {row: result for part in parts for row, result in part.items()}
+    return [merged[row] for row in range(len(rows))]
 
 
 class HostCopy:

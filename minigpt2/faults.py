@@ -1,8 +1,10 @@
-"""Fault tolerance: signals, lost ranks, out of memory, non-finite losses."""
+"""Fault tolerance: signals, lost ranks, non-finite losses, out of memory."""
 
 import contextlib
+import gc
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -19,8 +21,9 @@ import torch.distributed as dist
 
 from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
-from minigpt2.distributed import Launch, connect_store, start
-from minigpt2.memory import is_out_of_memory
+from minigpt2.distributed import Launch, autocast, connect_store, start
+from minigpt2.loss import on_cpu
+from model import GPT
 
 # torchrun and SLURM, Ctrl-C, SLURM's early warning, a closed terminal
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
@@ -29,6 +32,11 @@ HEARTBEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # a rank with no heartbeat for this long is lost
 MAX_SKIPPED = 3  # consecutive steps
 RESUME_HINT = "--resume continues from the newest checkpoint"
+CPU_MICRO_BATCH = 16  # sequences: on a CPU, more are not faster
+HEADROOM_BYTES = 512 * 2**20  # which a trial leaves free, for evaluation and sampling
+OUT_OF_MEMORY = re.compile(  # CUDA, MPS, NCCL, Triton; PyTorch on a CPU; C++; Python; cuBLAS
+    "out of memory|DefaultCPUAllocator|bad_alloc|can't start new thread|CUBLAS_STATUS_ALLOC_FAILED"
+    "|could not create a primitive")  # oneDNN, which gives no reason
 
 
 class IgnoreBrokenPipe:
@@ -89,10 +97,6 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class LostRankError(UserError):
-    """This rank failed because another one was lost: a consequence, not the cause."""
-
-
 class RankMonitor:
     """A thread that ends this process when another rank fails, when its torchrun is killed, or when
     a rank no longer increments its counter in torchrun's store, as all do once a second."""
@@ -119,8 +123,9 @@ class RankMonitor:
             self.store = dist.PrefixStore(prefix, store)
 
     def __exit__(self, kind, error, traceback) -> None:
+        is_cause = error is not None and not self.leaving.is_set()
         self.leaving.set()
-        if self.store is not None and error is not None and kind is not LostRankError:
+        if self.store is not None and is_cause:
             status, name = (2, "") if kind is UserError else (1, f"{kind.__name__}: ")
             with contextlib.suppress(RuntimeError):  # the store itself may be lost
                 self.store.set("failed", f"{status}rank {self.rank}: {name}{first_line(error)}")
@@ -180,8 +185,9 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
                 raise UserError(f"out of memory ({first_line(error):.120}): lower the micro-batch, "
                                 "or use --micro-batch-size auto") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-                raise LostRankError("lost the connection to another rank: it was killed, or its "
-                                    f"node is down. {RESUME_HINT}") from error
+                monitor.leaving.set()  # a consequence: the cause is reported by another rank
+                raise UserError("lost the connection to another rank: it was killed, or its node "
+                                f"is down. {RESUME_HINT}") from error
             if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
                 raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
                                 "lacks, or train with --no-compile, which is slower") from error
@@ -190,22 +196,11 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         dist.destroy_process_group()
 
 
-def agree(figures: torch.Tensor, grad_norm: torch.Tensor, request: StopRequest,
-          launch: Launch) -> torch.Tensor:
-    """What all ranks must agree on in a step, on the device: (n + 2,) float32, the sums of figures
-    (n,) over ranks, how many ranks were asked to stop, and the gradient norm (that of all-reduced
-    gradients). One small all-reduce, and no synchronization with the host."""
-    asked = torch.full((1,), float(request.requested()), device=launch.device)
-    sums = launch.sum(torch.cat([figures, asked]))  # (n + 1,)
-    return torch.cat([sums, grad_norm[None]])
-
-
 def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
                   scaler: torch.amp.GradScaler, out_dir: Path) -> int:
-    """The number of consecutive skipped steps after `step`, whose loss and gradient norm are the
-    same on all ranks. Raises UserError, on all of them, after MAX_SKIPPED. The float16 scaler
-    starts too high on purpose and halves at every overflow: while its scale is at least 1, an
-    overflow of the gradients alone is neither counted nor reported."""
+    """The number of consecutive skipped steps after `step`, the same on all ranks. Raises UserError
+    after MAX_SKIPPED. The float16 scaler starts too high on purpose: while its scale is at least 1,
+    an overflow of the gradients alone is neither counted nor reported."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
@@ -216,3 +211,53 @@ def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
     good = f"the last checkpoint before them is {before[-1]}" if before else "no earlier checkpoint"
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
                     f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is an out-of-memory error of any device."""
+    return error is not None and (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_memory(error.__cause__)
+        or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
+
+
+def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
+                     compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
+    """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
+    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. A collective, before the model
+    is wrapped in DDP. Raises UserError if no candidate fits."""
+    if on_cpu(launch.device):
+        return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
+    for size in candidates:
+        fits = step_fits(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
+        model.zero_grad(set_to_none=True)
+        gc.collect()  # the frames of an error may hold tensors in a reference cycle
+        torch.cuda.empty_cache()
+        failed_ranks = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()
+        if compiled and (failed_ranks or launch.world_size > 1):
+            # Compile the next size for itself, not for dynamic shapes. Under DDP the compiler
+            # splits the graph differently, so that gradients can be reduced early.
+            torch.compiler.reset()
+        if not failed_ranks:
+            return size
+    raise UserError(f"not even a micro-batch of {candidates[-1]} x {sequence_length} tokens fits "
+                    f"on {launch.device}: try --activation-checkpointing or shorter sequences")
+
+
+def step_fits(model: GPT, size: int, sequence_length: int, device: torch.device,
+              dtype: torch.dtype, optimizer_bytes: int) -> bool:
+    """Whether there is memory for a forward and backward pass, gradients, moments that do not exist
+    yet (`optimizer_bytes`) and some headroom. Leaves gradients."""
+    try:
+        ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
+        for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.zeros(2, size, sequence_length, dtype=torch.int64, device=device)
+        with autocast(device, dtype):
+            _, loss = model(*tokens, reduction="sum", return_logits=False)
+        loss.backward()
+        del ballast
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False

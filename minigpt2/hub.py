@@ -1,7 +1,6 @@
 """Downloads dataset files from the Hugging Face hub, verified by the size and SHA-256 it lists."""
 
 import fnmatch
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from minigpt2.files import sha256_of
 
 PERMANENT = {400, 401, 403, 404, 410, 416}  # HTTP status codes that are not retried
 INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every failure
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class RetryPolicy:
     def call(self, function: Callable, what: str):
         """Returns function(), retried while the network or the hub fails. `what` names the request
         in messages. Raises UserError if it keeps failing, and at once if a retry cannot help."""
-        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HTTPError
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()  # hides the client's own messages
         for attempt in range(self.max_retries + 1):
@@ -36,10 +34,7 @@ class RetryPolicy:
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                # LocalEntryNotFoundError, a FileNotFoundError, means that the hub did not answer
-                absent = (isinstance(error, FileNotFoundError)
-                          and not isinstance(error, LocalEntryNotFoundError))
-                if attempt == self.max_retries or absent or status in PERMANENT:
+                if attempt == self.max_retries or status in PERMANENT:
                     raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
                                     "check network, --revision and access, then rerun") from None
                 delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
@@ -48,9 +43,7 @@ class RetryPolicy:
 
 
 def find_commit(repo: str, revision: str, retry: RetryPolicy) -> str:
-    """The commit of a branch or tag; a commit is returned without a request. Raises UserError."""
-    if COMMIT.fullmatch(revision):
-        return revision
+    """The commit of a branch, a tag or an abbreviated commit. Raises UserError."""
     return retry.call(lambda: huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha,
                       f"{repo} at {revision}")
 

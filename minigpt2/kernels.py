@@ -49,10 +49,9 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     """Prepares a model for `generate` and `logprobs`, in place: it can then be neither trained nor
-    saved. On a GPU, converts the weights to `dtype`; on a CPU, packs the linear layers, those of
-    the blocks in `dtype`, if PyTorch has oneDNN. Logits are float32: GPT-2's are around -100, where
-    bfloat16 values are 0.5 apart. Raises UserError if the CPU does not support `dtype`, ValueError
-    if the model was already prepared in another dtype."""
+    saved. On a GPU, converts the weights to `dtype`; on a CPU with oneDNN, packs the linear layers,
+    those of the blocks in `dtype`. Logits are float32: at GPT-2's -100, bfloat16 is too coarse.
+    Raises UserError if the CPU lacks `dtype`, ValueError if another was prepared."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
         current = model.transformer.h[0].attn.c_attn.weight.dtype

@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # a target ignored by the loss
-# Rows of logits held at a time by the eager loss. 512 x 50257 bfloat16 is 51 MB, beyond which a CPU
-# gains nothing; a GPU needs larger products: 4096 rows take 0.4 GB, all 32 x 1024 take 3.3 GB.
+# Rows of logits held at a time (512 x 50257 bfloat16: 51 MB; a GPU needs larger products), and of
+# their float32 softmax (on a CPU, what fits into its caches, 6 MB)
 LOSS_ROWS_CPU, LOSS_ROWS_GPU = 512, 4096
-# Rows whose float32 softmax is computed at once: on a CPU, what fits into its caches (6 MB)
 SOFTMAX_ROWS_CPU, SOFTMAX_ROWS_GPU = 16, 1024
 ROW_MULTIPLE_CPU = 32  # oneDNN prepares, and keeps 10 MB, for each new number of rows
 HEAD_MULTIPLE = 128  # fast kernels need aligned rows: 50257 is padded to 50304
@@ -17,12 +16,9 @@ HEAD_MULTIPLE = 128  # fast kernels need aligned rows: 50257 is padded to 50304
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                          reduction: str = "sum") -> torch.Tensor:
     """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,);
-    with `reduction="none"`, that of each row (N,).
-
-    Rows whose target is IGNORE_INDEX count 0. Eager code computes a few rows of logits at a time
-    and never waits for a GPU. Under torch.compile all logits are computed, since the compiler fuses
-    the float32 softmax; for float16 too, whose gradients must be scaled before they are computed,
-    and LinearCrossEntropy computes them in the forward pass."""
+    with `reduction="none"`, that of each row (N,). Rows whose target is IGNORE_INDEX count 0. Eager
+    code holds a few rows of logits and never waits for a GPU. All are held under torch.compile,
+    which fuses the float32 softmax, and for float16, whose gradients must be scaled first."""
     device_type, V = x.device.type, len(weight)
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
@@ -40,19 +36,11 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     else:  # to select rows, the host would wait for their number
         x = x.where(valid[:, None], 0)
     x = x.to(dtype)
-    if reduction == "sum" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x, weight, targets)
-    losses = RowCrossEntropy.apply(x, weight, targets)
-    if reduction == "sum" or not on_cpu(x.device):
-        return losses.sum() if reduction == "sum" else losses
+    summed = reduction == "sum"
+    losses = LinearCrossEntropy.apply(x, weight, targets, summed and torch.is_grad_enabled())
+    if summed or not on_cpu(x.device):
+        return losses.sum() if summed else losses
     return losses.new_zeros(len(valid)).masked_scatter(valid, losses)
-
-
-def pad_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight (V, C) in `dtype`, with rows of zeros up to a multiple of HEAD_MULTIPLE (V', C)."""
-    head = weight.new_zeros(len(weight) + -len(weight) % HEAD_MULTIPLE, weight.size(1), dtype=dtype)
-    head[: len(weight)] = weight
-    return head
 
 
 def on_cpu(device: torch.device) -> bool:
@@ -73,7 +61,8 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     weight is float32. `scales` (N,) weigh the rows in that sum; `gradients` may be left out."""
     N, V, device = len(x), len(weight), x.device
     rows, softmax_rows = block_sizes(device)
-    head, ignored, targets = pad_head(weight, x.dtype), targets < 0, targets.clamp(min=0)
+    head = F.pad(weight.to(x.dtype), (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
+    ignored, targets = targets < 0, targets.clamp(min=0)
     losses, grad_x = torch.empty(N, device=device), torch.empty_like(x)
     grad_head = torch.zeros_like(head, dtype=torch.float32) if gradients else head
     # Buffers shared by all blocks: on a CPU, fresh pages would take a fifth of the time
@@ -104,33 +93,22 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum over rows of -log softmax(x @ weight.T)[target]. The gradient of a softmax
-    cross-entropy depends on the logits alone, so that both gradients are computed in the forward
-    pass, and `backward` only scales them by the incoming scalar."""
+    """-log softmax(x @ weight.T)[target] of each row (N,) float32, or if `summed` the sum (). The
+    gradients of the sum are computed in the forward pass, up to the incoming factor. How those of
+    rows are weighed is known only in the backward pass, which computes the logits again."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        losses, grad_x, grad_weight = losses_and_gradients(x, weight, targets)
-        ctx.save_for_backward(grad_x, grad_weight)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors  # of ignored rows, grad_x is dropped by `where`
-        return grad_x * grad_loss, grad_weight * grad_loss, None
-
-
-class RowCrossEntropy(torch.autograd.Function):
-    """-log softmax(x @ weight.T)[target] of each row (N,) float32. How a row's gradient is scaled
-    is known in the backward pass only, where the logits are computed a second time."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        ctx.save_for_backward(x, weight, targets)
-        return losses_and_gradients(x, weight, targets, gradients=False)[0]
+    def forward(ctx, x, weight, targets, summed):
+        losses, *gradients = losses_and_gradients(x, weight, targets, gradients=summed)
+        ctx.summed = summed
+        ctx.save_for_backward(*(gradients if summed else (x, weight, targets)))
+        return losses.sum() if summed else losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        _, grad_x, grad_weight = losses_and_gradients(*ctx.saved_tensors, grad_losses)
-        return grad_x, grad_weight, None
+        if ctx.summed:  # in ignored rows, the gradient of x is dropped by `where`
+            grad_x, grad_weight = (gradient * grad_losses for gradient in ctx.saved_tensors)
+        else:
+            _, grad_x, grad_weight = losses_and_gradients(*ctx.saved_tensors, grad_losses)
+        return grad_x, grad_weight, None, None

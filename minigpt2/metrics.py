@@ -61,7 +61,8 @@ class RunLog:
         if path.exists() and not fresh:
             read_log(path)
         self.path = path
-        self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115, see `close`
+        self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115
+        self.close = self.file.close
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # drop a line that a kill cut short
 
@@ -76,9 +77,6 @@ class RunLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:

@@ -34,10 +34,10 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for all others. Muon
-    replaces a matrix's momentum by the nearest orthogonal matrix; q, k and v, stacked in c_attn,
-    each by itself. Weights decay, and updates have AdamW's usual RMS (Liu et al. 2025). As in
-    PyTorch's fused AdamW, `found_inf` (), 1 or 0, skips a step without the host waiting for it."""
+    """Muon (Jordan et al. 2024) for the groups with `muon` True, AdamW for others. A matrix moves
+    by the nearest orthogonal matrix to its momentum; q, k and v, stacked in c_attn, each by itself.
+    Updates have AdamW's usual RMS, weights decay (Liu et al. 2025). As in PyTorch's fused AdamW,
+    `found_inf` (), 1 or 0, skips a step without the host waiting for it."""
 
     @torch.no_grad()
     def step(self):
@@ -46,10 +46,8 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(group)
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if not group.get("muon")]
-        try:
-            super().step()
-        finally:
-            self.param_groups = all_groups
+        super().step()
+        self.param_groups = all_groups
 
     def step_matrices(self, group: dict) -> None:
         if not group["params"]:  # of a rank that owns no matrix
@@ -112,11 +110,10 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     # fused: one kernel instead of a dozen passes over memory per parameter
     options = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
     optimizer_class = Muon if muon_params else torch.optim.AdamW
-    if shard:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
-
-        return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
-    return optimizer_class(groups, **options)
+    if not shard:
+        return optimizer_class(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+    return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -133,27 +130,22 @@ def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> N
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
                     copy: Callable[[torch.Tensor, str], torch.Tensor]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(tensor, name)` copies a tensor before it changes.
-
-    The tensors of a sharded optimizer are broadcast one by one: `consolidate_state_dict` would
-    pickle a rank's whole state and block the interpreter, heartbeats included, for minutes."""
+    collective. `copy(tensor, name)` copies a tensor before it changes. Those of other ranks are
+    broadcast one by one: `consolidate_state_dict` would block heartbeats for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = local_optimizer(optimizer).state
-    is_sharded = local_optimizer(optimizer) is not optimizer
     held = [(index, name) for index, p in enumerate(params) for name in states.get(p, ())]
-    keys_by_rank = launch.gather(held) if is_sharded else [held]
-    largest = max(p.numel() for p in params) if is_sharded else 0
-    buffer = torch.empty(largest, device=params[0].device)
+    is_sharded = local_optimizer(optimizer) is not optimizer
     gathered: dict[int, dict] = defaultdict(dict)
-    for index, name, owner in sorted((*key, rank) for rank, keys in enumerate(keys_by_rank)
-                                     for key in keys):
-        shape = () if name == "step" else params[index].shape
-        tensor = (states[params[index]][name].to(buffer.device) if params[index] in states else
-                  buffer[: math.prod(shape)].view(shape))
-        if owner > 0:
-            dist.broadcast(tensor, src=owner)
-        if launch.is_master:
-            gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
+    for owner, keys in enumerate(launch.gather(held) if is_sharded else [held]):
+        for index, name in keys:
+            param = params[index]
+            tensor = (states[param][name].to(param.device) if param in states else
+                      torch.empty(() if name == "step" else param.shape, device=param.device))
+            if owner > 0:
+                dist.broadcast(tensor, src=owner)
+            if launch.is_master:
+                gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
     settings = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer, only these
     return settings | {"state": dict(gathered)} if launch.is_master else None
 

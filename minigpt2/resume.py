@@ -42,9 +42,8 @@ class TrainState:
 
 
 class CheckpointWriter(contextlib.AbstractContextManager):
-    """Writes checkpoints on a background thread, one at a time, from a copy in host memory.
-    Training waits for the copy, and for the disk only if the previous checkpoint is not written
-    yet. `metadata` goes into every checkpoint, `options` to `save_checkpoint`."""
+    """Writes checkpoints on a background thread, one at a time, from a copy in host memory for
+    which training waits. `metadata` goes into each of them, `options` to `save_checkpoint`."""
 
     def __init__(self, out_dir: Path, launch: Launch, metadata: dict, *, saved_step: int | None,
                  **options):
@@ -71,7 +70,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if not self.launch.is_master:
             return
         parameters = self.copy(dict(model.named_parameters()), "model")
-        if self.launch.device_type == "cuda":
+        if self.launch.device.type == "cuda":
             torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         saved = {"progress": dataclasses.asdict(state), "optimizer": moments,
                  "scaler": scaler.state_dict(), "facts": self.metadata,
@@ -93,9 +92,9 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         return self.buffers[name].copy_(value, non_blocking=value.is_cuda)
 
     def allocate(self, like: torch.Tensor) -> torch.Tensor:
-        """A host tensor like another, in pinned memory for a CUDA tensor. PyTorch rounds pinned
-        allocations up to powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share
-        blocks of such a size, each with its own storage: torch.save writes whole storages."""
+        """A host tensor like another, pinned for a CUDA tensor. PyTorch rounds pinned memory up to
+        powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share blocks of such a
+        size, each with its own storage: torch.save writes whole storages."""
         if like.nbytes < LARGE_BYTES:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
         size = like.nbytes + -like.nbytes % 64  # aligned

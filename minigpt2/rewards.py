@@ -16,7 +16,7 @@ import torch.nn as nn
 from minigpt2.advantages import response_targets
 from minigpt2.checkpoint import load_model, model_from_parameters, weights_sha256
 from minigpt2.config import UserError, first_line
-from minigpt2.distributed import Launch, autocast, share_work, to_device
+from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.files import sha256_of
 from minigpt2.preferences import padded_length
 from minigpt2.sampling import Response
@@ -80,23 +80,22 @@ def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequence[str],
                launch: Launch, dtype: torch.dtype, batch_size: int,
                should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
-    """The scores (R,) float64 of R rows of ids, on every rank, see `share_work`; the world size
+    """The scores (R,) float64 of R rows of ids, on every rank, see `share_rows`; the world size
     does not change a bit. Raises UserError with the place of a row whose score is not finite."""
-    def work(batch: list[int]) -> dict[int, float]:
-        ids, masks = pad_batch([rows[i] for i in batch], model.config.block_size, launch.device)
+    def work(batch: list[Sequence[int]]) -> list[float]:
+        ids, masks = pad_batch(batch, model.config.block_size, launch.device)
         with autocast(launch.device, dtype):
-            return dict(zip(batch, model(ids, masks).tolist(), strict=True))
+            return model(ids, masks).tolist()
 
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    scores = share_work(batches, work, launch, should_stop)
+    scores = share_rows(rows, work, launch, size_of=len, batch_size=batch_size,
+                        should_stop=should_stop)
     if scores is None:
         return None
-    for i, score in sorted(scores.items()):
+    for place, score in zip(places, scores, strict=True):
         if not math.isfinite(score):
-            raise UserError(f"the score of {places[i]} is {score}: lower --max-lr, start from "
+            raise UserError(f"the score of {place} is {score}: lower --max-lr, start from "
                             "another checkpoint, or leave that row out")
-    return torch.tensor([scores[i] for i in range(len(rows))], dtype=torch.float64)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def stops(_: str, row: dict, response: str) -> bool:
@@ -165,22 +164,22 @@ class Reward:
                  dtype: torch.dtype, batch_size: int = 32,
                  should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
         """The scores (R,) float64 of R responses to R `dataloader.Prompt`s, on every rank; for None
-        see `share_work`. Raises UserError naming row and text of one without a finite score."""
+        see `share_rows`. Raises UserError naming row and text of one without a finite score."""
         stopped = [i for i, response in enumerate(responses) if response.stopped]
-        places = {i: f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
-                  for i in stopped}
+        places = [f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
+                  for i in stopped]
         if self.model is None:
-            found = share_work(stopped, lambda i: {i: self.evaluate(
-                rows[i], decode(responses[i].tokens[:-1]), places[i])}, launch, should_stop)
-            found = found if found is None else torch.tensor(list(map(found.get, stopped)))
+            found = share_rows(list(zip(stopped, places, strict=True)), lambda batch: [
+                self.evaluate(rows[i], decode(responses[i].tokens[:-1]), place)
+                for i, place in batch], launch, should_stop=should_stop)
         else:
             ids = [responses[i].prompt + responses[i].tokens for i in stopped]
-            found = score_rows(self.model, ids, list(places.values()), launch, dtype, batch_size,
-                               should_stop)
+            found = score_rows(self.model, ids, places, launch, dtype, batch_size, should_stop)
+        if found is None:
+            return None
         scores = torch.full((len(responses),), self.unstopped_score, dtype=torch.float64)
-        if found is not None:
-            scores[stopped] = found.double()
-        return None if found is None else scores
+        scores[stopped] = torch.as_tensor(found, dtype=torch.float64)
+        return scores
 
     def evaluate(self, row, text: str, place: str) -> float:
         """The value of the function. Raises UserError if it raises, or returns no number."""
@@ -190,8 +189,8 @@ class Reward:
                 return float(value)
         except USER_ERRORS as error:
             value = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"the reward function {self.spec} gives {value!s:.120} for {place} expected a "
-                        "finite number")
+        raise UserError(f"the reward function {self.spec} gives {value!s:.120} for {place} "
+                        "expected a finite number")
 
 
 def built_in(text: str) -> Callable[[dict, str], float]:

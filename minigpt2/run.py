@@ -17,10 +17,9 @@ from minigpt2 import distributed, resume
 from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
-from minigpt2.faults import StopRequest, agree, count_skipped, launched
+from minigpt2.faults import StopRequest, count_skipped, find_micro_batch, launched
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
-from minigpt2.memory import find_micro_batch, optimizer_bytes
 from minigpt2.metrics import RunLog, peak_flops, run_metadata
 from minigpt2.optimizer import learning_rate, make_optimizer, step_if_finite
 from minigpt2.progress import progress_bar
@@ -123,7 +122,7 @@ class Run:
         self.state, self.stopping = resume.TrainState(), False
         self.unread, self.updates = deque(), []
         self.dtype = distributed.pick_dtype(config.dtype, launch.device)
-        self.scaler = torch.amp.GradScaler(launch.device_type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(launch.device.type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
         if config.shard_optimizer and not self.shard_optimizer:
             launch.print0("--shard-optimizer: ignored, there is only one rank")
@@ -160,16 +159,16 @@ class Run:
             launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
                           f"{max_steps:,} steps")
         resume.seed_rank(config.seed, self.step, launch)
-        compiled = launch.device_type == "cuda" if config.compile is None else config.compile
+        compiled = launch.device.type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
         if config.micro_batch_size == "auto":
-            ranks = launch.world_size if self.shard_optimizer else 1
+            ranks = launch.world_size if self.shard_optimizer else 1  # that share AdamW's moments
             self.micro_batch_size = find_micro_batch(
                 model, micro_batch_sizes, launch=launch, dtype=self.dtype, compiled=compiled,
                 sequence_length=sequence_length,
-                optimizer_bytes=0 if self.is_resumed else optimizer_bytes(model, ranks))
+                optimizer_bytes=0 if self.is_resumed else 8 * model.num_parameters() // ranks)
             self.metadata["micro_batch_size"] = self.micro_batch_size
         self.train_model = distributed.data_parallel(self.trained, launch)
         self.summary = (f"{model.num_parameters():,} parameters, "
@@ -291,8 +290,10 @@ class Run:
         largest = self.config.grad_clip or math.inf
         norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
                  for model in (self.model, self.value) if model is not None]
+        asked = loss_sum.new_full((), self.stop.requested())
+        summed = self.launch.sum(torch.stack([loss_sum, *sums, asked]))  # the only all-reduce
         grad_norm = norms[0] + 0 * norms[-1]  # not finite if either is not
-        numbers = agree(torch.stack([loss_sum, *sums]), grad_norm, self.stop, self.launch)
+        numbers = torch.cat([summed, grad_norm[None]])  # on the device, the same on all ranks
         step_if_finite(self.optimizer, numbers)
         self.scaler.update()
         # DDP's gradients are views of its buckets and must stay
@@ -314,7 +315,7 @@ class Run:
         self.state.val_loss = None
         self.state.step += 1
         resume.seed_rank(self.config.seed, self.step, self.launch)
-        self.read_steps(all_but=STEPS_LATE[self.launch.device_type])
+        self.read_steps(all_but=STEPS_LATE[self.launch.device.type])
         self.writer.wait(block=False)
         self.bar.update()
 

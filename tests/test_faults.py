@@ -659,7 +659,7 @@ def test_auto_finds_a_micro_batch_and_keeps_the_losses(corpus, tmp_path, finishe
         return real(x, weight, targets, reduction)
 
     monkeypatch.setattr(model, "linear_cross_entropy", limited)
-    monkeypatch.setattr("minigpt2.memory.on_cpu", lambda device: False)  # by trial, as on a GPU
+    monkeypatch.setattr("minigpt2.faults.on_cpu", lambda device: False)  # by trial, as on a GPU
     train(tiny(corpus, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
     assert "2 micro-steps x 4 x 16" in capsys.readouterr().out
     assert losses(tmp_path / "auto") == pytest.approx(losses(finished_run), abs=1e-6)

@@ -771,7 +771,7 @@ def test_auto_finds_a_micro_batch_for_the_longest_rows(base, rows_file, tmp_path
         return real(self, idx, targets, **options)
 
     monkeypatch.setattr(GPT, "forward", limited)
-    monkeypatch.setattr("minigpt2.memory.on_cpu", lambda device: False)  # by trial, as on a GPU
+    monkeypatch.setattr("minigpt2.faults.on_cpu", lambda device: False)  # by trial, as on a GPU
     train(tiny(base, rows_file, tmp_path / "auto", micro_batch_size="auto"), CPU_LAUNCH)
     assert seen[0] == (2, padded_length(max(map(num_inputs, encoded(TURNS)))))
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)

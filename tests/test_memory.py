@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH, user_error
 
-from minigpt2.memory import find_micro_batch, is_out_of_memory, optimizer_bytes
+from minigpt2.faults import find_micro_batch, is_out_of_memory
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64)
@@ -59,7 +59,7 @@ def find(model, candidates=(16, 8, 4, 2, 1), launch=CPU_LAUNCH, dtype=torch.floa
          compiled=False) -> int:
     """By trial, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minigpt2.memory.on_cpu", lambda device: False)
+        patch.setattr("minigpt2.faults.on_cpu", lambda device: False)
         return find_micro_batch(model, list(candidates), launch=launch, dtype=dtype,
                                 compiled=compiled, sequence_length=32, optimizer_bytes=1000)
 
@@ -96,14 +96,6 @@ def test_a_size_that_fails_on_another_rank_is_rejected_on_this_one():
     launch = SimpleNamespace(device=torch.device("cpu"), world_size=2,
                              sum=lambda failed: failed + others.pop(0))
     assert find(model, launch=launch) == 4 and model.tried == [16, 8, 4]
-
-
-def test_optimizer_bytes_estimates_the_fullest_rank():
-    model = GPT(SMALL)
-    assert optimizer_bytes(model, 1) == 8 * model.num_parameters()
-    largest = model.transformer.wte.weight.numel()
-    assert optimizer_bytes(model, 2) == 8 * -(-model.num_parameters() // 2)
-    assert optimizer_bytes(model, 100) == 8 * largest
 
 
 def test_a_cpu_takes_at_most_16_sequences_without_a_trial():

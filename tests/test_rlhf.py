@@ -761,7 +761,7 @@ def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
     ({"batch_size": 1, "group_size": 1}, "--batch-size 1"),
     ({"scale_advantages": True}, "gae cannot be scaled"),
     ({"minibatches": 17}, "--batch-size 16: expected at least 2"),
-    ({"reward": "function:nonsense"}, "nonsense is unknown, or lacks its argument; expected the folder"),
+    ({"reward": "function:nonsense"}, "nonsense is unknown, or lacks its argument; expected"),
     ({"reward": "function:at_most_words"}, "lacks its argument"),
     ({"reward": "function:at_most_words=many"}, "ValueError: invalid literal"),
     ({"reward": "function:matches"}, "lacks its argument"),

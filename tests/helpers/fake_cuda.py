@@ -97,7 +97,8 @@ def backward(loss: torch.Tensor) -> None:
         call = getattr(node, "apply", node)  # `apply`: of a torch.autograd.Function
         inputs = call(*(outputs.get(i) for i in range(len(node._input_metadata))))
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        for (after, output), gradient in zip(node.next_functions, inputs, strict=True):
+        # not strict: an argument that is no tensor has no next function, but a gradient, None
+        for (after, output), gradient in zip(node.next_functions, inputs, strict=False):
             give(after, output, gradient)
 
     give(loss.grad_fn, 0, torch.ones_like(loss))
