@@ -2,7 +2,6 @@
 token; its checkpoint is a folder of transformers' `GPT2ForSequenceClassification`, which gives the
 same scores. Reward functions check a response without a model."""
 
-import functools
 import importlib.util
 import math
 import re
@@ -98,36 +97,6 @@ def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequen
     return torch.tensor(scores, dtype=torch.float64)
 
 
-def stops(_: str, row: dict, response: str) -> bool:
-    return True  # a response that does not end is never asked about
-
-
-def at_most_words(limit: str, row: dict, response: str) -> bool:
-    return len(response.split()) <= int(limit)
-
-
-def contains(text: str, row: dict, response: str) -> bool:
-    return wanted(text, row).casefold() in response.casefold()
-
-
-def equals(text: str, row: dict, response: str) -> bool:
-    return response.split() == wanted(text, row).split()  # up to whitespace
-
-
-def wanted(text: str, row: dict) -> str:
-    """The argument, else the row's own output. Raises ValueError if both are empty."""
-    if not (text or row["output"]):
-        raise ValueError("the row has no output, and the function no =TEXT")
-    return text or row["output"]
-
-
-def matches(pattern: str, row: dict, response: str) -> bool:
-    return re.search(pattern, response) is not None
-
-
-FUNCTIONS = {"stops": stops, "at_most_words": at_most_words, "contains": contains,
-             "equals": equals, "matches": matches}
-CHECKS = {"at_most_words": int, "matches": re.compile}  # of arguments that must be there
 REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function:NAME with stops, "
            "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX")
 USER_ERRORS = (  # which a user's function may raise
@@ -147,7 +116,8 @@ class Reward:
         file, _, name = spec.rpartition(":")
         try:
             if spec.startswith("function:"):
-                self.function = built_in(spec.removeprefix("function:"))
+                name, _, argument = spec.removeprefix("function:").partition("=")
+                self.function = built_in(name, argument)
             elif file.endswith(".py"):
                 self.function, self.sha256 = load_function(Path(file), name), sha256_of(Path(file))
             else:
@@ -193,13 +163,22 @@ class Reward:
                         "expected a finite number")
 
 
-def built_in(text: str) -> Callable[[dict, str], float]:
-    """The function of "NAME" or "NAME=ARGUMENT". Raises ValueError, re.error."""
-    name, _, argument = text.partition("=")
-    if name not in FUNCTIONS or (name in CHECKS and not argument):
-        raise ValueError(f"{name} is unknown, or lacks its argument")
-    CHECKS.get(name, str)(argument)  # may raise
-    return functools.partial(FUNCTIONS[name], argument)
+def built_in(name: str, argument: str) -> Callable[[dict, str], float]:
+    """The function `name`, of a row and a response that ended. Raises KeyError, ValueError,
+    re.error."""
+    def wanted(row: dict) -> str:
+        if not (argument or row["output"]):
+            raise ValueError("the row has no output, and the function no =TEXT")
+        return argument or row["output"]
+
+    if name in ("at_most_words", "matches") and not argument:
+        raise ValueError(f"{name} needs an argument")
+    {"at_most_words": int, "matches": re.compile}.get(name, str)(argument)  # raises if it is wrong
+    return {"stops": lambda row, text: True,
+            "at_most_words": lambda row, text: len(text.split()) <= int(argument),
+            "contains": lambda row, text: wanted(row).casefold() in text.casefold(),
+            "equals": lambda row, text: wanted(row).split() == text.split(),
+            "matches": lambda row, text: re.search(argument, text) is not None}[name]
 
 
 def load_function(path: Path, name: str) -> Callable[[dict, str], float]:
