@@ -36,7 +36,7 @@ class RetryPolicy:
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 if attempt == self.max_retries or status in PERMANENT:
                     raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
-                                    "check network, --revision and access, then rerun") from None
+                                    "check network, access and commit, then rerun") from None
                 delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
                 print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
                 time.sleep(delay)
@@ -57,7 +57,7 @@ def list_files(repo: str, commit: str, pattern: str, retry: RetryPolicy) -> list
     files = [entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)
              and fnmatch.fnmatchcase(entry.path, pattern)]
     if not files:
-        raise UserError(f"{repo} has no {pattern} at {commit}: choose another --revision")
+        raise UserError(f"{repo} has no {pattern} at {commit}: choose another commit")
     return sorted(files, key=lambda file: file.path)
 
 

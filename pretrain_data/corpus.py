@@ -75,8 +75,8 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
     the settings or the source have changed; only local files that no shard has tokens of may."""
     path = out_dir / (shards.MANIFEST if finished else shards.PROGRESS)
     if not path.exists():
-        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0, "shards": [],
-                           "outcomes": dict.fromkeys(OUTCOMES, 0), "position": dict(FIRST)}
+        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0, "outcomes":
+                           dict.fromkeys(OUTCOMES, 0), "position": dict(FIRST), "shards": []}
     record = shards.read_record(path)
     if "open_start" in record:
         raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
