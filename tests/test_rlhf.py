@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import world_rewards
 from helpers.common import CPU_LAUNCH, ROOT, main_error, main_of, run_script, user_error, write_rows
-from helpers.ranks import Ranks, wait_until
+from helpers.ranks import NO_WAIT, Ranks, wait_until
 from helpers.training import assert_same_run, final_state, flags, num_records
 from helpers.worlds import T, W
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -819,7 +819,7 @@ def test_a_reward_function_that_raises_on_one_rank_ends_all(tmp_path):
     path.write_text("import os\n\n\ndef score(row, response):\n"
                     "    return 1 / (1 - int(os.environ['RANK']))\n")
     config = settings(TREE, tmp_path, reward=f"{path}:score", batch_size=64)
-    ranks = start(2, config, tmp_path / "log")
+    ranks = start(2, config, tmp_path / "log", constants=NO_WAIT)
     codes = ranks.wait(60)
     assert codes[1] == 2 and codes[0] not in (None, 0), (codes, ranks.output())
     assert "ZeroDivisionError: division by zero" in ranks.output(1)
