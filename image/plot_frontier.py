@@ -29,7 +29,6 @@ from minigpt2.kernels import prepare_to_sample
 from minigpt2.metrics import read_log
 from minigpt2.rewards import Reward
 
-KL_COEFS = np.geomspace(0.01, 100, 200)  # of the frontier
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def main() -> None:
     p0 = success_of_reference(settings[0], config.samples)
     figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
     by_step, by_kl = figure.subplots(1, 2, sharey=True)
-    by_kl.plot(*zip(*[best_policy(p0, one) for one in KL_COEFS], strict=True), color="gray",
-               label="exact frontier")
+    frontier = [best_policy(p0, kl_coef) for kl_coef in np.geomspace(0.01, 100, 200)]
+    by_kl.plot(*zip(*frontier, strict=True), color="gray", label="exact frontier")
     for number, (path, log, chosen) in enumerate(zip(paths, logs, settings, strict=True)):
         label, color = path.parent.name, f"C{number}"
         kl, best = best_policy(p0, chosen["kl_coef"])
