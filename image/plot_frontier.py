@@ -30,7 +30,6 @@ from minigpt2.metrics import read_log
 from minigpt2.rewards import Reward
 
 
-
 @dataclass(frozen=True)
 class FrontierConfig:
     runs: tuple[str, ...] = flag((), "OUT_DIRs of rlhf.py, or their metrics.jsonl", positional=True,
