@@ -92,9 +92,9 @@ def run_training(config_class: type[RunConfig], train: Callable, description: st
 
 class Run:
     """One run of a training script, from resume to the closing line. For the script: `is_resumed`,
-    `checkpoint` (resumed from, or None), `step` (steps taken so far), `dtype` (of autocast),
-    `scaler`, `shard_optimizer`; after `prepare` also `micro_batch_size` and `summary`, after
-    `prepare_epochs` also `optimizer`, `max_steps`, `batch_size` and `steps_per_epoch`."""
+    `checkpoint` (resumed from, or None), `step` (steps taken), `dtype` (of autocast), `scaler`;
+    after `prepare` also `optimizer`, `max_steps`, `micro_batch_size`, `summary`, and after
+    `prepare_epochs` `batch_size` and `steps_per_epoch`."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
@@ -135,13 +135,12 @@ class Run:
                 max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
                 milestones: Iterable[int] = (), trained: torch.nn.Module | None = None,
                 value: GPT | None = None) -> torch.nn.Module:
-        """Restores the training state, compiles, chooses the micro-batch, and returns the module to
-        train with, in DDP. `micro_batch_sizes`: allowed sizes, largest first; the first is used, or
-        with `--micro-batch-size auto` the first that fits. The weights are validated and saved
-        after max_steps and after each of the `milestones`. `trained` is the module to train if that
-        is more than the model: with a `value` model, which goes into the training state. Raises
-        UserError if the checkpoint is past max_steps (set by max_steps_flag) or of another model,
-        or if no micro-batch fits."""
+        """Restores the training state, compiles, chooses the micro-batch (the first of
+        `micro_batch_sizes`, or with `--micro-batch-size auto` the first that fits), and returns the
+        module to train, in DDP. Weights are validated and saved after max_steps and `milestones`.
+        `trained`: the module, if it holds more than the model, a `value` model to be saved with the
+        training state. Raises UserError if the checkpoint is past max_steps (set by max_steps_flag)
+        or of another model, or if no micro-batch fits."""
         config, launch = self.config, self.launch
         self.model, self.optimizer, self.value = model.train(), optimizer, value
         self.trained = model if trained is None else trained
@@ -177,9 +176,8 @@ class Run:
         return self.train_model
 
     def prepare_epochs(self, model: GPT, num_rows: int, sequence_length: int) -> torch.nn.Module:
-        """`prepare` for the epochs of a TuningConfig over num_rows rows, `batch_size` a step (the
-        last of an epoch perhaps fewer). Micro-batches are even parts of a rank's share of a step,
-        so that none has many rows of padding."""
+        """`prepare` for the epochs of a TuningConfig over num_rows rows. Micro-batches are even
+        parts of a rank's share of a step, so that none has many rows of padding."""
         config = self.config
         self.batch_size = min(config.batch_size, num_rows)
         self.steps_per_epoch = -(-num_rows // self.batch_size)  # ceiling division
@@ -250,8 +248,8 @@ class Run:
         return self.log_figures("val", None if loss is None else {"loss": loss, **figures})
 
     def log_figures(self, kind: str, figures: dict[str, float] | None) -> bool:
-        """Records figures of the current weights, by the name of a benchmark; None, after a signal,
-        stops the run. Returns whether there are any."""
+        """Records figures of the weights under `kind`; None, after a signal, stops the run. Returns
+        whether there are any."""
         self.stopping = figures is None
         if kind != "val" and figures is not None:
             self.state.scored_step = self.step
@@ -263,8 +261,7 @@ class Run:
         return not self.stopping
 
     def save_or_finish(self) -> bool:
-        """Saves a checkpoint if one is due; returns whether the run ends here, after its last step
-        or because a signal came. All ranks get the same answer."""
+        """Saves a checkpoint if one is due; returns, alike on all ranks, whether the run ends."""
         at_interval = self.step > 0 and self.step % self.config.save_interval == 0
         if self.stopping or at_interval or self.step in self.milestones:
             self.pause_clock()
@@ -302,11 +299,10 @@ class Run:
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
-        """Takes the last update of a step, and logs the step: means over its updates of the loss
-        and of `sums`, tensors () of this rank, summed over ranks; and `figures`. loss_sum () is
-        this rank's loss, scaled so that its mean over ranks is that of the global batch; `tokens`
-        are those of all ranks, in sequences of sequence_length. Raises UserError after three
-        skipped steps in a row."""
+        """Takes the last update of a step, and logs means over its updates: of loss_sum (), this
+        rank's loss, scaled so that its mean over ranks is that of the global batch, and of `sums`,
+        tensors () of this rank, summed over ranks; and `figures`. `tokens` are those of all ranks,
+        in sequences of sequence_length. Raises UserError after three skipped steps in a row."""
         sums = sums or {}
         self.update(loss_sum, sums.values())
         numbers, self.updates = torch.stack(self.updates).mean(0), []
@@ -320,8 +316,7 @@ class Run:
         self.bar.update()
 
     def read_steps(self, all_but: int = 0) -> None:
-        """Reads the numbers of the steps taken, but for the last `all_but`: whether to stop, which
-        steps were skipped, and what to log."""
+        """Reads and logs the numbers of the steps taken, but for the last `all_but`."""
         while len(self.unread) > all_but:
             step, state = self.step - len(self.unread), self.state
             numbers, names, tokens, flops, figures = self.unread.popleft()
@@ -348,15 +343,14 @@ class Run:
                                      + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
 
     def restart_clock(self, now: float | None = None) -> float:
-        """Starts the interval of the next throughput figure, by default when the device has caught
-        up; returns the time."""
+        """Starts the interval of the next throughput figure, by default once the device is done."""
         self.clock = device_time(self.launch.device) if now is None else now
         self.tokens, self.flops = 0, 0
         return self.clock
 
     def pause_clock(self) -> None:
-        """Validation and saving do not count as training time. All steps are read first: the run
-        may have to stop, and a checkpoint counts skipped steps."""
+        """Validation and saving are not training time. All steps are read first: one may have asked
+        to stop, and a checkpoint counts skipped steps."""
         if self.paused_at is None:
             self.read_steps()
             self.paused_at = device_time(self.launch.device)
