@@ -105,16 +105,14 @@ def start(device: str, deterministic: bool = False) -> Launch:
 def read_launch() -> tuple[int, int, int]:
     """The rank, the rank on this node (and index of the GPU) and the world size, as torchrun sets
     them; (0, 0, 1) without such variables. Raises UserError if some are missing or invalid."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    if not given.keys() & set(names[:4]):
+    if not given.keys() & set(names[:3]):
         return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
     with contextlib.suppress(KeyError, ValueError):  # missing, or not a number
         rank, local_rank, world_size = (int(given[name]) for name in names[:3])
-        ranks_here = int(given.get("LOCAL_WORLD_SIZE", world_size))
         can_meet = world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"]) > 0)
-        is_valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
-        if is_valid and can_meet:
+        if can_meet and 0 <= local_rank <= rank < world_size:
             return rank, local_rank, world_size
     raise UserError(f"launch variables {given} are missing or invalid: use torchrun or unset them")
 
@@ -173,8 +171,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
-    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()),
-             "cuda": torch.cuda.device_count()}[picked.type]
+    count = torch.get_device_module(picked).device_count()
     if (picked.index or 0) >= count:
         raise UserError(f"--device {device}: there is no {picked}, {count} are visible; lower "
                         "--nproc-per-node, or use --device cpu")

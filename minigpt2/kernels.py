@@ -11,6 +11,7 @@ from minigpt2.distributed import keep_freed_memory
 from model import GPT
 
 ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number works
+capture_stream = functools.cache(torch.cuda.Stream)  # one per device: each allocates a workspace
 
 
 class PackedLinear(nn.Module):
@@ -83,9 +84,3 @@ def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
         step()
     return graph
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device for all captures, since each stream would allocate a workspace."""
-    return torch.cuda.Stream(device)

@@ -1,6 +1,5 @@
-"""The corpus format (docs/formats.md): a folder of shards, `.npy` files with one vector of uint16
-token ids, and a `manifest.json` that lists them. Without one it is unfinished; only the shards of
-nanoGPT, build-nanogpt and llm.c are also read by their file names."""
+"""The corpus format (docs/formats.md): shards, `.npy` files with one vector of uint16 token ids, and
+a `manifest.json` that lists them; without one, only other projects' shards are read, by name."""
 
 import io
 import json
@@ -27,11 +26,6 @@ def shard_header(num_tokens: int) -> bytes:
     np.lib.format.write_array_header_1_0(
         header, {"descr": TOKEN_DTYPE().dtype.str, "fortran_order": False, "shape": (num_tokens,)})
     return header.getvalue()
-
-
-def shard_bytes(num_tokens: int) -> int:
-    """The size of a shard's file."""
-    return len(shard_header(num_tokens)) + num_tokens * TOKEN_DTYPE().itemsize
 
 
 def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
