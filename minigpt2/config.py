@@ -38,8 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> typing.NoReturn:
-        sys.exit(fail(f"{message} (--help lists the flags; quote a glob; put -- before a prompt, "
-                      "or write --flag=-x, if it begins with -)"))
+        sys.exit(fail(f"{message} (--help lists the flags, -- ends them)"))
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,

@@ -225,9 +225,8 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 @torch.no_grad()
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
-    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), in
-    float64 and eagerly, as other shapes would recompile. None, on all ranks, after a stop on
-    any."""
+    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), eagerly,
+    as other shapes would recompile. None, on all ranks, after a stop on any."""
     sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:

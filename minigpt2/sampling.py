@@ -1,7 +1,5 @@
-"""Samples the next token of each row from its logits, by the Gumbel-max trick in its exponential
-form (Maddison et al. 2014, section 2.1): argmax_i w_i / E_i, with exponential noise E_i, follows
-the weights w_i. The noise is a stateless function of the row's key, a counter and the token id
-(Salmon et al. 2011), so that sampling is batch-invariant (docs/sampling.md)."""
+"""Batch-invariant sampling (docs/sampling.md): the Gumbel-max trick in exponential form (Maddison et
+al. 2014, section 2.1), with counter-based noise for each row and token (Salmon et al. 2011)."""
 
 import hashlib
 import numbers

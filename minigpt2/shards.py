@@ -1,5 +1,5 @@
 """The corpus format (docs/formats.md): shards, `.npy` files with one vector of uint16 token ids, and
-a `manifest.json` that lists them; without one, only other projects' shards are read, by name."""
+a manifest that lists them. Without one, only shards of other projects are read, by name."""
 
 import io
 import json
