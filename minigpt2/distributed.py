@@ -68,9 +68,9 @@ class Launch:
         for rank, theirs in enumerate(others, 1):
             for name in sorted(first.keys() - set(except_for)):
                 if theirs.get(name) != first[name]:
-                    raise UserError(f"{name} differs: {first[name]!r:.80} on rank 0, "
-                                    f"{theirs.get(name)!r:.80} on rank {rank}; start all nodes "
-                                    "with the same code, flags, packages and data")
+                    raise UserError(
+                        f"{name} differs: {first[name]!r:.80} on rank 0, {theirs.get(name)!r:.80} "
+                        f"on rank {rank}; all nodes need the same code, flags, packages and data")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -245,10 +245,9 @@ def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch,
                size_of: Callable = lambda row: 0, batch_size: int = 32,
                batch_tokens: int = 0, should_stop: Callable[[], bool] = bool,
                label: str = "") -> list | None:
-    """The results of work(batch), one per row, of all rows in their order, on every rank: the ranks
-    take batches in turn, eagerly and without gradients. Whatever their number, a batch holds
-    batch_size rows, or about batch_tokens, sorted by `size_of`, the largest first. With a `label`,
-    rank 0 shows progress. None, on all ranks, once `should_stop()` is true on any."""
+    """The results of work(batch), one per row, in the order of rows, on every rank. Ranks take
+    batches of batch_size rows, or about batch_tokens, in turn, the largest `size_of` first, eagerly
+    and without gradients. `label` shows progress. None, on all ranks, if one `should_stop()`."""
     order = sorted(range(len(rows)), key=lambda i: size_of(rows[i]), reverse=True)
     batches = []
     while order:

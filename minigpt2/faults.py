@@ -77,8 +77,7 @@ class StopRequest(contextlib.ExitStack):
             self.name, self.since = signal.Signals(number).name, time.monotonic()
             if os.environ.get("RANK", "0") == "0":  # os.write: print() is not reentrant
                 with contextlib.suppress(OSError):
-                    os.write(2, f"\n{self.name}: saving, then stopping; Ctrl-C again after "
-                                f"{REPEAT_SECONDS:.0f} s stops at once\n".encode())
+                    os.write(2, f"\n{self.name}: saving; Ctrl-C again stops at once\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self.since > REPEAT_SECONDS:
             raise KeyboardInterrupt
 

@@ -49,9 +49,8 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Prepares a model for `generate` and `logprobs`, in place: it can then be neither trained nor
-    saved. On a GPU, converts the weights to `dtype`; on a CPU with oneDNN, packs the linear layers,
-    those of the blocks in `dtype`. Logits are float32: at GPT-2's -100, bfloat16 is too coarse.
+    """Prepares a model, in place, for sampling only. On a GPU, converts the weights to `dtype`; on a
+    CPU with oneDNN, packs the linear layers, those of the blocks in `dtype`. Logits are float32.
     Raises UserError if the CPU lacks `dtype`, ValueError if another was prepared."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):

@@ -1,5 +1,5 @@
-"""The corpus format (docs/formats.md): shards, `.npy` files with one vector of uint16 token ids, and
-a manifest that lists them. Without one, only shards of other projects are read, by name."""
+"""The corpus format (docs/formats.md): shards, `.npy` files with one vector of uint16 ids, and a
+manifest that lists them. Without one, only shards of other projects are read, by name."""
 
 import io
 import json
@@ -115,7 +115,6 @@ def read_manifest(data_dir: Path) -> dict:
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]
     if not shards:
-        state = f"has no {MANIFEST} and no foreign shards" if names else "is empty"
-        raise UserError(f"data folder {data_dir} {state}: {build}")
+        raise UserError(f"data folder {data_dir} has no {MANIFEST} and no foreign shards: {build}")
     return {"source": {"name": "shards without a manifest"}, "shards": shards,
             "tokens": sum(shard["tokens"] for shard in shards)}

@@ -434,6 +434,6 @@ def test_plot_loss_draws_several_logs(tmp_path):
 def test_plot_loss_rejects_missing_and_damaged_logs(tmp_path, monkeypatch, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text("not json\n")
-    for logs, word in (([], "no run log"), ([path], "line 1"), ([tmp_path / "no"], "cannot read")):
+    for logs, word in (([], "no run log"), ([path], "line 1"), ([tmp_path / "no"], "No such file")):
         assert word in main_error(main, [*logs, "--out", tmp_path / "x.png"], monkeypatch, capsys)
     assert not (tmp_path / "x.png").exists()
