@@ -49,7 +49,7 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Prepares a model, in place, for sampling only. On a GPU, converts the weights to `dtype`; on a
+    """Prepares a model, in place, to sample only. On a GPU, converts the weights to `dtype`; on a
     CPU with oneDNN, packs the linear layers, those of the blocks in `dtype`. Logits are float32.
     Raises UserError if the CPU lacks `dtype`, ValueError if another was prepared."""
     model.eval().requires_grad_(False)
