@@ -30,7 +30,7 @@ from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
 from minigpt2.files import atomic_write, sha256_of
-from minigpt2.hub import RetryPolicy, fetch, list_files
+from minigpt2.hub import fetch, list_files
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, load_tokenizer
@@ -146,10 +146,9 @@ def download_benchmark(target: Path) -> None:
         return
     repo, commit, path, digest = DOWNLOADS[target.name]
     target.parent.mkdir(parents=True, exist_ok=True)
-    retry = RetryPolicy()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        [file] = list_files(repo, commit, path, retry)
-        source = fetch(repo, commit, file, Path(scratch), retry)
+        [file] = list_files(repo, commit, path)
+        source = fetch(repo, commit, file, Path(scratch))
         if sha256_of(source) != digest:
             raise UserError(f"{path} of {repo} does not have the expected SHA-256")
         source.replace(target)

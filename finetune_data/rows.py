@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from minigpt2.files import atomic_write
-from minigpt2.hub import RetryPolicy, fetch, list_files
+from minigpt2.hub import fetch, list_files
 
 
 def download_rows(repo: str, commit: str, name: str, columns: tuple[str, ...], path: Path) -> None:
@@ -18,10 +18,9 @@ def download_rows(repo: str, commit: str, name: str, columns: tuple[str, ...], p
     if path.exists():  # it was renamed into place when it was complete
         print(f"{path} exists already: delete it to download it again")
         return
-    retry = RetryPolicy()
-    [file] = list_files(repo, commit, name, retry)
+    [file] = list_files(repo, commit, name)
     with tempfile.TemporaryDirectory() as scratch:
-        content = fetch(repo, commit, file, Path(scratch), retry).read_bytes()
+        content = fetch(repo, commit, file, Path(scratch)).read_bytes()
     if name.endswith(".parquet"):
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     elif name.endswith(".jsonl.gz"):

@@ -152,8 +152,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return checkpoints[-1]
     if folder.exists():
         raise UserError(f"{folder} is not a checkpoint, it has neither {CONFIG_FILE} nor folders "
-                        "step_NNNNNN: train one with trainer.py, or give a hub name such as gpt2 "
-                        "(checkpoints of nanoGPT and llm.c: see docs/formats.md)")
+                        "step_NNNNNN (those of nanoGPT and llm.c: see docs/formats.md)")
     from huggingface_hub import errors, snapshot_download  # slow to import, rarely needed
     try:
         return Path(snapshot_download(str(path), allow_patterns=[
@@ -255,9 +254,8 @@ def read_prompt_template(path: str | Path) -> str | None:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """Yields (file, name, tensor) of every weight, the tensor as stored, the name as in GPT:
-    OpenAI's files lack a prefix, those of DDP and torch.compile have others; a stored head is
-    wte."""
+    """Yields (file, name, tensor) of every weight, the tensor as stored, the name as in GPT: other
+    files lack its prefix or, from DDP and torch.compile, have more. A stored head is wte."""
     names = {WEIGHTS_FILE}
     if not (folder / WEIGHTS_FILE).exists():  # files are chosen as by transformers
         names = set(map(str, read_json(folder / INDEX_FILE).get("weight_map", {}).values()))

@@ -38,9 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> typing.NoReturn:
-        hint = ("; quote a glob; put -- before a prompt, or write --flag=-x, if it begins with -"
-                if re.search("arguments: -?[^-]|one argument|explicit argument", message) else "")
-        sys.exit(fail(f"{message} (--help lists the flags{hint})"))
+        sys.exit(fail(f"{message} (--help lists the flags, -- ends them)"))
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
@@ -79,7 +77,7 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
     # `X | None` is parsed as X
     kind, *words = (arm for arm in typing.get_args(hint | None) if arm is not types.NoneType)
     if field.metadata["is_path"]:
-        options["type"] = path_value
+        options["type"] = os.path.expanduser
     elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif words:  # int | Literal[...]
@@ -92,13 +90,6 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
         parser.add_argument(field.name, nargs="*", **options)
     else:
         parser.add_argument(flag_name(field.name), default=field.default, **options)
-
-
-def path_value(text: str) -> str:
-    """Parses a path: a leading ~ is expanded, all else is literal."""
-    if any("\udc80" <= char <= "\udcff" for char in text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, as safetensors requires")
-    return os.path.expanduser(text)
 
 
 def int_or_word(text: str, words: tuple[str, ...]) -> int | str:

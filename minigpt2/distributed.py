@@ -68,9 +68,9 @@ class Launch:
         for rank, theirs in enumerate(others, 1):
             for name in sorted(first.keys() - set(except_for)):
                 if theirs.get(name) != first[name]:
-                    raise UserError(f"{name} differs: {first[name]!r:.80} on rank 0, "
-                                    f"{theirs.get(name)!r:.80} on rank {rank}; start all nodes "
-                                    "with the same code, flags, packages and data")
+                    raise UserError(
+                        f"{name} differs: {first[name]!r:.80} on rank 0, {theirs.get(name)!r:.80} "
+                        f"on rank {rank}; all nodes need the same code, flags, packages and data")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -105,16 +105,14 @@ def start(device: str, deterministic: bool = False) -> Launch:
 def read_launch() -> tuple[int, int, int]:
     """The rank, the rank on this node (and index of the GPU) and the world size, as torchrun sets
     them; (0, 0, 1) without such variables. Raises UserError if some are missing or invalid."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    if not given.keys() & set(names[:4]):
+    if not given.keys() & set(names[:3]):
         return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
     with contextlib.suppress(KeyError, ValueError):  # missing, or not a number
         rank, local_rank, world_size = (int(given[name]) for name in names[:3])
-        ranks_here = int(given.get("LOCAL_WORLD_SIZE", world_size))
         can_meet = world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"]) > 0)
-        is_valid = 0 <= local_rank <= rank < world_size and local_rank < ranks_here <= world_size
-        if is_valid and can_meet:
+        if can_meet and 0 <= local_rank <= rank < world_size:
             return rank, local_rank, world_size
     raise UserError(f"launch variables {given} are missing or invalid: use torchrun or unset them")
 
@@ -173,8 +171,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
-    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()),
-             "cuda": torch.cuda.device_count()}[picked.type]
+    count = torch.get_device_module(picked).device_count()
     if (picked.index or 0) >= count:
         raise UserError(f"--device {device}: there is no {picked}, {count} are visible; lower "
                         "--nproc-per-node, or use --device cpu")
@@ -228,9 +225,8 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
 @torch.no_grad()
 def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], launch: Launch,
               dtype: torch.dtype, should_stop: Callable[[], bool] = bool) -> float | None:
-    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), in
-    float64 and eagerly, as other shapes would recompile. None, on all ranks, after a stop on
-    any."""
+    """The mean loss over the targets of all ranks' `batches` of inputs and targets (B, T), eagerly,
+    as other shapes would recompile. None, on all ranks, after a stop on any."""
     sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, ranks that stop
     with torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
@@ -249,10 +245,9 @@ def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch,
                size_of: Callable = lambda row: 0, batch_size: int = 32,
                batch_tokens: int = 0, should_stop: Callable[[], bool] = bool,
                label: str = "") -> list | None:
-    """The results of work(batch), one per row, of all rows in their order, on every rank: the ranks
-    take batches in turn, eagerly and without gradients. Whatever their number, a batch holds
-    batch_size rows, or about batch_tokens, sorted by `size_of`, the largest first. With a `label`,
-    rank 0 shows progress. None, on all ranks, once `should_stop()` is true on any."""
+    """The results of work(batch), one per row, in the order of rows, on every rank. Ranks take
+    batches of batch_size rows, or about batch_tokens, in turn, the largest `size_of` first, eagerly
+    and without gradients. `label` shows progress. None, on all ranks, if one `should_stop()`."""
     order = sorted(range(len(rows)), key=lambda i: size_of(rows[i]), reverse=True)
     batches = []
     while order:

@@ -57,13 +57,13 @@ class IgnoreBrokenPipe:
             self.stream.flush()
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """While entered, a stop signal is recorded instead of killing this process, for the training
     loop to check once a step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
+        super().__init__()  # of what is restored on exit: signal handlers, output streams
         self.name, self.since = None, 0.0  # of the signal
-        self.previous_handlers: dict = {}
 
     def requested(self) -> bool:
         return self.name is not None
@@ -77,8 +77,7 @@ class StopRequest:
             self.name, self.since = signal.Signals(number).name, time.monotonic()
             if os.environ.get("RANK", "0") == "0":  # os.write: print() is not reentrant
                 with contextlib.suppress(OSError):
-                    os.write(2, f"\n{self.name}: saving, then stopping; Ctrl-C again after "
-                                f"{REPEAT_SECONDS:.0f} s stops at once\n".encode())
+                    os.write(2, f"\n{self.name}: saving; Ctrl-C again stops at once\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self.since > REPEAT_SECONDS:
             raise KeyboardInterrupt
 
@@ -86,15 +85,11 @@ class StopRequest:
         for name in STOP_SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                self.previous_handlers[number] = signal.signal(number, self.handle)
-        self.streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (stream and IgnoreBrokenPipe(stream) for stream in self.streams)
+                self.callback(signal.signal, number, signal.signal(number, self.handle))
+        out, err = (stream and IgnoreBrokenPipe(stream) for stream in (sys.stdout, sys.stderr))
+        self.enter_context(contextlib.redirect_stdout(out))
+        self.enter_context(contextlib.redirect_stderr(err))
         return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        sys.stdout, sys.stderr = self.streams
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
 
 
 class RankMonitor:
@@ -234,9 +229,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
         torch.cuda.empty_cache()
         failed_ranks = launch.sum(torch.tensor(0.0 if fits else 1.0)).item()
         if compiled and (failed_ranks or launch.world_size > 1):
-            # Compile the next size for itself, not for dynamic shapes. Under DDP the compiler
-            # splits the graph differently, so that gradients can be reduced early.
-            torch.compiler.reset()
+            torch.compiler.reset()  # each size has its own graph, and DDP splits it differently
         if not failed_ranks:
             return size
     raise UserError(f"not even a micro-batch of {candidates[-1]} x {sequence_length} tokens fits "

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -74,12 +75,9 @@ def check_text(path: Path, text: str) -> None:
     fix = "convert it to UTF-8, e.g. from {0} with `iconv -f {0} -t UTF-8`"
     if "\0" in text:
         raise UserError(f"{path} is binary or UTF-16, expected text: {fix.format('UTF-16')}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        invalid = sum("\udc80" <= char <= "\udcff" for char in text)
-        valid = sum(char > "\x7f" for char in text) - invalid
-        if invalid > max(valid, len(text) // RARE):
-            found = text[max(0, error.start - 20) : error.start + 20].encode("utf-8", INVALID_UTF8)
-            raise UserError(f"{path} is not UTF-8, it has {found!r}: "
-                            f"{fix.format('WINDOWS-1252')}") from None
+    invalid = re.findall("[\udc80-\udcff]", text)
+    valid = len(re.findall("[^\0-\x7f]", text)) - len(invalid)
+    if len(invalid) > max(valid, len(text) // RARE):
+        start = text.index(invalid[0])
+        found = text[max(0, start - 20) : start + 20].encode("utf-8", INVALID_UTF8)
+        raise UserError(f"{path} is not UTF-8, it has {found!r}: {fix.format('WINDOWS-1252')}")

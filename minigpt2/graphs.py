@@ -16,6 +16,8 @@ def check_image(image: Path, flag: str) -> None:
     if image.suffix != ".png":
         raise UserError(f"{flag} {image} does not end in .png: other formats are not supported")
     check_folder(image.parent, f"{flag} {image}")
+    if image.is_dir():
+        raise UserError(f"{flag} {image} is a folder: choose another file")
 
 
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,

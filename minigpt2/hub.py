@@ -3,7 +3,6 @@
 import fnmatch
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub  # loads its modules lazily
@@ -15,44 +14,38 @@ PERMANENT = {400, 401, 403, 404, 410, 416}  # HTTP status codes that are not ret
 INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every failure
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Retries failed requests with exponential backoff."""
-
-    max_retries: int = 8
-
-    def call(self, function: Callable, what: str):
-        """Returns function(), retried while the network or the hub fails. `what` names the request
-        in messages. Raises UserError if it keeps failing, and at once if a retry cannot help."""
-        from huggingface_hub.errors import HTTPError
-        from huggingface_hub.utils import logging
-        logging.set_verbosity_error()  # hides the client's own messages
-        for attempt in range(self.max_retries + 1):
-            try:
-                return function()
-            except (HTTPError, OSError, RuntimeError) as error:  # the Xet client's: RuntimeError
-                if isinstance(error, OSError) and error.errno in NO_SPACE:
-                    raise
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if attempt == self.max_retries or status in PERMANENT:
-                    raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
-                                    "check network, access and commit, then rerun") from None
-                delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
-                print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
-                time.sleep(delay)
+def retried(request: Callable, what: str, max_retries: int = 8):
+    """Returns request(), retried with exponential backoff while the network or the hub fails.
+    `what` names it in messages. Raises UserError if it keeps failing or a retry cannot help."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # hides the client's own messages
+    for attempt in range(max_retries + 1):
+        try:
+            return request()
+        except (HTTPError, OSError, RuntimeError) as error:  # the Xet client's: RuntimeError
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if attempt == max_retries or status in PERMANENT:
+                raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
+                                "check network, access and commit, then rerun") from None
+            delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
+            print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
+            time.sleep(delay)
 
 
-def find_commit(repo: str, revision: str, retry: RetryPolicy) -> str:
+def find_commit(repo: str, revision: str) -> str:
     """The commit of a branch, a tag or an abbreviated commit. Raises UserError."""
-    return retry.call(lambda: huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha,
-                      f"{repo} at {revision}")
+    return retried(lambda: huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha,
+                   f"{repo} at {revision}")
 
 
-def list_files(repo: str, commit: str, pattern: str, retry: RetryPolicy) -> list:
+def list_files(repo: str, commit: str, pattern: str) -> list:
     """The RepoFile of each file of a folder that matches a pattern such as "data/*.parquet", sorted
     by path, at least one. Raises UserError."""
     api, folder = huggingface_hub.HfApi(), pattern.rpartition("/")[0]
-    entries = retry.call(lambda: list(api.list_repo_tree(
+    entries = retried(lambda: list(api.list_repo_tree(
         repo, folder or None, revision=commit, repo_type="dataset")), f"{repo} at {commit}")
     files = [entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)
              and fnmatch.fnmatchcase(entry.path, pattern)]
@@ -61,8 +54,7 @@ def list_files(repo: str, commit: str, pattern: str, retry: RetryPolicy) -> list
     return sorted(files, key=lambda file: file.path)
 
 
-def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path,
-          retry: RetryPolicy) -> Path:
+def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path) -> Path:
     """Downloads a file into `folder`, unless it is there, and verifies it. Raises UserError."""
     def request() -> Path:
         path = Path(huggingface_hub.hf_hub_download(
@@ -73,4 +65,4 @@ def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path
             raise OSError(f"size or SHA-256 of {file.path} differs from the hub's")
         return path
 
-    return retry.call(request, f"{repo} {file.path}")
+    return retried(request, f"{repo} {file.path}")

@@ -11,6 +11,7 @@ from minigpt2.distributed import keep_freed_memory
 from model import GPT
 
 ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number works
+capture_stream = functools.cache(torch.cuda.Stream)  # one per device: each allocates a workspace
 
 
 class PackedLinear(nn.Module):
@@ -48,9 +49,8 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Prepares a model for `generate` and `logprobs`, in place: it can then be neither trained nor
-    saved. On a GPU, converts the weights to `dtype`; on a CPU with oneDNN, packs the linear layers,
-    those of the blocks in `dtype`. Logits are float32: at GPT-2's -100, bfloat16 is too coarse.
+    """Prepares a model, in place, to sample only. On a GPU, converts the weights to `dtype`; on a
+    CPU with oneDNN, packs the linear layers, those of the blocks in `dtype`. Logits are float32.
     Raises UserError if the CPU lacks `dtype`, ValueError if another was prepared."""
     model.eval().requires_grad_(False)
     if isinstance(model.lm_head, PackedLinear | Float32Head):
@@ -83,9 +83,3 @@ def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
         step()
     return graph
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device for all captures, since each stream would allocate a workspace."""
-    return torch.cuda.Stream(device)

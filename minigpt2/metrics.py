@@ -84,10 +84,7 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     of step S discards all records after S, and the train record of S, which the run repeats. An
     incomplete last line is ignored. Raises UserError for a damaged line."""
     records: dict[str, dict[int, dict]] = {}
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete
-    except OSError as error:
-        raise UserError(f"cannot read the run log {path}: {error}") from None
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

@@ -1,6 +1,5 @@
-"""Preference data: a prompt, a response that was chosen and one that was rejected. Rows have one of
-three forms (docs/alignment.md), the last of which, two transcripts, is Anthropic's hh-rlhf's. At
-the end: the padded length and the micro-batches of rows of every kind."""
+"""Preference data: a prompt, a chosen and a rejected response, in one of three forms of rows
+(docs/alignment.md). At the end: padded lengths and micro-batches of rows of every kind."""
 
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from minigpt2.tokenizer import encode_example
 
 # Names of the texts of a row, of which `input` may be missing
 FORMS = (("instruction", "input", "chosen", "rejected"), ("prompt", "input", "chosen", "rejected"),
-         ("chosen", "rejected"))  # the last: transcripts
+         ("chosen", "rejected"))  # the last: two transcripts, as in Anthropic's hh-rlhf
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ARTIFACT = re.compile(r"##|<\||Instruction")  # of a model that continues with another prompt
 

@@ -157,9 +157,8 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
             damaged.append(folder)
             continue
         for other in damaged:
-            renamed = other.with_name(f"{other.name}.damaged")
-            shutil.rmtree(renamed, ignore_errors=True)
-            os.replace(other, renamed)
+            shutil.rmtree(f"{other}.damaged", ignore_errors=True)
+            os.replace(other, f"{other}.damaged")
         return folder
     if damaged:
         raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} is intact: restore "

@@ -1,7 +1,5 @@
-"""Samples the next token of each row from its logits, by the Gumbel-max trick in its exponential
-form (Maddison et al. 2014, section 2.1): argmax_i w_i / E_i, with exponential noise E_i, follows
-the weights w_i. The noise is a stateless function of the row's key, a counter and the token id
-(Salmon et al. 2011), so that sampling is batch-invariant (docs/sampling.md)."""
+"""Batch-invariant sampling (docs/sampling.md): the Gumbel-max trick in exponential form (Maddison
+et al. 2014, section 2.1), with counter-based noise for each row and token (Salmon et al. 2011)."""
 
 import hashlib
 import numbers
@@ -35,14 +33,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        for name, is_valid, expected in (
-                ("temperature", lambda x: x >= 0, "a finite number of at least 0"),
-                ("top_k", lambda x: x >= 0 and isinstance(x, numbers.Integral),
-                 "an integer of at least 0 (0: all tokens)"),
-                ("top_p", lambda x: 0 <= x <= 1, "a number from 0 to 1 (1: all tokens)"),
-                ("repetition_penalty", lambda x: x > 0, "a finite number above 0 (1: no penalty)")):
+        for name, kind, is_valid, expected in (
+                ("temperature", numbers.Real, lambda x: x >= 0, "a finite number of at least 0"),
+                ("top_k", numbers.Integral, lambda x: x >= 0, "an integer of at least 0"),
+                ("top_p", numbers.Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+                ("repetition_penalty", numbers.Real, lambda x: x > 0, "a finite number above 0")):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and is_valid(value) and value < float("inf")):
+            if not (isinstance(value, kind) and is_valid(value) and value < float("inf")):
                 raise UserError(f"{name} is {value!r:.60}, expected {expected}")
 
 

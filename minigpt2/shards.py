@@ -1,6 +1,5 @@
-"""The corpus format (docs/formats.md): a folder of shards, `.npy` files with one vector of uint16
-token ids, and a `manifest.json` that lists them. Without one it is unfinished; only the shards of
-nanoGPT, build-nanogpt and llm.c are also read by their file names."""
+"""The corpus format (docs/formats.md): shards, `.npy` files with one vector of uint16 ids, and a
+manifest that lists them. Without one, only shards of other projects are read, by name."""
 
 import io
 import json
@@ -27,11 +26,6 @@ def shard_header(num_tokens: int) -> bytes:
     np.lib.format.write_array_header_1_0(
         header, {"descr": TOKEN_DTYPE().dtype.str, "fortran_order": False, "shape": (num_tokens,)})
     return header.getvalue()
-
-
-def shard_bytes(num_tokens: int) -> int:
-    """The size of a shard's file."""
-    return len(shard_header(num_tokens)) + num_tokens * TOKEN_DTYPE().itemsize
 
 
 def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
@@ -121,7 +115,6 @@ def read_manifest(data_dir: Path) -> dict:
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]
     if not shards:
-        state = f"has no {MANIFEST} and no foreign shards" if names else "is empty"
-        raise UserError(f"data folder {data_dir} {state}: {build}")
+        raise UserError(f"data folder {data_dir} has no {MANIFEST} and no foreign shards: {build}")
     return {"source": {"name": "shards without a manifest"}, "shards": shards,
             "tokens": sum(shard["tokens"] for shard in shards)}

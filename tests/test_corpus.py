@@ -26,7 +26,7 @@ from dataloader import TokenLoader
 from minigpt2 import hub
 from minigpt2.config import UserError
 from minigpt2.files import sha256_of
-from minigpt2.hub import RetryPolicy
+from minigpt2.hub import retried
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from pretrain_data import corpus, documents
@@ -311,10 +311,10 @@ def test_temporary_errors_are_retried(error, capsys, monkeypatch):
             raise errors.pop()
         return "content"
 
-    assert RetryPolicy(2).call(request, "a file") == "content"
+    assert retried(request, "a file", 2) == "content"
     assert capsys.readouterr().out.count("retrying") == 2 and delays == [2.0, 4.0]
     errors[:] = [error] * 9
-    assert "a file" in user_error(RetryPolicy(1).call, request, "a file")
+    assert "a file" in user_error(retried, request, "a file", 1)
     assert len(delays) == 3
 
 

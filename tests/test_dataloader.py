@@ -168,7 +168,7 @@ def test_shards_are_memory_mapped(corpus):
 def test_missing_and_empty_folders(tmp_path):
     assert "does not exist" in user_error(loader, tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "is empty" in user_error(loader, tmp_path / "empty")
+    assert "no foreign shards" in user_error(loader, tmp_path / "empty")
     (tmp_path / "empty" / ".x_train_000001.npy.partial").write_bytes(bytes(99))
     message = user_error(loader, tmp_path / "empty")  # a run that was killed before its manifest
     assert "manifest.json" in message and "pretrain_data/" in message

@@ -336,7 +336,8 @@ def test_graph_of_losses_only_and_of_empty_logs(tmp_path, monkeypatch):
 
 def test_check_image_rejects_unwritable_paths(tmp_path):
     (tmp_path / "file").touch()
-    for name in ("metrics.jsonl", "file/x.png"):
+    (tmp_path / "folder.png").mkdir()
+    for name in ("metrics.jsonl", "file/x.png", "folder.png"):
         assert f"--out {tmp_path / name}" in user_error(check_image, tmp_path / name, "--out")
     check_image(tmp_path / "new" / "deep" / "x.png", "--out")
     assert not (tmp_path / "new").exists()
@@ -387,8 +388,6 @@ def test_partial_last_line_is_ignored(tmp_path):
     path = write_log(tmp_path / "log.jsonl", [(0, "val", {"loss": 1.0})])
     path.write_bytes(path.read_bytes() + '{"step": 1, "kind": "é'.encode()[:-1])
     assert losses(path, "val") == {0: 1.0}
-    assert "none.jsonl" in user_error(read_log, tmp_path / "none.jsonl")
-    assert str(tmp_path) in user_error(read_log, tmp_path)
 
 
 @pytest.mark.parametrize("name, title", [("pretrain_loss", "Pre-training loss"),
@@ -435,6 +434,6 @@ def test_plot_loss_draws_several_logs(tmp_path):
 def test_plot_loss_rejects_missing_and_damaged_logs(tmp_path, monkeypatch, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text("not json\n")
-    for logs, word in (([], "no run log"), ([path], "line 1"), ([tmp_path / "no"], "cannot read")):
+    for logs, word in (([], "no run log"), ([path], "line 1"), ([tmp_path / "no"], "No such file")):
         assert word in main_error(main, [*logs, "--out", tmp_path / "x.png"], monkeypatch, capsys)
     assert not (tmp_path / "x.png").exists()

@@ -303,7 +303,7 @@ def test_two_processes_match_one(corpus, tmp_path, finished_run):
 def set_launch(monkeypatch, **changes) -> None:
     """Sets the variables of a rank that torchrun started, with changes; None: not set."""
     complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                "MASTER_PORT": "1234", "LOCAL_WORLD_SIZE": None}
+                "MASTER_PORT": "1234"}
     for name, value in (complete | changes).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -316,10 +316,9 @@ ONLY = dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 @pytest.mark.parametrize("changes", [
     ONLY | {"RANK": "1"}, ONLY | {"RANK": ""}, ONLY | {"WORLD_SIZE": "2"}, ONLY | {"RANK": "0"},
-    ONLY | {"LOCAL_RANK": "1"}, ONLY | {"LOCAL_WORLD_SIZE": "2"}, ONLY | {"WORLD_SIZE": ""},
+    ONLY | {"LOCAL_RANK": "1"}, ONLY | {"WORLD_SIZE": ""},
     {"RANK": "2"}, {"RANK": "-1"}, {"RANK": None}, {"RANK": "one"}, {"WORLD_SIZE": "0"},
     {"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"LOCAL_RANK": ""}, {"LOCAL_RANK": "1"},
-    {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "3"},
     {"MASTER_ADDR": None}, {"MASTER_ADDR": ""}, {"MASTER_PORT": None}, {"MASTER_PORT": "x"}])
 @pytest.mark.parametrize("script", [trainer, finetune])
 def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, script, changes):
@@ -333,7 +332,7 @@ def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, 
 
 
 def test_complete_launch_variables(monkeypatch):
-    set_launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    set_launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8")
     assert read_launch() == (5, 1, 8)
     set_launch(monkeypatch, **ONLY | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     assert read_launch() == (0, 0, 1)
