@@ -64,9 +64,8 @@ def token_rewards(scores: torch.Tensor, log_ratios: torch.Tensor, mask: torch.Te
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
         gae_lambda: float) -> torch.Tensor:
-    """Generalized advantage estimates (R, T) without discount (Schulman et al. 2016, equation 16):
-    the sum of gae_lambda^l (r_t + V_{t+1} - V_t) over later tokens. Values + advantages are the
-    returns. Nothing outside the mask is read."""
+    """Generalized advantage estimates (R, T) without discount (Schulman et al. 2016, equation 16).
+    Values + advantages are the returns. Nothing outside the mask is read."""
     rewards, values = rewards.where(mask, 0), values.where(mask, 0)
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
@@ -83,9 +82,8 @@ def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scale: bool) -> torch.Tensor:
-    """The advantages (R,) of whole responses: rewards (R,) minus the mean of their group, which are
-    `group_size` rows in turn (Liu et al. 2025, "Dr. GRPO"); with `scale` also divided by its
-    deviation + 1e-4 (Shao et al. 2024, GRPO; as TRL's)."""
+    """Rewards (R,) of responses minus the mean of their group, group_size rows in turn (Liu et al.
+    2025, Dr. GRPO); with `scale` divided by its deviation + 1e-4 (Shao et al. 2024, GRPO)."""
     groups = rewards.double().view(-1, group_size)  # a float32 mean of equal rewards is not exact
     centered = groups - groups.mean(1, keepdim=True)
     scaled = centered / (groups.std(1, keepdim=True) + 1e-4) if scale else centered
@@ -104,8 +102,8 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor,
                value_clip: float) -> torch.Tensor:
-    """Half the squared error (N,) of values, or of values clipped to old_values +- value_clip, if
-    that is larger (OpenAI's code for PPO); 0: no clipping."""
+    """Half the squared error (N,) of values, or, if larger, of values clipped to old_values +-
+    value_clip (OpenAI's code for PPO); 0: no clipping."""
     errors = (values - returns).square()
     if value_clip > 0:
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
@@ -115,8 +113,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, num_responses: int,
                  horizon: int = 10_000) -> float:
-    """The adaptive coefficient of Ziegler et al. 2019, section 2.2: it grows by at most a fifth of
-    num_responses / horizon while the KL is above its target, and falls likewise."""
+    """The adaptive coefficient of Ziegler et al. 2019, section 2.2."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * num_responses / horizon)
 
 def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:

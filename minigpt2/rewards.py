@@ -124,11 +124,10 @@ class Reward:
                 self.model = load_model(spec, device, RewardModel).requires_grad_(False)
                 self.sha256 = weights_sha256(self.model)
         except USER_ERRORS as error:
-            problem = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"{flag} {spec}: {problem:.200}; {REWARDS}") from None
-        self.unstopped_score = unstopped_score
-        if unstopped_score is None:
-            self.unstopped_score = 0.0 if self.model is None else -1.0
+            raise UserError(f"{flag} {spec}: {type(error).__name__}: {first_line(error):.200}; "
+                            f"{REWARDS}") from None
+        default = 0.0 if self.model is None else -1.0
+        self.unstopped_score = default if unstopped_score is None else unstopped_score
 
     def __call__(self, responses: Sequence[Response], rows: Sequence, launch: Launch,
                  dtype: torch.dtype, batch_size: int = 32,
@@ -164,8 +163,7 @@ class Reward:
 
 
 def built_in(name: str, argument: str) -> Callable[[dict, str], float]:
-    """The function `name`, of a row and a response that ended. Raises KeyError, ValueError,
-    re.error."""
+    """The function `name` of a row and a response that ended. Raises one of USER_ERRORS."""
     def wanted(row: dict) -> str:
         if not (argument or row["output"]):
             raise ValueError("the row has no output, and the function no =TEXT")

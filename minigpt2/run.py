@@ -71,7 +71,6 @@ class TuningConfig(RunConfig):
     compile: bool | None = flag(False, "torch.compile each shape of the step: slower on a CPU")
 
     def lr_at(self, step: int, max_steps: int) -> float:
-        """The learning rate of a step: warm-up, then half a cosine."""
         return learning_rate(step, warmup_steps=round(max_steps * self.warmup_fraction),
                              max_steps=max_steps, max_lr=self.max_lr, min_lr=self.min_lr)
 
@@ -100,9 +99,8 @@ class Run:
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
                  loss_name: str = "cross-entropy, nats per token", model_class: type[GPT] = GPT,
                  **extra_metadata):
-        """`label`: name in the progress bar. `graph`: file name of the loss graph, `loss_name` its
-        axis. `data`: its SHA-256 goes into every checkpoint. `fixed`: settings that a resumed run
-        may not change. Raises UserError before the run writes anything."""
+        """`label`: name in the progress bar. `graph`: the loss graph, `loss_name` its axis. `data`:
+        what is hashed. `fixed`: what --resume may not change. Raises UserError, writes nothing."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
         self.label, self.prompt_template, self.loss_name = label, prompt_template, loss_name
         self.out_dir = Path(config.out_dir)
@@ -237,8 +235,7 @@ class Run:
         return interval > 0 and self.state.scored_step != self.step and self.is_due(interval)
 
     def is_due(self, interval: int) -> bool:
-        due = self.step in self.milestones or self.step % interval == 0
-        if due:
+        if due := self.step in self.milestones or self.step % interval == 0:
             self.pause_clock()
         return due and not self.stopping
 
@@ -275,8 +272,8 @@ class Run:
         return finished
 
     def gradient_sync(self, is_last: bool):
-        """The context of one micro-step, forward pass included: DDP averages gradients over ranks
-        in the last micro-step of a step and only accumulates them in the others."""
+        """The context of a micro-step, forward pass included: DDP averages gradients over ranks in
+        the last one of an update and only accumulates them in the others."""
         synced = is_last or self.train_model is self.trained
         return contextlib.nullcontext() if synced else self.train_model.no_sync()
 
