@@ -97,7 +97,8 @@ def test_docs_and_shell_scripts_use_only_flags_that_exist():
     every = set().union(*flags.values())
     of_others = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
                  "rdzv-id", "max-restarts", "nodes", "cpus-per-task",  # torchrun's and SLURM's
-                 "output_dir", "outfile", "outtype"}  # of other projects' converters
+                 "output_dir", "outfile", "outtype",  # of other projects' converters
+                 "rlhf"}  # of runs/demo.sh
     checked = 0
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runs/*.sh")):
         if path.name in ("LOG.md", "setup.sh"):  # the past, and pip's flags
@@ -137,7 +138,9 @@ def test_alpaca_goes_beside_its_script(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["alpaca_downloader.py", "--cleaned"])
     asked = []
-    monkeypatch.setattr(alpaca_downloader, "download", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(alpaca_downloader, "download_rows",
+                        lambda *arguments: asked.append(arguments))
     alpaca_downloader.main()
-    assert asked[0][0] == ROOT / "finetune_data" / "alpaca_cleaned.json"
-    assert asked[0][1].repo == "yahma/alpaca-cleaned" and len(asked[0][2]) == 40
+    [(repo, commit, _, _, path)] = asked
+    assert path == ROOT / "finetune_data" / "alpaca_cleaned.json"
+    assert repo == "yahma/alpaca-cleaned" and len(commit) == 40
