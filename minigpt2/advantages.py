@@ -56,8 +56,7 @@ def accuracy(margins: torch.Tensor) -> torch.Tensor:
 def token_rewards(scores: torch.Tensor, log_ratios: torch.Tensor, mask: torch.Tensor,
                   kl_coef: float) -> torch.Tensor:
     """Rewards (R, T): -kl_coef * log_ratios (R, T), log policy - log reference, at every token, and
-    the score (R,) at the last (Ziegler et al. 2019, section 2); they sum to score - kl_coef * KL.
-    As a term of the loss, the KL would miss that a token changes later ones'."""
+    the score (R,) at the last (Ziegler et al. 2019, section 2)."""
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))  # (R, T)
     return (is_last * scores[:, None] - kl_coef * log_ratios) * mask
 
@@ -93,8 +92,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale: bool) -> tor
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
                 clip_low: float, clip_high: float) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped losses (N,) of N tokens (Schulman et al. 2017, equation 7), with an upper bound
-    of its own (Yu et al. 2025, DAPO), and 1 for each token whose ratio is out of bounds, else 0. A
-    ratio of 1.5 costs -1.2 at advantage 1 and 1.5 at -1."""
+    of its own (Yu et al. 2025, DAPO); and 1 for each token whose ratio is out of bounds, else 0."""
     ratios = (logprobs - old_logprobs).exp()
     clipped = ratios.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratios * advantages, clipped * advantages), (ratios != clipped).float()

@@ -11,7 +11,6 @@ from minigpt2.distributed import keep_freed_memory
 from model import GPT
 
 ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number works
-capture_stream = functools.cache(torch.cuda.Stream)  # one per device: each allocates a workspace
 
 
 class PackedLinear(nn.Module):
@@ -83,3 +82,8 @@ def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
         step()
     return graph
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one per device, because each allocates a workspace

@@ -1,6 +1,5 @@
-"""Rewards of responses. The reward model is GPT-2 with one score per sequence, read at its last
-token; its checkpoint is a folder of transformers' `GPT2ForSequenceClassification`, which gives the
-same scores. Reward functions check a response without a model."""
+"""Rewards of responses: reward functions, and the reward model, a GPT-2 with one score per sequence
+whose checkpoint is a folder of transformers' `GPT2ForSequenceClassification`."""
 
 import importlib.util
 import math
@@ -68,8 +67,8 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
 
 def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
                    device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt, response) ids -> inputs and targets (B, T), of which only the responses' tokens are.
-    Without rows, one without targets: every rank takes part in every step."""
+    """(prompt, response) ids -> inputs and targets (B, T), the responses' tokens. Without rows, one
+    without targets: every rank takes part in every step."""
     ids, masks = pad_batch([prompt + response for prompt, response in rows] or [[0]], block_size,
                            device)
     starts = torch.tensor([len(prompt) for prompt, _ in rows] or [1])  # (B,)
@@ -79,8 +78,8 @@ def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequence[str],
                launch: Launch, dtype: torch.dtype, batch_size: int,
                should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
-    """The scores (R,) float64 of R rows of ids, on every rank, see `share_rows`; the world size
-    does not change a bit. Raises UserError with the place of a row whose score is not finite."""
+    """The scores (R,) float64 of R rows of ids on every rank, see `share_rows`. Raises UserError
+    with the place of a row whose score is not finite."""
     def work(batch: list[Sequence[int]]) -> list[float]:
         ids, masks = pad_batch(batch, model.config.block_size, launch.device)
         with autocast(launch.device, dtype):
@@ -105,9 +104,8 @@ USER_ERRORS = (  # which a user's function may raise
 
 
 class Reward:
-    """What `--reward` names (docs/alignment.md): a reward model, or a function of a row, a dict of
-    instruction, input and output, and a response as text. A response without <|endoftext|> gets
-    `unstopped_score` instead, by default -1 from a model and 0 from a function."""
+    """What `--reward` names (docs/alignment.md): a reward model, or a function of a row and a text.
+    A response without <|endoftext|> gets `unstopped_score`, by default -1 or 0 (function)."""
 
     def __init__(self, spec: str, flag: str, device: torch.device,
                  unstopped_score: float | None = None):

@@ -32,7 +32,7 @@ PER_NODE = ("checkpoint", "data", "data_dir", "device")  # settings that may dif
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The flags of every training script. A script overrides defaults and adds its own."""
+    """The flags of every training script."""
 
     out_dir: str = flag("out/run", "folder of checkpoints and logs", is_path=True)
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
