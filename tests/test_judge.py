@@ -317,7 +317,7 @@ def test_mistakes_are_named(files, monkeypatch, capsys):
                                       "--temperature", "0.5")
     assert "is a reward model, expected a language model" in error(sft, reward)
     assert "is a language model, expected a reward model" in error(sft, "--proxy", sft)
-    assert "--gold function:nothing is unknown" in error(sft, "--gold", "function:nothing")
+    assert "--gold function:nothing: KeyError" in error(sft, "--gold", "function:nothing")
     assert "without room for 126 tokens" in error(sft, "--max-response", "126")
     assert "expected a finite number" in error(sft, "--proxy", f"{files / 'rewards.py'}:nothing")
     assert "cannot be written" in error(sft, "--out-dir", files / "rows.jsonl")

@@ -757,7 +757,7 @@ def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
 def test_the_checkpoint_of_another_script_is_refused(tmp_path, monkeypatch):
     """Of dpo.py, with settings that allow both: it has no value model."""
     W.use_small_vocabulary(monkeypatch)
-    rows = W.preference_rows()[:40] + [W.held_out_row()]
+    rows = [*W.preference_rows()[:40], W.held_out_row()]
     config = settings(W, tmp_path, epochs=1, resume=True,
                       prompts=str(write_rows(tmp_path / "pairs.jsonl", rows)))
     shared = ("checkpoint", "out_dir", "batch_size", "val_fraction", "seed", "device")
