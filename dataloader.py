@@ -236,8 +236,8 @@ def load_prompts(path: str, flag: str, block_size: int, max_response: int,
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:
         if isinstance(row, dict):  # the response may be missing
-            chosen = row.get("chosen") or ""
-            row = {"output": chosen, "completion": chosen} | row
+            given = {name: value for name, value in row.items() if value is not None}
+            row = dict.fromkeys(("output", "completion"), given.get("chosen", "")) | given
         texts = text_turns(row, place)[0]
         ids = encode(format_prompt(*texts[:2]))
         prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))

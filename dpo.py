@@ -101,8 +101,8 @@ def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: R
     saved = {}
     if run.launch.is_master and path.exists():
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            saved = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             print(f"{path} is damaged ({error}): computing it again", flush=True)
     found = run.launch.broadcast(saved["logprobs"] if saved.get("key") == key else None)
     if found is None:

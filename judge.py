@@ -185,8 +185,8 @@ def win_rate(scores: Tensor, baseline: Tensor) -> dict:
 
 def main() -> None:
     config = parse_config(JudgeConfig, description=__doc__)
-    if not config.policies:
-        raise UserError("no checkpoint given: python judge.py out/finetune out/rlhf")
+    if not config.policies or len({*config.policies}) < len(config.policies):
+        raise UserError("no checkpoint given, or one twice: python judge.py out/finetune out/rlhf")
     if config.best_of and (config.temperature != 1 or not (config.proxy or config.gold)):
         raise UserError(f"--best-of {config.best_of} needs --proxy, the reward to choose by, and "
                         "--temperature 1, for which its KL is known")

@@ -64,7 +64,8 @@ class RLHFConfig(TuningConfig):
     minibatches: int = flag(2, "optimizer steps per pass", minimum=1)
     max_response: int = flag(64, "maximum number of tokens of a response", minimum=1)
     unstopped_score: float | None = flag(None, "score of a response that does not end (default: -1 "
-                                               "with a reward model, 0 with a function)")
+                                               "with a reward model, 0 with a function)",
+                                         minimum=-1e9, below=1e9)
     kl_coef: float = flag(0.05, "weight of the KL to the reference", minimum=0)
     kl_target: float = flag(0.0, "adapt the weight to this KL, nats per response; 0: fixed",
                             minimum=0)
@@ -79,10 +80,9 @@ class RLHFConfig(TuningConfig):
 
 
 # A resumed run may change neither the rewards nor what a step samples and computes
-FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size",
-                   "epochs", "minibatches", "max_response", "unstopped_score", "kl_coef",
-                   "kl_target", "seed", "val_fraction", "data_sha256", "reference_sha256",
-                   "reward_sha256")
+FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size", "epochs",
+                   "minibatches", "max_response", "unstopped_score", "kl_coef", "kl_target", "seed",
+                   "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
 
 
 def check_config(config: RLHFConfig) -> None:

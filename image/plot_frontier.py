@@ -29,6 +29,10 @@ from minigpt2.kernels import prepare_to_sample
 from minigpt2.metrics import read_log
 from minigpt2.rewards import Reward
 
+# Settings that determine the frontier
+SHARED = ("reference_sha256", "reward_sha256", "data_sha256", "max_response", "unstopped_score",
+          "val_fraction", "eval_rows")
+
 
 @dataclass(frozen=True)
 class FrontierConfig:
@@ -36,6 +40,23 @@ class FrontierConfig:
                                  is_path=True)
     out: str = flag("frontier.png", "PNG file to write", is_path=True)
     samples: int = flag(32, "responses of the reference per held-out prompt", minimum=2)
+
+
+def settings_of(path: pathlib.Path, log: dict[str, dict[int, dict]]) -> dict:
+    """The settings in a run's log. Raises UserError unless it is of rlhf.py, with a validation."""
+    settings = log.get("run", {}).get(min(log.get("run", {}), default=0), {})
+    if not (settings.keys() >= set(SHARED) and points(log, "val", "score")[0]):
+        raise UserError(f"{path} is not the log of a run of rlhf.py with a validation")
+    return settings
+
+
+def check_comparable(paths: list[pathlib.Path], settings: list[dict]) -> None:
+    """Raises UserError if runs differ in what the frontier is made of."""
+    for path, other in zip(paths, settings, strict=True):
+        for name in SHARED:
+            if other[name] != settings[0][name]:
+                raise UserError(f"{path} has {name} {other[name]}, {paths[0]} {settings[0][name]}: "
+                                "draw runs with other tasks apart")
 
 
 def success_of_reference(settings: dict, samples: int) -> np.ndarray:
@@ -60,7 +81,7 @@ def success_of_reference(settings: dict, samples: int) -> np.ndarray:
 
 def best_policy(p0: np.ndarray, kl_coef: float) -> tuple[float, float]:
     """(KL, success) of the best policy, means over prompts with successes p0 (n,)."""
-    weight = p0 * np.exp(np.clip(1 / kl_coef, None, 500.0))
+    weight = p0 * np.exp(1 / max(kl_coef, 0.002))  # finite, also without a KL
     p = weight / (1 - p0 + weight)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 log 0 is 0
         terms = np.nan_to_num(p * np.log(p / p0)) + np.nan_to_num(
@@ -78,7 +99,8 @@ def main() -> None:
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.runs)]
     logs = [read_log(path) for path in paths]
-    settings = [log["run"][min(log["run"])] for log in logs]
+    settings = [settings_of(path, log) for path, log in zip(paths, logs, strict=True)]
+    check_comparable(paths, settings)
     p0 = success_of_reference(settings[0], config.samples)
     figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
     by_step, by_kl = figure.subplots(1, 2, sharey=True)

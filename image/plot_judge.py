@@ -68,7 +68,9 @@ def main() -> None:
     check_image(image, "--out")
     try:
         results = json.loads(pathlib.Path(config.report[0]).read_text(encoding="utf-8"))["results"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not results or not all(isinstance(row, dict) for row in results.values()):
+            raise ValueError("no results")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config.report[0]} is not a report of judge.py ({error})") from None
     draw_policies(results, image)
 

@@ -1,6 +1,5 @@
-"""Losses and advantages of preference learning and policy optimization, as pure functions of
-tensors. Shapes: R rows, T tokens, of which a mask (R, T) marks the responses'; a pair is a row of
-two columns, (R, 2): chosen, rejected."""
+"""Losses and advantages of preference learning and policy optimization, as pure functions. R rows
+have T tokens; a mask (R, T) marks the responses'. A pair is a row (2,): chosen, rejected."""
 
 import math
 
@@ -35,10 +34,9 @@ def dpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, beta: float,
              label_smoothing: float = 0.0, lengths: torch.Tensor | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and margins, both (R,), of direct preference optimization (Rafailov et al. 2023,
-    equation 7), from log-probabilities (R, 2) of whole responses under policy and reference: sums,
-    not means, over tokens, <|endoftext|> included. label_smoothing is the probability that a label
-    is wrong (Mitchell 2023). With `lengths` (R, 2), in tokens, means take the place of sums (Tulu
-    3's dpo_norm, Lambert et al. 2024), and beta must be larger, about 5."""
+    equation 7), from log-probabilities (R, 2) of whole responses under policy and reference, sums
+    over tokens, <|endoftext|> included. label_smoothing: the probability that a label is wrong
+    (Mitchell 2023). `lengths` (R, 2), tokens: for means (Tulu 3's dpo_norm), with beta about 5."""
     gains = logprobs - ref_logprobs  # (R, 2)
     if lengths is not None:
         gains = gains / lengths
@@ -113,6 +111,7 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, num_responses: int,
                  horizon: int = 10_000) -> float:
     """The adaptive coefficient of Ziegler et al. 2019, section 2.2."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * num_responses / horizon)
+
 
 def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
     """The expected gold reward (R,) of the response with the largest proxy among n, estimated

@@ -24,7 +24,7 @@ from model import GPT
 
 STATE_KEYS = {"progress", "optimizer", "scaler", "facts"}  # of training_state.pt
 OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)",
-         "reward_sha256": "another reward (--reward)"}
+         "reward_sha256": "another reward (--reward)", "label": "another script"}
 LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
@@ -171,9 +171,9 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
     """Prints what differs from the run that wrote the checkpoint. Raises UserError for `fixed`."""
     before = saved["facts"]  # older versions lack newer settings
     changed = [name for name in metadata.keys() & before.keys() if metadata[name] != before[name]]
-    for name in sorted(changed, key=lambda name: (name not in fixed, name)):
+    for name in sorted(changed, key=lambda name: (name != "label", name not in fixed, name)):
         was, now = before[name], metadata[name]
-        if name in fixed:
+        if name in fixed or name == "label":
             what = OTHER.get(name, f"{flag_name(name)} {was}, not {now}")
             raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start "
                             "in another --out-dir")

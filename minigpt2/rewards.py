@@ -100,7 +100,7 @@ REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function
            "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX")
 USER_ERRORS = (  # which a user's function may raise
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-    RuntimeError, SyntaxError, TypeError, ValueError, re.error)
+    RuntimeError, StopIteration, SyntaxError, TypeError, ValueError, re.error)
 
 
 class Reward:
@@ -111,13 +111,14 @@ class Reward:
                  unstopped_score: float | None = None):
         """Raises UserError, which names `flag`."""
         self.spec, self.sha256, self.model = spec, spec, None
-        file, _, name = spec.rpartition(":")
+        file, _, name = (spec + ":" * spec.endswith(".py")).rpartition(":")
         try:
             if spec.startswith("function:"):
                 name, _, argument = spec.removeprefix("function:").partition("=")
                 self.function = built_in(name, argument)
             elif file.endswith(".py"):
-                self.function, self.sha256 = load_function(Path(file), name), sha256_of(Path(file))
+                self.function = load_function(Path(file), name)
+                self.sha256 = f"{sha256_of(Path(file))}:{name}"
             else:
                 self.model = load_model(spec, device, RewardModel).requires_grad_(False)
                 self.sha256 = weights_sha256(self.model)
@@ -152,7 +153,7 @@ class Reward:
         """The value of the function. Raises UserError if it raises, or returns no number."""
         try:
             value = self.function(dict(vars(row)), text)
-            if math.isfinite(value):
+            if abs(value) <= torch.finfo(torch.float32).max:
                 return float(value)
         except USER_ERRORS as error:
             value = f"{type(error).__name__}: {first_line(error)}"
@@ -167,8 +168,8 @@ def built_in(name: str, argument: str) -> Callable[[dict, str], float]:
             raise ValueError("the row has no output, and the function no =TEXT")
         return argument or row["output"]
 
-    if name in ("at_most_words", "matches") and not argument:
-        raise ValueError(f"{name} needs an argument")
+    if name in (("stops",) if argument else ("at_most_words", "matches")):
+        raise ValueError(f"{name} {'takes no' if argument else 'needs an'} argument")
     {"at_most_words": int, "matches": re.compile}.get(name, str)(argument)  # raises if it is wrong
     return {"stops": lambda row, text: True,
             "at_most_words": lambda row, text: len(text.split()) <= int(argument),

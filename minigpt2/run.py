@@ -110,7 +110,7 @@ class Run:
             raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
         check_image(self.image, "--loss-graph")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
-                                     data=data) | extra_metadata
+                                     data=data) | extra_metadata | {"label": label}
         launch.check_same(self.metadata, except_for=PER_NODE)
         self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch, model_class)
         self.is_resumed = self.checkpoint is not None

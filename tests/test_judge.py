@@ -311,6 +311,7 @@ def test_mistakes_are_named(files, monkeypatch, capsys):
     sft, reward = files / "sft", files / "reward"
     save_checkpoint(reward, 1, RewardModel.from_language_model(make_policy(0.0), 0))
     assert "no checkpoint given" in error()
+    assert "one twice" in error(sft, reward, sft)
     assert "needs --proxy" in error(sft, "--best-of", "4")
     assert "--temperature 1" in error(sft, "--best-of", "4", "--gold", "function:stops",
                                       "--temperature", "0.5")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
-from helpers.training import losses
+from helpers.training import losses, num_records
 from helpers.worlds import W
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -278,6 +278,32 @@ def assert_same_reward_run(a, b) -> None:
     assert losses(a) == losses(b)
     assert read_log(a / "metrics.jsonl")["val"] == read_log(b / "metrics.jsonl")["val"]
     assert report_of(a) == report_of(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_killed_run_resumes_on_another_number_of_ranks(base, rows_file, tmp_path, before, after):
+    """SIGKILL after random numbers of log records, the last of them on `before` ranks."""
+    argv = arguments(base, rows_file, "", "--epochs", "3", "--save-interval", "1", "--resume")
+    place, whole, out = argv.index("--out-dir") + 1, tmp_path / "whole", tmp_path / "out"
+    argv[place] = str(whole)
+    ranks = Ranks(1, "reward", argv, tmp_path / "a")
+    assert ranks.wait() == [0], ranks.output()
+    argv[place] = str(out)
+    moments = sorted(random.Random(before).sample(range(2, num_records(whole) - 2), 3))
+    for moment, world_size in zip(moments, (before, after, before), strict=True):
+        ranks = Ranks(world_size, "reward", argv, tmp_path / f"b{moment}")
+        wait_until(lambda: num_records(out) >= moment, ranks)  # noqa: B023
+        ranks.kill()
+        assert ranks.wait() == [-9] * world_size, ranks.output()
+    ranks = Ranks(after, "reward", argv, tmp_path / "c")
+    assert ranks.wait() == [0] * after, ranks.output()
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-5)
+    ours, theirs = (read_log(folder / "metrics.jsonl")["val"] for folder in (out, whole))
+    assert ours.keys() == theirs.keys()
+    for step in ours:
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], abs=1e-5)
+    assert report_of(out)["loss"] == pytest.approx(report_of(whole)["loss"], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -54,6 +54,23 @@ def test_a_function_of_a_file(tmp_path):
     before = Reward(f"{path}:score", "--reward", CPU).sha256
     path.write_text(path.read_text() + "# more\n")
     assert Reward(f"{path}:score", "--reward", CPU).sha256 != before
+    path.write_text(path.read_text() + "\n\ndef other(row, response):\n    return 0\n")
+    assert len({Reward(f"{path}:{name}", "--reward", CPU).sha256 for name in ("score", "other")}
+               ) == 2
+    assert "FILE.py:FUNCTION" in user_error(Reward, str(path), "--reward", CPU)  # without a name
+
+
+def test_an_argument_that_would_be_ignored_is_refused():
+    assert "stops takes no argument" in user_error(Reward, "function:stops=5", "--reward", CPU)
+
+
+@pytest.mark.parametrize("value, shown", [("1e39", "1e+39"), ("-1e39", "-1e+39"),
+                                          ("next(iter([]))", "StopIteration")])
+def test_what_float32_cannot_hold_and_an_empty_iterator_are_errors(tmp_path, value, shown):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def score(row, response):\n    return {value}\n")
+    message = user_error(scores, f"{path}:score", ["a"])
+    assert f"gives {shown}" in message and "rows.json row 1" in message
 
 
 def test_a_file_may_define_a_dataclass(tmp_path):
@@ -73,18 +90,18 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
             {"instruction": "Choose.", "chosen": "this", "rejected": "that"},
             {"messages": [{"role": "user", "content": "Hello?"},
                           {"role": "assistant", "content": "Hello!"}]},
-            {"prompt": "long " * 100}]
+            {"prompt": "long " * 100}, {"instruction": "Sing.", "output": None}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     prompts, summary = load_prompts(str(path), "--prompts", 100, 20)
     assert [(p.instruction, p.input, p.output) for p in prompts] == [
         ("Name a cat.", "", "Tom"), ("Add.", "1 2", "3"), ("Say yes.", "", "yes"),
-        ("Choose.", "", "this"), ("Hello?", "", "Hello!")]
+        ("Choose.", "", "this"), ("Hello?", "", "Hello!"), ("Sing.", "", "")]
     assert all(p.ids == encode(format_prompt(p.instruction, p.input)) for p in prompts)
-    assert [p.place.split()[-1] for p in prompts] == ["1", "3", "5", "6", "7"]
-    assert summary == ("5 prompts of 8 rows (left out: 2 repeated, 1 without room for 20 tokens in "
+    assert [p.place.split()[-1] for p in prompts] == ["1", "3", "5", "6", "7", "9"]
+    assert summary == ("6 prompts of 9 rows (left out: 2 repeated, 1 without room for 20 tokens in "
                        "a context of 100)")
     message = user_error(load_prompts, str(path), "--prompts", 30, 20)
-    assert "0 prompts of 8 rows" in message and "lower --max-response" in message
+    assert "0 prompts of 9 rows" in message and "lower --max-response" in message
 
 
 @pytest.mark.parametrize("row", [3, {"text": "a"}, {"prompt": 3}, {"prompt": ""},

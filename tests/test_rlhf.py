@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import world_rewards
@@ -16,10 +17,12 @@ from helpers.training import assert_same_run, final_state, flags, num_records
 from helpers.worlds import T, W
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import dpo
 import finetune
 import reward
 import rlhf
 from dataloader import load_prompts, pad_rows
+from image import plot_frontier
 from inference import generate, logprobs
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import load_model, save_checkpoint, weights_sha256
@@ -750,6 +753,52 @@ def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
     assert "another reward (--reward)" in message
 
 
+@pytest.mark.slow
+def test_the_checkpoint_of_another_script_is_refused(tmp_path, monkeypatch):
+    """Of dpo.py, with settings that allow both: it has no value model."""
+    W.use_small_vocabulary(monkeypatch)
+    rows = [*W.preference_rows()[:40], W.held_out_row()]
+    config = settings(W, tmp_path, epochs=1, resume=True,
+                      prompts=str(write_rows(tmp_path / "pairs.jsonl", rows)))
+    shared = ("checkpoint", "out_dir", "batch_size", "val_fraction", "seed", "device")
+    dpo.train(dpo.DPOConfig(data=config.prompts, **{
+        name: getattr(config, name) for name in shared}), CPU_LAUNCH)
+    for advantage in ("gae", "group"):
+        message = user_error(train, replace(config, advantage=advantage), CPU_LAUNCH)
+        assert "was trained with another script" in message
+
+
+@pytest.mark.slow
+def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
+    """Also without a KL; runs of other tasks and other logs are refused."""
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=2, eval_interval=1, reward="function:stops",
+                      unstopped_score=0.0)
+    outs = [tmp_path / name for name in "abc"]
+    for out, changes in zip(outs, ({}, {"kl_coef": 0.0}, {"max_response": 3}), strict=True):
+        train(replace(config, out_dir=str(out), **changes), CPU_LAUNCH)
+
+    def argv(*runs) -> list:
+        return [*map(str, runs), "--out", str(tmp_path / "f.png"), "--samples", "4"]
+
+    monkeypatch.setattr("sys.argv", ["plot_frontier.py", *argv(*outs[:2])])
+    plot_frontier.main()
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert "b: success" in capsys.readouterr().out
+    message = main_error(plot_frontier.main, argv(outs[0], outs[2]), monkeypatch, capsys)
+    assert "max_response 3" in message
+    message = main_error(plot_frontier.main, argv(outs[0] / rlhf.SAMPLES), monkeypatch, capsys)
+    assert "is not the log of a run of rlhf.py" in message
+
+
+def test_the_best_policy_by_hand():
+    """p* = p0 e / (1 - p0 + p0 e); without a KL all weight is on successes."""
+    kl, p = plot_frontier.best_policy(np.array([0.1]), 0.5)
+    assert p == pytest.approx(0.451, abs=1e-3) and kl == pytest.approx(0.408, abs=1e-3)
+    assert plot_frontier.best_policy(np.array([0.1, 0.0, 1.0]), 0.0) == pytest.approx(
+        (math.log(10) / 3, 2 / 3))
+
+
 # --------------------------------------------------------------------------- bad input
 
 
@@ -760,6 +809,7 @@ def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
     ({"batch_size": 1, "group_size": 1}, "--batch-size 1"),
     ({"scale_advantages": True}, "gae cannot be scaled"),
     ({"minibatches": 17}, "--batch-size 16: expected at least 2"),
+    ({"unstopped_score": math.nan}, "--unstopped-score is nan"),
     ({"reward": "function:nonsense"}, "function:nonsense: KeyError"),
     ({"reward": "function:at_most_words"}, "needs an argument"),
     ({"reward": "function:at_most_words=many"}, "ValueError: invalid literal"),
