@@ -32,11 +32,11 @@ from against_trl import (
 
 import rlhf
 from bench.harness import run_bench
-from dataloader import load_prompts, split_rows
+from dataloader import load_prompts, split_prompts
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import start
-from minigpt2.rewards import at_most_words
+from minigpt2.rewards import built_in
 from minigpt2.tokenizer import EOT_TOKEN, format_prompt
 
 WORDS = "20"  # the reward: the response ends and has at most so many words
@@ -62,7 +62,7 @@ def make_trial(system: str, config: BenchGRPOConfig, folder: pathlib.Path) -> Tr
     settings = rlhf.RLHFConfig(
         checkpoint=str(folder / MODEL), prompts=str(folder / ROWS), advantage="group",
         reward=f"function:at_most_words={WORDS}", steps=config.steps, batch_size=config.batch_size,
-        group_size=config.group_size, inner_epochs=1, minibatches=1, max_lr=1e-6,
+        group_size=config.group_size, epochs=1, minibatches=1, max_lr=1e-6,
         micro_batch_size=config.micro_batch_size, max_response=config.max_response,
         kl_coef=config.kl_coef, warmup_fraction=0.0, val_fraction=0.0, eval_rows=1, device="cpu")
     return (ours if system == "ours" else trls)(config, settings, folder)
@@ -82,9 +82,10 @@ def ours(config: BenchGRPOConfig, settings: rlhf.RLHFConfig, folder: pathlib.Pat
 
 def trls(config: BenchGRPOConfig, settings: rlhf.RLHFConfig, folder: pathlib.Path) -> Trial:
     import trl
+    is_short = built_in("at_most_words", WORDS)
 
     def score(completions: list[str], completion_ids: list[list[int]], **_) -> list[float]:
-        return [float(ids[-1] == EOT_TOKEN and at_most_words({}, text, WORDS))
+        return [float(ids[-1] == EOT_TOKEN and is_short({}, text))
                 for text, ids in zip(completions, completion_ids, strict=True)]
 
     rows = [{"prompt": text} for text in trained_prompts(config, settings)]
@@ -112,10 +113,9 @@ def trained_prompts(config: BenchGRPOConfig, settings: rlhf.RLHFConfig) -> list[
     """The texts of the prompts of all steps, in rlhf.py's order, each once."""
     block_size = load_model(settings.checkpoint).config.block_size
     prompts, _ = load_prompts(settings.prompts, "--prompts", block_size, settings.max_response)
-    trained, *_ = split_rows([(p.instruction, p.input, p.output) for p in prompts], 0.0)
+    trained, *_ = split_prompts(prompts, 0.0)
     return [format_prompt(prompt.instruction, prompt.input) for step in range(config.steps)
-            for prompt in rlhf.step_prompts([prompts[i] for i in trained], settings,
-                                            step)[:: config.group_size]]
+            for prompt in rlhf.step_prompts(trained, settings, step)[:: config.group_size]]
 
 
 def bench_grpo(config: BenchGRPOConfig) -> None:

@@ -190,7 +190,7 @@ def test_advantages_loss_and_gradient_of_grpo_equal_trls(checkpoint, pairs, tmp_
         finish_step=lambda loss, *, sums, **figures: logged.update(sums))
     optimize(PolicyAndValue(policy, None), rollouts, advantages[:, None] * mask,
              torch.zeros_like(old), RLHFConfig(
-                 advantage="group", inner_epochs=1, minibatches=1, micro_batch_size=5,
+                 advantage="group", epochs=1, minibatches=1, micro_batch_size=5,
                  clip_low=0.2, clip_high=clip_high), run, 0.0, {"reward": 0.0})
     assert logged["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-4)
     assert 0.01 < logged["clip_fraction"] < 0.99 and abs(expected.item()) > 1e-3
