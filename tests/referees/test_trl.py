@@ -182,9 +182,9 @@ def test_advantages_loss_and_gradient_of_grpo_equal_trls(checkpoint, pairs, tmp_
     advantages = group_advantages(scores, GROUP_SIZE, scale)  # (R,)
     assert torch.allclose(advantages, batch["advantages"], rtol=0, atol=1e-6)
     old, policy, logged = old * mask, perturbed(load_model(checkpoint)), {}
-    rollouts = Rollouts(responses, scores, mask, old, old, torch.zeros_like(old), {}, 0.0)
+    rollouts = Rollouts(responses, scores, mask, old, old, torch.zeros_like(old), {})
     run = SimpleNamespace(
-        launch=CPU_LAUNCH, model=policy, step=0, dtype=torch.float32,
+        launch=CPU_LAUNCH, model=policy, trained=policy.config, step=0, dtype=torch.float32,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         gradient_sync=lambda is_last: contextlib.nullcontext(),
         finish_step=lambda loss, *, sums, **figures: logged.update(sums))
