@@ -411,9 +411,9 @@ def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, rows_file
     monkeypatch.setattr("minigpt2.run.STEPS_LATE", {"cpu": late})
     config = tiny(base, rows_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
     (tmp_path / "val.json").write_text(json.dumps(ROWS[:4]))
-    assert f"the score of {rows_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
+    assert f"the score of {rows_file.name} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
     config = tiny(base, tmp_path / "val.json", tmp_path / "other", val_data=str(rows_file))
-    assert f"the score of {rows_file} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
+    assert f"the score of {rows_file.name} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
 
 
 @pytest.mark.slow
