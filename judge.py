@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dataloader import Prompt, load_prompts, normalize, split_prompts
-from image.plot_judge import draw_policies
+from image.plot_report import draw_policies
 from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, best_of_n, binary_kl
 from minigpt2.benchmarks import means, score, table

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dataloader import load_pairs, permutation, row_batches, split_pairs
-from image.plot_reward import draw_calibration
+from image.plot_report import draw_calibration
 from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, weights_sha256

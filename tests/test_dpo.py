@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
-from helpers.training import assert_same_run, interrupted, losses, num_records
+from helpers.training import StopAfter, assert_same_run, interrupted, losses, num_records
 from helpers.worlds import Standing, W
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -330,20 +330,6 @@ def test_another_number_of_ranks_resumes(base, rows_file, tmp_path):
         found, expected = ([record[name] for record in records(folder)]
                            for folder in (out, tmp_path / "whole"))
         assert found == pytest.approx(expected, rel=1e-4, abs=2e-4), name
-
-
-class StopAfter(StopRequest):
-    """A signal that comes when it has been asked for `count` times."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.count = count
-
-    def requested(self) -> bool:
-        self.count -= 1
-        if self.count < 0:
-            self.name = "SIGTERM"
-        return super().requested()
 
 
 @pytest.mark.parametrize("count", [3, 7, 9])  # in the reference's pass, a validation, a step

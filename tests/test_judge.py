@@ -258,10 +258,10 @@ def test_the_script_compares_and_draws(files):
     assert any(line.split()[:2] == ["gold", f"{sft['gold']:.4f}"] for line in table)
     assert any(line.startswith("win_rate ") and " to " in line for line in table)
     image.unlink()
-    run_script("image/plot_judge.py", files / "out" / "judge.json", "--out", image)
+    run_script("image/plot_report.py", files / "out" / "judge.json", "--out", image)
     assert image.read_bytes().startswith(b"\x89PNG")
-    broken = run_script("image/plot_judge.py", files / "rows.jsonl", "--out", image, check=False)
-    assert broken.returncode == 2 and "is not a report of judge.py" in broken.stderr
+    broken = run_script("image/plot_report.py", files / "rows.jsonl", "--out", image, check=False)
+    assert broken.returncode == 2 and "is not a report of" in broken.stderr
 
 
 @pytest.mark.slow

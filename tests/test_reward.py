@@ -467,10 +467,10 @@ def test_the_calibration_is_drawn_from_a_report(tmp_path):
     (tmp_path / "reward.json").write_text(json.dumps({"calibration": bins}))
     (tmp_path / "rows.json").write_text("[]")
     image = tmp_path / "image.png"
-    run_script("image/plot_reward.py", tmp_path / "reward.json", "--out", image)
+    run_script("image/plot_report.py", tmp_path / "reward.json", "--out", image)
     assert image.read_bytes().startswith(b"\x89PNG")
-    broken = run_script("image/plot_reward.py", tmp_path / "rows.json", "--out", image, check=False)
-    assert broken.returncode == 2 and "is not a report of reward.py" in broken.stderr
+    broken = run_script("image/plot_report.py", tmp_path / "rows.json", "--out", image, check=False)
+    assert broken.returncode == 2 and "is not a report of" in broken.stderr
 
 
 def test_another_prompts_response_is_never_of_an_equal_prompt():

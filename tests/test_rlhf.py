@@ -13,7 +13,7 @@ import torch
 from helpers import world_rewards
 from helpers.common import CPU_LAUNCH, ROOT, main_error, main_of, run_script, user_error, write_rows
 from helpers.ranks import NO_WAIT, Ranks, wait_until
-from helpers.training import assert_same_run, final_state, flags, num_records
+from helpers.training import StopAfter, assert_same_run, final_state, flags, num_records
 from helpers.worlds import T, W
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -686,20 +686,6 @@ def test_the_reference_never_changes(tmp_path, monkeypatch):
     references, policies = map(set, zip(*seen, strict=True))
     assert references == {weights_sha256(load_model(config.checkpoint))} and steps < len(seen)
     assert len(policies) > 8
-
-
-class StopAfter(StopRequest):
-    """A signal that comes when it has been asked for `count` times."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.count = count
-
-    def requested(self) -> bool:
-        self.count -= 1
-        if self.count < 0:
-            self.name = "SIGTERM"
-        return super().requested()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 
 from helpers.common import ROOT, make_corpus
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from trainer import TrainerConfig
 
@@ -99,3 +100,17 @@ def assert_same_run(a: Path, b: Path) -> None:
         for name, value in values.items():
             assert torch.equal(value, moments[1][index][name])
     assert curves(a) == curves(b)
+
+
+class StopAfter(StopRequest):
+    """A signal that comes when it has been asked for `count` times."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def requested(self) -> bool:
+        self.count -= 1
+        if self.count < 0:
+            self.name = "SIGTERM"
+        return super().requested()

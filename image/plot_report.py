@@ -1,9 +1,12 @@
-"""Plots the rewards of policies against their KL to the reference, from what judge.py has written.
+"""Plots what judge.py or reward.py has written: their own figures, drawn again.
 
-    python image/plot_judge.py out/judge/judge.json --out image/judge.png
+    python image/plot_report.py out/judge/judge.json --out image/judge.png
+    python image/plot_report.py out/reward/reward.json --out image/calibration.png
 
-Rewards are drawn against sqrt(KL), gold filled and solid, proxy hollow and dashed. A success rate,
-the mean of a reward that is 0 or 1, is drawn against KL, with the least KL that it takes.
+Of judge.py: the rewards of policies against their KL to the reference, gold filled and solid, proxy
+hollow and dashed. Rewards are drawn against sqrt(KL); a success rate, the mean of a reward that is
+0 or 1, against KL, with the least KL that it takes. Of reward.py: the accuracy of each bin, with
+its interval, against the confidence; a calibrated model lies on the diagonal.
 """
 
 import json
@@ -23,10 +26,9 @@ from minigpt2.graphs import check_image
 
 
 @dataclass(frozen=True)
-class PlotJudgeConfig:
-    report: tuple[str, ...] = flag((), "judge.json of a run of judge.py", positional=True,
-                                   is_path=True)
-    out: str = flag("judge.png", "PNG file to write", is_path=True)
+class PlotReportConfig:
+    report: tuple[str, ...] = flag((), "judge.json or reward.json", positional=True, is_path=True)
+    out: str = flag("report.png", "PNG file to write", is_path=True)
 
 
 def draw_policies(results: dict[str, dict], image: pathlib.Path) -> None:
@@ -60,19 +62,35 @@ def draw_policies(results: dict[str, dict], image: pathlib.Path) -> None:
         figure.savefig(file, format="png")
 
 
+def draw_calibration(bins: list[dict], image: pathlib.Path) -> None:
+    """Plots the `calibration` of a report of reward.py into a PNG."""
+    from matplotlib.figure import Figure  # slow to import
+    x, y, low, high = ([row[name] for row in bins]
+                       for name in ("confidence", "accuracy", "low", "high"))
+    figure = Figure(figsize=(5, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
+    axes.vlines(x, low, high)
+    axes.plot(x, y, "o")
+    axes.set(xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy on held-out pairs")
+    with atomic_write(image) as file:
+        figure.savefig(file, format="png")
+
+
 def main() -> None:
-    config = parse_config(PlotJudgeConfig, description=__doc__)
+    config = parse_config(PlotReportConfig, description=__doc__)
     if len(config.report) != 1:
-        raise UserError("expected one report: python image/plot_judge.py out/judge/judge.json")
-    image = pathlib.Path(config.out)
+        raise UserError("expected one report: python image/plot_report.py out/judge/judge.json")
+    [path], image = config.report, pathlib.Path(config.out)
     check_image(image, "--out")
     try:
-        results = json.loads(pathlib.Path(config.report[0]).read_text(encoding="utf-8"))["results"]
-        if not results or not all(isinstance(row, dict) for row in results.values()):
-            raise ValueError("no results")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config.report[0]} is not a report of judge.py ({error})") from None
-    draw_policies(results, image)
+        report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        if "calibration" in report:
+            draw_calibration(report["calibration"], image)
+        else:
+            draw_policies(report["results"], image)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path} is not a report of judge.py or reward.py ({error!r})") from None
 
 
 if __name__ == "__main__":
