@@ -723,6 +723,14 @@ def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatc
             ({"kl_coef": 0.5}, "--kl-coef 0.2, not 0.5"),
             ({"epochs": 1}, "--epochs 2, not 1")):
         assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
+    others = {"steps": 9, "batch_size": 8, "group_size": 2, "minibatches": 1, "max_response": 3,
+              "unstopped_score": 0.5, "kl_target": 1.0, "seed": 2, "val_fraction": 0.01}
+    fixed = {name for name in rlhf.FIXED_ON_RESUME if not name.endswith("sha256")}
+    assert fixed - others.keys() == {"advantage", "kl_coef", "epochs",
+                                     "scale_advantages"}  # the last cannot be set with gae
+    for name, value in others.items():
+        message = user_error(train, replace(again, **{name: value}), CPU_LAUNCH)
+        assert f"--{name.replace('_', '-')} {getattr(again, name)}, not {value}" in message
     copied = save_checkpoint(tmp_path / "copied", 7, load_model(config.checkpoint))
     train(replace(again, checkpoint=str(copied)), CPU_LAUNCH)  # the same weights elsewhere
 
