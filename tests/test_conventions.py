@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -105,6 +106,25 @@ def test_imports_follow_the_rules(name):
     ("trainer", "from bench import train"), ("chat", "def f():\n    import finetune")])
 def test_a_broken_import_rule_is_found(name, line):
     assert import_errors(name, imported_by(ast.parse(line)))
+
+
+def test_only_required_packages_are_imported_by_all_means():
+    """What a module body imports, of ours or of the tests, is in the standard library or required:
+    on a machine with more packages, nothing else would show that one is missing."""
+    required = {re.split("[=<>]", line)[0].replace("-", "_")
+                for name in ("requirements.txt", "requirements-test.txt")
+                for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+                if line[:1].isalpha()}
+    ours = {one.split(".")[0] for one in MODULES} | {"helpers", "tiktoken_ext"}
+    collected = [*ROOT.glob("tests/*.py"), *ROOT.glob("tests/helpers/*.py"),
+                 *ROOT.glob("tests/referees/test_*.py"), ROOT / "tests/referees/conftest.py"]
+    for path in [*SOURCES, *(path.relative_to(ROOT) for path in collected)]:
+        beside = {other.stem for other in (ROOT / path).parent.glob("*.py")}
+        for node in parse(path).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {name.split(".")[0] for name in ([node.module] if isinstance(
+                    node, ast.ImportFrom) else [alias.name for alias in node.names])}
+                assert names <= sys.stdlib_module_names | required | ours | beside, path
 
 
 def over_budget(sizes: dict[Path, int]) -> list[str]:

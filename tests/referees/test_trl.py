@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.common import CPU_LAUNCH
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -27,6 +26,7 @@ from model import GPT, GPTConfig
 from rlhf import PolicyAndValue, RLHFConfig, Rollouts, optimize
 
 trl = pytest.importorskip("trl", reason="pip install -r requirements-referees.txt")
+Dataset = pytest.importorskip("datasets").Dataset  # comes with trl
 
 WORDS = "the a river king dog ran slept café naïve it's 1984 Maximiliana\n\n  - quickly".split(" ")
 PAIRS = 64
