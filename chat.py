@@ -7,6 +7,10 @@ continues one plain text. When the context is full, the oldest turns are dropped
 standard input has one message per line. /help lists the commands.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import contextlib
 import signal
 import sys

@@ -9,6 +9,10 @@ The checkpoint is the policy at the start, and the reference throughout. The los
 whole responses (docs/alignment.md). Those of the reference are kept in OUT_DIR/reference.json.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import hashlib
 import json
 import math

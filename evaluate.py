@@ -14,6 +14,10 @@ Tasks, separated by commas; NAME=FILE reads another file:
 No number depends on the number of ranks. No prompt template is applied: for that, see judge.py.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import json
 import math
 import tempfile
@@ -27,10 +31,11 @@ from inference import check_vocabulary
 from minigpt2 import benchmarks
 from minigpt2.checkpoint import find_checkpoint, load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Dtype, Launch, autocast, pick_dtype, to_device
+from minigpt2.distributed import Launch, SamplingDtype, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
 from minigpt2.files import atomic_write, sha256_of
 from minigpt2.hub import fetch, list_files
+from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, load_tokenizer
@@ -61,7 +66,8 @@ class EvaluateConfig:
     batch_tokens: int = flag(8192, "tokens per batch and rank", minimum=1)
     json: str | None = flag(None, "also write the results to this file", is_path=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
+    dtype: SamplingDtype = flag("auto", "autocast dtype, or int8 as in inference.py; auto: "
+                                "bfloat16 (or float16) on CUDA, else float32")
 
 
 def lambada(row: dict) -> benchmarks.Question:
@@ -126,6 +132,8 @@ def evaluate_checkpoint(name: str, folder: Path, config: EvaluateConfig, launch:
     """The figures of a checkpoint, named "TASK FIGURE"."""
     model, dtype = load_model(folder, launch.device), pick_dtype(config.dtype, launch.device)
     check_vocabulary(model, name)
+    if dtype == torch.int8:  # what is not in int8 is in float32
+        model, dtype = prepare_to_sample(model, dtype), torch.float32
     results = {}
     for task, path in tasks.items():
         if path is None:

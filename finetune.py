@@ -9,6 +9,10 @@ and to stop, not to repeat questions. OUT_DIR gets checkpoints, metrics.jsonl an
 signal saves and stops the run; --resume continues it.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

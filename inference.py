@@ -9,6 +9,10 @@ The prompt template of a fine-tuned checkpoint is applied unless --raw is given.
 response depends only on its prompt and seed. docs/formats.md describes the output of --json.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import json
 import numbers
 import sys
@@ -24,7 +28,7 @@ from dataloader import PAD_TOKEN, checked_batch, pad_rows
 from minigpt2 import distributed
 from minigpt2.checkpoint import find_checkpoint, load_model, read_prompt_template
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Dtype, Launch, share_rows
+from minigpt2.distributed import Launch, SamplingDtype, share_rows
 from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_tokens, stream_keys
@@ -90,17 +94,18 @@ class KVCache:
     slots with padding are masked until new tokens overwrite them. Attention reads `span` slots."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        # Contiguous keys per head, which a CPU reads 1.5 times as fast: (n_layer, B, 2, H, S, D)
-        self.kv = torch.zeros(config.n_layer, batch_size, 2, config.n_head, max_length,
+        # Contiguous keys per head, which a CPU reads 1.5 times as fast, and rows and heads that
+        # merge into one dimension, which its products need not copy: (n_layer, 2, B, H, S, D)
+        self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_head, max_length,
                               config.head_dim, device=device, dtype=dtype)
-        heads = torch.arange(batch_size * 2 * config.n_head, device=device)
-        self.first = heads.view(batch_size, 2, -1) * max_length  # (B, 2, H), see `locate`
+        heads = torch.arange(2 * batch_size * config.n_head, device=device).view(2, batch_size, -1)
+        self.first = heads.transpose(0, 1) * max_length  # (B, 2, H), see `locate`
         self.slots = torch.arange(max_length, device=device)  # (S,)
         self.span = max_length
 
     def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """For one new token per row at `positions` (B, 1): where each head stores it, as indices
-        (B, 2, H) into a layer seen as (B * 2 * H * S, D), and what it sees, as an additive mask
+        (B, 2, H) into a layer seen as (2 * B * H * S, D), and what it sees, as an additive mask
         (B, 1, 1, span) of 0 and -inf."""
         beyond = self.slots[: self.span] > positions  # (B, span)
         mask = self.kv.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
@@ -109,21 +114,21 @@ class KVCache:
     def write(self, layer: int, kv: Tensor, slots: Tensor | None) -> None:
         """Stores kv (B', T, 2, H, D): the first B' rows from slot 0 on, or one token of each row at
         `slots` (B, 2, H)."""
-        stored = self.kv[layer]  # (B, 2, H, S, D)
+        stored = self.kv[layer]  # (2, B, H, S, D)
         if slots is None:
-            stored[: len(kv), :, :, : kv.size(1)] = kv.permute(0, 2, 3, 1, 4)
+            stored[:, : len(kv), :, : kv.size(1)] = kv.permute(2, 0, 3, 1, 4)
         else:  # a single kernel
             stored.view(-1, stored.size(-1))[slots] = kv[:, 0].to(stored.dtype)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, both (B, H, span, D)."""
-        return self.kv[layer, :, :, :, : self.span].unbind(1)
+        return self.kv[layer, :, : len(self.first), :, : self.span].unbind()
 
     def select_rows(self, rows: Tensor, length: int) -> None:
         """Row i gets the first `length` slots of row rows[i]. Only len(rows) rows remain."""
         for stored in self.kv[:, :, :, :, :length]:  # layer by layer: few bytes are held twice
-            stored[: len(rows)] = stored[rows]
-        self.kv, self.first = self.kv[:, : len(rows)], self.first[: len(rows)]
+            stored[:, : len(rows)] = stored[:, rows]
+        self.first = self.first[: len(rows)]
 
 
 def hidden_states(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -303,7 +308,8 @@ def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:
     x = hidden_states(model, ids)[:, :-1].flatten(0, 1).float()  # (B * (T' - 1), C)
     targets = ids.where(masks.bool(), IGNORE_INDEX)[:, 1:]  # (B, T' - 1)
     # wte is the tied head, of which a model prepared for sampling has packed a copy
-    head = model.transformer.wte.weight[:N_VOCAB]  # (V', C)
+    int8 = model.lm_head.weight.dtype == torch.int8
+    head = model.lm_head if int8 else model.transformer.wte.weight[:N_VOCAB]  # (V', C)
     losses = linear_cross_entropy(x, head, targets.flatten(), reduction="none")
     return F.pad(-losses.view(targets.shape), (0, input_ids.size(1) - ids.size(1)))  # (B, T - 1)
 
@@ -320,7 +326,8 @@ class SamplingConfig:
     max_steps: int = flag(128, "maximum number of new tokens", minimum=1)
     seed: int = flag(0, "seed of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Dtype = flag("auto", "weight dtype; auto: bfloat16 (or float16) on CUDA, else float32")
+    dtype: SamplingDtype = flag("auto", "dtype of the weights; int8: fastest on a CPU; auto: "
+                                "bfloat16 (or float16) on CUDA, else float32")
 
     def load(self) -> tuple[GPT, SamplingParams, bool]:
         """The model prepared for sampling, how to sample, whether to apply the prompt template."""

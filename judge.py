@@ -8,6 +8,10 @@ The first checkpoint is the reference of win rates, KL and best-of-n. No number 
 number of ranks. OUT_DIR gets judge.json, samples.jsonl and judge.png (docs/evaluation.md).
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import copy
 import json
 import math

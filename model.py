@@ -199,8 +199,9 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                    ignore_index=IGNORE_INDEX, reduction=kind)
         else:
-            weight = self.lm_head.weight  # (V, C)
-            loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), kind)
+            head = self.lm_head  # (V, C)
+            head = head if head.weight.dtype == torch.int8 else head.weight
+            loss = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), kind)
         if reduction == "none":
             loss = loss.view(targets.shape)  # (B, T)
         elif reduction == "mean":

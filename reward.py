@@ -9,6 +9,10 @@ scores are rescaled to mean 0 and deviation 1 on responses that the checkpoint i
 training prompts, and OUT_DIR/reward.json compares the accuracy on held-out pairs with simple rules.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import json
 from collections import deque
 from collections.abc import Sequence

@@ -10,6 +10,10 @@ stages 1 to 6 below; docs/alignment.md has their formulas and sources. Like ever
 it saves, stops on signals, and continues with --resume.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

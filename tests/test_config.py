@@ -1,5 +1,6 @@
 """Command lines from dataclasses, and errors in one line."""
 
+import ast
 import errno
 import os
 import subprocess
@@ -189,3 +190,41 @@ def test_an_unexpected_error_keeps_its_traceback():
                                     "finetune_data/alpaca_downloader.py", "image/plot_loss.py"])
 def test_scripts_refuse_unknown_flags(script):
     assert_user_error(run_script(ROOT / script, "--no-such-flag", check=False), "--no-such-flag")
+
+
+def run_bare(code: str, *arguments: str, **chosen: str) -> str:
+    """What code prints, without OpenMP's variables but those that are chosen."""
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=env | chosen, cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout.strip()
+
+
+SHOW = ("import os; from minigpt2.config import share_cores; share_cores()\n"
+        "print(*map(os.environ.get, ['OMP_NUM_THREADS', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME']))")
+
+
+@pytest.mark.parametrize("chosen, shown", [
+    ({}, "None 10000 0"), ({"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "1"}, "1 7 0"),
+    ({"OMP_WAIT_POLICY": "PASSIVE"}, "None None None")])
+def test_threads_wait_asleep_unless_the_user_chose(chosen, shown):
+    assert run_bare(SHOW, **chosen) == shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("chosen", [False, True])
+def test_torchruns_ranks_share_the_cores(chosen):
+    """torchrun gives each rank one thread, unless the user's environment names a number."""
+    torchrun = ("import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], "
+                "env=os.environ | {'OMP_NUM_THREADS': '1', 'LOCAL_WORLD_SIZE': '1'})")
+    threads = run_bare(torchrun, SHOW, **({"OMP_NUM_THREADS": "1"} if chosen else {})).split()[0]
+    assert int(threads) == (1 if chosen else len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("script", ["trainer", "finetune", "reward", "dpo", "rlhf", "inference",
+                                    "chat", "evaluate", "judge"])
+def test_every_script_shares_the_cores_before_pytorch_is_imported(script):
+    """OpenMP reads the variables when PyTorch loads it."""
+    body = [ast.unparse(node) for node in ast.parse(
+        (ROOT / f"{script}.py").read_text(encoding="utf-8")).body[1:]]
+    assert "share_cores()" in body[0] and body[0].startswith("if __name__ == '__main__'")

@@ -10,9 +10,11 @@ from helpers.generation import PROMPTS, SAMPLING_OPTIONS, rows_of, run_generate,
 
 from inference import generate, logprobs, tokenize_batch_input
 from minigpt2 import kernels
-from minigpt2.kernels import PackedLinear, can_pack, prepare_to_sample
+from minigpt2.kernels import Int8Linear, PackedLinear, can_pack, prepare_to_sample
+from minigpt2.tokenizer import N_VOCAB
 from model import GPT, GPTConfig
 
+needs_int8 = pytest.mark.skipif(not can_pack(torch.int8), reason="the CPU has no exact int8")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="the CPU has no bfloat16")
 
 
@@ -90,3 +92,72 @@ def test_without_onednn_the_layers_are_not_packed(monkeypatch):
 
 def test_an_unsupported_dtype_is_refused():
     assert "sampling in float16" in user_error(prepare_to_sample, sharp_model(), torch.float16)
+
+
+@needs_int8
+def test_int8_linear_is_the_product_of_quantized_weights_and_rows():
+    """Exactly: the sums are those of integers; the scales are of each output and each row."""
+    torch.manual_seed(0)
+    for inputs, outputs, bias in ((768, 2304, True), (33, 77, True), (64, 999, False)):
+        linear = nn.Linear(inputs, outputs, bias=bias)
+        x = torch.randn(5, 1, inputs) * torch.tensor([1e-4, 1, 1, 0, 1e4])[:, None, None]
+        weight, rows = linear.weight.detach(), x[:, 0]
+        scales = [matrix.abs().amax(1, keepdim=True) / 127 for matrix in (weight, rows)]
+        w, r = ((matrix / scale.clamp(min=1e-30)).round().double()
+                for matrix, scale in zip((weight, rows), scales, strict=True))
+        exact = (r @ w.T) * scales[1] * scales[0].T + (linear.bias.detach() if bias else 0)
+        got = Int8Linear(linear)(x)
+        assert got.shape == (5, 1, outputs) and got.dtype == torch.float32
+        torch.testing.assert_close(got[:, 0].double(), exact.double(), rtol=1e-5, atol=1e-5)
+        error = (got - linear(x)).norm(dim=-1) / linear(x).norm(dim=-1).clamp(min=1e-9)
+        assert error[1:3].max() < 0.02  # of a row of ordinary size
+
+
+@needs_int8
+def test_an_int8_row_does_not_depend_on_the_batch():
+    """Its products are equal bit by bit, whatever the number of rows: integers add up exactly."""
+    torch.manual_seed(0)
+    layer, x = Int8Linear(nn.Linear(768, 3072)), torch.randn(40, 768)
+    for count in (1, 3, 17, 40):
+        assert torch.equal(layer(x[:count]), layer(x)[:count])
+
+
+@needs_int8
+@pytest.mark.parametrize("options", SAMPLING_OPTIONS, ids=str)
+def test_an_int8_model_samples_batch_invariantly_and_scores_what_it_samples(options):
+    model = prepare_to_sample(sharp_model(GPTConfig(64, N_VOCAB + 47, 2, 2, 32)), torch.int8)
+    assert prepare_to_sample(model, torch.int8) is model
+    rows = rows_of(*run_generate(model, *tokenize_batch_input(PROMPTS), 12, **options))
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        alone = run_generate(model, *tokenize_batch_input([prompt]), 12, **options)
+        assert rows_of(*alone) == [row]
+    ids, masks = tokenize_batch_input(PROMPTS)
+    logits, loss = model(ids[:, :-1], ids[:, 1:])
+    assert logits.shape[-1] == N_VOCAB
+    expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logprobs(model, ids, masks), expected * masks[:, 1:])
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], return_logits=False)[1], loss)
+
+
+@needs_int8
+def test_int8_is_close_to_float32():
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)).eval()
+    model = prepare_to_sample(copy.deepcopy(plain), torch.int8)
+    ids = torch.randint(0, 50257, (2, 20))
+    with torch.no_grad():
+        error = (model(ids)[0] - plain(ids)[0]).norm() / plain(ids)[0].norm()
+    assert 1e-4 < error < 0.02
+    with pytest.raises(ValueError, match="already prepared in torch"):
+        prepare_to_sample(model)
+
+
+def test_int8_where_products_overflow_or_on_a_gpu_is_refused(monkeypatch):
+    """As on a processor that adds pairs of products in 16 bits."""
+    exact = Int8Linear.forward
+    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: exact(self, x) - 1)
+    assert "sampling in int8 on this device (cpu)" in user_error(
+        prepare_to_sample, sharp_model(), torch.int8)
+    model = GPT(GPTConfig(8, 64, 1, 1, 8)).to("meta")
+    assert "sampling in int8 on this device (meta)" in user_error(
+        prepare_to_sample, model, torch.int8)

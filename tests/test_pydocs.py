@@ -13,6 +13,7 @@ from minigpt2.shards import read_manifest
 from pretrain_data import pydocs
 from pretrain_data.pydocs import (
     Document,
+    most_mentioned,
     question_and_answer,
     read_docstrings,
     read_topics,
@@ -75,6 +76,19 @@ def test_questions_and_answers():
     assert question_and_answer(Document("topic", "assert", "", "The assert statement is.")) is None
 
 
+def test_the_most_mentioned_names_of_the_standard_library_in_several_wordings():
+    said = ["json.dumps", "json.dumps, json.loads.", "xjson.loads json.loads2",
+            "torch.add torch.add", "torch.add a.b.c a.b.c", "torch.add a.b.c _private"]
+    documents = [Document("topic", f"t{i}", "", text) for i, text in enumerate(said)]
+    names = ["json", "json.loads", "json.dumps", "torch.add", "a.b.c", "_private"]
+    documents += [Document("function", name, name, "Return x.") for name in names]
+    assert [d.name for d in most_mentioned(documents, 9)] == ["json.dumps", "json.loads", "json"]
+    assert [d.name for d in most_mentioned(documents, 1)] == ["json.dumps"]
+    json_module = Document("module", "json", "json", "Read and write JSON.")
+    assert question_and_answer(json_module, "Explain {}.") == (
+        "Explain json.", "Read and write JSON.")
+
+
 def test_topics_are_parsed(tmp_path):
     path = tmp_path / "topics.py"
     path.write_text("topics = {'b': 'About b.\\n', 'a': 'About a.'}\n")
@@ -112,3 +126,10 @@ def test_the_scripts_in_this_environment(tmp_path, monkeypatch):
     assert len({row["instruction"] for row in rows}) == len(rows)
     answers = {row["instruction"]: row["output"] for row in rows}
     assert answers["What does the Python function json.dumps do?"].startswith("Serialize ``obj``")
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--names", "300", "--all-wordings"])
+    pydocs_questions.main()
+    rows = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))
+    assert 1000 < len(rows) <= 1500
+    answers = {row["instruction"]: row["output"] for row in rows}
+    assert answers["Explain json.dumps."] == answers["What does the Python function json.dumps do?"]
