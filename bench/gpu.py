@@ -8,47 +8,20 @@ What a card cannot measure (out of memory, no such kernel or dtype) is one line;
 
 import pathlib
 import sys
-from collections.abc import Callable
 
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.decode import measure_decoding
-from bench.harness import BenchConfig, alternate, compare, record, run_bench
+from bench.harness import BenchConfig, compare, measure_limits, record, run_bench
 from bench.train import SIZES, make_training, zipf_tokens
 from minigpt2.config import UserError, first_line
-from minigpt2.distributed import device_time, pick_dtype
+from minigpt2.distributed import pick_dtype
 from minigpt2.metrics import peak_flops
 from model import GPT
 
 WAYS = ("ours", "ours_bf16_residual", "ours_tuned", "ours_without_cudnn", "textbook")
-
-
-def device_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call, from ten at a time."""
-    def ten_calls() -> None:
-        [call() for _ in range(10)]
-        device_time(device)  # waits for the GPU
-    return alternate(7, call=ten_calls)["call"] / 10
-
-
-def measure_rates(config: BenchConfig, name: str, size: int, copied: int, dtype: torch.dtype,
-                  device: torch.device) -> float:
-    """A copy, and matrix products (n, k) x (k, m); returns the FLOP/s of the first, a square one.
-    The others are the model's."""
-    source, target = torch.empty(2, copied, device=device, dtype=torch.uint8)
-    bandwidth = 2 * copied / device_seconds(lambda: target.copy_(source), device)
-    # A sampled token of a single row reads all weights, in 16 bits
-    bound = bandwidth / (2 * GPT(SIZES[name]).num_parameters())
-    record(config, "gpu bandwidth", gb_per_sec=bandwidth / 1e9, model=name,
-           bound_tokens_per_sec=bound)
-    rates = []
-    for n, k, m in ((size, size, size), (4 * size, 768, 3072), (4 * size, 3072, 768)):
-        a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((n, k), (k, m)))
-        rates.append(2 * n * k * m / device_seconds(lambda a=a, b=b: a @ b, device))
-        record(config, "gpu matmul", n=n, k=k, m=m, dtype=dtype, tflops=rates[-1] / 1e12)
-    return rates[0]
 
 
 def measure_micro_batch(config: BenchConfig, way: str, name: str, B: int, T: int,
@@ -68,11 +41,11 @@ def bench_gpu(config: BenchConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not config.quick:
         raise UserError("no GPU is visible: --quick tries this benchmark on a CPU")
-    name, micro_batches, T, size, copied, decoded, new_tokens = (
+    name, micro_batches, T, size, num_bytes, decoded, new_tokens = (
         ("tiny", (2,), 128, 256, 2**20, ((2, 16),), 16) if config.quick else
         ("124M", (16, 32, 64), 1024, 8192, 2**30, ((1, 32), (8, 32), (8, 512), (32, 512)), 128))
     dtype = torch.bfloat16 if device.type == "cpu" else pick_dtype("auto", device)
-    matmul_flops = measure_rates(config, name, size, copied, dtype, device)
+    [matmul_flops] = measure_limits(config, device, [dtype], size, num_bytes)
     torch.cuda.empty_cache()  # what follows runs in processes that need the whole memory
     jobs = [(f"training, {way}, micro-batch {B}", measure_micro_batch, way, name, B, T, dtype,
              device, matmul_flops) for B in micro_batches

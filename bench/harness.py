@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
-from minigpt2.config import UserError, flag, flag_name, parse_config, run_main
+from minigpt2.config import UserError, flag, flag_name, parse_config, run_main, share_cores
+from minigpt2.distributed import start
 
 Step = Callable[[], float]
 WORKER: dict[str, Step] = {}  # in a worker process: the step that it runs
@@ -43,6 +46,7 @@ def run_bench(bench: Callable[[BenchConfig], None], cls: type[BenchConfig], doc:
     """The `main` of every benchmark. The first record describes the machine."""
     def main() -> None:
         config = parse_config(cls, description=doc)
+        share_cores()  # inherited by the processes that import PyTorch anew
         cpuinfo = Path("/proc/cpuinfo")
         name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")
                          if cpuinfo.exists() else "")
@@ -53,6 +57,27 @@ def run_bench(bench: Callable[[BenchConfig], None], cls: type[BenchConfig], doc:
                python=platform.python_version(), torch=torch.__version__, **gpu)
         bench(config)
     run_main(main)
+
+
+def measure_limits(config: BenchConfig, device: torch.device, dtypes: Iterable[torch.dtype],
+                   size: int, num_bytes: int) -> list[float]:
+    """The FLOP/s of square matrix products in each dtype, and the bytes per second read by a sum:
+    what no model on this machine can exceed."""
+    start(str(device))  # the product that training uses
+    threads, rates = torch.get_num_threads(), {}
+
+    def median(code: str, x: torch.Tensor) -> float:
+        timer = Timer(code, globals={"x": x}, num_threads=threads)
+        return timer.blocked_autorange(min_run_time=2).median  # synchronizes with a GPU
+
+    bandwidth = num_bytes / median("x.sum()", torch.ones(num_bytes // 4, device=device))
+    for dtype in dtypes:
+        x = torch.randn(size, size, device=device).to(dtype)
+        rates[dtype] = 2 * size**3 / median("x @ x", x)
+    record(config, "limits", device=device.type, threads=threads, size=size,
+           read_gb_per_sec=bandwidth / 1e9,
+           **{f"{str(dtype)[6:]}_gflops": rate / 1e9 for dtype, rate in rates.items()})
+    return list(rates.values())
 
 
 def record(config: BenchConfig, name: str, **figures) -> None:
@@ -79,9 +104,14 @@ def alternate(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
 
 
 def start_worker(make: Callable[..., Step], *arguments) -> ProcessPoolExecutor:
-    """A process that builds `step = make(*arguments)`; submit `run_step` to it."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), build_step,
-                               (make, arguments))
+    """A process that builds `step = make(*arguments)`; submit `run_step` to it. A name that ends
+    with "spinning" gets the default of GNU's OpenMP, without `share_cores`."""
+    spinning = str(arguments[:1]).endswith("spinning',)")
+    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), build_step,
+                                 (make, arguments))
+    with unittest.mock.patch.dict(os.environ, {"GOMP_SPINCOUNT": "300000"} if spinning else {}):
+        worker.submit(os.getpid).result()  # has started
+    return worker
 
 
 def build_step(make: Callable[..., Step], arguments: tuple) -> None:

@@ -10,6 +10,7 @@ defaults on a CPU; compiled, with fused AdamW and a vocabulary of 50304 on a GPU
 import dataclasses
 import itertools
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -17,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from bench.harness import BenchConfig, Step, compare, record, run_bench
+from bench.harness import BenchConfig, Step, compare, measure_limits, record, run_bench
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.distributed import autocast, start
 from minigpt2.optimizer import make_optimizer
@@ -27,6 +28,7 @@ Shape = tuple[int, int]  # (B, T) of a micro-step
 SIZES = {"tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128),
          "30M": GPTConfig(n_layer=6, n_head=6, n_embd=384), "124M": GPTConfig()}
 WAYS = ("ours", "textbook", "hugging_face")  # as the logs name them
+LIMITS = {False: (2048, 2**30), True: (256, 2**20)}  # sizes of a product, and bytes read; quick
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK_SHAPE, QUICK_PEAK_SHAPE, LOSS_STEPS = (2, 128), (32, 64), 20
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -98,7 +100,7 @@ def measure_training(config: BenchConfig, kind: str, name: str, dtype: torch.dty
     difference."""
     (B, T), tokens = shape, zipf_tokens(steps * (shape[0] * shape[1] + 1))
     timings = compare(ways, steps, make_training, SIZES[name], shape, dtype, tokens)
-    ours, textbook = timings["ours"], timings["textbook"]
+    ours, textbook = timings["ours"], timings.get("textbook", timings["ours"])
     gflops = B * T / ours.seconds * GPT(SIZES[name]).flops_per_token(T) / 1e9
     figures = {"gflops": gflops, "memory_ratio": ours.peak / textbook.peak, "steps": steps,
                "first": ours.results[0], "last": ours.results[-1]}
@@ -112,10 +114,24 @@ def measure_training(config: BenchConfig, kind: str, name: str, dtype: torch.dty
            threads=torch.get_num_threads(), **figures)
 
 
+def measure_busy(config: BenchConfig, *training) -> None:
+    """Training alone, and beside a process that computes: threads that wait at a barrier spin
+    briefly, as the scripts do, or long, as by default. Linux gives each session an equal share."""
+    for kind in ("training alone", "training beside another process"):
+        others = [] if kind == "training alone" else [subprocess.Popen(
+            [sys.executable, "-c", "while True: pass"], start_new_session=True)]
+        try:
+            measure_training(config, kind, *training, ("ours", "ours_spinning"))
+        finally:
+            [other.kill() for other in others]
+
+
 def bench_train(config: BenchConfig) -> None:
+    measure_limits(config, torch.device("cpu"), DTYPES, *LIMITS[config.quick])
     names, shape, loss_shape, peak_shape = (
         (("tiny",), QUICK_SHAPE, QUICK_SHAPE, QUICK_PEAK_SHAPE) if config.quick else
         (("30M", "124M"), (4, 1024), (4, 256), (32, 256)))
+    measure_busy(config, names[0], DTYPES[0], loss_shape, config.rounds + 1)
     for dtype in DTYPES:
         for name in names:
             measure_training(config, "training", name, dtype, shape, config.rounds + 1, WAYS)

@@ -13,36 +13,64 @@ source "$(dirname "$0")/setup.sh" requirements.txt
 start=$SECONDS
 step() { echo; echo "== [$((SECONDS - start)) s] $1"; }
 
-dtype=float32  # bfloat16 is faster where the processor supports it natively
-if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
+# bfloat16 is faster where the processor supports it natively: there, more steps fit into the time
+dtype=${DTYPE:-float32} steps=280
+if [[ -z ${DTYPE:-} ]] && grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
+if [[ $dtype == bfloat16 ]]; then steps=640; fi
 
 step "1/5 a corpus: the documentation of Python, NumPy and PyTorch on this machine"
 python pretrain_data/pydocs_corpus.py --out-dir "$out/corpus" --shard-tokens 32768
 
-step "2/5 pre-training, 5.5M parameters ($dtype)"
+step "2/5 pre-training: 16M parameters, $steps steps of 2,048 tokens ($dtype)"
 python trainer.py --resume --data-dir "$out/corpus" --out-dir "$out/pretrain" --device cpu \
   --dtype "$dtype" \
-  --n-layer 6 --n-head 4 --n-embd 96 --block-size 256 --sequence-length 256 \
-  --micro-batch-size 4 --total-batch-size 1024 --max-steps 700 --warmup-steps 30 \
-  --max-lr 4e-3 --min-lr 4e-4 --eval-interval 175 --save-interval 350 \
+  --n-layer 4 --n-head 4 --n-embd 256 --block-size 256 --sequence-length 256 \
+  --micro-batch-size 8 --total-batch-size 2048 --max-steps "$steps" --warmup-steps 20 \
+  --optimizer muon --muon-lr 0.02 --max-lr 0.025 --min-lr 0 --schedule linear --zero-init \
+  --eval-interval $((steps / 4)) --save-interval $((steps / 4)) --keep-last 1 \
   --sample-prompt "Return a new array" --loss-graph "$out/pretrain_loss.png"
 
-step "3/5 questions about that documentation, in Alpaca's format"
-python finetune_data/pydocs_questions.py --out "$out/questions.json" --rows 4000
+step "3/5 questions about the 300 best-known names of the standard library, in five wordings"
+python finetune_data/pydocs_questions.py --out "$out/questions.json" --names 300 --all-wordings
 
-step "4/5 instruction tuning, 2 epochs"
+step "4/5 instruction tuning, 6 epochs: enough to know the answers by heart"
 python finetune.py --resume --checkpoint "$out/pretrain" --data "$out/questions.json" \
-  --out-dir "$out/finetune" --device cpu --dtype "$dtype" --batch-size 16 --micro-batch-size 16 \
-  --max-lr 2e-3 --eval-interval 120 --loss-graph "$out/finetune_loss.png"
+  --out-dir "$out/finetune" --device cpu --dtype "$dtype" --epochs 6 --batch-size 32 \
+  --micro-batch-size 32 --max-lr 2e-3 --eval-interval 40 --keep-last 1 \
+  --loss-graph "$out/finetune_loss.png"
 
-step "5/5 answers"
-python inference.py --checkpoint "$out/finetune" --device cpu --temperature 0.3 --max-steps 60 \
-  "What does the Python function json.dumps do?" \
-  "What does the Python function email.message.Message.get_payload do?" \
-  "What does the Python function numpy.linalg.norm do?" \
-  "What is the Python class torch.nn.modules.linear.Linear?" \
-  "What is the Python class threading.Thread?" \
-  "What is the Python module random for?"
+step "5/5 answers: ten questions that it was trained on, three about names it was not"
+cat > "$out/asked.txt" << 'END'
+What does the Python function json.dumps do?
+What does the Python function os.walk do?
+What does the Python function copy.deepcopy do?
+What does the Python function functools.lru_cache do?
+What does the Python function glob.glob do?
+What is the Python class collections.Counter?
+What is the Python class subprocess.Popen?
+What is the Python class threading.Thread?
+What is the Python module zipfile for?
+What is the Python module pickle for?
+What does the Python function random.shuffle do?
+What does the Python function shutil.copytree do?
+What does the Python function numpy.linalg.norm do?
+END
+python inference.py --checkpoint "$out/finetune" --device cpu --temperature 0 --max-steps 60 \
+  --batch-size 13 --json --prompts-file "$out/asked.txt" > "$out/answers.jsonl"
+python - "$out" << 'END'
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+rows = json.loads((out / "questions.json").read_text(encoding="utf-8"))
+known, right = {row["instruction"]: row["output"] for row in rows}, 0
+for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+    one = json.loads(line)
+    expected = known.get(one["prompt"])
+    mark = "not trained" if expected is None else "right" if one["response"] == expected else "wrong"
+    right += mark == "right"
+    print(f"{one['prompt']}\n    {one['response']}  [{mark}]")
+print(f"{right} of {sum(one in known for one in (out / 'asked.txt').read_text().splitlines())} "
+      "answers from the training rows are right")
+END
 
 if [[ $rlhf ]]; then
   step "policy optimization: a reward of 1 for an answer of at most 7 words"
@@ -55,5 +83,7 @@ if [[ $rlhf ]]; then
 fi
 
 step "done: $out"
-echo "loss graphs: $out/pretrain_loss.png and $out/finetune_loss.png"
-echo "ask more:    $(command -v python) chat.py --checkpoint $out/finetune"
+echo "loss graphs:  $out/pretrain_loss.png and $out/finetune_loss.png"
+echo "ask more:     $(command -v python) chat.py --checkpoint $out/finetune --temperature 0"
+echo "in its words: $(command -v python) inference.py --checkpoint $out/pretrain \"Return a new\""
+echo "your text:    docs/data.md; your questions: docs/training.md; rewards: --rlhf"
