@@ -33,10 +33,10 @@ python trainer.py --resume --data-dir "$out/corpus" --out-dir "$out/pretrain" --
 step "3/5 questions about the 300 best-known names of the standard library, in five wordings"
 python finetune_data/pydocs_questions.py --out "$out/questions.json" --names 300 --all-wordings
 
-step "4/5 instruction tuning, 6 epochs: enough to know the answers by heart"
+step "4/5 instruction tuning, 5 epochs: enough to know the answers by heart"
 python finetune.py --resume --checkpoint "$out/pretrain" --data "$out/questions.json" \
-  --out-dir "$out/finetune" --device cpu --dtype "$dtype" --epochs 6 --batch-size 32 \
-  --micro-batch-size 32 --max-lr 2e-3 --eval-interval 40 --keep-last 1 \
+  --out-dir "$out/finetune" --device cpu --dtype "$dtype" --epochs 5 --batch-size 16 \
+  --micro-batch-size 16 --max-lr 4e-3 --eval-interval 80 --keep-last 1 \
   --loss-graph "$out/finetune_loss.png"
 
 step "5/5 answers: ten questions that it was trained on, three about names it was not"
