@@ -116,7 +116,7 @@ def optimizer_for(model: GPT, config: TrainerConfig, shard: bool) -> torch.optim
                         "schedule scales --muon-lr by lr / --max-lr")
     return make_optimizer(model, lr=config.max_lr, betas=(config.beta1, config.beta2),
                           eps=config.eps, weight_decay=config.weight_decay,
-                          muon_lr=config.muon_lr if uses_muon else None, shard=shard)
+                          kind=config.optimizer, muon_lr=config.muon_lr, shard=shard)
 
 
 def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:

@@ -94,26 +94,26 @@ def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
-                   weight_decay: float, muon_lr: float | None = None,
+                   weight_decay: float, kind: str = "adamw", muon_lr: float = 0.0,
                    shard: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and embeddings, not on biases
-    and LayerNorms. With a `muon_lr`, Muon for the blocks' matrices and AdamW for the rest. `shard`
-    splits the state over the ranks of a process group (ZeRO stage 1, Rajbhandari et al. 2020)."""
+    and LayerNorms; or of another kind, "muon": Muon for the blocks' matrices, AdamW for the rest.
+    `shard` splits the state over the ranks (ZeRO stage 1, Rajbhandari et al. 2020)."""
+    # fused: one kernel instead of a dozen passes over memory per parameter
+    adamw = {"betas": betas, "eps": eps, "fused": True}
+    optimizer_class, options = {"adamw": (torch.optim.AdamW, adamw), "muon": (Muon, adamw)}[kind]
     named = list(model.named_parameters())  # a tied weight occurs once
-    muon_params = [p for name, p in named if muon_lr is not None and is_block_matrix(name, p)]
-    rest = [p for name, p in named if muon_lr is None or not is_block_matrix(name, p)]
+    muon_params = [p for name, p in named if kind == "muon" and is_block_matrix(name, p)]
+    rest = [p for name, p in named if kind != "muon" or not is_block_matrix(name, p)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     if muon_params:
         groups.insert(0, {"params": muon_params, "weight_decay": weight_decay, "muon": True,
                           "momentum": MUON_MOMENTUM, "lr": muon_lr, "lr_scale": muon_lr / lr})
-    # fused: one kernel instead of a dozen passes over memory per parameter
-    options = {"lr": lr, "betas": betas, "eps": eps, "fused": True}
-    optimizer_class = Muon if muon_params else torch.optim.AdamW
     if not shard:
-        return optimizer_class(groups, **options)
+        return optimizer_class(groups, lr=lr, **options)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
-    return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
+    return ZeroRedundancyOptimizer(groups, optimizer_class, lr=lr, **options)
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -122,51 +122,87 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> None:
-    """Takes a step if all `numbers` (n,) are finite; the host does not wait for the device."""
-    local_optimizer(optimizer).found_inf = numbers.isfinite().all().logical_not().float()  # ()
-    optimizer.step()
+    """Takes a step if all `numbers` (n,) are finite. The host does not wait for the device, except
+    for an optimizer that ignores `found_inf`, unlike PyTorch's fused ones."""
+    is_finite = numbers.isfinite().all()  # ()
+    if getattr(local_optimizer(optimizer), "_step_supports_amp_scaling", False):
+        local_optimizer(optimizer).found_inf = is_finite.logical_not().float()
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
-                    copy: Callable[[torch.Tensor, str], torch.Tensor]) -> dict | None:
+                    copy: Callable[[object, str], object]) -> dict | None:
     """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(tensor, name)` copies a tensor before it changes. Those of other ranks are
+    collective. `copy(value, name)` copies a tensor before it changes. Those of other ranks are
     broadcast one by one: `consolidate_state_dict` would block heartbeats for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = local_optimizer(optimizer).state
-    held = [(index, name) for index, p in enumerate(params) for name in states.get(p, ())]
+    held = [(index, name, value.to("meta") if torch.is_tensor(value) else value)
+            for index, p in enumerate(params) for name, value in states.get(p, {}).items()]
     is_sharded = local_optimizer(optimizer) is not optimizer
     gathered: dict[int, dict] = defaultdict(dict)
     for owner, keys in enumerate(launch.gather(held) if is_sharded else [held]):
-        for index, name in keys:
+        for index, name, value in keys:
             param = params[index]
-            tensor = (states[param][name].to(param.device) if param in states else
-                      torch.empty(() if name == "step" else param.shape, device=param.device))
-            if owner > 0:
-                dist.broadcast(tensor, src=owner)
+            if torch.is_tensor(value):
+                value = (states[param][name].to(param.device) if param in states else
+                         torch.empty_like(value, device=param.device))
+                if owner > 0:
+                    dist.broadcast(value, src=owner)
             if launch.is_master:
-                gathered[index][name] = copy(tensor, f"optimizer/{index}/{name}")
+                gathered[index][name] = copy(value, f"optimizer/{index}/{name}")
     settings = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer, only these
     return settings | {"state": dict(gathered)} if launch.is_master else None
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Copies the moments of this rank's parameters; the settings (betas, eps, weight decay) stay.
-    Raises KeyError, TypeError or ValueError for a state of another model or optimizer."""
-    if not state["state"]:  # saved before the first step
-        return
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict]:
+    """For each parameter, what its state holds after a step: that of a stand-in with two rows, two
+    columns, ... after a step of a copy of the optimizer with gradients of 0."""
+    trial = object.__new__(type(local_optimizer(optimizer)))
+    vars(trial).update(vars(local_optimizer(optimizer)), state=defaultdict(dict), param_groups=[])
+    stand_ins = {}
+    for group in optimizer.param_groups:
+        by_dim = {p.dim(): p.new_zeros((2,) * p.dim()) for p in group["params"]}
+        for stand_in in by_dim.values():
+            stand_in.grad = torch.zeros_like(stand_in)
+        stand_ins |= {p: by_dim[p.dim()] for p in group["params"]}
+        trial.param_groups.append({**group, "params": list(by_dim.values())})
+    trial.step()
+    return {p: trial.state.get(stand_in, {}) for p, stand_in in stand_ins.items()}
+
+
+def missing_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The bytes of this rank's optimizer state that do not exist yet."""
     local = local_optimizer(optimizer)
+    return sum(value.itemsize * (p.numel() if value.dim() else 1)
+               for p, state in expected_state(local).items() if not local.state.get(p)
+               for value in state.values() if torch.is_tensor(value))
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Copies the state of this rank's parameters; the settings (betas, weight decay, ...) stay.
+    Raises KeyError, TypeError or ValueError for a state of another model or optimizer."""
+    local, expected = local_optimizer(optimizer), expected_state(optimizer)
     mine = {parameter for group in local.param_groups for parameter in group["params"]}
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        names = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
-        for parameter, index in zip(group["params"], saved["params"], strict=True):
-            held = {name: state["state"][index][name] for name in ("step", *names)}
-            for name in names:  # the fused kernel would crash on a wrong shape
-                if held[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape")
-            if parameter in mine:
-                local.state[parameter] = {name: value.to(parameter.device, copy=True)
-                                          for name, value in held.items()}
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    if len(indices) != len(expected):
+        raise ValueError(f"it has {len(indices)} parameters, not {len(expected)}")
+    for index, (parameter, wanted) in zip(indices, expected.items(), strict=True):
+        held = state["state"].get(index, {})
+        if held.keys() != wanted.keys():
+            names = (", ".join(sorted(one)) or "nothing" for one in (held, wanted))
+            raise ValueError("the optimizer's state of a parameter is {}, not {}".format(*names))
+        for name, like in wanted.items():  # a fused kernel would crash on a wrong shape
+            if torch.is_tensor(like) and like.shape == (2,) * parameter.dim() and (
+                    held[name].shape != parameter.shape):
+                raise ValueError(f"{name} has the shape {tuple(held[name].shape)}, not "
+                                 f"{tuple(parameter.shape)}")
+        if parameter in mine:
+            local.state[parameter] = {
+                name: held[name].to(like.device, copy=True) if torch.is_tensor(like) else held[name]
+                for name, like in wanted.items()}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

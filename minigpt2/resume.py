@@ -187,13 +187,14 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler) -> TrainState:
     """Loads a training state into optimizer and scaler. Raises UserError if it does not fit."""
     try:
-        load_optimizer_state(optimizer, saved["optimizer"])
+        if saved["progress"]["step"]:  # else there is no state yet
+            load_optimizer_state(optimizer, saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
             scaler.load_state_dict(saved["scaler"])
         return TrainState(**saved["progress"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: {folder} is of another model, optimizer or version ({error}): "
-                        f"rm -r {folder} to resume from the previous one") from None
+        raise UserError(f"--resume: {folder} does not fit this model and optimizer ({error}): "
+                        "restore its settings, or start in another --out-dir") from None
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:

@@ -21,7 +21,7 @@ from minigpt2.faults import StopRequest, count_skipped, find_micro_batch, launch
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.metrics import RunLog, peak_flops, run_metadata
-from minigpt2.optimizer import learning_rate, make_optimizer, step_if_finite
+from minigpt2.optimizer import learning_rate, make_optimizer, missing_bytes, step_if_finite
 from minigpt2.progress import progress_bar
 from model import GPT
 
@@ -161,11 +161,9 @@ class Run:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
         if config.micro_batch_size == "auto":
-            ranks = launch.world_size if self.shard_optimizer else 1  # that share AdamW's moments
             self.micro_batch_size = find_micro_batch(
                 model, micro_batch_sizes, launch=launch, dtype=self.dtype, compiled=compiled,
-                sequence_length=sequence_length,
-                optimizer_bytes=0 if self.is_resumed else 8 * model.num_parameters() // ranks)
+                sequence_length=sequence_length, optimizer_bytes=missing_bytes(optimizer))
             self.metadata["micro_batch_size"] = self.micro_batch_size
         self.train_model = distributed.data_parallel(self.trained, launch)
         self.summary = (f"{model.num_parameters():,} parameters, "

@@ -41,7 +41,7 @@ def new_model(device: torch.device, config: GPTConfig = TINY) -> GPT:
 
 def new_optimizer(model: GPT, muon: bool) -> torch.optim.Optimizer:
     return make_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                          muon_lr=1e-3 if muon else None)
+                          kind="muon" if muon else "adamw", muon_lr=1e-3)
 
 
 def train_step(model: GPT, optimizer: torch.optim.Optimizer, dtype: torch.dtype, inputs, targets):

@@ -1,20 +1,25 @@
+import dataclasses
 import math
 
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH, TINY
+from helpers.common import CPU_LAUNCH, TINY, user_error
+from helpers.training import assert_same_run, interrupted, tiny
 
 from minigpt2.optimizer import (
     is_block_matrix,
     learning_rate,
     load_optimizer_state,
     make_optimizer,
+    missing_bytes,
     optimizer_state,
     orthogonal,
     set_lr,
     step_if_finite,
 )
+from minigpt2.resume import restore
 from model import GPT
+from trainer import train
 
 GPT2 = {"warmup_steps": 715, "max_steps": 19073, "max_lr": 6e-4, "min_lr": 6e-5}
 
@@ -112,7 +117,7 @@ def test_muon_steps_by_hand(monkeypatch):
     torch.manual_seed(0)
     model = GPT(TINY)
     optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5,
-                               muon_lr=0.02)
+                               kind="muon", muon_lr=0.02)
     names = [name for name, p in model.named_parameters() if is_block_matrix(name, p)]
     assert len(names) == 4 * TINY.n_layer
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -134,18 +139,18 @@ def test_muon_steps_by_hand(monkeypatch):
 
 def test_the_muon_learning_rate_follows_the_schedule():
     optimizer = make_optimizer(GPT(TINY), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                               muon_lr=0.4)
+                               kind="muon", muon_lr=0.4)
     set_lr(optimizer, 0.05)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.05, 0.05]
 
 
-@pytest.mark.parametrize("muon_lr", [None, 0.4])
-def test_a_step_with_a_non_finite_number_changes_nothing(muon_lr):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_with_a_non_finite_number_changes_nothing(kind):
     """Decided on the device, and otherwise equal to a plain step, bit for bit."""
     models = [GPT(TINY), GPT(TINY)]
     models[1].load_state_dict(models[0].state_dict())
     ours, plain = (make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                                  muon_lr=muon_lr) for model in models)
+                                  kind=kind, muon_lr=0.4) for model in models)
     for bad in (math.nan, math.inf, -math.inf):
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             p.grad, q.grad = torch.full_like(p, bad), torch.randn_like(q)
@@ -164,11 +169,11 @@ def test_muon_state_round_trip():
     torch.manual_seed(0)
     options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     model = GPT(TINY)
-    optimizer = make_optimizer(model, muon_lr=0.4, **options)
+    optimizer = make_optimizer(model, kind="muon", muon_lr=0.4, **options)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    again = make_optimizer(model, muon_lr=0.8, **options)
+    again = make_optimizer(model, kind="muon", muon_lr=0.8, **options)
     state = optimizer_state(optimizer, CPU_LAUNCH, lambda value, name: value)
     load_optimizer_state(again, state)
     assert again.param_groups[0]["lr_scale"] == 8  # settings are the new ones'
@@ -176,5 +181,136 @@ def test_muon_state_round_trip():
         for name, value in optimizer.state[p].items():
             assert torch.equal(again.state[p][name], value)
             assert again.state[p][name] is not value  # a copy: `state` may be memory-mapped
-    with pytest.raises((KeyError, ValueError)):  # of the other recipe
+    with pytest.raises(ValueError, match="is momentum, step, not exp_avg, exp_avg_sq, step"):
         load_optimizer_state(make_optimizer(model, **options), state)
+
+
+# ------------------------------------------------------------------- an optimizer of one's own
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, as a user would write it: one moment, counts in a plain int, and no skipped
+    steps."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["moment"], state["count"] = torch.zeros_like(p), 0
+                state["count"] += 1
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(state["moment"].lerp(p.grad, 1 - beta1).sign(), alpha=lr)
+                state["moment"].lerp_(p.grad, 1 - beta2)
+
+
+class Factored(Lion):
+    """One number per row of a matrix, in bfloat16; a vector has no state."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() == 2:
+                    rows = self.state[p].setdefault("rows", p.new_zeros(
+                        (len(p), 1), dtype=torch.bfloat16))
+                    rows.lerp_(p.grad.mean(1, keepdim=True).to(rows.dtype), 0.5)
+                    p.sub_(rows, alpha=group["lr"])
+
+
+OWN = {"lion": Lion, "factored": Factored, "sgd": torch.optim.SGD,
+       "momentum": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
+       "plain adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=False)}
+
+
+def own_optimizer(name: str, model: GPT) -> torch.optim.Optimizer:
+    groups = [[p for p in model.parameters() if (p.dim() == 1) is flat] for flat in (False, True)]
+    return OWN[name]([{"params": group} for group in groups], lr=1e-3)
+
+
+def copied(value, name: str):
+    return value.clone() if torch.is_tensor(value) else value
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_with_an_own_optimizer_resumes_exactly(name, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.make_optimizer", lambda model, **options: own_optimizer(name,
+                                                                                         model))
+    train(tiny(corpus, tmp_path / "whole"), CPU_LAUNCH)
+    train(tiny(corpus, interrupted(tmp_path / "whole", tmp_path / "out", 5), resume=True),
+          CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "whole", has_state=name != "sgd")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_step_of_an_own_optimizer_with_a_non_finite_number_is_skipped(name):
+    model = GPT(TINY)
+    optimizer, before = own_optimizer(name, model), [p.clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    step_if_finite(optimizer, torch.tensor([1.0, math.nan]))
+    assert all(map(torch.equal, before, model.parameters()))
+    step_if_finite(optimizer, torch.ones(2))
+    assert not any(map(torch.equal, before, model.parameters())) or name == "factored"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_bytes_of_an_own_optimizer_are_those_it_will_hold(name):
+    model = GPT(TINY)
+    optimizer = own_optimizer(name, model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    expected, before = missing_bytes(optimizer), [p.clone() for p in model.parameters()]
+    assert not optimizer.state and all(map(torch.equal, before, model.parameters()))
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values()
+               if torch.is_tensor(value))
+    assert missing_bytes(optimizer) == 0
+    assert expected >= held if name == "factored" else expected == held
+
+
+def test_the_bytes_of_adamw_and_muon_are_those_of_their_moments():
+    model = GPT(TINY)
+    counts = [p.numel() for name, p in model.named_parameters() if is_block_matrix(name, p)]
+    others, tensors = model.num_parameters() - sum(counts), len(list(model.parameters()))
+    for kind, expected in (("adamw", 8 * model.num_parameters()), ("muon", 4 * sum(counts)
+                                                                   + 8 * others)):
+        optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                                   kind=kind, muon_lr=0.4)
+        assert missing_bytes(optimizer) == expected + 4 * tensors  # of the steps
+
+
+@pytest.mark.parametrize("saved, loaded, held, wanted", [
+    ("lion", "plain adamw", "count, moment", "exp_avg, exp_avg_sq, step"),
+    ("plain adamw", "lion", "exp_avg, exp_avg_sq, step", "count, moment"),
+    ("momentum", "sgd", "momentum_buffer", "nothing"),
+    ("sgd", "momentum", "nothing", "momentum_buffer"),
+    ("factored", "lion", "rows", "count, moment")])
+def test_a_state_that_does_not_fit_says_what_is_missing(saved, loaded, held, wanted, tmp_path):
+    """In one line, which does not advise to delete the checkpoint."""
+    model = GPT(TINY)
+    optimizer = own_optimizer(saved, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = {"optimizer": optimizer_state(optimizer, CPU_LAUNCH, copied), "scaler": {},
+             "progress": {"step": 1}}
+    message = user_error(restore, tmp_path / "step_000005", state, own_optimizer(loaded, model),
+                         torch.amp.GradScaler("cpu", enabled=False))
+    assert f"the optimizer's state of a parameter is {held}, not {wanted}" in message
+    assert "another --out-dir" in message
+    assert not any(word in message for word in ("rm ", "delete", "remove"))
+    if saved == "lion":
+        smaller = torch.nn.ParameterList([torch.zeros(3)])
+        other = Lion(smaller, lr=1e-3)
+        assert f"it has {len(list(model.parameters()))} parameters, not 1" in user_error(
+            restore, tmp_path / "x", state, other, torch.amp.GradScaler("cpu", enabled=False))
+        wider = GPT(dataclasses.replace(TINY, vocab_size=TINY.vocab_size + 1))
+        assert "moment has the shape" in user_error(
+            restore, tmp_path / "x", state, own_optimizer("lion", wider),
+            torch.amp.GradScaler("cpu", enabled=False))
