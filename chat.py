@@ -35,8 +35,8 @@ NOTES = {"stop": "", "length": " [--max-steps reached]", "context": " [context f
 class Conversation:
     """The turns so far, as token ids; a turn is a message with its response."""
 
-    def __init__(self, use_template: bool, block_size: int, max_steps: int):
-        self.use_template, self.block_size = use_template, block_size
+    def __init__(self, template: str | None, block_size: int, max_steps: int):
+        self.template, self.block_size = template, block_size
         self.reserved = min(max_steps, block_size // 4)  # context left free for a response
         self.turns: list[list[int]] = []
 
@@ -44,7 +44,8 @@ class Conversation:
         """The turns that the model sees: a new one with the message, after as many earlier ones as
         leave room for a response. Raises UserError if the message alone fills the context."""
         start = "\n" if self.turns else ""  # plain text only
-        turn = encode(format_prompt(message) if self.use_template else start + message)
+        turn = encode(format_prompt(message, "", self.template) if self.template else
+                      start + message)
         if len(turn) >= self.block_size:
             raise UserError(f"the message has {len(turn)} tokens; the context is {self.block_size},"
                             " response included: shorten it")
@@ -56,12 +57,13 @@ class Conversation:
     def add_response(self, turns: list[list[int]], tokens: list[int]) -> None:
         """Stores the turns from `turns_with`, and the response, which may be incomplete."""
         text = [token for token in tokens if token != EOT_TOKEN]
-        self.turns = [*turns[:-1], turns[-1] + text + [EOT_TOKEN] * self.use_template]
+        self.turns = [*turns[:-1], turns[-1] + text + [EOT_TOKEN] * bool(self.template)]
 
 
-def chat(config: SamplingConfig, model: GPT, params: SamplingParams, use_template: bool) -> None:
+def chat(config: SamplingConfig, model: GPT, params: SamplingParams,
+         template: str | None) -> None:
     """Reads messages and commands from standard input until it ends."""
-    conversation = Conversation(use_template, model.config.block_size, config.max_steps)
+    conversation = Conversation(template, model.config.block_size, config.max_steps)
     is_terminal = sys.stdin.isatty()
     load_tokenizer()  # before the first message, which would wait for it
     sys.stdin.reconfigure(encoding=None if is_terminal else "utf-8-sig", errors="replace",

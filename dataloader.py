@@ -30,7 +30,7 @@ from minigpt2.config import UserError, first_line
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.preferences import Pair, make_pairs, padded_length, require_text, row_texts
 from minigpt2.shards import open_shard, read_manifest
-from minigpt2.tokenizer import N_VOCAB, decode, encode, encode_example, format_prompt
+from minigpt2.tokenizer import ALPACA, N_VOCAB, decode, encode, encode_example, format_prompt
 from model import GPT
 
 PAD_TOKEN = 0  # any id would do: only the mask marks padding
@@ -205,11 +205,12 @@ def parse_json(place: str, text: str):
                         "Lines with one object per line, or parquet") from None
 
 
-def load_pairs(path: str, flag: str, block_size: int) -> tuple[list[Pair], str]:
+def load_pairs(path: str, flag: str, block_size: int,
+               template: str = ALPACA) -> tuple[list[Pair], str]:
     """The usable pairs of the preference file that `flag` gives, and a summary; see
     `preferences.make_pairs`. Raises UserError."""
     rows = read_rows(Path(path), "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
-    pairs, summary = make_pairs(rows, block_size)
+    pairs, summary = make_pairs(rows, block_size, template)
     if len(pairs) < 2:  # one to train on, one to validate on
         raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
                         "model with a longer context")
@@ -228,7 +229,7 @@ class Prompt:
 
 
 def load_prompts(path: str, flag: str, block_size: int, max_response: int,
-                 ) -> tuple[list[Prompt], str]:
+                 template: str = ALPACA) -> tuple[list[Prompt], str]:
     """The different prompts of a file of instructions, conversations (their first message) or
     preference pairs, and a summary; those without room for max_response tokens in the context are
     left out. Raises UserError."""
@@ -239,7 +240,7 @@ def load_prompts(path: str, flag: str, block_size: int, max_response: int,
             given = {name: value for name, value in row.items() if value is not None}
             row = dict.fromkeys(("output", "completion"), given.get("chosen", "")) | given
         texts = text_turns(row, place)[0]
-        ids = encode(format_prompt(*texts[:2]))
+        ids = encode(format_prompt(*texts[:2], template))
         prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))
     longest = block_size - max_response
     fitting = [prompt for prompt in prompts.values() if len(prompt.ids) <= longest]
@@ -291,12 +292,13 @@ def num_inputs(example: Example) -> int:
 
 
 def make_examples(rows: list[list[TextTurn]], block_size: int,
-                  ) -> tuple[list[TextTurn], list[Example], str]:
+                  template: str = ALPACA) -> tuple[list[TextTurn], list[Example], str]:
     """(the first turns, the token ids) of the usable rows, and a summary that counts what was left
     out: rows without an answer, and those longer than the context, whose end would be cut off."""
     answered = [turns for turns in rows if all(
         (text := normalize(output)) and not text.startswith(NO_ANSWER) for *_, output in turns)]
-    encoded = [(turns[0], [encode_example(*turn) for turn in turns]) for turns in answered]
+    encoded = [(turns[0], [encode_example(*turn, template) for turn in turns])
+               for turns in answered]
     usable = [(turn, example) for turn, example in encoded if num_inputs(example) <= block_size]
     keys, examples = [turn for turn, _ in usable], [example for _, example in usable]
     return keys, examples, (
@@ -344,9 +346,9 @@ def split_rows(rows: Sequence, keys: Sequence[tuple[str, ...]], val_fraction: fl
 
 
 def split_examples(turns: list[list[TextTurn]], block_size: int, val_fraction: float,
-                   ) -> tuple[list[Example], list[Example], str]:
+                   template: str = ALPACA) -> tuple[list[Example], list[Example], str]:
     """(training rows, held-out rows by length, summary), see `make_examples` and `split_rows`."""
-    keys, examples, usable = make_examples(turns, block_size)
+    keys, examples, usable = make_examples(turns, block_size, template)
     if len(examples) < 2:  # one to train on, one to validate on
         raise UserError(f"--data: {usable}; expected at least 2: give other rows, or a model with "
                         "a longer context")

@@ -27,7 +27,7 @@ import torch
 from dataloader import load_pairs, row_batches, split_pairs
 from inference import check_vocabulary
 from minigpt2.advantages import accuracy, dpo_loss
-from minigpt2.checkpoint import load_model, weights_sha256
+from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
@@ -36,7 +36,6 @@ from minigpt2.optimizer import set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import response_batch
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.tokenizer import PROMPT_TEMPLATE
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -151,11 +150,12 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     reference = load_model(config.checkpoint, device)
     check_vocabulary(reference, config.checkpoint)
     block_size = reference.config.block_size
-    pairs, summary = load_pairs(config.data, "--data", block_size)
+    template = shared_template(config.checkpoint)
+    pairs, summary = load_pairs(config.data, "--data", block_size, template)
     train_pairs, val_pairs, split_summary = split_pairs(pairs, config.val_fraction)
     run = Run(config, launch, stop, label="DPO", graph="dpo_loss.png", fixed=FIXED_ON_RESUME,
               loss_name="DPO loss, nats per pair", data={"sha256": sha256_of(Path(config.data))},
-              prompt_template=PROMPT_TEMPLATE, reference_sha256=weights_sha256(reference))
+              prompt_template=template, reference_sha256=weights_sha256(reference))
     raw_model = load_model(run.checkpoint, device) if run.is_resumed else reference
 
     # 2. The number of steps, the optimizer, and the micro-batch

@@ -22,8 +22,8 @@ import torch
 
 from dataloader import Example, num_inputs, read_turns, row_batches, split_examples, token_ids
 from inference import check_vocabulary
-from minigpt2.checkpoint import load_model
-from minigpt2.config import flag
+from minigpt2.checkpoint import load_model, shared_template
+from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of
@@ -31,7 +31,7 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import padded_length, rank_share
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
+from minigpt2.tokenizer import decode, load_template
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -45,6 +45,8 @@ class FinetuneConfig(TuningConfig):
                      "rows as JSON, JSON Lines or parquet", is_path=True)
     out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs",
                         is_path=True)
+    template: str | None = flag(None, "prompt template: alpaca, question, chatml or a text file "
+                                "(default: the checkpoint's, else alpaca)", is_path=True)
     epochs: int = flag(2, "passes over the training rows", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
         16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
@@ -53,7 +55,8 @@ class FinetuneConfig(TuningConfig):
 
 
 # A resumed run may not change which rows a step sees
-FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "train_on_prompt", "seed", "data_sha256")
+FIXED_ON_RESUME = ("template", "batch_size", "epochs", "val_fraction", "train_on_prompt", "seed",
+                   "data_sha256")
 
 
 def with_prompt_targets(example: Example) -> Example:
@@ -95,13 +98,17 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     # 1. The rows, the model, and the checkpoint to resume from
     turns = read_turns(Path(config.data))
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
-              data={"sha256": sha256_of(Path(config.data))}, fixed=FIXED_ON_RESUME,
-              prompt_template=PROMPT_TEMPLATE)
+              data={"sha256": sha256_of(Path(config.data))}, fixed=FIXED_ON_RESUME)
     base = run.checkpoint or config.checkpoint
+    template = load_template(config.template) if config.template else shared_template(base)
+    if run.is_resumed and template != shared_template(base):
+        raise UserError(f"--resume: {base} was trained with another --template: restore that")
+    run.prompt_template = template
     raw_model = load_model(base, device)
     check_vocabulary(raw_model, base)
     block_size = raw_model.config.block_size
-    train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction)
+    train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction,
+                                                   template)
     if config.train_on_prompt:
         train_rows = list(map(with_prompt_targets, train_rows))
 

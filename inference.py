@@ -329,8 +329,8 @@ class SamplingConfig:
     dtype: SamplingDtype = flag("auto", "dtype of the weights; int8: fastest on a CPU; auto: "
                                 "bfloat16 (or float16) on CUDA, else float32")
 
-    def load(self) -> tuple[GPT, SamplingParams, bool]:
-        """The model prepared for sampling, how to sample, whether to apply the prompt template."""
+    def load(self) -> tuple[GPT, SamplingParams, str | None]:
+        """The model prepared for sampling, how to sample, and the prompt template, if any."""
         params = SamplingParams(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         if sys.stdout is None:
             raise UserError("standard output is closed, expected a terminal, pipe or file")
@@ -338,7 +338,7 @@ class SamplingConfig:
         model = load_model(folder, device)
         check_vocabulary(model, self.checkpoint)
         prepare_to_sample(model, distributed.pick_dtype(self.dtype, device))
-        return model, params, not self.raw and read_prompt_template(folder) is not None
+        return model, params, None if self.raw else read_prompt_template(folder)
 
 
 @dataclass(frozen=True)
@@ -400,11 +400,11 @@ def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
     prompts = read_prompts(config)
     tokenize_batch_input([prompt.strip() for prompt in prompts])  # refuses blank ones at once
-    model, params, use_template = config.load()
-    if config.input and (config.unconditional or not use_template):
+    model, params, template = config.load()
+    if config.input and (config.unconditional or not template):
         raise UserError("--input: no template is applied here; write the input into the prompt")
     rows = [[EOT_TOKEN]] * config.unconditional or [
-        encode(format_prompt(p, config.input) if use_template else p) for p in prompts]
+        encode(format_prompt(p, config.input, template) if template else p) for p in prompts]
     seeds = row_seeds(prompts, config.seed)
     check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):

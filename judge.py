@@ -27,7 +27,7 @@ from image.plot_report import draw_policies
 from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, best_of_n, binary_kl
 from minigpt2.benchmarks import means, score, table
-from minigpt2.checkpoint import find_checkpoint, load_model, read_config
+from minigpt2.checkpoint import find_checkpoint, load_model, read_config, shared_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, Launch, pick_dtype
 from minigpt2.faults import launched
@@ -35,7 +35,7 @@ from minigpt2.files import atomic_write, check_folder
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.rewards import Reward
 from minigpt2.sampling import Response
-from minigpt2.tokenizer import decode, encode_example
+from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -65,10 +65,10 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     folders = {name: find_checkpoint(name) for name in config.policies}
     rewards = {kind: Reward(spec, f"--{kind}", launch.device) for kind, spec in
                (("proxy", config.proxy), ("gold", config.gold)) if spec}
-    sizes = [*map(read_config, folders.values()),
-             *(reward.model.config for reward in rewards.values() if reward.model)]
+    models = {reward.spec: reward.model for reward in rewards.values() if reward.model}
+    sizes = [*map(read_config, folders.values()), *(model.config for model in models.values())]
     prompts, summary = load_prompts(config.data, "--data", min(size.block_size for size in sizes),
-                                    config.max_response)
+                                    config.max_response, shared_template(*folders, *models))
     _, held_out, split = split_prompts(prompts, config.val_fraction)
     launch.print0(f"{summary}; {split}")
     prompts = held_out[: config.rows]
@@ -150,7 +150,7 @@ def summarize(values: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, flo
 def response_loss(model: GPT, prompts: list[Prompt], launch: Launch) -> dict[str, float]:
     """The loss of the reference responses that fit into the context, in nats per token,
     <|endoftext|> included: what learning from rewards costs. Empty if there are none."""
-    pairs = [encode_example(prompt.instruction, prompt.input, prompt.output)
+    pairs = [(prompt.ids, [*encode(prompt.output), EOT_TOKEN])
              for prompt in prompts if prompt.output.strip()]
     pairs = [pair for pair in pairs if sum(map(len, pair)) - 1 <= model.config.block_size]
     if not pairs:

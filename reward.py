@@ -27,7 +27,7 @@ from dataloader import load_pairs, permutation, row_batches, split_pairs
 from image.plot_report import draw_calibration
 from inference import check_vocabulary, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
-from minigpt2.checkpoint import load_model, weights_sha256
+from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import flag
 from minigpt2.distributed import Launch, autocast
 from minigpt2.faults import StopRequest
@@ -37,7 +37,6 @@ from minigpt2.optimizer import set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.tokenizer import PROMPT_TEMPLATE
 from rlhf_data.baselines import accuracy_interval, print_accuracies, rule_margins
 
 ROOT = Path(__file__).resolve().parent
@@ -68,13 +67,14 @@ FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "val_start", "seed",
                    "data_sha256", "reference_sha256")
 
 
-def read_splits(config: RewardConfig, block_size: int) -> tuple[list[Pair], list[Pair], str]:
+def read_splits(config: RewardConfig, block_size: int,
+                template: str) -> tuple[list[Pair], list[Pair], str]:
     """(training pairs, held-out pairs, summary). Raises UserError."""
-    pairs, summary = load_pairs(config.data, "--data", block_size)
+    pairs, summary = load_pairs(config.data, "--data", block_size, template)
     if config.val_data is None:
         trained, held_out, split = split_pairs(pairs, config.val_fraction, config.val_start)
         return trained, held_out, f"{summary}; {split}"
-    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size)
+    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, template)
     prompts = {tuple(pair.prompt) for pair in pairs}
     seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
     return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "
@@ -96,12 +96,12 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     # 1. The model, the pairs, and the checkpoint to resume from
     base = load_model(config.checkpoint, device)
     check_vocabulary(base, config.checkpoint)
-    block_size = base.config.block_size
-    train_pairs, val_pairs, summary = read_splits(config, block_size)
+    block_size, template = base.config.block_size, shared_template(config.checkpoint)
+    train_pairs, val_pairs, summary = read_splits(config, block_size, template)
     run = Run(config, launch, stop, label="reward model", graph="reward_loss.png",
               data={"sha256": [sha256_of(Path(file)) for file in (config.data, config.val_data)
                                if file]}, loss_name="-log sigmoid(margin), nats per pair",
-              fixed=FIXED_ON_RESUME, prompt_template=PROMPT_TEMPLATE, model_class=RewardModel,
+              fixed=FIXED_ON_RESUME, prompt_template=template, model_class=RewardModel,
               reference_sha256=weights_sha256(base))
     is_normalized = run.is_resumed and "normalized" in run.saved["facts"]
     raw_model = (load_model(run.checkpoint, device, RewardModel) if run.is_resumed else

@@ -28,7 +28,7 @@ import torch.nn as nn
 from dataloader import Prompt, load_prompts, permutation, split_prompts
 from inference import check_vocabulary, sample_responses
 from minigpt2 import advantages as A
-from minigpt2.checkpoint import load_model, weights_sha256
+from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
@@ -41,7 +41,7 @@ from minigpt2.preferences import rank_share
 from minigpt2.rewards import Reward, RewardModel, response_batch
 from minigpt2.run import Run, TuningConfig, run_training
 from minigpt2.sampling import Response
-from minigpt2.tokenizer import PROMPT_TEMPLATE, decode
+from minigpt2.tokenizer import decode
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -285,11 +285,13 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     check_vocabulary(reference, config.checkpoint)
     reward = Reward(config.reward, "--reward", device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
-    prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_response)
+    template = shared_template(config.checkpoint, *[config.reward] * bool(reward.model))
+    prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_response,
+                                    template)
     train_prompts, val_prompts, split = split_prompts(prompts, config.val_fraction)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
-              loss_name="KL-penalized reward, negative", prompt_template=PROMPT_TEMPLATE,
+              loss_name="KL-penalized reward, negative", prompt_template=template,
               reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
     policy = load_model(run.checkpoint or config.checkpoint, device)
     value = load_value_model(config, reward, run)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from minigpt2 import tokenizer
 from minigpt2.config import UserError, first_line
 from minigpt2.files import atomic_write, sha256_of, sync_folder
-from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, PROMPT_TEMPLATE, VOCABULARY
+from minigpt2.tokenizer import ALPACA, EOT_TEXT, EOT_TOKEN, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
@@ -70,10 +70,11 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
         "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
-    if prompt_template:
-        settings["prompt_template"] = prompt_template
     loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
               "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
+    if prompt_template:
+        settings["prompt_template"] = with_hash(prompt_template)
+        loader["chat_template"] = tokenizer.chat_template(prompt_template)
     if "score.weight" in tensors:  # transformers reads the score at the last token that is not pad:
         settings |= {"architectures": [REWARD_HEAD], "id2label": {"0": "reward"},
                      "label2id": {"reward": 0}, "pad_token_id": 0}  # so pad must not be the end
@@ -244,13 +245,31 @@ def read_json(path: Path) -> dict:
         return content
 
 
+def with_hash(text: str) -> dict[str, str]:
+    return {"text": text, "sha256": hashlib.sha256(text.encode(errors="replace")).hexdigest()}
+
+
 def read_prompt_template(path: str | Path) -> str | None:
-    """Returns the template of a fine-tuned model, None for a base model. Raises UserError."""
+    """The text of a fine-tuned model's template, None for a base model. Raises UserError."""
     folder = find_checkpoint(path)
-    template = read_json(folder / CONFIG_FILE).get("prompt_template")
-    if template not in (None, PROMPT_TEMPLATE):
-        raise UserError(f"{folder} has prompt_template {template!r}, expected {PROMPT_TEMPLATE!r}")
-    return template
+    stored = read_json(folder / CONFIG_FILE).get("prompt_template")
+    if stored in (None, "alpaca"):  # earlier versions stored this name, of their only template
+        return stored and ALPACA
+    text = stored.get("text") if isinstance(stored, dict) else None
+    if not isinstance(text, str) or stored != with_hash(text):
+        raise UserError(f"{folder} has the prompt template {stored!r:.200}, which is unknown or "
+                        "damaged: use another checkpoint")
+    return text
+
+
+def shared_template(*paths: str | Path) -> str:
+    """The template of all these checkpoints, or Alpaca's if none has one. Raises UserError."""
+    found = {read_prompt_template(path): path for path in paths}
+    found.pop(None, None)
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(map(str, found.values()))} were trained with different "
+                        "prompt templates: fine-tune them with the same --template")
+    return next(iter(found), ALPACA)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from itertools import groupby, zip_longest
 from operator import itemgetter
 
 from minigpt2.config import UserError
-from minigpt2.tokenizer import encode_example
+from minigpt2.tokenizer import ALPACA, encode_example
 
 # Names of the texts of a row, of which `input` may be missing
 FORMS = (("instruction", "input", "chosen", "rejected"), ("prompt", "input", "chosen", "rejected"),
@@ -34,14 +34,15 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def make_pairs(rows: Sequence[tuple[str, object]], block_size: int) -> tuple[list[Pair], str]:
+def make_pairs(rows: Sequence[tuple[str, object]], block_size: int,
+               template: str = ALPACA) -> tuple[list[Pair], str]:
     """Pairs of rows given as (place, row), and a summary that counts those left out by reason. A
     pair over block_size tokens is left out, not cut: its <|endoftext|> would be lost. Raises
     UserError naming the first row in another form."""
     made = []
     for place, row in rows:
         texts = row_texts(row, place, FORMS)
-        pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts)
+        pair = (transcript_pair if len(texts) == 2 else plain_pair)(place, *texts, template)
         is_long = isinstance(pair, Pair) and pair.num_tokens > block_size
         made.append(f"over {block_size} tokens" if is_long else pair)
     pairs = [pair for pair in made if isinstance(pair, Pair)]
@@ -71,18 +72,19 @@ def require_text(value: object, name: str, place: str) -> str:
     return value
 
 
-def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str) -> Pair | str:
+def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: str,
+               template: str) -> Pair | str:
     """The pair of a row with a question, or why it is left out."""
     if not (chosen.strip() and rejected.strip()):
         return "with an empty response"
     if chosen.strip() == rejected.strip():
         return "with equal responses"
-    prompt, first = encode_example(instruction, input, chosen)
+    prompt, first = encode_example(instruction, input, chosen, template)
     return Pair(place, instruction, input, prompt, first,
-                encode_example(instruction, input, rejected)[1])
+                encode_example(instruction, input, rejected, template)[1])
 
 
-def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
+def transcript_pair(place: str, chosen: str, rejected: str, template: str) -> Pair | str:
     """The pair of two transcripts, split before their last answers, or why it is left out. Earlier
     turns are formatted as finetune.py formats a conversation. Raises UserError."""
     parts = [text.rpartition("\n\nAssistant:") for text in (chosen, rejected)]
@@ -96,9 +98,9 @@ def transcript_pair(place: str, chosen: str, rejected: str) -> Pair | str:
     *earlier, (question, missing) = turns = transcript_turns(text)
     if missing or not all(human for human, _ in turns):
         return "without a question before the response"
-    context = [token for human, answer in earlier for part in encode_example(human, "", answer)
-               for token in part]
-    last = plain_pair(place, question, "", chosen.strip(), rejected.strip())
+    context = [token for human, answer in earlier
+               for part in encode_example(human, "", answer, template) for token in part]
+    last = plain_pair(place, question, "", chosen.strip(), rejected.strip(), template)
     return last if isinstance(last, str) else replace(last, instruction=text,
                                                       prompt=context + last.prompt)
 

@@ -1,5 +1,5 @@
-"""The GPT-2 tokenizer, and the prompt template. tiktoken downloads the vocabulary; here it comes
-from an installed package, checked against the SHA-256 that tiktoken pins."""
+"""The GPT-2 tokenizer, and prompt templates. tiktoken downloads the vocabulary; here it comes from
+an installed package, checked against the SHA-256 that tiktoken pins."""
 
 import base64
 import codecs
@@ -17,7 +17,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from minigpt2.config import UserError
+from minigpt2.config import UserError, first_line
 from minigpt2.files import sha256_of
 
 EOT_TEXT, EOT_TOKEN, N_VOCAB = "<|endoftext|>", 50256, 50257  # before documents, after responses
@@ -31,7 +31,24 @@ VOCABULARY = {  # file name in a Hugging Face checkpoint: (file in the package, 
 # bytes of memory per byte: long runs are encoded in pieces, which decode to the same text.
 MAX_RUN = 250_000
 RUN = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of one kind, as in GPT-2's pattern
-PROMPT_TEMPLATE = "alpaca"  # stored in a checkpoint that was fine-tuned with `format_prompt`
+# Prompt templates, up to the response. [[ ]] encloses what only a prompt with an input has.
+TEMPLATES = {
+    "alpaca": (  # Stanford Alpaca's, the `text` column of tatsu-lab/alpaca
+        "Below is an instruction that describes a task[[, paired with an input that provides "
+        "further context]]. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n[[### Input:\n{input}\n\n]]### Response:\n"),
+    "question": "Question: {instruction}\n[[{input}\n]]Answer:\n",
+    "chatml": "<|im_start|>user\n{instruction}[[\n\n{input}]]<|im_end|>\n<|im_start|>assistant\n"}
+ALPACA = TEMPLATES["alpaca"]
+PLACEHOLDER, OPTIONAL = re.compile(r"\{(\w+)\}"), re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+# Hugging Face's, with the prompt in place of PROMPT. A user message may have an `input`
+CHAT_TEMPLATE = (
+    "{% set start = namespace(text='') %}{% for message in messages %}"
+    "{% if message.role == 'user' %}{% set input = message.input or '' %}"
+    "{% set instruction = start.text + message.content %}{% set start.text = '' %}PROMPT"
+    "{% elif message.role == 'assistant' %}{{ message.content + eos_token }}"
+    "{% elif message.content %}{% set start.text = message.content + '\\n\\n' %}"
+    "{% endif %}{% endfor %}")
 
 
 @functools.cache
@@ -138,18 +155,47 @@ class StreamDecoder:
         return self.utf8.decode(load_tokenizer().decode_bytes(ids), final)
 
 
-def format_prompt(instruction: str, input: str = "") -> str:
-    """Stanford Alpaca's template (the `text` column of tatsu-lab/alpaca), up to the response."""
-    task, context = "", ""
-    if input:
-        task = ", paired with an input that provides further context"
-        context = f"### Input:\n{input}\n\n"
-    return (f"Below is an instruction that describes a task{task}. Write a response that "
-            f"appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-            f"{context}### Response:\n")
+def load_template(name: str) -> str:
+    """The text of one of TEMPLATES, or that in a text file. Raises UserError."""
+    try:
+        text = TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {name}: expected {', '.join(TEMPLATES)} or a text file in "
+                        f"UTF-8 ({first_line(error)})") from None
+    return check_template(text, f"--template {name}")
 
 
-def encode_example(instruction: str, input: str, output: str) -> tuple[list[int], list[int]]:
+def check_template(text: str, place: str) -> str:
+    """The text of a template; without {input}, with one after the instruction. Raises UserError."""
+    names, parts = PLACEHOLDER.findall(text), OPTIONAL.findall(text)
+    if (sorted(names) not in (["instruction"], ["input", "instruction"]) or EOT_TEXT in text
+            or any("{instruction}" in part for part in parts)
+            or not text.count("[[") == text.count("]]") == len(parts)):
+        raise UserError(f"{place} has the placeholders {names}: expected {{instruction}} once, not "
+                        "in [[ ]], {input} at most once, [[ and ]] in pairs, and no "
+                        f"{EOT_TEXT}, which only ends responses")
+    inserted = "" if "input" in names else "[[\n\n{input}]]"
+    return text.replace("{instruction}", "{instruction}" + inserted)
+
+
+def format_prompt(instruction: str, input: str = "", template: str = ALPACA) -> str:
+    """The prompt, up to the response, in a template from `load_template`."""
+    texts = {"instruction": instruction, "input": input}
+    return PLACEHOLDER.sub(lambda name: texts[name[1]],
+                           OPTIONAL.sub(r"\1" if input else "", template))
+
+
+def chat_template(template: str) -> str:
+    """The template as Hugging Face's, with which `apply_chat_template` gives the same prompts."""
+    tags = {"[[": "{% if input %}", "]]": "{% endif %}", "{input}": "{{ input }}",
+            "{instruction}": "{{ instruction }}"}
+    return CHAT_TEMPLATE.replace("PROMPT", "".join(
+        tags.get(part) or f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}"
+        for part in re.split(r"(\[\[|\]\]|\{\w+\})", template)))
+
+
+def encode_example(instruction: str, input: str, output: str,
+                   template: str = ALPACA) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids ending with EOT_TOKEN). They are encoded separately: the loss mask
     is exact, and a prompt has the same ids in training and in sampling."""
-    return encode(format_prompt(instruction, input)), [*encode(output), EOT_TOKEN]
+    return encode(format_prompt(instruction, input, template)), [*encode(output), EOT_TOKEN]

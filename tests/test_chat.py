@@ -24,7 +24,7 @@ from dataloader import pad_rows
 from inference import decode_generation, generate
 from minigpt2.checkpoint import save_checkpoint
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.tokenizer import EOT_TOKEN, encode, format_prompt
+from minigpt2.tokenizer import ALPACA, EOT_TOKEN, encode, format_prompt
 from model import GPTConfig
 
 SCRIPT = ROOT / "chat.py"
@@ -36,7 +36,7 @@ LIMIT = 120  # seconds, for a program that hangs
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("tuned"), 1, sharp_model(LONG),
-                           prompt_template="alpaca")
+                           prompt_template=ALPACA)
 
 
 # ------------------------------------------------------------------------------- conversations
@@ -50,7 +50,7 @@ def exchange(conversation: Conversation, message: str, tokens: list[int]) -> lis
 
 
 def test_a_tuned_model_sees_its_template_and_endoftext_after_responses():
-    conversation = Conversation(True, 1024, STEPS)
+    conversation = Conversation(ALPACA, 1024, STEPS)
     first = exchange(conversation, "What is {x}?", [5, 6, EOT_TOKEN])
     assert first == encode(format_prompt("What is {x}?"))
     second = exchange(conversation, "And y?", [7])  # stopped
@@ -60,7 +60,7 @@ def test_a_tuned_model_sees_its_template_and_endoftext_after_responses():
 
 
 def test_a_base_model_sees_one_text():
-    conversation = Conversation(False, 1024, STEPS)
+    conversation = Conversation(None, 1024, STEPS)
     assert exchange(conversation, "Once", [5, 6]) == encode("Once")
     second = exchange(conversation, "upon", [7, EOT_TOKEN])
     assert second == [*encode("Once"), 5, 6, *encode("\nupon")]
@@ -68,7 +68,7 @@ def test_a_base_model_sees_one_text():
 
 
 def test_the_oldest_turns_are_dropped_if_there_is_no_room_for_a_response():
-    conversation = Conversation(False, 64, 10)
+    conversation = Conversation(None, 64, 10)
     for i in range(30):
         prompt = exchange(conversation, f" a{i}" * 4, [9] * 10)
         assert len(prompt) + 10 <= 64 and prompt[-2:] == encode(f" a{i}")
@@ -81,7 +81,7 @@ def test_the_oldest_turns_are_dropped_if_there_is_no_room_for_a_response():
 
 
 def test_a_large_max_steps_does_not_drop_a_short_conversation():
-    conversation = Conversation(False, 64, 1000)
+    conversation = Conversation(None, 64, 1000)
     exchange(conversation, "a b c", [9] * 10)
     assert len(conversation.turns_with("d")) == 2  # a quarter of the context is free
 
@@ -113,7 +113,7 @@ def test_a_conversation_without_a_terminal(tuned, monkeypatch, capsys):
     """A BOM, "\\r\\n", no prompts; the input ends without /exit."""
     printed = typed(monkeypatch, capsys, "\ufeffWhat is a list?\r\n/temperature 1\r\n",
                     "--checkpoint", tuned)
-    response = expected_response(Conversation(True, 1024, STEPS), "What is a list?")
+    response = expected_response(Conversation(ALPACA, 1024, STEPS), "What is a list?")
     assert printed == f"{response}\ntemperature 1\n\n"
 
 
@@ -122,7 +122,7 @@ def test_messages_and_commands(tuned, monkeypatch, capsys):
              "/temperature", "/temperature -1", "/temperature hot", "/temperature 0.7", "/what",
              "/help", "/reset", "What is a list?", "a " * 1100, "And a tuple?", "/exit", "unread"]
     printed = typed(monkeypatch, capsys, "\n".join(lines), "--checkpoint", tuned)
-    first, second = (Conversation(True, 1024, STEPS) for _ in range(2))
+    first, second = (Conversation(ALPACA, 1024, STEPS) for _ in range(2))
     expected = [expected_response(first, message) for message in (
         "What is a list?", "And a tuple?", "One\n  two", "/exit")]
     expected += ["temperature 0", "(temperature is -1.0, expected a finite number of at least 0)",
@@ -139,7 +139,7 @@ def test_dropped_turns_are_announced(tuned, monkeypatch, capsys):
     message = "word " * 400
     printed = typed(monkeypatch, capsys, f"{message}\n{message}\n{message}\n/exit\n",
                     "--checkpoint", tuned)
-    conversation = Conversation(True, 1024, STEPS)
+    conversation = Conversation(ALPACA, 1024, STEPS)
     responses = [expected_response(conversation, message.strip()) for _ in range(3)]
     notice = "(context full; oldest turns dropped: 1)"
     assert printed == "\n".join([*responses[:2], notice, responses[2]]) + "\n"
@@ -256,7 +256,7 @@ def as_on_terminal(text: str) -> str:
 def test_a_conversation_in_a_terminal(tuned, open_terminal):
     terminal = open_terminal("--checkpoint", tuned, "--max-steps", STEPS, "--temperature", 0)
     assert "/help" in terminal.until(r"Ctrl-D quits\n> ")
-    conversation = Conversation(True, 1024, STEPS)
+    conversation = Conversation(ALPACA, 1024, STEPS)
     for message in ("What is a list?", "And a tuple?"):
         assert terminal.say(message) == as_on_terminal(expected_response(conversation, message))
     for line in ('"""', "One"):
@@ -266,7 +266,7 @@ def test_a_conversation_in_a_terminal(tuned, open_terminal):
     assert terminal.say('  two"""').endswith(expected)
     assert terminal.say("/temperature 0.7") == "temperature 0.7"
     assert terminal.say("/reset") == "(conversation cleared)"
-    expected = expected_response(Conversation(True, 1024, STEPS), "What is a list?", 0.7)
+    expected = expected_response(Conversation(ALPACA, 1024, STEPS), "What is a list?", 0.7)
     assert terminal.say("What is a list?") == as_on_terminal(expected)
     assert terminal.say("") == ""
     terminal.type("\x04")

@@ -26,7 +26,7 @@ from minigpt2.checkpoint import (
     to_gpt2_layout,
 )
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.tokenizer import encode, vocabulary_path
+from minigpt2.tokenizer import ALPACA, encode, vocabulary_path
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
@@ -79,7 +79,7 @@ def test_logits_match_hugging_face(tmp_path):
 def test_hugging_face_loads_our_checkpoint(tmp_path):
     from transformers import AutoTokenizer, GPT2LMHeadModel
     ours = random_model(TINY)
-    folder = save_checkpoint(tmp_path, 3, ours, prompt_template="alpaca")
+    folder = save_checkpoint(tmp_path, 3, ours, prompt_template=ALPACA)
     theirs, report = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report  # no missing and no unexpected tensors
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_hugging_face_loads_our_checkpoint(tmp_path):
     theirs.save_pretrained(tmp_path / "again")  # round trip through transformers
     tokenizer.save_pretrained(tmp_path / "again")
     assert same_parameters(load_model(tmp_path / "again"), ours)
-    assert read_prompt_template(tmp_path / "again") == "alpaca"
+    assert read_prompt_template(tmp_path / "again") == ALPACA
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "again")
     assert "'[PAD]' has id 50257" in user_error(load_model, tmp_path / "again")
@@ -311,8 +311,8 @@ def test_training_state_round_trip(tmp_path):
 
 def test_prompt_template_is_stored(tmp_path):
     base = save_checkpoint(tmp_path / "base", 1, random_model())
-    tuned = save_checkpoint(tmp_path / "tuned", 1, random_model(), prompt_template="alpaca")
-    assert read_prompt_template(base) is None and read_prompt_template(tuned) == "alpaca"
+    tuned = save_checkpoint(tmp_path / "tuned", 1, random_model(), prompt_template=ALPACA)
+    assert read_prompt_template(base) is None and read_prompt_template(tuned) == ALPACA
     edit_config(tuned, prompt_template="chatml")
     assert "was edited" in user_error(read_prompt_template, tuned)
     (tuned / "SHA256SUMS").unlink()

@@ -24,7 +24,7 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
 from minigpt2.preferences import sequences
 from minigpt2.rewards import RewardModel
-from minigpt2.tokenizer import EOT_TOKEN, decode, format_prompt
+from minigpt2.tokenizer import ALPACA, EOT_TOKEN, decode, format_prompt
 from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=160, vocab_size=TINY.vocab_size, n_layer=1, n_head=2, n_embd=8)
@@ -212,7 +212,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys):
     num_train = len(split_pairs(pairs_of(rows_file), 0.1)[0])
     steps = math.ceil(num_train / 8)
     assert len(records(out)) == 2 * steps and (out / f"step_{steps:06d}").is_dir()
-    assert read_prompt_template(out) == "alpaca"
+    assert read_prompt_template(out) == ALPACA
     assert (out / "dpo_loss.png").read_bytes().startswith(b"\x89PNG")
     assert cached(out).shape == (len(ROWS), 2)
     printed = capsys.readouterr().out

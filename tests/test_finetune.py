@@ -52,7 +52,7 @@ from minigpt2.metrics import read_log
 from minigpt2.optimizer import learning_rate, make_optimizer
 from minigpt2.preferences import padded_length
 from minigpt2.run import Run
-from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, decode, encode, format_prompt, repair
+from minigpt2.tokenizer import ALPACA, EOT_TEXT, EOT_TOKEN, decode, encode, format_prompt, repair
 from model import GPT, GPTConfig
 
 SIZES = GPTConfig(block_size=128, vocab_size=TINY.vocab_size, n_layer=2, n_head=2, n_embd=16)
@@ -463,7 +463,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     assert sorted(log["val"]) == [0, 4, 8]
     assert log["val"][8]["loss"] < log["val"][0]["loss"]
     assert (out / "latest").read_text() == "step_000008\n" and (out / "step_000004").is_dir()
-    assert read_prompt_template(out) == "alpaca" and read_prompt_template(base) is None
+    assert read_prompt_template(out) == ALPACA and read_prompt_template(base) is None
     assert (out / "finetune_loss.png").read_bytes().startswith(b"\x89PNG")
     keys, examples, _ = make_examples(TURNS, 128)
     val_rows = split_rows(examples, keys, 0.1)[1]
@@ -600,7 +600,7 @@ def test_a_conversation_is_trained_on_as_chat_shows_it():
     """Each message in the template; all responses, each with its <|endoftext|>, are targets."""
     turns = [("What is 1 + 1?", "", "It is 2."), ("And 2 + 2?", "", "It is 4.")]
     example, = encoded([turns], 512)
-    conversation = chat.Conversation(use_template=True, block_size=512, max_steps=8)
+    conversation = chat.Conversation(ALPACA, block_size=512, max_steps=8)
     for question, _, answer in turns:
         seen = conversation.turns_with(question)
         conversation.add_response(seen, encode(answer))
@@ -715,7 +715,7 @@ def test_a_run_killed_4_times_ends_bit_equal_to_an_uninterrupted_one(base, rows_
     ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(out)], tmp_path / "c")
     assert ranks.wait() == [0] * world_size, ranks.output()
     assert_same_tuning(out, whole)
-    assert read_prompt_template(out) == "alpaca"
+    assert read_prompt_template(out) == ALPACA
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from helpers.common import ROOT, TINY, assert_user_error, main_error, script_env
 import inference
 from inference import generate
 from minigpt2.checkpoint import load_model, save_checkpoint
-from minigpt2.tokenizer import EOT_TOKEN, decode, encode, format_prompt
+from minigpt2.tokenizer import ALPACA, EOT_TOKEN, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
 SCRIPT = ROOT / "inference.py"
@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 def tuned(tmp_path_factory):
     torch.manual_seed(0)
     return save_checkpoint(tmp_path_factory.mktemp("tuned"), 1, GPT(SIZES),
-                           prompt_template="alpaca")
+                           prompt_template=ALPACA)
 
 
 def stdin_of(data: bytes) -> io.TextIOWrapper:

@@ -28,7 +28,7 @@ from minigpt2.metrics import read_log
 from minigpt2.preferences import make_pairs, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.sampling import Response
-from minigpt2.tokenizer import EOT_TOKEN, encode
+from minigpt2.tokenizer import ALPACA, EOT_TOKEN, encode
 from model import GPT, GPTConfig
 from reward import RewardConfig, calibration, swap_prompts, train
 from rlhf_data.baselines import accuracy_interval
@@ -125,7 +125,7 @@ def test_rescaling_moves_every_score(reward_model):
 @torch.no_grad()
 def test_transformers_loads_the_folder_with_equal_scores(reward_model, tmp_path):
     reward_model.rescale(0.7, 0.2)
-    folder = save_checkpoint(tmp_path, 3, reward_model, prompt_template="alpaca")
+    folder = save_checkpoint(tmp_path, 3, reward_model, prompt_template=ALPACA)
     theirs, loading = AutoModelForSequenceClassification.from_pretrained(
         folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
@@ -142,7 +142,7 @@ def test_transformers_loads_the_folder_with_equal_scores(reward_model, tmp_path)
     torch.testing.assert_close(theirs(**batch).logits[:, 0].double(), score_rows(
         reward_model, alone, texts, CPU_LAUNCH, torch.float32, 1), atol=1e-5, rtol=0)
     again = load_model(tmp_path, model_class=RewardModel)
-    assert torch.equal(again(ids, masks), ours) and read_prompt_template(tmp_path) == "alpaca"
+    assert torch.equal(again(ids, masks), ours) and read_prompt_template(tmp_path) == ALPACA
 
 
 @pytest.mark.parametrize("script, argv", [
@@ -192,7 +192,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path, capsys, always_stops):
     assert abs(report["mean"]) + report["deviation"] > 0 and report["samples"] == 21
     for image in ("reward_loss.png", reward.CALIBRATION):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
-    assert read_prompt_template(out) == "alpaca"
+    assert read_prompt_template(out) == ALPACA
     saved = load_model(out, model_class=RewardModel)
     assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(),
                                                  strict=True))

@@ -32,8 +32,9 @@ def words(ids: list[int]) -> str:
     return " ".join(map(str, ids))
 
 
-def encode_words(instruction: str, input: str, output: str) -> tuple[list[int], list[int]]:
-    """`encode_example` of such texts; `input` is ignored."""
+def encode_words(instruction: str, input: str, output: str,
+                 template: str) -> tuple[list[int], list[int]]:
+    """`encode_example` of such texts; `input` and template are ignored."""
     return list(map(int, instruction.split())), list(map(int, output.split()))
 
 
@@ -160,7 +161,7 @@ class World:
         """Makes the scripts read rows of `words`, stop at `stop`, and accept a model with few
         ids."""
         monkeypatch.setattr("minigpt2.preferences.encode_example", encode_words)
-        monkeypatch.setattr("dataloader.format_prompt", lambda instruction, input: instruction)
+        monkeypatch.setattr("dataloader.format_prompt", lambda instruction, *others: instruction)
         monkeypatch.setattr("dataloader.encode", lambda text: list(map(int, text.split())))
         for module in ("minigpt2.rewards", "rlhf"):
             monkeypatch.setattr(f"{module}.decode", words)
