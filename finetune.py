@@ -51,6 +51,7 @@ class FinetuneConfig(TuningConfig):
     micro_batch_size: int | Literal["auto"] = flag(
         16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
     max_lr: float = flag(5e-5, "learning rate after the warm-up", minimum=0)
+    dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
     train_on_prompt: bool = flag(False, "train on the prompts' tokens too, not only the responses'")
 
 
@@ -104,7 +105,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     if run.is_resumed and template != shared_template(base):
         raise UserError(f"--resume: {base} was trained with another --template: restore that")
     run.prompt_template = template
-    raw_model = load_model(base, device)
+    raw_model = load_model(base, device, dropout=config.dropout)
     check_vocabulary(raw_model, base)
     block_size = raw_model.config.block_size
     train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction,

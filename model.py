@@ -3,15 +3,13 @@
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The reference for every
 number is Hugging Face's `GPT2LMHeadModel`, which loads OpenAI's weights (parity is tested).
 Pre-norm blocks, learned positions, a final LayerNorm, an output head tied to the token embedding.
-No dropout: one epoch of pre-training does not overfit, and without it a run is a pure function of
-its seed.
 
 Shapes: B batch, T sequence, C n_embd, H n_head, D head_dim = C / H, V vocab_size,
 S cache slots, N = B * T rows of the flattened batch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -27,18 +25,21 @@ EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The five sizes of a GPT-2; the defaults are the 124M model."""
+    """The five sizes of a GPT-2, by default of the 124M model, and its dropout in training."""
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    # A probability: 0, not the 0.1 of GPT-2, as one epoch does not overfit. Hashes leave it out
+    dropout: float = field(default=0.0, repr=False)
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+            if not 0 <= value < 1 if name == "dropout" else type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive integer, or a dropout "
+                                 "of at least 0 and less than 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -68,10 +69,15 @@ def attention(q, k, v, **options) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, **options)
 
 
+def dropout(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Applies the `dropout` of a module in training mode."""
+    return F.dropout(x, module.dropout) if module.training and module.dropout else x
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer = layer
+        self.layer, self.dropout = layer, config.dropout
         self.n_head, self.head_dim = config.n_head, config.head_dim
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -85,21 +91,23 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache.write(self.layer, qkv[:, :, 1:], slots)
         if attn_mask is None:  # training, or prefill of a prompt
-            y = attention(q, k, v, is_causal=True)  # (B, H, T, D)
+            y = attention(q, k, v, is_causal=True,
+                          dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         else:  # one new token per row attends to the row's cache
             k, v = cache.read(self.layer)  # (B, H, span, D)
             y = attention(q.to(k.dtype), k, v, attn_mask=attn_mask).to(q.dtype)  # (B, H, 1, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self)  # (B, T, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
+        return dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -120,7 +128,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         self.checkpoint_activations = False  # less memory, a third more computation
         self.bf16_residual = False  # in bfloat16 autocast: half the bytes, sums rounded more
         self.transformer = nn.ModuleDict({
@@ -167,15 +175,15 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
         position_ids = torch.arange(T, device=idx.device) if positions is None else positions
-        x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
+        x = dropout(self.transformer.wte(idx) + self.transformer.wpe(position_ids), self)
         if self.bf16_residual and torch.is_autocast_enabled(x.device.type):
             x = x.bfloat16()
         slots, attn_mask = (None, None) if positions is None else cache.locate(positions)
-        # Nothing in a block is random: recomputation needs no generator state
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        same_masks = self.training and self.dropout > 0  # of dropout, when recomputed
         for block in self.transformer.h:
-            x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute
-                 else block(x, cache, slots, attn_mask))
+            x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=same_masks)
+                 if recompute else block(x, cache, slots, attn_mask))
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, *,

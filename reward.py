@@ -57,6 +57,7 @@ class RewardConfig(TuningConfig):
     val_start: float = flag(0.0, "hold out the rows with a hash from here to here + "
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)
     epochs: int = flag(1, "passes over the training pairs; a second one overfits", minimum=1)
+    dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
     normalize_samples: int = flag(256, "responses sampled to normalize scores; 0: leave them",
                                   minimum=0)
     max_response: int = flag(128, "maximum number of tokens of such a response", minimum=1)
@@ -94,7 +95,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     device = launch.device
 
     # 1. The model, the pairs, and the checkpoint to resume from
-    base = load_model(config.checkpoint, device)
+    base = load_model(config.checkpoint, device, dropout=config.dropout)
     check_vocabulary(base, config.checkpoint)
     block_size, template = base.config.block_size, shared_template(config.checkpoint)
     train_pairs, val_pairs, summary = read_splits(config, block_size, template)
@@ -104,8 +105,8 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
               fixed=FIXED_ON_RESUME, prompt_template=template, model_class=RewardModel,
               reference_sha256=weights_sha256(base))
     is_normalized = run.is_resumed and "normalized" in run.saved["facts"]
-    raw_model = (load_model(run.checkpoint, device, RewardModel) if run.is_resumed else
-                 RewardModel.from_language_model(base, config.seed))
+    raw_model = (load_model(run.checkpoint, device, RewardModel, config.dropout)
+                 if run.is_resumed else RewardModel.from_language_model(base, config.seed))
     del base  # a new run trains its tensors
 
     # 2. The number of steps, the optimizer, and the micro-batch

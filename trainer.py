@@ -51,6 +51,7 @@ class TrainerConfig(RunConfig):
     n_head: int | None = flag(None, "heads (default: the preset's)", minimum=1, below=2**16)
     n_embd: int | None = flag(None, "width (default: the preset's)", minimum=1, below=2**20)
     block_size: int | None = flag(None, "context (default: the preset's)", minimum=1, below=2**24)
+    dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
     zero_init: bool = flag(False, "initialize c_proj to 0: every block starts as the identity")
     total_batch_size: int = flag(524_288, "tokens per step, over all ranks", minimum=1)  # 2**19
     micro_batch_size: int | Literal["auto"] = flag(
@@ -84,7 +85,7 @@ FIXED_ON_RESUME = ("optimizer", "n_layer", "n_head", "n_embd", "block_size", "to
 
 def model_config(config: TrainerConfig) -> GPTConfig:
     """The preset, with the sizes given on the command line. Raises UserError if they do not fit."""
-    names = ("n_layer", "n_head", "n_embd", "block_size")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
         sizes = dataclasses.replace(PRESETS[config.preset], **given)
@@ -190,7 +191,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                       f"{max_steps}: --max-lr will not be reached")
 
     # 2. The model and its optimizer
-    raw_model = (load_model(run.checkpoint, device) if run.is_resumed else
+    raw_model = (load_model(run.checkpoint, device, dropout=config.dropout) if run.is_resumed else
                  new_model(config, sizes, device))
     optimizer = optimizer_for(raw_model, config, run.shard_optimizer)
     model = run.prepare(raw_model, optimizer, max_steps, max_steps_flag="--max-steps",

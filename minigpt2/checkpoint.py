@@ -2,6 +2,7 @@
 (docs/formats.md). Nothing that can run code is ever loaded."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ LATEST, BEST = "latest", "best"
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
+DROPOUTS = ("embd", "resid", "attn")  # transformers' names of GPTConfig.dropout; never read
 REWARD_HEAD = "GPT2ForSequenceClassification"  # transformers' class of a reward model
 FIXED_SETTINGS = {  # required values of config.json, where present
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
@@ -68,8 +70,8 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
     """Writes all files of a checkpoint and syncs them to disk."""
     settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
-        "n_ctx": config.block_size, "initializer_range": INIT_STD, "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOT_TOKEN, "eos_token_id": EOT_TOKEN}
+        "n_ctx": config.block_size, "initializer_range": INIT_STD, "bos_token_id": EOT_TOKEN,
+        "eos_token_id": EOT_TOKEN, **{f"{place}_pdrop": config.dropout for place in DROPOUTS}}
     loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
               "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
     if prompt_template:
@@ -181,11 +183,13 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
-               model_class: type[GPT] = GPT) -> GPT:
+               model_class: type[GPT] = GPT, dropout: float = 0.0) -> GPT:
     """The model of a checkpoint (see `find_checkpoint`), a GPT or a `rewards.RewardModel`, float32,
-    in evaluation mode. Raises UserError for another model or tokenizer, damage, and NaN weights."""
+    in evaluation mode, with this dropout whatever config.json says. Raises UserError for another
+    model or tokenizer, damage, and NaN weights."""
     folder = find_checkpoint(path)
-    config = read_config(folder, is_reward=model_class is not GPT)
+    config = dataclasses.replace(read_config(folder, is_reward=model_class is not GPT),
+                                 dropout=dropout)
     tokenizer.check_files(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):

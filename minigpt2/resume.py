@@ -198,7 +198,6 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
 
 
 def seed_rank(seed: int, step: int, launch: Launch) -> None:
-    """Seeds this rank's generators for a step. Nothing here draws from them; code that a user adds,
-    such as dropout, may, and a resumed run must repeat it."""
+    """Seeds this rank's generators for a step: a resumed run repeats its dropout."""
     sequence = np.random.SeedSequence([seed, step, launch.rank])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -5,7 +5,7 @@ the forward and backward pass, loss normalization, validation and schedule. The 
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, strftime
@@ -140,7 +140,7 @@ class Run:
         training state. Raises UserError if the checkpoint is past max_steps (set by max_steps_flag)
         or of another model, or if no micro-batch fits."""
         config, launch = self.config, self.launch
-        self.model, self.optimizer, self.value = model.train(), optimizer, value
+        self.model, self.optimizer, self.value = model, optimizer, value
         self.trained = model if trained is None else trained
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
         model.checkpoint_activations = config.activation_checkpointing
@@ -155,17 +155,17 @@ class Run:
                                 f"more than the {max_steps} of this run: raise {max_steps_flag}")
             launch.print0(f"--resume: continuing from {self.checkpoint}, after {self.step:,} of "
                           f"{max_steps:,} steps")
-        resume.seed_rank(config.seed, self.step, launch)
         compiled = launch.device.type == "cuda" if config.compile is None else config.compile
         if compiled:
             model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
         self.micro_batch_size = micro_batch_sizes[0]
         if config.micro_batch_size == "auto":
+            model.train()
             self.micro_batch_size = find_micro_batch(
                 model, micro_batch_sizes, launch=launch, dtype=self.dtype, compiled=compiled,
                 sequence_length=sequence_length, optimizer_bytes=missing_bytes(optimizer))
             self.metadata["micro_batch_size"] = self.micro_batch_size
-        self.train_model = distributed.data_parallel(self.trained, launch)
+        self.train_model = distributed.data_parallel(self.trained.eval(), launch)
         self.summary = (f"{model.num_parameters():,} parameters, "
                         f"{str(self.dtype).removeprefix('torch.')} on {launch.world_size} x "
                         f"{launch.device}{', compiled' if compiled else ''}")
@@ -267,13 +267,19 @@ class Run:
         if self.paused_at is not None:
             self.overhead_s += self.restart_clock() - self.paused_at
             self.paused_at = None
+        resume.seed_rank(self.config.seed, self.step, self.launch)
         return finished
 
-    def gradient_sync(self, is_last: bool):
-        """The context of a micro-step, forward pass included: DDP averages gradients over ranks in
-        the last one of an update and only accumulates them in the others."""
+    @contextlib.contextmanager
+    def gradient_sync(self, is_last: bool) -> Iterator[None]:
+        """The context of a micro-step, forward and backward pass: the only place where modules are
+        in training mode. DDP averages gradients over ranks in the last one of an update and only
+        accumulates them in the others."""
         synced = is_last or self.train_model is self.trained
-        return contextlib.nullcontext() if synced else self.train_model.no_sync()
+        self.trained.train()
+        with contextlib.nullcontext() if synced else self.train_model.no_sync():
+            yield
+        self.trained.eval()
 
     def update(self, loss_sum: torch.Tensor, sums: Iterable[torch.Tensor] = ()) -> None:
         """Clips the gradients, those of a value model by themselves, and takes one optimizer step.
@@ -305,7 +311,6 @@ class Run:
         self.unread.append((HostCopy(numbers), list(sums), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
-        resume.seed_rank(self.config.seed, self.step, self.launch)
         self.read_steps(all_but=STEPS_LATE[self.launch.device.type])
         self.writer.wait(block=False)
         self.bar.update()

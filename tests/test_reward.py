@@ -205,7 +205,7 @@ def test_the_first_loss_equals_one_computed_row_by_row(base, rows_file, tmp_path
     config = tiny(base, rows_file, tmp_path / "out", normalize_samples=0)
     train(config, CPU_LAUNCH)
     model = RewardModel.from_language_model(load_model(base), config.seed)
-    pairs = reward.read_splits(config, 128)[0]
+    pairs = reward.read_splits(config, 128, ALPACA)[0]
     pairs = next(row_batches(pairs, lambda pair: pair.num_tokens, 8, config.seed, 0))
     margins = [(model(torch.tensor([pair.prompt + pair.chosen]), torch.ones(
         1, len(pair.prompt + pair.chosen)).long()) - model(torch.tensor(
@@ -372,7 +372,7 @@ def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, rows_fil
     rows_file.write_text(json.dumps(rows))
     config = tiny(base, rows_file, tmp_path / "out", **changes)
     model = train(config, CPU_LAUNCH)
-    pairs, _, _ = reward.read_splits(config, 128)
+    pairs, _, _ = reward.read_splits(config, 128, ALPACA)
     fresh = RewardConfig(**vars(config) | {"seed": 7})
     run = SimpleNamespace(launch=CPU_LAUNCH, dtype=torch.float32, micro_batch_size=8,
                           stop=SimpleNamespace(requested=bool))

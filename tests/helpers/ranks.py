@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,6 +292,28 @@ def record_broadcasts(folder: Path) -> None:
         return real(tensor, *arguments, **options)
 
     torch.distributed.broadcast = broadcast
+
+
+def record_dropout(folder: Path) -> None:
+    """Appends the step and the sum of the mask of every micro-step's first dropout."""
+    real, inside = run.Run.gradient_sync, []
+
+    def dropout(x, p):
+        mask = torch.nn.functional.dropout(torch.ones_like(x), p)
+        if inside:
+            weights = torch.arange(mask.numel(), dtype=torch.float64).view(mask.shape)
+            append_json(folder / f"masks_{os.environ['RANK']}.jsonl",
+                        [inside.pop(), (mask * weights).sum().item()])
+        return x * mask
+
+    @contextlib.contextmanager
+    def gradient_sync(self, is_last):
+        inside[:] = [self.step]
+        with real(self, is_last):
+            yield
+
+    model.F = SimpleNamespace(**vars(torch.nn.functional) | {"dropout": dropout})
+    run.Run.gradient_sync = gradient_sync
 
 
 def busy(rank_and_seconds: tuple[int, float]) -> None:
