@@ -60,8 +60,7 @@ class Conversation:
         self.turns = [*turns[:-1], turns[-1] + text + [EOT_TOKEN] * bool(self.template)]
 
 
-def chat(config: SamplingConfig, model: GPT, params: SamplingParams,
-         template: str | None) -> None:
+def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: str | None) -> None:
     """Reads messages and commands from standard input until it ends."""
     conversation = Conversation(template, model.config.block_size, config.max_steps)
     is_terminal = sys.stdin.isatty()

@@ -115,8 +115,7 @@ class TokenLoader:
 
     def stream(self, step: int, micro_steps: int, place: Callable[[torch.Tensor], torch.Tensor],
                ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches from `step` on, `micro_steps` for each step, moved to the device by `place`.
-        A thread prepares the next batch while the current one is in use."""
+        """The batches from `step` on, moved by `place`; a thread prepares the next one."""
         calls = ((s, micro) for s in itertools.count(step) for micro in range(micro_steps))
         with ThreadPoolExecutor(1) as thread:
             def prepare() -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,10 +204,8 @@ def parse_json(place: str, text: str):
                         "Lines with one object per line, or parquet") from None
 
 
-def load_pairs(path: str, flag: str, block_size: int,
-               template: str = ALPACA) -> tuple[list[Pair], str]:
-    """The usable pairs of the preference file that `flag` gives, and a summary; see
-    `preferences.make_pairs`. Raises UserError."""
+def load_pairs(path: str, flag: str, block_size: int, template: str) -> tuple[list[Pair], str]:
+    """The usable pairs of a file given by `flag`, and a summary. Raises UserError."""
     rows = read_rows(Path(path), "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
     pairs, summary = make_pairs(rows, block_size, template)
     if len(pairs) < 2:  # one to train on, one to validate on
@@ -230,9 +227,8 @@ class Prompt:
 
 def load_prompts(path: str, flag: str, block_size: int, max_response: int,
                  template: str = ALPACA) -> tuple[list[Prompt], str]:
-    """The different prompts of a file of instructions, conversations (their first message) or
-    preference pairs, and a summary; those without room for max_response tokens in the context are
-    left out. Raises UserError."""
+    """The different prompts of a file of instructions, conversations (their first message) or pairs
+    that leave room for max_response tokens, and a summary. Raises UserError."""
     rows = read_rows(Path(path), "finetune_data/alpaca_downloader.py or pydocs_questions.py")
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:
@@ -266,8 +262,7 @@ def text_turns(row: object, place: str) -> list[TextTurn]:
 
 
 def message_turns(messages: object, place: str) -> list[TextTurn]:
-    """The turns of a list of {role, content}. A system message becomes the beginning of the first
-    user message. Raises UserError."""
+    """The turns of {role, content}s; a system message begins the first turn. Raises UserError."""
     roles = [message.get("role") if isinstance(message, dict) else None
              for message in messages] if isinstance(messages, list) else []
     start = int(roles[:1] == ["system"])
@@ -358,8 +353,7 @@ def split_examples(turns: list[list[TextTurn]], block_size: int, val_fraction: f
 
 def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0.0,
                 ) -> tuple[list[Pair], list[Pair], str]:
-    """(training pairs, held-out pairs by length, summary), see `split_rows`: a prompt is held out
-    here if it is held out of fine-tuning."""
+    """(training pairs, held-out pairs by length, summary), as for fine-tuning: `split_rows`."""
     keys = [(pair.instruction, pair.input, decode(pair.chosen[:-1])) for pair in pairs]
     trained, held_out, summary = split_rows(pairs, keys, val_fraction, val_start)
     return trained, sorted(held_out, key=attrgetter("num_tokens")), summary

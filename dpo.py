@@ -71,9 +71,8 @@ def collate_pairs(pairs: Sequence[Pair], block_size: int,
 
 def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
                   ) -> dict[str, list[float]] | None:
-    """The log-probabilities of the chosen and the rejected response of every pair, by its place, on
-    every rank, in the micro-batches of training; for None see `share_rows`. Raises UserError naming
-    a pair whose log-probability is not finite."""
+    """The log-probabilities of both responses of every pair, by its place, on every rank, in the
+    micro-batches of training; for None see `share_rows`. Raises UserError if one is not finite."""
     def work(parts: list[Sequence[Pair]]) -> list[list[list[float]]]:
         inputs, targets = collate_pairs(parts[0], model.config.block_size, run.launch.device)
         with autocast(run.launch.device, run.dtype):

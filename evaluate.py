@@ -85,8 +85,7 @@ RENDERERS = {"hellaswag": benchmarks.hellaswag, "lambada": lambada}
 def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
                        dtype: torch.dtype) -> dict[str, float]:
     """The mean loss over the first targets of the validation split, in nats per token, and in bits
-    per byte of their text. <|endoftext|>, which is no text, is left out of both sums of the latter.
-    """
+    per byte of their text; of the latter, <|endoftext|>, which is no text, is left out."""
     T = model.config.block_size
     loader = TokenLoader(Path(config.data_dir), "val", sequence_length=T,
                          micro_batch_size=max(1, config.batch_tokens // T), total_batch_size=T,

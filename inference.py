@@ -112,8 +112,7 @@ class KVCache:
         return self.first + positions[:, :, None], mask[:, None, None, :]
 
     def write(self, layer: int, kv: Tensor, slots: Tensor | None) -> None:
-        """Stores kv (B', T, 2, H, D): the first B' rows from slot 0 on, or one token of each row at
-        `slots` (B, 2, H)."""
+        """Stores kv (B', T, 2, H, D) from slot 0 on, or one token per row at `slots` (B, 2, H)."""
         stored = self.kv[layer]  # (2, B, H, S, D)
         if slots is None:
             stored[:, : len(kv), :, : kv.size(1)] = kv.permute(2, 0, 3, 1, 4)
@@ -140,8 +139,7 @@ def hidden_states(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tens
 
 
 def prefill(model: GPT, prompts: Sequence[tuple[int, ...]], cache: KVCache) -> Tensor:
-    """Fills the cache with B prompts and returns the next logits (B, V). Copies of a prompt go
-    through the model once."""
+    """Fills the cache with B prompts, copies only once; returns the next logits (B, V)."""
     places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     ids, masks = (x.to(cache.kv.device) for x in pad_rows(list(places)))  # (B', T)
     x = hidden_states(model, ids, cache)  # (B', T, C)
@@ -290,8 +288,7 @@ def respond(model: GPT, prompts: Sequence[Sequence[int]], max_steps: int,
 def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequence[int],
                      max_steps: int, launch: Launch, *, temperature: float = 1.0,
                      **options) -> list[Response] | None:
-    """A response to each prompt, in order, on every rank; for the options see `share_rows`. Batches
-    are made by length, with copies of a prompt together."""
+    """A response to each prompt, in order, on every rank; for the options see `share_rows`."""
     def work(batch: list[tuple[Sequence[int], int]]) -> list[Response]:
         prompts, seeds = zip(*batch, strict=True)
         return respond(model, prompts, max_steps, temperature=temperature, seed=seeds)

@@ -38,8 +38,8 @@ class GPTConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not 0 <= value < 1 if name == "dropout" else type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive integer, or a dropout "
-                                 "of at least 0 and less than 1")
+                raise ValueError(f"{name} is {value!r}, expected a positive integer (dropout: less "
+                                 "than 1)")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -192,10 +192,9 @@ class GPT(nn.Module):
 
         `targets[b, t]` is the token that follows `idx[b, t]`, or IGNORE_INDEX. The loss is the mean
         cross-entropy in nats over valid targets, 0 if there are none; without `targets`, None.
-        `reduction="sum"` is for callers that divide by a global count; `reduction="none"` gives
-        minus the log-probability of each target, (B, T), 0 where there is none. For training,
-        `return_logits=False` returns (None, loss), computed without holding all logits. Raises
-        ValueError past block_size."""
+        `reduction="sum"` is for callers that divide by a global count; "none" gives the loss of
+        each target, (B, T), 0 where there is none. For training, `return_logits=False` returns
+        (None, loss), computed without holding all logits. Raises ValueError past block_size."""
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
         x = self.hidden_states(idx)  # (B, T, C)

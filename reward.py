@@ -68,8 +68,7 @@ FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "val_start", "seed",
                    "data_sha256", "reference_sha256")
 
 
-def read_splits(config: RewardConfig, block_size: int,
-                template: str) -> tuple[list[Pair], list[Pair], str]:
+def read_splits(config: RewardConfig, block_size: int, template: str) -> tuple[list, list, str]:
     """(training pairs, held-out pairs, summary). Raises UserError."""
     pairs, summary = load_pairs(config.data, "--data", block_size, template)
     if config.val_data is None:
@@ -159,8 +158,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
 
 def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list[Pair],
            val_pairs: list[Pair]) -> None:
-    """Writes the report on the held-out pairs, then normalizes the scores and saves again. A run
-    killed in between does both again when it is resumed."""
+    """Writes the report, then normalizes the scores and saves again; after a kill, both again."""
     swapped = swap_prompts(val_pairs, model.config.block_size)
     scores = sampled_scores(config, model, train_pairs, run)
     margins = None if scores is None else pair_margins(model, [*val_pairs, *swapped], run)
@@ -190,9 +188,8 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
 
 def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
                    run: Run) -> torch.Tensor | None:
-    """The scores (S,) of responses of the first checkpoint to training prompts, of those that end
-    by <|endoftext|>: without it, as in no training response, a score means nothing. None after a
-    signal."""
+    """The scores (S,) of responses of the first checkpoint to training prompts that end by
+    <|endoftext|>: without it, a score means nothing. None after a signal."""
     order = permutation(len(pairs), config.seed)[: config.normalize_samples]
     prompts = [pairs[i].prompt for i in order]
     seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
@@ -207,8 +204,7 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
 
 
 def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
-    """Pairs whose rejected response is the chosen one to another prompt: a model that does not read
-    the prompt cannot tell which is which."""
+    """Pairs whose rejected response is another prompt's chosen one, for all who do not read it."""
     others = [pairs[i] for i in permutation(len(pairs), 0)]
     swapped = [replace(pair, rejected=other.chosen) for pair, other in
                zip(others, others[1:] + others[:1], strict=True) if pair.prompt != other.prompt]
@@ -218,8 +214,7 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
 
 def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pair],
                 training_pairs: Sequence[Pair]) -> dict:
-    """Accuracies and calibration of margins (n,) on n held-out pairs, and (n',) on those with
-    another prompt's response."""
+    """Accuracies and calibration of margins (n,), and of those with swapped prompts (n',)."""
     rules = rule_margins(pairs, training_pairs)
     rows = {"reward model": margins, "chosen is the shorter": margins[rules["shorter"] > 0],
             "against another prompt's": swapped, **rules}
@@ -236,9 +231,8 @@ def print_report(report: dict) -> None:
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:
-    """(expected calibration error, its bins) of margins (n,). The model's confidence in its choice
-    is sigmoid(|margin|), between .5 and 1; bins of equal width compare it with the accuracy (Guo et
-    al. 2017)."""
+    """(expected calibration error, its bins) of margins (n,): the confidence sigmoid(|margin|), in
+    bins of equal width, is compared with the accuracy (Guo et al. 2017)."""
     confidence = margins.abs().sigmoid()
     places = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # 0 to bins - 1
     rows = [accuracy_interval(margins[places == i])

@@ -134,8 +134,7 @@ def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardMode
 
 @dataclass
 class Rollouts:
-    """R responses and what is known of them, on the CPU of every rank. T is the longest response;
-    position t of a row is its t-th token."""
+    """R responses of up to T tokens and what is known of them, on the CPU of every rank."""
 
     responses: list[Response]
     scores: torch.Tensor  # (R,)
@@ -202,8 +201,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
 
 def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig, kl_coef: float,
                            ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-    """Stage 4: advantages (R, T) over all ranks' rollouts, the value model's targets (R, T), and
-    figures."""
+    """Stage 4: advantages (R, T), the value model's targets (R, T), and figures."""
     mask, log_ratios = rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs
     if config.advantage == "group":
         rewards = rollouts.scores - kl_coef * rollouts.kl  # (R,)
@@ -219,8 +217,7 @@ def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig, kl_coef: floa
 
 
 def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> list[Prompt]:
-    """Stage 1: the prompts of a step, each group_size times in a row. An epoch visits every prompt
-    once, in a seeded order."""
+    """Stage 1: the prompts of a step, each group_size times, from seeded epochs."""
     P, n = config.batch_size // config.group_size, len(prompts)
     chosen = [permutation(n, config.seed, k // n)[k % n] for k in range(step * P, (step + 1) * P)]
     return [prompts[i] for i in chosen for _ in range(config.group_size)]
@@ -228,8 +225,7 @@ def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> li
 
 def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor,
              config: RLHFConfig, run: Run, lr: float, figures: dict[str, float]) -> None:
-    """Stage 5: --epochs passes over the rollouts, one optimizer step per minibatch, whose
-    losses are means over its response tokens on all ranks. Logs the step (stage 6)."""
+    """Stage 5: --epochs passes over the rollouts, a step per minibatch. Logs the step (stage 6)."""
     launch, device, started = run.launch, run.launch.device, perf_counter()
     rows = [(response.prompt, response.tokens) for response in rollouts.responses]
     lengths, R = [len(prompt) + len(tokens) for prompt, tokens in rows], len(rows)

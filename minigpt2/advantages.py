@@ -10,16 +10,14 @@ from minigpt2.loss import IGNORE_INDEX
 
 
 def response_mask(starts: torch.Tensor, ends: torch.Tensor, T: int) -> torch.Tensor:
-    """(R, T) bool: True for tokens starts <= t < ends (R,) of each row, its response. From lengths,
-    never from ids: padding and tokens of a response may have the same id."""
+    """(R, T) bool: True where starts <= t < ends (R,), from lengths: padding has any id."""
     positions = torch.arange(T, device=starts.device)  # (T,)
     return (positions >= starts[:, None]) & (positions < ends[:, None])
 
 
 def response_targets(ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The targets (R, T) of right-padded ids (R, T): at every position the next token if it is one
-    of the response, starts <= t < ends (R,), else IGNORE_INDEX. So the last token of a prompt
-    predicts the first of its response."""
+    of the response, starts <= t < ends (R,), else IGNORE_INDEX."""
     targets = ids.where(response_mask(starts, ends, ids.size(1)), IGNORE_INDEX)
     return F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
 

@@ -37,8 +37,7 @@ def make_question(contexts: list[str], choices: list[str], label: int) -> Questi
 
 
 def multiple_choice(row: dict) -> Question:
-    """A row of `context` (or a list of contexts, one per choice), `choices` and `label`, an index
-    that may be text, as in the official HellaSwag files. Raises ValueError."""
+    """A row of `context`, or one per choice, `choices` and `label`, an index. Raises ValueError."""
     context, choices, label = (row.get(key) for key in ("context", "choices", "label"))
     choices = choices if isinstance(choices, list) else []
     contexts = context if isinstance(context, list) else [context] * len(choices)
@@ -58,8 +57,7 @@ def hellaswag(row: dict) -> Question:
 
 def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[[dict], Question],
                    block_size: int) -> list[Question]:
-    """The questions of the (place, row) pairs read from a file; places are for error messages.
-    Raises UserError naming the first bad row, or the file if there are no rows."""
+    """The questions of (place, row) pairs of a file. Raises UserError naming the first bad row."""
     questions = []
     for place, row in rows:
         try:
@@ -149,8 +147,7 @@ def means(values: dict[str, Sequence[float]]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """One row per figure, one column per entry of `results`: the value, and its standard error or
-    interval (NAME_stderr, NAME_interval) if there is one."""
+    """One row per figure, one column per entry of `results`, with errors and intervals."""
     def cell(figures: dict, name: str) -> str:
         value, error, interval = (figures.get(name + end) for end in ("", "_stderr", "_interval"))
         text = "" if value is None else f"{value:{',' if isinstance(value, int) else '.4f'}}"

@@ -99,8 +99,7 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """The parameters under GPT-2's names and in its layout, float32, on the CPU. Raises ValueError
-    for a model whose weights `prepare_to_sample` has packed."""
+    """The parameters as GPT-2 stores them, float32, on the CPU. Raises ValueError if packed."""
     tensors = {name: (tensor.t() if TRANSPOSED.search(name) else tensor).detach().to(
         "cpu", torch.float32).contiguous() for name, tensor in model.named_parameters()}
     if len(tensors) < 4 + 12 * model.config.n_layer:  # the tied head is listed once, as wte
@@ -109,8 +108,7 @@ def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def clean_up(out_dir: Path) -> None:
-    """Ends what a kill may have interrupted: of a checkpoint being replaced, the old or the new one
-    remains; unfinished folders and those to be deleted are deleted."""
+    """Ends what a kill interrupted: a replaced checkpoint stays, unfinished ones are deleted."""
     for replaced in out_dir.glob(".step_*.replaced"):
         folder = out_dir / replaced.stem[1:]
         os.replace(replaced, replaced.with_suffix(".old.tmp") if folder.exists() else folder)
@@ -184,9 +182,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT, dropout: float = 0.0) -> GPT:
-    """The model of a checkpoint (see `find_checkpoint`), a GPT or a `rewards.RewardModel`, float32,
-    in evaluation mode, with this dropout whatever config.json says. Raises UserError for another
-    model or tokenizer, damage, and NaN weights."""
+    """The model of a checkpoint, a GPT or a RewardModel, float32, in evaluation mode, with this
+    dropout whatever config.json says. Raises UserError for others, damage and NaN weights."""
     folder = find_checkpoint(path)
     config = dataclasses.replace(read_config(folder, is_reward=model_class is not GPT),
                                  dropout=dropout)
@@ -206,8 +203,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 
 def model_from_parameters(config: GPTConfig, parameters: dict[str, torch.Tensor],
                           model_class: type[GPT] = GPT) -> GPT:
-    """Returns a model that uses these tensors, named as in its `named_parameters`, without a copy.
-    Raises RuntimeError for missing and unknown names and for wrong shapes."""
+    """A model that uses these tensors, not copies. Raises RuntimeError if they do not fit."""
     with torch.device("meta"):  # allocates nothing, draws no random numbers
         model = model_class(config)
     tied = {"lm_head.weight": parameters.get("transformer.wte.weight")}
@@ -292,8 +288,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 
 def load_training_state(folder: Path) -> dict:
-    """The `training_state` of a checkpoint, memory-mapped. Raises UserError if the file is damaged
-    or holds anything but tensors and plain values."""
+    """The `training_state`, memory-mapped. Raises UserError for damage and for code."""
     path = folder / TRAINING_STATE_FILE
     with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

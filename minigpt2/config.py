@@ -44,10 +44,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
                  description: str) -> Config:
-    """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error.
-    Field types: int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], any of
-    these `| None`, and tuple[str, ...] for a positional argument with any number of values.
-    `--max-lr` and `--max_lr` are the same. Everything after "--" is a positional value."""
+    """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error. Types:
+    int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], these with `| None`, and
+    tuple[str, ...] for positional values, as is everything after "--"."""
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)

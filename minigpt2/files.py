@@ -18,8 +18,7 @@ RARE = 100_000  # one invalid byte in so many characters is damage, more is anot
 
 @contextlib.contextmanager
 def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
-    """Opens a temporary file, flushes it to disk and renames it to `path` when the block succeeds.
-    On an error the temporary file is removed and `path` is left unchanged."""
+    """Opens a temporary file, which is flushed and renamed to `path` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.tmp")
     mode, encoding = ("w", "utf-8") if text else ("wb", None)
     try:
@@ -70,8 +69,7 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
 
 
 def check_text(path: Path, text: str) -> None:
-    """Raises UserError if a text, decoded with INVALID_UTF8, shows that the file is binary or has
-    another encoding: NUL characters, or many invalid bytes and few valid ones beyond ASCII."""
+    """Raises UserError if a text, decoded with INVALID_UTF8, is binary or of another encoding."""
     fix = "convert it to UTF-8, e.g. from {0} with `iconv -f {0} -t UTF-8`"
     if "\0" in text:
         raise UserError(f"{path} is binary or UTF-16, expected text: {fix.format('UTF-16')}")

@@ -15,8 +15,7 @@ INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every
 
 
 def retried(request: Callable, what: str, max_retries: int = 8):
-    """Returns request(), retried with exponential backoff while the network or the hub fails.
-    `what` names it in messages. Raises UserError if it keeps failing or a retry cannot help."""
+    """Returns request(), retried while the network or the hub fails. Raises UserError on `what`."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # hides the client's own messages
@@ -42,8 +41,7 @@ def find_commit(repo: str, revision: str) -> str:
 
 
 def list_files(repo: str, commit: str, pattern: str) -> list:
-    """The RepoFile of each file of a folder that matches a pattern such as "data/*.parquet", sorted
-    by path, at least one. Raises UserError."""
+    """The RepoFiles that match a pattern such as "data/*.parquet", by path. Raises UserError."""
     api, folder = huggingface_hub.HfApi(), pattern.rpartition("/")[0]
     entries = retried(lambda: list(api.list_repo_tree(
         repo, folder or None, revision=commit, repo_type="dataset")), f"{repo} at {commit}")

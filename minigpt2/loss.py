@@ -99,9 +99,8 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """-log softmax(x @ weight.T)[target] of each row (N,) float32, or if `summed` the sum (). The
-    gradients of the sum are computed in the forward pass, up to the incoming factor. How those of
-    rows are weighed is known only in the backward pass, which computes the logits again."""
+    """-log softmax(x @ weight.T)[target] of rows (N,) float32, or if `summed` the sum (), whose
+    gradients come from the forward pass; for those of rows, backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, summed):

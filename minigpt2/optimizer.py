@@ -134,9 +134,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> N
 
 def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
                     copy: Callable[[object, str], object]) -> dict | None:
-    """The full optimizer state on rank 0, in one format whether sharded or not; None elsewhere. A
-    collective. `copy(value, name)` copies a tensor before it changes. Those of other ranks are
-    broadcast one by one: `consolidate_state_dict` would block heartbeats for minutes."""
+    """The full optimizer state on rank 0, None elsewhere. A collective. `copy(value, name)` copies
+    it. Tensors travel one by one: `consolidate_state_dict` would block heartbeats for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = local_optimizer(optimizer).state
     held = [(index, name, value.to("meta") if torch.is_tensor(value) else value)
@@ -158,19 +157,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict]:
-    """For each parameter, what its state holds after a step: that of a stand-in with two rows, two
-    columns, ... after a step of a copy of the optimizer with gradients of 0."""
-    trial = object.__new__(type(local_optimizer(optimizer)))
-    vars(trial).update(vars(local_optimizer(optimizer)), state=defaultdict(dict), param_groups=[])
-    stand_ins = {}
+    """What each parameter's state holds: that of a stand-in (2, ...) after a trial step."""
+    local = local_optimizer(optimizer)
+    trial, stand_ins = object.__new__(type(local)), {}
+    vars(trial).update(vars(local), state=defaultdict(dict), param_groups=[])
     for group in optimizer.param_groups:
-        by_dim = {p.dim(): p.new_zeros((2,) * p.dim()) for p in group["params"]}
-        for stand_in in by_dim.values():
-            stand_in.grad = torch.zeros_like(stand_in)
-        stand_ins |= {p: by_dim[p.dim()] for p in group["params"]}
-        trial.param_groups.append({**group, "params": list(by_dim.values())})
-    trial.step()
-    return {p: trial.state.get(stand_in, {}) for p, stand_in in stand_ins.items()}
+        for p in group["params"]:
+            stand_ins[p] = p.new_zeros((2,) * p.dim())
+            stand_ins[p].grad = torch.zeros_like(stand_ins[p])
+        trial.param_groups.append({**group, "params": [stand_ins[p] for p in group["params"]]})
+    type(local).step(trial)
+    return {p: trial.state[stand_in] for p, stand_in in stand_ins.items()}
 
 
 def missing_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -182,27 +179,26 @@ def missing_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Copies the state of this rank's parameters; the settings (betas, weight decay, ...) stay.
-    Raises KeyError, TypeError or ValueError for a state of another model or optimizer."""
+    """Copies this rank's state, not the settings. Raises ValueError if it does not fit."""
     local, expected = local_optimizer(optimizer), expected_state(optimizer)
     mine = {parameter for group in local.param_groups for parameter in group["params"]}
     indices = [index for group in state["param_groups"] for index in group["params"]]
     if len(indices) != len(expected):
         raise ValueError(f"it has {len(indices)} parameters, not {len(expected)}")
     for index, (parameter, wanted) in zip(indices, expected.items(), strict=True):
-        held = state["state"].get(index, {})
+        held = dict(state["state"].get(index, {}))
         if held.keys() != wanted.keys():
             names = (", ".join(sorted(one)) or "nothing" for one in (held, wanted))
             raise ValueError("the optimizer's state of a parameter is {}, not {}".format(*names))
-        for name, like in wanted.items():  # a fused kernel would crash on a wrong shape
-            if torch.is_tensor(like) and like.shape == (2,) * parameter.dim() and (
-                    held[name].shape != parameter.shape):
-                raise ValueError(f"{name} has the shape {tuple(held[name].shape)}, not "
-                                 f"{tuple(parameter.shape)}")
+        for name, like in wanted.items():
+            if torch.is_tensor(like):
+                value = torch.as_tensor(held[name])
+                # A fused kernel would crash on a wrong shape
+                if like.shape == (2,) * parameter.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is of {(*value.shape,)}, not {(*parameter.shape,)}")
+                held[name] = value.to(like.device, copy=True) if parameter in mine else None
         if parameter in mine:
-            local.state[parameter] = {
-                name: held[name].to(like.device, copy=True) if torch.is_tensor(like) else held[name]
-                for name, like in wanted.items()}
+            local.state[parameter] = held
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

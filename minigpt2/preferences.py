@@ -36,9 +36,8 @@ class Pair:
 
 def make_pairs(rows: Sequence[tuple[str, object]], block_size: int,
                template: str = ALPACA) -> tuple[list[Pair], str]:
-    """Pairs of rows given as (place, row), and a summary that counts those left out by reason. A
-    pair over block_size tokens is left out, not cut: its <|endoftext|> would be lost. Raises
-    UserError naming the first row in another form."""
+    """Pairs of (place, row)s, and a summary of those left out, by reason. A pair over block_size
+    tokens is not cut: its <|endoftext|> would be lost. Raises UserError naming a bad row."""
     made = []
     for place, row in rows:
         texts = row_texts(row, place, FORMS)
@@ -85,8 +84,7 @@ def plain_pair(place: str, instruction: str, input: str, chosen: str, rejected: 
 
 
 def transcript_pair(place: str, chosen: str, rejected: str, template: str) -> Pair | str:
-    """The pair of two transcripts, split before their last answers, or why it is left out. Earlier
-    turns are formatted as finetune.py formats a conversation. Raises UserError."""
+    """The pair of two transcripts, split before their last answers, or why it is left out."""
     parts = [text.rpartition("\n\nAssistant:") for text in (chosen, rejected)]
     for name, (start, separator, _) in zip(("chosen", "rejected"), parts, strict=True):
         if not separator or not start.startswith("\n\nHuman:"):
@@ -125,7 +123,6 @@ def padded_length(length: int) -> int:
 
 
 def rank_share(rows: Sequence, micro_batch_size: int, rank: int, world_size: int) -> list[Sequence]:
-    """One rank's micro-batches of rows or pairs: equally many on every rank, the last one perhaps
-    smaller or empty."""
+    """One rank's micro-batches: equally many on all ranks, the last perhaps short or empty."""
     return [rows[first + rank * micro_batch_size :][:micro_batch_size]
             for first in range(0, len(rows), micro_batch_size * world_size)]

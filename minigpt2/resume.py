@@ -25,7 +25,6 @@ from model import GPT
 STATE_KEYS = {"progress", "optimizer", "scaler", "facts"}  # of training_state.pt
 OTHER = {"data_sha256": "other data", "reference_sha256": "another reference (--checkpoint)",
          "reward_sha256": "another reward (--reward)", "label": "another script"}
-LARGE_BYTES, BLOCK_BYTES = 2**22, 2**29  # see CheckpointWriter.allocate
 
 
 @dataclass
@@ -50,8 +49,6 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         self.out_dir, self.launch, self.metadata = out_dir, launch, metadata
         self.saved_step, self.options = saved_step, options
         self.buffers: dict[str, torch.Tensor] = {}  # reused: allocating pinned memory is slow
-        self.block: torch.UntypedStorage | None = None  # the last one, of which `used` is taken
-        self.used = 0
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -88,23 +85,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if not isinstance(value, torch.Tensor):
             return value
         if name not in self.buffers:
-            self.buffers[name] = self.allocate(value)
+            self.buffers[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return self.buffers[name].copy_(value, non_blocking=value.is_cuda)
-
-    def allocate(self, like: torch.Tensor) -> torch.Tensor:
-        """A host tensor like another, pinned for a CUDA tensor. PyTorch rounds pinned memory up to
-        powers of two (28 GB for the 19 GB of gpt2-xl), so large tensors share blocks of such a
-        size, each with its own storage: torch.save writes whole storages."""
-        if like.nbytes < LARGE_BYTES:
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        size = like.nbytes + -like.nbytes % 64  # aligned
-        if self.block is None or self.used + size > self.block.nbytes():
-            self.block, self.used = torch.empty(
-                max(BLOCK_BYTES, 1 << (size - 1).bit_length()), dtype=torch.uint8,
-                pin_memory=like.is_cuda).untyped_storage(), 0
-        storage = self.block[self.used : self.used + like.nbytes]
-        self.used += size
-        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
 
     def wait(self, block: bool = True) -> None:
         """Waits for the pending checkpoint, or only looks. Raises UserError if writing failed."""
@@ -142,8 +124,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
 
 
 def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
-    """The newest checkpoint that can be read in full. Prints a line for each newer, damaged one and
-    renames it (.damaged): the resumed run will write those steps again."""
+    """The newest checkpoint that can be read; newer, damaged ones are renamed and printed."""
     checkpoint.clean_up(out_dir)
     damaged = []
     for folder in reversed(checkpoint.list_checkpoints(out_dir)):

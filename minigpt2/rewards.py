@@ -43,8 +43,7 @@ class RewardModel(GPT):
         return self.token_scores(ids).gather(1, masks.sum(1, keepdim=True) - 1)[:, 0]
 
     def token_scores(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (B, T) int64 -> the score after every token (B, T) float32, under autocast too:
-        bfloat16 would make ties."""
+        """ids (B, T) int64 -> scores after every token (B, T) float32: bfloat16 makes ties."""
         return (self.hidden_states(ids).float() * self.score.weight[0]).sum(-1)  # (B, T)
 
     @torch.no_grad()
@@ -67,8 +66,7 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
 
 def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
                    device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt, response) ids -> inputs and targets (B, T), the responses' tokens. Without rows, one
-    without targets: every rank takes part in every step."""
+    """(prompt, response) ids -> inputs and targets (B, T); without rows, one without targets."""
     ids, masks = pad_batch([prompt + response for prompt, response in rows] or [[0]], block_size,
                            device)
     starts = torch.tensor([len(prompt) for prompt, _ in rows] or [1])  # (B,)
@@ -78,8 +76,7 @@ def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequence[str],
                launch: Launch, dtype: torch.dtype, batch_size: int,
                should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
-    """The scores (R,) float64 of R rows of ids on every rank, see `share_rows`. Raises UserError
-    with the place of a row whose score is not finite."""
+    """The scores (R,) float64 of R rows, see `share_rows`. Raises UserError if not finite."""
     def work(batch: list[Sequence[int]]) -> list[float]:
         ids, masks = pad_batch(batch, model.config.block_size, launch.device)
         with autocast(launch.device, dtype):

@@ -23,8 +23,7 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled, as in Hugging Face: penalty, temperature, top_k, top_p, in this
-    order. Ties are kept or dropped together. Raises UserError for invalid values."""
+    """How tokens are sampled, in the order of Hugging Face. Ties are kept or dropped together."""
 
     temperature: float  # 0: the most likely token
     top_k: int = 0  # keeps the k most likely tokens; 0, or more than the vocabulary: all
@@ -45,8 +44,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled response, and why it ended: "stop" (<|endoftext|>, its last token), "length"
-    (max_steps) or "context" (full)."""
+    """A sampled response, ended by "stop" (<|endoftext|>), "length" or a full "context"."""
 
     prompt: list[int]
     tokens: list[int]
@@ -127,8 +125,7 @@ def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> tor
 
 def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
                       token_ids: torch.Tensor) -> torch.Tensor:
-    """Counter-based exponential noise with mean 1: keys (B,) int64, counter (B,) or () int64,
-    token_ids (V,) int32 -> (B, V) float32."""
+    """Noise of mean 1 (B, V) float32 of keys (B,), counter (B,) or (), and token_ids (V,)."""
     words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
     x = mix((token_ids * GOLDEN_32) ^ words[:, :1], FMIX32)  # (B, V)
     x = mix(x ^ words[:, 1:], FMIX32)

@@ -29,9 +29,8 @@ def shard_header(num_tokens: int) -> bytes:
 
 
 def open_shard(path: Path, num_tokens: int | None = None) -> np.ndarray:
-    """Memory-maps the tokens (n,) uint16 of a shard. The first bytes tell the format: .npy, llm.c
-    (a header of 256 int32) or nanoGPT (uint16 without a header). Raises UserError if the file is
-    damaged or no shard, or if `num_tokens` is given and differs."""
+    """Memory-maps the tokens (n,) uint16 of a shard: .npy, llm.c's (a header of 256 int32) or
+    nanoGPT's (uint16). Raises UserError for damage, other files, and another `num_tokens`."""
     try:
         with open(path, "rb") as file:
             head = file.read(12)
@@ -99,8 +98,7 @@ def read_record(path: Path) -> dict:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a corpus (docs/formats.md); for a folder of only foreign shards, `tokens` and
-    `shards` (without `sha256`) come from the files. Raises UserError."""
+    """The manifest of a corpus, or `tokens` and `shards` of foreign shards. Raises UserError."""
     build = "build one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
     if not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist: {build}")

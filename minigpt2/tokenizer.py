@@ -118,8 +118,7 @@ def encode(text: str) -> list[int]:
 
 @functools.cache
 def load_encoder(name: str) -> Callable[[str], np.ndarray]:
-    """A function text -> ids (n,) uint32, of tiktoken or of gigatoken, which gives the same ids
-    faster and is optional. Raises UserError if it is not installed."""
+    """A function text -> ids (n,) uint32, the same of both. Raises UserError."""
     if name == "tiktoken":
         return functools.partial(load_tokenizer().encode_to_numpy, disallowed_special=())
     try:
@@ -145,8 +144,7 @@ def decode(ids: list[int]) -> str:
 
 
 class StreamDecoder:
-    """Decodes ids as they arrive and holds back the bytes of an incomplete character. The results
-    of `feed`, joined, the last one `final`, equal `decode` of all ids."""
+    """Decodes ids as they arrive; an incomplete character is held back until `final`."""
 
     def __init__(self):
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -156,23 +154,19 @@ class StreamDecoder:
 
 
 def load_template(name: str) -> str:
-    """The text of one of TEMPLATES, or that in a text file. Raises UserError."""
+    """The text of one of TEMPLATES, or that in a text file, where an input without a place follows
+    the instruction. Raises UserError."""
     try:
         text = TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--template {name}: expected {', '.join(TEMPLATES)} or a text file in "
                         f"UTF-8 ({first_line(error)})") from None
-    return check_template(text, f"--template {name}")
-
-
-def check_template(text: str, place: str) -> str:
-    """The text of a template; without {input}, with one after the instruction. Raises UserError."""
-    names, parts = PLACEHOLDER.findall(text), OPTIONAL.findall(text)
-    if (sorted(names) not in (["instruction"], ["input", "instruction"]) or EOT_TEXT in text
-            or any("{instruction}" in part for part in parts)
-            or not text.count("[[") == text.count("]]") == len(parts)):
-        raise UserError(f"{place} has the placeholders {names}: expected {{instruction}} once, not "
-                        "in [[ ]], {input} at most once, [[ and ]] in pairs, and no "
+    names, parts = sorted(PLACEHOLDER.findall(text)), OPTIONAL.findall(text)
+    if (names not in (["instruction"], ["input", "instruction"]) or EOT_TEXT in text
+            or not text.count("[[") == text.count("]]") == len(parts)
+            or "{instruction}" in "".join(parts)):
+        raise UserError(f"--template {name} has the placeholders {names}: expected {{instruction}} "
+                        "once, not in [[ ]], {input} at most once, [[ and ]] in pairs, and no "
                         f"{EOT_TEXT}, which only ends responses")
     inserted = "" if "input" in names else "[[\n\n{input}]]"
     return text.replace("{instruction}", "{instruction}" + inserted)
@@ -196,6 +190,5 @@ def chat_template(template: str) -> str:
 
 def encode_example(instruction: str, input: str, output: str,
                    template: str = ALPACA) -> tuple[list[int], list[int]]:
-    """(prompt ids, response ids ending with EOT_TOKEN). They are encoded separately: the loss mask
-    is exact, and a prompt has the same ids in training and in sampling."""
+    """(prompt ids, response ids with EOT_TOKEN), encoded apart: as in sampling, the mask exact."""
     return encode(format_prompt(instruction, input, template)), [*encode(output), EOT_TOKEN]

@@ -20,7 +20,7 @@ from dataloader import load_pairs, split_pairs
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.preferences import ARTIFACT, Pair
-from minigpt2.tokenizer import decode
+from minigpt2.tokenizer import ALPACA, decode
 
 WORD = re.compile(r"\w+|[^\w\s]")
 Z_95 = 1.959964  # of a 95 % interval
@@ -90,7 +90,7 @@ def main() -> None:
     config = parse_config(BaselinesConfig, description=__doc__)
     if len(config.data) != 1:
         raise UserError(f"{len(config.data)} files given, expected one: baselines.py pairs.jsonl")
-    pairs, summary = load_pairs(config.data[0], "data", 1024)  # GPT-2's context
+    pairs, summary = load_pairs(config.data[0], "data", 1024, ALPACA)  # GPT-2's context
     trained, held_out, split = split_pairs(pairs, config.val_fraction)
     print(f"{summary}; {split}")
     print_accuracies({name: accuracy_interval(margins)

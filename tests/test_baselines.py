@@ -9,6 +9,7 @@ from helpers.common import main_error
 
 from dataloader import load_pairs
 from minigpt2.preferences import make_pairs
+from minigpt2.tokenizer import ALPACA
 from rlhf_data import baselines
 from rlhf_data.baselines import accuracy_interval, bag_of_words_margins, rule_margins
 
@@ -56,7 +57,7 @@ def test_the_script_prints_the_rules_on_the_held_out_pairs(tmp_path, monkeypatch
     assert " ".join(table["no artifact"]).endswith(f"{n} ({n} ties)")
     expected = accuracy_interval(torch.ones(n))
     assert table["shorter"][1:4] == [f"{expected['low']:.3f}", "to", f"{expected['high']:.3f}"]
-    assert len(load_pairs(str(path), "data", 1024)[0]) == 60
+    assert len(load_pairs(str(path), "data", 1024, ALPACA)[0]) == 60
 
 
 def test_one_file_is_expected(monkeypatch, capsys):

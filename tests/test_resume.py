@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,7 +32,6 @@ from minigpt2.distributed import Launch
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import set_lr
-from model import GPT, GPTConfig
 from trainer import train
 
 # --------------------------------------------------------------------------------- killed
@@ -297,37 +295,6 @@ def test_a_resumed_run_repeats_random_numbers(corpus, tmp_path, finished_run, mo
     for rank in (0, 1):
         resume.seed_rank(1337, 5, Launch(rank, 2, torch.device("cpu")))
         assert (torch.rand(()).item() == whole[5]) is (rank == 0)
-
-
-def test_large_tensors_are_staged_in_shared_blocks(tmp_path, monkeypatch):
-    """Sizes of gpt2-xl / 512. Pinned memory of each tensor's own took half as much again."""
-    monkeypatch.setattr("minigpt2.resume.LARGE_BYTES", 2**12)
-    monkeypatch.setattr("minigpt2.resume.BLOCK_BYTES", 2**20)
-    pinned, real_empty = [], torch.empty
-
-    def empty(*shape, **options):
-        tensor = real_empty(*shape, **options | {"pin_memory": False})
-        pinned.append(tensor.nbytes if options.get("pin_memory") is not None else 0)
-        return tensor
-
-    monkeypatch.setattr("minigpt2.resume.torch.empty", empty)
-    model = GPT(GPTConfig(block_size=45, vocab_size=2230, n_layer=48, n_head=1, n_embd=71))
-    values = {n: {name: p.detach() for name, p in model.named_parameters()} for n in range(3)}
-    writer = resume.CheckpointWriter(tmp_path, CPU_LAUNCH, {}, keep_last=1, keep_every=0,
-                                     saved_step=None)
-    for _ in range(2):  # the second time into the same buffers
-        copies = writer.copy(values, "state")
-    needed = sum(p.nbytes for p in model.parameters()) * 3
-    rounded = [1 << (size - 1).bit_length() for size in pinned if size]
-    assert needed < sum(rounded) < 1.15 * needed
-    for value, copied in zip(values.values(), copies.values(), strict=True):
-        assert all(torch.equal(value[name], copied[name]) for name in value)
-        assert all(copied[name].untyped_storage().nbytes() == value[name].nbytes for name in value)
-    ends = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for copied in copies.values()
-                  for t in copied.values())
-    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
-    torch.save(copies, tmp_path / "state.pt")
-    assert (tmp_path / "state.pt").stat().st_size < 1.2 * needed
 
 
 def test_resume_repairs_latest_and_best(corpus, tmp_path, finished_run):

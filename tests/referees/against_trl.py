@@ -22,7 +22,7 @@ from minigpt2.checkpoint import find_checkpoint, load_model, save_checkpoint
 from minigpt2.config import flag
 from minigpt2.files import atomic_write
 from minigpt2.metrics import read_log
-from minigpt2.tokenizer import decode
+from minigpt2.tokenizer import ALPACA, decode
 from model import GPT, GPTConfig
 
 MODEL, ROWS = "model", "rows.jsonl"  # in the folder that both read
@@ -60,7 +60,7 @@ def write_folder(config: AgainstTRLConfig, folder: Path, count: int) -> GPT:
     save_checkpoint(folder / MODEL, 1, model)
     rows = made_rows(count)
     if config.data:
-        pairs, _ = load_pairs(config.data, "--data", model.config.block_size)
+        pairs, _ = load_pairs(config.data, "--data", model.config.block_size, ALPACA)
         rows = [{"instruction": pair.instruction, "input": pair.input,
                  "chosen": decode(pair.chosen[:-1]), "rejected": decode(pair.rejected[:-1])}
                 for pair in pairs[:count]]

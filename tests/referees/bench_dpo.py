@@ -34,6 +34,7 @@ from minigpt2.checkpoint import load_model
 from minigpt2.config import flag
 from minigpt2.distributed import start
 from minigpt2.preferences import Pair, sequences
+from minigpt2.tokenizer import ALPACA
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def make_trial(system: str, config: BenchDPOConfig, folder: pathlib.Path) -> Tri
 
 def trained_pairs(folder: pathlib.Path) -> list[Pair]:
     block_size = load_model(folder / MODEL).config.block_size
-    return split_pairs(load_pairs(str(folder / ROWS), "--data", block_size)[0], 0.0)[0]
+    return split_pairs(load_pairs(str(folder / ROWS), "--data", block_size, ALPACA)[0], 0.0)[0]
 
 
 def ours(config: BenchDPOConfig, folder: pathlib.Path) -> Trial:

@@ -22,6 +22,7 @@ from minigpt2.faults import StopRequest
 from minigpt2.preferences import Pair, sequences
 from minigpt2.rewards import RewardModel, score_rows
 from minigpt2.sampling import Response
+from minigpt2.tokenizer import ALPACA
 from model import GPT, GPTConfig
 from rlhf import PolicyAndValue, RLHFConfig, Rollouts, optimize
 
@@ -61,7 +62,7 @@ def pairs(checkpoint, tmp_path_factory) -> list[Pair]:
         path = tmp_path_factory.mktemp("pairs") / "rows.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
     block_size = load_model(checkpoint).config.block_size
-    return load_pairs(str(path), "--data", block_size)[0][:PAIRS]
+    return load_pairs(str(path), "--data", block_size, ALPACA)[0][:PAIRS]
 
 
 def perturbed(model: torch.nn.Module) -> torch.nn.Module:
