@@ -61,7 +61,7 @@ def records(out, kind: str = "train") -> list[dict]:
 
 
 def pairs_of(rows_file):
-    return load_pairs(str(rows_file), "--data", SIZES.block_size)[0]
+    return load_pairs(str(rows_file), "--data", SIZES.block_size, ALPACA)[0]
 
 
 # ------------------------------------------------------------------------------ what is scored

@@ -11,7 +11,7 @@ from helpers.hub_server import serve
 from dataloader import content_hash, load_pairs, message_turns, split_pairs, split_rows
 from finetune import read_turns, token_ids
 from minigpt2.preferences import make_pairs, rank_share
-from minigpt2.tokenizer import EOT_TOKEN, decode, encode, encode_example, format_prompt
+from minigpt2.tokenizer import ALPACA, EOT_TOKEN, decode, encode, encode_example, format_prompt
 from pretrain_data.pydocs import Document
 from rlhf_data import hh_rlhf_downloader, pydocs_pairs
 from rlhf_data.pydocs_pairs import make_rows
@@ -142,10 +142,10 @@ def test_five_folds_hold_out_every_pair_once():
 
 
 def test_a_file_that_is_missing_or_has_too_few_pairs(tmp_path):
-    missing = user_error(load_pairs, str(tmp_path / "no.json"), "--data", 64)
+    missing = user_error(load_pairs, str(tmp_path / "no.json"), "--data", 64, ALPACA)
     assert "no.json" in missing and "hh_rlhf_downloader.py" in missing
     (tmp_path / "one.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
-    message = user_error(load_pairs, str(tmp_path / "one.json"), "--val-data", 64)
+    message = user_error(load_pairs, str(tmp_path / "one.json"), "--val-data", 64, ALPACA)
     assert "--val-data" in message and "1 of 1 pairs" in message
 
 
@@ -228,6 +228,6 @@ def test_pydocs_pairs_writes_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["", "--out", str(path), "--rows", "6"])
     pydocs_pairs.main()
     assert f"wrote {path}: 6 rows" in capsys.readouterr().out
-    pairs, summary = load_pairs(str(path), "--data", 256)
+    pairs, summary = load_pairs(str(path), "--data", 256, ALPACA)
     assert len(pairs) == 6, summary
     assert "something else" not in path.read_text()
