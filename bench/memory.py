@@ -35,7 +35,7 @@ class Memory:
     """Bytes of one rank at the peak of a training step after the first one."""
     weights: int  # float32, and copies in the autocast dtype
     gradients: int
-    optimizer: int  # moments; if sharded, of the rank with the most
+    optimizer: int  # its state; if sharded, of the rank with the most
     activations: int  # saved for backward; proportional to the micro-batch
     loss: int  # head, logits and their gradients
 
@@ -50,20 +50,22 @@ def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in GPT(sizes).named_parameters()}
 
 
-def moment_bytes(sizes: GPTConfig, world_size: int = 1) -> int:
-    """AdamW's moments of the rank with the most, 8 bytes per parameter. ZeroRedundancyOptimizer
-    assigns whole tensors, first those with weight decay and largest first, each to the rank with
-    the fewest parameters so far."""
+def state_bytes(sizes: GPTConfig, world_size: int = 1, tensors: int = 2) -> int:
+    """The optimizer state of the rank with the most: so many float32 tensors like the parameters,
+    AdamW's two, one of Lion or SGD with momentum. ZeroRedundancyOptimizer assigns whole tensors,
+    first those with weight decay and largest first, each to the rank with the fewest parameters so
+    far."""
     counts = [0] * world_size
     for shape in sorted(parameter_shapes(sizes).values(),
                         key=lambda shape: (len(shape) < 2, -shape.numel())):
         counts[counts.index(min(counts))] += shape.numel()
-    return 8 * max(counts)
+    return 4 * tensors * max(counts)
 
 
 def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length: int,
                     dtype: torch.dtype, world_size: int = 1, shard_optimizer: bool = False,
-                    activation_checkpointing: bool = False, compiled: bool = True) -> Memory:
+                    activation_checkpointing: bool = False, compiled: bool = True,
+                    state_tensors: int = 2) -> Memory:
     """What a rank holds while it trains. DDP's gradients are views of its buckets and count once.
     Temporary tensors of backward are left out: when they exist, the loss and some activations are
     freed. Compiled means on a GPU, and eager on a CPU; they differ in the loss. Compiled blocks
@@ -84,7 +86,7 @@ def memory_per_rank(sizes: GPTConfig, *, micro_batch_size: int, sequence_length:
     activations += (sizes.n_layer * residual + block - residual if activation_checkpointing else
                     sizes.n_layer * block)
     return Memory(weights=4 * total + cast, gradients=4 * total, activations=activations,
-                  optimizer=moment_bytes(sizes, world_size if shard_optimizer else 1),
+                  optimizer=state_bytes(sizes, world_size if shard_optimizer else 1, state_tensors),
                   loss=loss_bytes(sizes, N, dtype, compiled))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.memory import allocator_peak, saved_bytes
 
-from bench.memory import Memory, largest_micro_batch_for, memory_per_rank, moment_bytes
+from bench.memory import Memory, largest_micro_batch_for, memory_per_rank, state_bytes
 from minigpt2.loss import HEAD_MULTIPLE, LOSS_ROWS_CPU
-from minigpt2.optimizer import make_optimizer
+from minigpt2.optimizer import make_optimizer, missing_bytes
 from model import GPT, PRESETS, GPTConfig
 
 SMALL = GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64)
@@ -103,6 +103,12 @@ def test_gradients_and_moments_are_the_real_ones():
     assert plan.optimizer == sum(state[name].nbytes for state in optimizer.state.values()
                                  for name in ("exp_avg", "exp_avg_sq"))
     assert plan.total == sum(vars(plan).values())
+    momentum = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    plan = computed(SMALL, 2, 8, torch.float32, state_tensors=1)
+    assert plan.optimizer == missing_bytes(momentum)
+    momentum.step()
+    assert plan.optimizer == sum(state["momentum_buffer"].nbytes
+                                 for state in momentum.state.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
@@ -116,7 +122,8 @@ def test_sharded_moments_are_those_of_the_fullest_rank(world_size):
     zero.world_size, zero.param_groups, zero._partition_parameters_cache = world_size, groups, []
     held = [sum(8 * p.numel() for group in rank for p in group["params"])
             for rank in zero._partition_parameters()]
-    assert moment_bytes(SMALL, world_size) == max(held)
+    assert state_bytes(SMALL, world_size) == max(held)
+    assert state_bytes(SMALL, world_size, tensors=1) == max(held) // 2
 
 
 def test_what_every_option_saves():
