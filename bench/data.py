@@ -25,8 +25,6 @@ from pretrain_data.corpus import write_corpus
 from pretrain_data.documents import file_source, select_files
 from pretrain_data.pydocs import read_documents
 
-SHARD_TOKENS = 5_000_000  # FineWeb's shards have 100M; a sample should fill several
-
 
 @dataclass(frozen=True)
 class DataBenchConfig(BenchConfig):
@@ -40,7 +38,7 @@ def load_texts(config: DataBenchConfig) -> list[str]:
     if config.files is None:
         texts = (document.text for document in read_documents())
     else:
-        parts = file_source(select_files(config.files)[0]).open_unit(0)
+        parts = file_source(select_files([config.files])[0]).open_unit(0)
         texts = (text for part in parts for text in part.read() if text)
     return list(itertools.islice(texts, 1000 if config.quick else config.max_documents))
 
@@ -77,9 +75,9 @@ def measure_shards(config: DataBenchConfig, texts: list[str], path: pathlib.Path
                 future.result()
 
         def shards(workers: int = workers) -> None:
-            run_script("pretrain_data/fineweb_downloader.py", {
-                "files": path, "workers": workers, "out_dir": tempfile.mkdtemp(dir=path.parent),
-                "shard_tokens": min(SHARD_TOKENS, tokens // 3)})
+            run_script("pretrain_data/text_to_shards.py", {
+                "workers": workers, "out_dir": tempfile.mkdtemp(dir=path.parent),
+                "": path})  # after "--": a positional value
 
         taken = alternate(config.rounds, bare=bare, shards=shards)
         [loop.shutdown() for loop in loops]

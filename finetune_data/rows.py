@@ -5,9 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
+from dataloader import read_rows
 from minigpt2.files import atomic_write
 from minigpt2.hub import fetch, list_files
 
@@ -20,13 +18,10 @@ def download_rows(repo: str, commit: str, name: str, columns: tuple[str, ...], p
         return
     [file] = list_files(repo, commit, name)
     with tempfile.TemporaryDirectory() as scratch:
-        content = fetch(repo, commit, file, Path(scratch)).read_bytes()
-    if name.endswith(".parquet"):
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    elif name.endswith(".jsonl.gz"):
-        rows = [json.loads(line) for line in gzip.decompress(content).splitlines()]
-    else:
-        rows = json.loads(content)
+        fetched = fetch(repo, commit, file, Path(scratch))
+        if name.endswith(".gz"):
+            fetched.write_bytes(gzip.decompress(fetched.read_bytes()))
+        rows = [row for _, row in read_rows(fetched)]
     write_rows(path, [{column: row[column] for column in columns} for row in rows])
 
 

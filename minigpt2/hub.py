@@ -34,12 +34,6 @@ def retried(request: Callable, what: str, max_retries: int = 8):
             time.sleep(delay)
 
 
-def find_commit(repo: str, revision: str) -> str:
-    """The commit of a branch, a tag or an abbreviated commit. Raises UserError."""
-    return retried(lambda: huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha,
-                   f"{repo} at {revision}")
-
-
 def list_files(repo: str, commit: str, pattern: str) -> list:
     """The RepoFiles that match a pattern such as "data/*.parquet", by path. Raises UserError."""
     api, folder = huggingface_hub.HfApi(), pattern.rpartition("/")[0]

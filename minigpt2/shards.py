@@ -4,6 +4,7 @@ manifest that lists them. Without one, only shards of other projects are read, b
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # of an unfinished corpus, see pretrain_data/corpus.py
 TOKEN_DTYPE = np.uint16  # 50257 ids fit in 16 bits
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4  # 256 int32, see open_shard
-TOKENIZE = "tokenize its text with pretrain_data/fineweb_downloader.py --files"
+TOKENIZE = "tokenize its text with pretrain_data/text_to_shards.py"
 FOREIGN_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:bin|npy)")  # of other projects' shards
 
 
@@ -98,10 +99,15 @@ def read_record(path: Path) -> dict:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a corpus, or `tokens` and `shards` of foreign shards. Raises UserError."""
-    build = "build one with pretrain_data/pydocs_corpus.py or pretrain_data/fineweb_downloader.py"
+    """The manifest of a corpus (docs/formats.md); for a folder of only foreign shards, `tokens` and
+    `shards` (without `sha256`) come from the files. Raises UserError."""
+    make = ("make shards of its text with: python pretrain_data/text_to_shards.py "
+            f"{shlex.quote(str(data_dir))} --out-dir DIR")
+    if not data_dir.exists():
+        raise UserError(f"data folder {data_dir} does not exist: make one with text_to_shards.py, "
+                        "pydocs_corpus.py or fineweb_downloader.py in pretrain_data/")
     if not data_dir.is_dir():
-        raise UserError(f"data folder {data_dir} does not exist: {build}")
+        raise UserError(f"{data_dir} is a file, expected a folder of token shards: {make}")
     if (data_dir / MANIFEST).is_file():
         return read_record(data_dir / MANIFEST)
     if (data_dir / PROGRESS).exists():
@@ -113,6 +119,6 @@ def read_manifest(data_dir: Path) -> dict:
     shards = [{"file": match[0], "split": match[1], "tokens": len(open_shard(data_dir / match[0]))}
               for match in map(FOREIGN_NAME.fullmatch, names) if match]
     if not shards:
-        raise UserError(f"data folder {data_dir} has no {MANIFEST} and no foreign shards: {build}")
+        raise UserError(f"data folder {data_dir} has no {MANIFEST} and no foreign shards: {make}")
     return {"source": {"name": "shards without a manifest"}, "shards": shards,
             "tokens": sum(shard["tokens"] for shard in shards)}

@@ -2,13 +2,13 @@
 
     source -> parts -> worker processes (read, tokenize) -> one writer, in order -> shards, manifest
 
-Each document becomes <|endoftext|> followed by its tokens. The token stream is cut every
-`shard_tokens` tokens; the first shard is the validation split. The shards are byte-identical for
-any number of workers. A folder is unfinished until it has a `manifest.json`. Until then its record
-is `progress.json`, written after each shard: a build resumes at the first shard that it lacks.
+Each document becomes <|endoftext|> and its tokens, cut into shards, the first for validation, with
+the same bytes for any number of workers. A folder is unfinished until `progress.json`, written
+after each shard, is renamed `manifest.json`: a build resumes at the first shard that it lacks.
 """
 
 import contextlib
+import copy
 import itertools
 import multiprocessing
 import os
@@ -19,76 +19,81 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from minigpt2 import shards
-from minigpt2.config import UserError
+from minigpt2.config import UserError, flag
 from minigpt2.files import folder_lock, sha256_of
 from minigpt2.progress import progress_bar
-from minigpt2.tokenizer import EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
-from pretrain_data.documents import EOT_TEXT, Part, Source
+from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
+from pretrain_data.documents import Part, Source
 
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
 CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
-FIRST = {"unit": 0, "part": 0, "tokens": 0}  # position
-OUTCOMES = {"empty": "had no text and were skipped",
-            "failed": "could not be encoded and were skipped",
-            "repaired": "had invalid characters, now U+FFFD",
-            "cut": "had very long runs of one kind of character, encoded in pieces",
-            "marked": f"contain {EOT_TEXT}, encoded as text (--split-eot splits .txt files there)"}
+SHARD_TOKENS = 100_000_000
+OUTCOMES = {"empty": "documents had no text and were skipped",
+            "failed": "documents could not be encoded and were skipped",
+            "repaired": "documents had invalid characters, now U+FFFD",
+            "cut": "documents had very long runs of one kind of character, encoded in pieces",
+            "marked": f"times {EOT_TEXT} in the text, tokenized as plain text (text_to_shards.py "
+                      f"--separator '{EOT_TEXT}' splits .txt files there)"}
+# The state of a build before the first token
+FIRST = {"tokens": 0, "documents": 0, "outcomes": {name: 0 for name in OUTCOMES},
+         "position": {"unit": 0, "part": 0, "tokens": 0}}
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
+    encoder: Literal["tiktoken", "gigatoken"] = flag(
+        "tiktoken", "gigatoken is faster (pip install gigatoken); a document in 100 is checked")
 
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
-                 shard_tokens: int, max_tokens: int | None = None, workers: int = 1,
-                 encoder: str = "tiktoken") -> dict:
+                 shard_tokens: int, val_tokens: int | None = None, max_tokens: int | None = None,
+                 workers: int = 1, encoder: str = "tiktoken") -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
-    `description` identifies the documents. Resumes a build that is unfinished, lacks a shard, or
-    has a smaller max_tokens. Raises UserError if the folder holds another corpus or more tokens, or
-    is in use, for a full disk, and for one shard."""
+    `description` identifies the documents, `val_tokens` is the size of the first shard. Resumes a
+    build that is unfinished, lacks a shard, or has a smaller max_tokens. Raises UserError if the
+    folder holds another corpus or more tokens, or is in use, for a full disk, and for one shard."""
     tokenizer = {"name": "gpt2", "sha256": {name: file[1] for name, file in VOCABULARY.items()}}
     settings = {"source": description, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
-                        f"--shard-tokens {shard_tokens}, e.g. to {good_size(max_tokens)}")
+                        f"--shard-tokens {shard_tokens}, e.g. to {max(2, max_tokens // 10)}")
     out_dir.mkdir(parents=True, exist_ok=True)
     encode_to_array("", encoder)  # if it is not installed, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
         record = load_record(out_dir, finished, settings, max_tokens)
+        record.setdefault("val_tokens", val_tokens or shard_tokens)
         if (finished and max_tokens in (record["max_tokens"], record["tokens"])
                 and all((out_dir / one["file"]).exists() for one in record["shards"])):
             print(f"{out_dir} is already complete: {record['tokens']:,} tokens")
             return record
         rewind(record, out_dir, max_tokens)
-        source = open_source()
-        record |= {"files": source.file_counts} if source.file_counts else {}
-        return write_shards(source, out_dir, name, record, workers, encoder)
+        return write_shards(open_source(), out_dir, name, record, workers, encoder)
 
 
 def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int | None) -> dict:
     """The record of a build, or a new one. Raises UserError if it has more than `max_tokens`, or if
-    the settings or the source have changed; only local files that no shard has tokens of may."""
+    the settings or the source have changed."""
     path = out_dir / (shards.MANIFEST if finished else shards.PROGRESS)
     if not path.exists():
-        return settings | {"max_tokens": max_tokens, "documents": 0, "tokens": 0, "outcomes":
-                           dict.fromkeys(OUTCOMES, 0), "position": dict(FIRST), "shards": []}
+        return settings | {"max_tokens": max_tokens, **copy.deepcopy(FIRST), "shards": []}
     record = shards.read_record(path)
-    if "open_start" in record:
+    if record.keys() & {"open_start", "counted"}:
         raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
-    old, new = (one.get("source", {}).get("files", {}) for one in (record, settings))
-    record.setdefault("files_read", len(old) if record["shards"] else 0)  # not in old manifests
-    for file in list(old)[record["files_read"] :]:
-        old[file] = new.get(file, old[file])
     check_same_corpus(out_dir, record, settings)
-    tokens = max(record["tokens"], record.get("counted", record)["tokens"])
-    if max_tokens is not None and tokens > max_tokens:
-        raise UserError(f"{out_dir} already holds {tokens:,} tokens, more than --max-tokens "
-                        f"{max_tokens:,}: choose another --out-dir, or delete it: rm -r {out_dir}")
+    if max_tokens is not None and record["tokens"] > max_tokens:
+        raise UserError(f"{out_dir} already holds {record['tokens']:,} tokens, more than "
+                        f"--max-tokens {max_tokens:,}: use another --out-dir, or rm -r {out_dir}")
     return record
 
 
@@ -105,17 +110,14 @@ def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
 
 
 def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:
-    """Sets max_tokens, and drops the shards to be written again: from the first one that is
-    missing, or short of shard_tokens because of another limit. `counted` is where the last one
-    ended: the documents and outcomes up to there are in the record already."""
+    """Sets max_tokens, and returns to the state before the first shard that is missing, or short
+    because of another limit; before all, if that state was not recorded, as in old manifests."""
     for index, one in enumerate(record["shards"]):
         is_short = one["tokens"] < record["shard_tokens"] and max_tokens != record["max_tokens"]
         if is_short or not (out_dir / one["file"]).exists():
-            end = record["position"] | {"tokens": record["tokens"]}
-            record["counted"] = max(end, record.get("counted", end), key=itemgetter("tokens"))
-            record["position"] = one["start"]
-            record["tokens"] -= sum(dropped["tokens"] for dropped in record["shards"][index:])
-            del record["shards"][index:]
+            known = "outcomes" in one["start"]
+            record |= copy.deepcopy(one["start"] if known else FIRST)
+            del record["shards"][index if known else 0 :]
             break
     record["max_tokens"] = max_tokens
 
@@ -138,25 +140,25 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
-            split, start = "train" if written else "val", dict(record["position"])
+            split = "train" if written else "val"
+            start = copy.deepcopy({key: record[key] for key in FIRST})
             path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
-            count = min(record["shard_tokens"], limit - record["tokens"])
-            size_and_sha256 = shards.write_shard(path, reader.take(count, bar.update))
+            size = record["shard_tokens" if written else "val_tokens"]
+            size_and_sha256 = shards.write_shard(
+                path, reader.take(min(size, limit - record["tokens"]), bar.update))
             written.append({"file": path.name, "split": split, **size_and_sha256, "start": start})
             shards.write_record(progress, record)
     if len(written) < 2:
         for file in (progress.name, *(shard["file"] for shard in written)):
             (out_dir / file).unlink()
-        raise UserError("the source has no text: nothing to write" if record["tokens"] <= 1 else
-                        f"all {record['tokens']:,} tokens fit into the first shard, for validation:"
-                        f" lower --shard-tokens, e.g. to {good_size(record['tokens'])}")
-    record.pop("counted", None)
+        raise UserError(f"all {record['tokens']:,} tokens fit into the first shard, for validation:"
+                        f" give more text, or lower --shard-tokens {record['shard_tokens']}")
     shards.write_record(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)
-    outcomes = "".join(f"; {count:,} {OUTCOMES[name]}"
-                       for name, count in record["outcomes"].items() if count)
-    print(f"wrote {out_dir}: {record['documents']:,} documents, {record['tokens']:,} tokens, "
-          f"{len(written)} shards, the first for validation{outcomes}")
+    print("".join(f"{count:,} {OUTCOMES[name]}\n" for name, count in record["outcomes"].items()
+                  if count), end="")
+    print(f"wrote {out_dir}: {record['documents']:,} documents, {record['tokens']:,} tokens in "
+          f"{len(written)} shards, the first {written[0]['tokens']:,} for validation")
     return record
 
 
@@ -165,8 +167,7 @@ class TokenReader:
     next token, the numbers of `tokens` and `documents`, the `outcomes` of parts read to the end."""
 
     def __init__(self, source: Source, record: dict, workers: int, encoder: str):
-        self.record, self.counted = record, record.get("counted", FIRST)
-        self.stream = token_stream(source, record, self.counted, workers, encoder)
+        self.record, self.stream = record, token_stream(source, record, workers, encoder)
         self.rest = np.empty(0, shards.TOKEN_DTYPE)  # of the current part
 
     def has_next(self) -> bool:
@@ -181,8 +182,7 @@ class TokenReader:
             chunk, self.rest = self.rest[:count], self.rest[count:]
             count -= len(chunk)
             self.record["position"]["tokens"] += len(chunk)
-            new = chunk[max(0, self.counted["tokens"] - self.record["tokens"]) :]
-            self.record["documents"] += int(np.count_nonzero(new == EOT_TOKEN))
+            self.record["documents"] += int(np.count_nonzero(chunk == EOT_TOKEN))
             self.record["tokens"] += len(chunk)
             show(len(chunk))
             yield chunk
@@ -197,28 +197,27 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, record: dict, counted: dict, workers: int,
-                 encoder: str) -> Iterator[np.ndarray]:
+def token_stream(source: Source, record: dict, workers: int, encoder: str) -> Iterator[np.ndarray]:
     """Yields the tokens (n,) uint16 of each part from the record's position on. When a part has
-    been read to its end, its outcomes are added to the record, unless they are `counted`."""
+    been read to its end, its outcomes are added to the record."""
     tokenize, start = partial(tokenize_part, encoder=encoder), record["position"]
     part, skipped = start["part"], start["tokens"]
     for unit in range(start["unit"], source.num_units):
         parts = itertools.islice(source.open_unit(unit), part, None)
-        for tokens, outcomes, file in ordered_map(tokenize, parts, workers):
+        for tokens, outcomes in ordered_map(tokenize, parts, workers):
             record["position"] = {"unit": unit, "part": part, "tokens": skipped}
-            record["files_read"] = max(file, record.get("files_read", 0))
             yield tokens[skipped:]
-            if (unit, part) >= (counted["unit"], counted["part"]):
-                for name, count in outcomes.items():
-                    record["outcomes"][name] += count
+            for name, count in outcomes.items():
+                record["outcomes"][name] += count
             part, skipped = part + 1, 0
         part, skipped = 0, 0
-        record["position"] = FIRST | {"unit": unit + 1}
+        record["position"] = FIRST["position"] | {"unit": unit + 1}
 
 
 def ordered_map(function: Callable, items: Iterator, workers: int) -> Iterator:
     """A lazy `map` that runs in worker processes; with one worker, in this one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or min(cores or 1, 61)  # ProcessPoolExecutor's limit on Windows
     if workers == 1:
         yield from map(function, items)
         return
@@ -246,8 +245,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, int]:
-    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES, part.file)."""
+def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
+    """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES)."""
     eot = np.array([EOT_TOKEN], dtype=np.uint32)
     arrays, outcomes = [eot[:0]], Counter()
     for number, text in enumerate(part.read()):
@@ -267,15 +266,9 @@ def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter, int]:
                             f"{text[:60]!r}: omit the flag, and delete the shards written with it")
         outcomes["repaired"] += valid != text
         outcomes["cut"] += len(cut_runs(valid)) > 1
-        outcomes["marked"] += EOT_TEXT in valid
+        outcomes["marked"] += valid.count(EOT_TEXT)
         arrays += [tokens] if continues else [eot, tokens]
-    tokens = np.concatenate(arrays, dtype=shards.TOKEN_DTYPE, casting="unsafe")
-    return tokens, outcomes, part.file
-
-
-def default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 61)  # ProcessPoolExecutor's limit on Windows
+    return np.concatenate(arrays, dtype=shards.TOKEN_DTYPE, casting="unsafe"), outcomes
 
 
 def verify_corpus(out_dir: Path) -> None:
@@ -288,8 +281,3 @@ def verify_corpus(out_dir: Path) -> None:
         raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
                         f"wrote them after rm -f {' '.join(bad)}")
     print(f"{out_dir} is intact: {len(entries)} shards match their checksums")
-
-
-def good_size(tokens: int) -> int:
-    """A shard size for so many tokens: about a tenth, if possible of whole windows of 1,024."""
-    return max(1, tokens // 10 // 1024) * 1024 + 1 if tokens > 2 * 1025 else max(2, tokens // 10)

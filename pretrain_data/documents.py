@@ -13,10 +13,10 @@ import itertools
 import json
 import os
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
@@ -25,8 +25,8 @@ import pyarrow.parquet
 from minigpt2.config import UserError, first_line
 from minigpt2.files import INVALID_UTF8, check_text, sha256_of
 from minigpt2.shards import MANIFEST, PROGRESS
-from minigpt2.tokenizer import EOT_TEXT
 
+MEASURED_BYTES = 40_000_000  # of text that is read in advance, for its exact size
 PART_BYTES = 4_000_000  # about one second of tokenizing, far more than it costs to send a part
 MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_BYTES
 TEXT_COLUMN = "text"
@@ -38,12 +38,10 @@ POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 @dataclass(frozen=True)
 class Part:
     """A picklable function that reads some documents; None and "" are documents without text. If
-    `continues`, the first text continues the last document of the previous part. `file` counts the
-    local files up to the one that is read."""
+    `continues`, the first text continues the last document of the previous part."""
 
     read: Callable[[], Iterable[str | None]]
     continues: bool = False
-    file: int = 0
 
 
 @dataclass
@@ -53,7 +51,6 @@ class Source:
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
     text_bytes: int  # roughly, to estimate the disk space for the shards
-    file_counts: dict | None = None  # of local files: for the record
 
 
 def memory_source(texts: list[str]) -> Source:
@@ -69,52 +66,63 @@ def memory_source(texts: list[str]) -> Source:
     return Source(1, open_unit, sum(map(len, texts)))
 
 
-def local_source(pattern: str, split_eot: bool) -> tuple[dict, Callable[[], Source]]:
-    """(a description with the SHA-256 of all files of a path or a glob, a function that returns the
-    source). Raises UserError for files that are not text."""
-    paths, counts = select_files(pattern)
-    print(f"reading files: {counts['read']}, skipped: {counts['skipped'] or 'none'}", flush=True)
-    if not paths:
-        raise UserError(f"--files {pattern} matches no file to read, skipped: {counts['skipped']}, "
-                        f"expected {', '.join(SUFFIXES)}; quote the pattern")
-    for path in paths:  # most mistakes show in the first document, before anything is written
-        for part in itertools.islice(open_parts(path, split_eot), 1):
-            next(iter(part.read()), None)
-    source = file_source(paths, split_eot)  # before hashing: it notices changes from now on
-    source.file_counts = counts
-    root = os.path.commonpath([path.parent for path in paths])
+def local_source(inputs: Sequence[str], **options) -> tuple[dict, Source]:
+    """(a description of the files of paths and globs, with SHA-256; their source). The options are
+    those of `open_parts`. Raises UserError for what is not text, if a first part shows it."""
+    paths, skipped = select_files(inputs)
+    print(f"reading {len(paths):,} files: {count_kinds(map(file_format, paths))}; "
+          f"skipped: {count_kinds(skipped.values())}", flush=True)
+    source, size = file_source(paths, **options), 0  # it notices changes from now on
+    for path in paths:
+        for number, part in enumerate(open_parts(path, **options)):
+            if number and size > MEASURED_BYTES:
+                break
+            size += sum(len(text) for text in part.read() if text)
+    source.text_bytes = size if size <= MEASURED_BYTES else max(size, source.text_bytes)
+    root = os.path.commonpath([path.parent.absolute() for path in paths])
     with ThreadPoolExecutor() as pool:
         files = {os.path.relpath(path, root): digest
                  for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True)}
-    split = {"split_eot": True} if split_eot else {}
-    return {"name": "files", **split, "files": files}, lambda: source
+    return {"name": "text", **options, "files": files}, source
 
 
-def select_files(pattern: str) -> tuple[list[Path], dict]:
-    """The files of a path or a glob; how many are read, by format, and skipped, by reason."""
-    skipped = defaultdict(set)  # an existing path is not a pattern, even if it has brackets
-    roots = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+def count_kinds(kinds: Iterable[str]) -> str:
+    """["a", "b", "a"] -> "2 a, 1 b"."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(kinds).items())) or "none"
+
+
+def select_files(inputs: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """The files of paths and globs; why others are skipped. Raises UserError if there are none."""
+    skipped, roots = {}, []
+    for pattern in inputs:  # an existing path is not a pattern, even if it has brackets
+        found = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        if not found:
+            raise UserError(f"{pattern} does not exist and matches no file")
+        roots += found
     paths = sorted(set(walk(roots, skipped)))
-    return paths, {"read": dict(sorted(Counter(map(file_format, paths)).items())),
-                   "skipped": {reason: len(skipped[reason]) for reason in sorted(skipped)}}
+    if not paths:
+        raise UserError(f"{' '.join(inputs)}: no file to read (skipped: "
+                        f"{count_kinds(skipped.values())}), expected {', '.join(SUFFIXES)}")
+    return paths, skipped
 
 
-def walk(roots: list[str], skipped: dict[str, set]) -> Iterator[Path]:
+def walk(roots: list[str], skipped: dict[str, str]) -> Iterator[Path]:
     """The files to read, by the shortest of several paths to one. Adds others to `skipped`."""
     seen, level = {}, set(map(os.path.normpath, roots))
     while level:
         below = set()
         for path in sorted(level, key=lambda path: (path.count(os.sep), path)):
             if seen.setdefault(os.path.realpath(path), path) != path:
-                skipped["a link to another"].add(path)
+                skipped[path] = "a link to another"
             elif os.path.isdir(path):
-                for name in os.listdir(path):  # fails if the folder is not readable
-                    found = skipped["hidden"] if name.startswith(".") else below
-                    found.add(os.path.join(path, name))
+                inside = {os.path.join(path, name) for name in os.listdir(path)}  # may fail
+                hidden = {one for one in inside if os.path.basename(one).startswith(".")}
+                skipped |= dict.fromkeys(hidden, "hidden")
+                below |= inside - hidden
             elif not file_format(path) or os.path.basename(path) in (MANIFEST, PROGRESS):
-                skipped["another format"].add(path)
+                skipped[path] = "of another format"
             elif os.path.exists(path) and not os.path.isfile(path):
-                skipped["not a regular file"].add(path)
+                skipped[path] = "no regular file"
             else:  # a broken link fails when it is read
                 yield Path(path)
         level = below
@@ -126,17 +134,17 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def file_source(paths: list[Path], split_eot: bool = False) -> Source:
-    """A source of local files, read in the given order. A file that changes from now on, until it
-    is read, raises UserError."""
+def file_source(paths: list[Path], **options) -> Source:
+    """A source of local files, read in the given order with the options of `open_parts`. A file
+    that changes from now on, until it is read, raises UserError."""
     stamps = list(map(stamp_of, paths))
 
     def open_unit(unit: int) -> Iterator[Part]:
-        for number, (path, stamp) in enumerate(zip(paths, stamps, strict=True), 1):
-            for part in open_parts(path, split_eot):
+        for path, stamp in zip(paths, stamps, strict=True):
+            for part in open_parts(path, **options):
                 if stamp_of(path) != stamp:
                     raise UserError(f"{path} changed while it was read: run again when it is final")
-                yield replace(part, file=number)
+                yield part
 
     sizes = [path.stat().st_size * (1 if file_format(path) in RAW else 2) for path in paths]
     return Source(1, open_unit, sum(sizes))
@@ -148,55 +156,60 @@ def file_format(path: str | Path) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def open_parts(path: Path, split_eot: bool = False) -> Iterator[Part]:
-    """The parts of one file, in order. With `split_eot`, a text file is split into documents at
-    <|endoftext|>. Raises UserError for a damaged file."""
+def open_parts(path: Path, separator: str | None = None, column: str = TEXT_COLUMN,
+               ) -> Iterator[Part]:
+    """The parts of one file, in order. `separator` splits a text file into documents, `column` is
+    that of the text in others. Raises UserError for a damaged file."""
     try:
         with open(path, "rb") as file:
             if file.read(256).startswith(POINTERS):
                 raise UserError(f"{path} is a pointer of Git LFS or git-annex, not the data: fetch "
                                 "it with `git lfs pull` or `git annex get`")
-        kinds = {".parquet": parquet_parts,
-                 ".txt": functools.partial(text_parts, split_eot=split_eot)}
-        yield from kinds.get(file_format(path), json_lines_parts)(path)
+        if file_format(path) == ".txt":
+            yield from text_parts(path, separator)
+        elif file_format(path) == ".parquet":
+            yield from parquet_parts(path, column)
+        else:
+            yield from json_lines_parts(path, column)
     except (OSError, EOFError, zlib.error) as error:  # gzip raises two of them
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
-def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
-    """Raises UserError if this is not a parquet file with a text column."""
+def open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
+    """Raises UserError if this is not a parquet file with this text column."""
     try:
         # with a buffer, a column chunk is read page by page instead of all at once
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file: {first_line(error)}") from None
     kinds = dict(zip(file.schema_arrow.names, map(str, file.schema_arrow.types), strict=True))
-    if kinds.get(TEXT_COLUMN) not in ("string", "large_string", "string_view"):
+    if kinds.get(text_column) not in ("string", "large_string", "string_view"):
         file.close()
-        raise UserError(f"{path} has no string column `{TEXT_COLUMN}`, only {kinds!s:.200}")
+        raise UserError(f"{path} has no string column {text_column}, only {kinds!s:.200}: "
+                        "--text-column names the one with the text")
     return file
 
 
-def parquet_parts(path: Path) -> Iterator[Part]:
+def parquet_parts(path: Path, text_column: str) -> Iterator[Part]:
     """Splits large row groups into at most MAX_RANGES ranges of rows. To read one, those before it
     are decoded and dropped, which costs a twentieth of tokenizing them."""
-    with open_parquet(path) as file:
+    with open_parquet(path, text_column) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group)  # lists nested columns as several leaf columns
             size = sum(column.total_uncompressed_size  # of the text, in bytes
                        for column in map(rows.column, range(rows.num_columns))
-                       if column.path_in_schema == TEXT_COLUMN)
+                       if column.path_in_schema == text_column)
             step = -(-rows.num_rows // min(max(1, size // PART_BYTES), MAX_RANGES)) or 1
             for start in range(0, rows.num_rows, step):
                 stop = min(start + step, rows.num_rows)
-                yield Part(functools.partial(read_texts, path, group, start, stop))
+                yield Part(functools.partial(read_texts, path, text_column, group, start, stop))
 
 
-def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | None]:
+def read_texts(path: Path, column: str, group: int, start: int, stop: int) -> Iterator[str | None]:
     """The texts of rows [start, stop) of a row group. Raises UserError if it is damaged."""
-    with open_parquet(path) as file:
+    with open_parquet(path, column) as file:
         batches = file.iter_batches(min(512, stop - start), row_groups=[group],
-                                    columns=[TEXT_COLUMN], use_threads=False)
+                                    columns=[column], use_threads=False)
         texts = itertools.chain.from_iterable(  # bytes: parquet does not check that they are UTF-8
             batch.column(0).cast(pyarrow.large_binary()).to_pylist() for batch in batches)
         try:
@@ -207,16 +220,16 @@ def read_texts(path: Path, group: int, start: int, stop: int) -> Iterator[str | 
                             "it and run again") from None
 
 
-def json_lines_parts(path: Path) -> Iterator[Part]:
+def json_lines_parts(path: Path, column: str) -> Iterator[Part]:
     opener = gzip.open if file_format(path).endswith(".gz") else open
     number = 1  # of the first line of the block
     with opener(path, "rb") as file:
         while lines := file.readlines(PART_BYTES):
-            yield Part(functools.partial(parse_json_lines, path, number, b"".join(lines)))
+            yield Part(functools.partial(parse_json_lines, path, column, number, b"".join(lines)))
             number += len(lines)
 
 
-def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | None]:
+def parse_json_lines(path: Path, column: str, first: int, block: bytes) -> Iterator[str | None]:
     """The texts of a block of JSON Lines. Raises UserError for an invalid line."""
     content = block.decode("utf-8", INVALID_UTF8)
     check_text(path, content)
@@ -224,39 +237,42 @@ def parse_json_lines(path: Path, first: int, block: bytes) -> Iterator[str | Non
         if not line.strip():
             continue
         try:
-            text = json.loads(line.removeprefix("\ufeff"))[TEXT_COLUMN]  # a byte-order mark
+            text = json.loads(line.removeprefix("\ufeff"))[column]  # a byte-order mark
         except (ValueError, KeyError, TypeError, RecursionError):
             text = 0  # not a string
         if not isinstance(text, str | None):
             raise UserError(f"{path} line {number} is {line[:60]!r}, expected a JSON object with a "
-                            f'string under "{TEXT_COLUMN}"')
+                            f'string under "{column}" (--text-column names another key)')
         yield text
 
 
-def text_parts(path: Path, split_eot: bool) -> Iterator[Part]:
-    """A text file is one document, or several with <|endoftext|> between them. It is cut only
-    between a word and whitespace: GPT-2's pattern always splits there, so the cuts do not change
-    the token ids."""
+def text_parts(path: Path, separator: str | None) -> Iterator[Part]:
+    """A text file is one document, or several with `separator` between them. It is cut after a
+    separator or else between a word and whitespace: GPT-2's pattern always splits there, so the
+    cuts do not change the token ids."""
     with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline="") as file:
         text, continues = "", False
         while block := file.read(PART_BYTES):
             check_text(path, block)
             text, start = text + block, len(text)
-            cut = last_border(text, start) if len(block) == PART_BYTES else 0  # 0: end of the file
+            if len(block) < PART_BYTES:  # the end of the file
+                break
+            end = len(text) - len(text.split(separator)[-1]) if separator else 0  # of a document
+            # if no separator ends in the text, none begins before this border
+            cut = end or last_border(text[: len(text) - len(separator or "")], start)
             if cut:
-                yield text_part(text[:cut], continues, split_eot)
-                continues = not (split_eot and text.endswith(EOT_TEXT, 0, cut))
-                text = text[cut:]
+                yield text_part(text[:cut], continues, separator)
+                text, continues = text[cut:], not end
         if text or not continues:
-            yield text_part(text, continues, split_eot)
+            yield text_part(text, continues, separator)
 
 
-def text_part(text: str, continues: bool, split_eot: bool) -> Part:
+def text_part(text: str, continues: bool, separator: str | None) -> Part:
     """The documents of a piece of a file, of which the first may continue the previous piece. Line
-    ends next to <|endoftext|> and at the ends of the file are dropped; a cut is not beside one."""
+    ends next to a separator and at the ends of the file are dropped."""
     texts = [text]
-    if split_eot:
-        first, *others = text.split(EOT_TEXT)
+    if separator:
+        first, *others = text.split(separator)
         texts = [first.rstrip("\r\n") if continues else first.strip("\r\n"),
                  *(other.strip("\r\n") for other in others)]
         texts = [text for i, text in enumerate(texts) if text or (continues and i == 0)]

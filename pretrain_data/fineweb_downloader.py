@@ -2,13 +2,11 @@
 
     python pretrain_data/fineweb_downloader.py                        # FineWeb sample-10BT
     python pretrain_data/fineweb_downloader.py --edu                  # FineWeb-Edu sample-10BT
-    python pretrain_data/fineweb_downloader.py --files 'dir/*.parquet' --out-dir DIR
     python pretrain_data/fineweb_downloader.py --verify --out-dir DIR
 
-Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized.
---files reads parquet and JSON Lines files (optionally gzipped) with a `text` column, and plain
-text, one document per file. The same command resumes an interrupted build, or one whose damaged
-shards were deleted; a larger --max-tokens extends a finished one. More in docs/data.md.
+Parquet files are downloaded from the Hugging Face hub one at a time and deleted once tokenized. The
+same command resumes an interrupted build, or one whose damaged shards were deleted; a larger
+--max-tokens extends a finished one. More in docs/data.md. Your own text: text_to_shards.py.
 """
 
 import functools
@@ -17,14 +15,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.hub import fetch, find_commit, list_files
-from pretrain_data.corpus import default_workers, verify_corpus, write_corpus
-from pretrain_data.documents import Part, Source, local_source, open_parts
+from minigpt2.config import flag, parse_config, run_main
+from minigpt2.hub import fetch, list_files
+from pretrain_data.corpus import SHARD_TOKENS, TokenizeConfig, verify_corpus, write_corpus
+from pretrain_data.documents import Part, Source, open_parts
 
 SAMPLE_FOLDER = "sample/10BT"
 FINEWEB = ("HuggingFaceFW/fineweb", "9bb295ddab0e05d785b879661af7260fed5140fc")  # v1.4.0
@@ -33,18 +30,12 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 
 
 @dataclass(frozen=True)
-class FineWebConfig:
+class FineWebConfig(TokenizeConfig):
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
                                      "named after the dataset)", is_path=True)
-    shard_tokens: int = flag(100_000_000, "tokens per shard, the first for validation", minimum=2)
+    shard_tokens: int = flag(SHARD_TOKENS, "tokens per shard, the first for validation", minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
-    workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
-    encoder: Literal["tiktoken", "gigatoken"] = flag(
-        "tiktoken", "gigatoken is faster (pip install gigatoken); a document in 100 is checked")
-    files: str | None = flag(None, "read local files: a quoted glob or a folder", is_path=True)
-    split_eot: bool = flag(False, "split .txt files into documents at <|endoftext|>")
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
-    revision: str | None = flag(None, "branch, tag or commit on the hub (default: a pinned commit)")
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 
@@ -64,23 +55,16 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path) -> Source:
 
 def main() -> None:
     config = parse_config(FineWebConfig, description=__doc__)
-    if (config.files and config.edu) or (config.split_eot and not config.files):
-        raise UserError("--split-eot needs --files, and --edu excludes it: omit one of them")
-    name = "files" if config.files else "fineweb-edu" if config.edu else "fineweb"
+    name = "fineweb-edu" if config.edu else "fineweb"
     out_dir = pathlib.Path(config.out_dir or pathlib.Path(__file__).resolve().parent / name)
     if config.verify:
         return verify_corpus(out_dir)
+    repo, commit = FINEWEB_EDU if config.edu else FINEWEB
+    description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
     scratch = out_dir / ".download"
-    if config.files:
-        description, open_source = local_source(config.files, config.split_eot)
-    else:
-        repo, commit = FINEWEB_EDU if config.edu else FINEWEB
-        commit = find_commit(repo, config.revision or commit)
-        description = {"name": repo, "revision": commit, "folder": SAMPLE_FOLDER}
-        open_source = functools.partial(hub_source, repo, commit, scratch)
-    write_corpus(description, open_source, out_dir, name=name, shard_tokens=config.shard_tokens,
-                 max_tokens=config.max_tokens, workers=config.workers or default_workers(),
-                 encoder=config.encoder)
+    write_corpus(description, functools.partial(hub_source, repo, commit, scratch), out_dir,
+                 name=name, shard_tokens=config.shard_tokens, max_tokens=config.max_tokens,
+                 workers=config.workers, encoder=config.encoder)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -1,35 +1,18 @@
-"""Rules that tell the chosen response without a model: the bar for a reward model.
-
-    python rlhf_data/baselines.py pairs.jsonl --val-fraction 0.05
-
-Prints how often each rule is right on the pairs that reward.py holds out of the same file. The bag
-of words is fitted to the other pairs.
-"""
+"""Rules that tell the chosen response without a model: the bar for a reward model. `reward.py`
+reports how often each is right on the pairs that it holds out; the bag of words is fitted to the
+others."""
 
 import math
-import pathlib
 import re
-import sys
-from dataclasses import dataclass
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-from dataloader import load_pairs, split_pairs
 from minigpt2.advantages import accuracy, preference_loss
-from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.preferences import ARTIFACT, Pair
-from minigpt2.tokenizer import ALPACA, decode
+from minigpt2.tokenizer import decode
 
 WORD = re.compile(r"\w+|[^\w\s]")
 Z_95 = 1.959964  # of a 95 % interval
-
-
-@dataclass(frozen=True)
-class BaselinesConfig:
-    data: tuple[str, ...] = flag((), "a file of pairs", positional=True)
-    val_fraction: float = flag(0.05, "fraction of the prompts that is held out", minimum=0, below=1)
 
 
 def rule_margins(pairs: list[Pair], training_pairs: list[Pair]) -> dict[str, torch.Tensor]:
@@ -84,18 +67,3 @@ def print_accuracies(rows: dict[str, dict]) -> None:
     for name, row in rows.items():
         print(f"{name:26} {row['accuracy']:8.4f}  {row['low']:.3f} to {row['high']:.3f} "
               f"{row['n']:6,}" + (f" ({row['ties']:,} ties)" if row["ties"] else ""))
-
-
-def main() -> None:
-    config = parse_config(BaselinesConfig, description=__doc__)
-    if len(config.data) != 1:
-        raise UserError(f"{len(config.data)} files given, expected one: baselines.py pairs.jsonl")
-    pairs, summary = load_pairs(config.data[0], "data", 1024, ALPACA)  # GPT-2's context
-    trained, held_out, split = split_pairs(pairs, config.val_fraction)
-    print(f"{summary}; {split}")
-    print_accuracies({name: accuracy_interval(margins)
-                      for name, margins in rule_margins(held_out, trained).items()})
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -187,6 +187,7 @@ def test_an_unexpected_error_keeps_its_traceback():
 @pytest.mark.parametrize("script", ["trainer.py", "finetune.py", "inference.py",
                                     "pretrain_data/fineweb_downloader.py",
                                     "pretrain_data/pretokenized_downloader.py",
+                                    "pretrain_data/text_to_shards.py",
                                     "finetune_data/alpaca_downloader.py", "image/plot_loss.py"])
 def test_scripts_refuse_unknown_flags(script):
     assert_user_error(run_script(ROOT / script, "--no-such-flag", check=False), "--no-such-flag")

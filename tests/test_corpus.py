@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.common import ROOT, assert_user_error, llmc_bytes, run_script, script_env, user_error
+from helpers.common import (
+    ROOT,
+    assert_user_error,
+    llmc_bytes,
+    main_error,
+    run_script,
+    script_env,
+    user_error,
+)
 from helpers.hub_server import run_module, serve
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -29,7 +37,7 @@ from minigpt2.files import sha256_of
 from minigpt2.hub import retried
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
-from pretrain_data import corpus, documents
+from pretrain_data import corpus, documents, text_to_shards
 from pretrain_data.corpus import verify_corpus, write_corpus
 from pretrain_data.documents import (
     Part,
@@ -41,6 +49,7 @@ from pretrain_data.documents import (
 )
 
 SCRIPT = ROOT / "pretrain_data" / "fineweb_downloader.py"
+TEXT = ROOT / "pretrain_data" / "text_to_shards.py"
 FINEWEB, PRETOKENIZED = "pretrain_data.fineweb_downloader", "pretrain_data.pretokenized_downloader"
 TEXTS = [f"Document {i}: " + "naïve 日本 text\n\n " * (i % 7 + 1) + "<|endoftext|>" * (i % 5 == 0)
          for i in range(60)]
@@ -101,40 +110,39 @@ def small_parts(monkeypatch):
 
 def test_parquet_to_shards_and_back(parquet, tmp_path):
     out = tmp_path / "shards"
-    result = run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500,
-                        "--workers", 1)
+    result = run_script(TEXT, parquet, "--out-dir", out, "--workers", 1)
     manifest = read_manifest(out)
     tokens = all_tokens(out)
     assert documents_of(tokens) == TEXTS
     assert tokens[0] == EOT_TOKEN
     assert manifest["documents"] == 60 and manifest["outcomes"]["empty"] == 2
     assert manifest["tokens"] == len(tokens) == sum(s["tokens"] for s in manifest["shards"])
-    assert [s["tokens"] for s in manifest["shards"][:-1]] == [500] * (len(manifest["shards"]) - 1)
-    assert [s["split"] for s in manifest["shards"]] == ["val"] + ["train"] * (len(tokens) // 500)
+    assert [s["split"] for s in manifest["shards"]] == ["val", "train"]
     for shard in manifest["shards"]:
         assert shard["split"] in shard["file"]
         assert shard["sha256"] == sha256_of(out / shard["file"])
         np.load(out / shard["file"])  # fails if the header of the last shard has the full length
-    assert f"60 documents, {len(tokens):,} tokens" in result.stdout.splitlines()[-1]
-    assert "2 had no text and were skipped" in result.stdout.splitlines()[-1]
-    assert "GB are free" in result.stdout
+    printed = result.stdout.splitlines()
+    assert printed[0] == "reading 2 files: 2 .parquet; skipped: none"
+    assert "GB are free" in printed[1]
+    assert printed[2] == "2 documents had no text and were skipped"
+    assert printed[3].startswith("12 times <|endoftext|> in the text, tokenized as plain text")
+    assert printed[4:] == [f"wrote {out}: 60 documents, {len(tokens):,} tokens in 2 shards, the "
+                           f"first {manifest['shards'][0]['tokens']:,} for validation"]
     TokenLoader(out, "train", sequence_length=16, micro_batch_size=1, total_batch_size=16,
                 vocab_size=50257).batch(0, 0)
 
-    again = run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)
-    assert "already complete" in again.stdout
+    assert "already complete" in run_script(TEXT, parquet, "--out-dir", out).stdout
     before = file_bytes(out)
-    other = run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 400,
-                       check=False)
-    assert_user_error(other, "--out-dir", "shard_tokens", "500", "400")
+    other = run_script(TEXT, parquet, "--out-dir", out, "--text-column", "id", check=False)
+    assert_user_error(other, "--out-dir", "its source is", "'column': 'id'")
     assert file_bytes(out) == before
 
 
 @pytest.mark.slow
 def test_shards_do_not_depend_on_the_number_of_workers(parquet, tmp_path):
     for workers in (1, 2, 3):
-        run_script(SCRIPT, "--files", parquet, "--out-dir", tmp_path / str(workers),
-                   "--shard-tokens", 300, "--workers", workers)
+        run_script(TEXT, parquet, "--out-dir", tmp_path / str(workers), "--workers", workers)
     assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "2") == file_bytes(tmp_path / "3")
 
 
@@ -222,19 +230,21 @@ def test_the_limit_of_an_unfinished_build_can_be_raised(tmp_path, monkeypatch, s
 
 
 def test_a_corpus_of_the_version_before_is_recognized_and_extended(tmp_path, small_parts, capsys):
-    """Its manifest has no `files_read`."""
-    path, out = tmp_path / "a.txt", tmp_path / "out"
-    path.write_text(prose(0))
-    build_from_files(path, out, max_tokens=5000)
+    """Its manifest does not say how many documents are before a shard: all shards are rewritten."""
+    out = tmp_path / "out"
+    write(TEXTS, out, max_tokens=750)
     manifest = read_manifest(out)
-    del manifest["files_read"]
+    del manifest["val_tokens"]
+    for shard in manifest["shards"]:
+        shard["start"] = shard["start"]["position"]
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     before = file_bytes(out)
-    build_from_files(path, out, max_tokens=5000)
+    write(TEXTS, out, max_tokens=750)
     assert "already complete" in capsys.readouterr().out and file_bytes(out) == before
-    build_from_files(path, out)
-    build_from_files(path, tmp_path / "expected")
-    assert file_bytes(out) == file_bytes(tmp_path / "expected")
+    write(TEXTS, out)
+    write(TEXTS, tmp_path / "expected")
+    manifest, expected = read_manifest(out), read_manifest(tmp_path / "expected")
+    assert manifest == expected and all_tokens(out) == all_tokens(tmp_path / "expected")
 
 
 def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
@@ -328,14 +338,14 @@ def test_the_text_column_is_found_next_to_nested_columns(tmp_path):
 @pytest.mark.slow
 def test_verify_on_the_command_line(parquet, tmp_path):
     out = tmp_path / "out"
-    run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)
+    run_script(TEXT, parquet, "--out-dir", out)
     assert "match their checksums" in run_script(SCRIPT, "--verify", "--out-dir", out).stdout
-    shard = out / "files_train_000002.npy"
+    shard = out / "text_train_000001.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
     assert_user_error(run_script(SCRIPT, "--verify", "--out-dir", out, check=False), str(shard),
                       "rm -f")
     shard.unlink()
-    run_script(SCRIPT, "--files", parquet, "--out-dir", out, "--shard-tokens", 500)
+    run_script(TEXT, parquet, "--out-dir", out)
     run_script(SCRIPT, "--verify", "--out-dir", out)
 
 
@@ -561,7 +571,6 @@ def test_kill_while_a_finished_folder_is_extended(tmp_path, monkeypatch, small_p
     if (number, when) == (4, "after"):  # the longer shard is on record
         assert "already holds 900 tokens" in user_error(write, TEXTS, out, max_tokens=750)
     else:
-        assert "already holds 750 tokens" in user_error(write, TEXTS, out, max_tokens=700)
         write(TEXTS, out, max_tokens=750)
         assert file_bytes(out) == before
         stop_at(f"{when} replace {number}", monkeypatch, out, TEXTS)
@@ -625,8 +634,7 @@ def test_too_little_disk_space_is_reported_first(tmp_path):
 def test_a_full_disk_loses_nothing(tmp_path):
     """A full disk is simulated with `ulimit -f`: no file may grow past 3 KiB."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    arguments = [SCRIPT, "--files", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out",
-                 "--workers", 1, "--shard-tokens", 2100]
+    arguments = [TEXT, tmp_path / "a.jsonl", "--out-dir", tmp_path / "out", "--workers", 1]
     command = " ".join(map(str, [sys.executable, *arguments]))
     full = subprocess.run(["bash", "-c", f"ulimit -f 3; {command}"], env=script_env(), text=True,
                           capture_output=True)
@@ -656,7 +664,7 @@ def test_download_from_the_hub(tmp_path):
                    env=environment)
         run_script(SCRIPT, "--edu", "--out-dir", tmp_path / "edu", "--shard-tokens", 100,
                    "--max-tokens", 250, "--workers", 1, env=environment)
-        absent = run_script(SCRIPT, "--out-dir", tmp_path / "no", "--revision", "gone",
+        absent = run_script(SCRIPT, "--out-dir", tmp_path / "no",
                             env=environment | {"HF_ENDPOINT": environment["HF_ENDPOINT"] + "/x"},
                             check=False)
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
@@ -730,7 +738,7 @@ def test_pretokenized_shards(tmp_path):
     fetch()
     run_script(SCRIPT, "--verify", "--out-dir", out)
     (tmp_path / "a.txt").write_text("some text")
-    result = run_script(SCRIPT, "--files", tmp_path, "--out-dir", out, check=False)
+    result = run_script(TEXT, tmp_path / "a.txt", "--out-dir", out, check=False)
     assert_user_error(result, "another corpus", "kjj0")
 
 
@@ -744,8 +752,8 @@ def all_foreign_tokens(out: Path) -> list[int]:
 
 def test_files_that_cannot_be_read(tmp_path):
     def fails(pattern, *words):
-        result = run_script(SCRIPT, "--files", pattern, "--out-dir", tmp_path / "out",
-                            "--shard-tokens", 10, "--workers", 1, check=False)
+        result = run_script(TEXT, pattern, "--out-dir", tmp_path / "out", "--workers", 1,
+                            check=False)
         assert_user_error(result, *words)
         assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -755,20 +763,22 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(parquet_bytes(tmp_path, TEXTS)[:-50])
     fails(tmp_path / "broken.parquet", "broken.parquet", "damaged")
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "other.parquet")
-    fails(tmp_path / "other.parquet", "other.parquet", "`text`", "content")
+    fails(tmp_path / "other.parquet", "other.parquet", "column text", "content", "--text-column")
     pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "number.parquet")
     fails(tmp_path / "number.parquet", "number.parquet", "int64")
     (tmp_path / "a.csv").write_text("text\n")
-    fails(tmp_path / "a.csv", "a.csv", "matches no file", "another format", ".jsonl")
+    fails(tmp_path / "a.csv", "a.csv", "no file to read", "1 of another format", ".jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x y z"}\n' * 9999)[:-20])
     fails(tmp_path / "b.jsonl.gz", "b.jsonl.gz")
-    for line in ('{"text": 5}', '{"words": "a"}', "[1]", "not json", '{"text": "a"', "[" * 99999):
+    for number, line in enumerate(('{"text": 5}', '{"words": "a"}', "[1]", "not json",
+                                   '{"text": "a"', "[" * 99999)):
         (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
-        message = user_error(write, [tmp_path / "c.jsonl"], tmp_path / "c", 2)
+        message = user_error(write, [tmp_path / "c.jsonl"], tmp_path / f"c{number}", 2)
         assert "c.jsonl line 3" in message
     (tmp_path / "c.jsonl").write_text('\ufeff{"text": "fine"}\n\n{"text": "repaired"}\n',
                                       encoding="utf-8")
-    write([tmp_path / "c.jsonl"], tmp_path / "c", 2)  # resumes with the repaired file
+    assert "files: c.jsonl;" in user_error(write, [tmp_path / "c.jsonl"], tmp_path / "c0", 2)
+    write([tmp_path / "c.jsonl"], tmp_path / "c", 2)
     assert documents_of(all_tokens(tmp_path / "c")) == ["fine", "repaired"]
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("some words")
@@ -780,23 +790,19 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "another corpus" in user_error(write, paths, tmp_path / "d", 2)
 
 
-def test_a_build_resumes_after_a_corrupt_row_group_is_repaired(tmp_path, small_parts):
+def test_a_corrupt_row_group_is_named(tmp_path, small_parts):
     alphabet = string.ascii_letters + string.digits + " "
     texts = ["".join(random.Random(i).choices(alphabet, k=2500)) for i in range(120)]
     content = bytearray(parquet_bytes(tmp_path, texts))
     path, out = tmp_path / "a.parquet", tmp_path / "out"
     path.write_bytes(content)
-    with documents.open_parquet(path) as file:
+    with documents.open_parquet(path, "text") as file:
         page = file.metadata.row_group(3).column(0).data_page_offset
     damaged = content.copy()
     damaged[page : page + 20] = b"\xff" * 20
-    assert 1 << 16 < page < len(content) - (1 << 17)  # not in the bytes that identify the file
     path.write_bytes(damaged)
     message = user_error(write, [path], out, 120_000)
     assert "row group 3" in message and "a.parquet" in message
-    path.write_bytes(content)
-    write([path], out, 120_000)
-    assert documents_of(all_tokens(out)) == texts
 
 
 def test_a_folder_of_another_corpus_is_refused(tmp_path, parquet):
@@ -804,7 +810,7 @@ def test_a_folder_of_another_corpus_is_refused(tmp_path, parquet):
     out.mkdir()
     for name in ("manifest.json", "progress.json"):
         (out / name).write_text(json.dumps({"shards": [], "source": {"name": "other"}}))
-        result = run_script(SCRIPT, "--files", parquet, "--out-dir", out, check=False)
+        result = run_script(TEXT, parquet, "--out-dir", out, check=False)
         assert_user_error(result, "holds another corpus", "source")
         (out / name).unlink()
     write(TEXTS, tmp_path / "a")
@@ -821,10 +827,10 @@ def prose(seed: int, words: int = 60_000) -> str:
     return " ".join(random.Random(seed).choices(["some", "words", "of", "a", "document"], k=words))
 
 
-def build_from_files(pattern, out: Path, shard_tokens: int = 2000, split_eot=False, **options):
-    """What fineweb_downloader.py does with --files."""
-    description, open_source = local_source(str(pattern), split_eot)
-    return write_corpus(description, open_source, out, name="files", shard_tokens=shard_tokens,
+def build_from_files(pattern, out: Path, shard_tokens: int = 2000, separator=None, **options):
+    """What text_to_shards.py does, with small shards."""
+    description, source = local_source([str(pattern)], separator=separator)
+    return write_corpus(description, lambda: source, out, name="text", shard_tokens=shard_tokens,
                         **options)
 
 
@@ -875,18 +881,15 @@ def test_a_file_that_changes_while_it_is_read_stops_the_build(tmp_path, small_pa
     folder.mkdir()
     for name in "abc":
         (folder / f"{name}.txt").write_text(prose(ord(name)))
-    description, open_source = local_source(str(folder), False)
+    description, source = local_source([str(folder)])
 
     def edited_in_the_middle():
-        source = open_source()
         parts, real = 0, source.open_unit
 
         def open_unit(unit):
             nonlocal parts
             for part in real(unit):
                 parts += 1
-                if part.file == 3:
-                    edit_in_place(folder / "b.txt")  # already read: no harm
                 if parts == 2500:
                     edit_in_place(folder / "b.txt")
                 yield part
@@ -906,42 +909,116 @@ def lines(seed: int, count: int) -> str:
     return "".join(json.dumps({"text": f"{seed} {i} some words"}) + "\n" for i in range(count))
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_repaired_file_replaces_everything_of_the_damaged_one(tmp_path, small_parts, workers):
-    """The build stops after many lines of b.jsonl, none of which is in a complete shard. The
-    repaired file is shorter and has other lines."""
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    for name, seed in [("a", 1), ("b", 2), ("c", 3)]:
-        (folder / f"{name}.jsonl").write_text(lines(seed, 600))
-    (folder / "b.jsonl").write_text(lines(4, 500) + "damage\n" + lines(4, 100))
-    build = functools.partial(build_from_files, folder, shard_tokens=2900, workers=workers)
-    assert "b.jsonl line 501" in user_error(build, out)
-    assert "b.jsonl line 501" in user_error(build, out)  # once more
-    progress = json.loads((out / "progress.json").read_text())
-    assert progress["tokens"] == 2900 and progress["files_read"] == 1
-    (folder / "b.jsonl").write_text(lines(2, 500))
-    (folder / "c.jsonl").write_text(lines(5, 600))  # not read yet: may change, too
-    build(out)
-    build(tmp_path / "expected")
-    assert file_bytes(out) == file_bytes(tmp_path / "expected")
-    edit_in_place(folder / "b.jsonl")
-    assert "changed files: b.jsonl;" in user_error(build, out)
-
-
-def test_a_file_in_a_complete_shard_may_not_change(tmp_path, small_parts):
+def test_a_damaged_line_is_found_before_anything_is_written(tmp_path, small_parts):
+    """Then no shard holds text of the damaged file, and the repaired one may be any."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name, seed in [("a", 1), ("b", 2), ("c", 3)]:
         (folder / f"{name}.jsonl").write_text(lines(seed, 300) + "damage\n" * (name == "b"))
-    user_error(build_from_files, folder, out, 500)
-    (folder / "b.jsonl").write_text(lines(2, 300))
-    before = file_bytes(out)
+    assert "b.jsonl line 301" in user_error(build_from_files, folder, out)
+    assert not out.exists()
+    (folder / "b.jsonl").write_text(lines(4, 200))
+    build_from_files(folder, out)
+    assert read_manifest(out)["documents"] == 800
+    (folder / "b.jsonl").write_text(lines(5, 200))
     assert f"b.jsonl; choose another --out-dir, or delete that folder to begin anew: rm -r {out}" \
-        in user_error(build_from_files, folder, out, 500)
-    (folder / "b.jsonl").unlink()
-    assert "b.jsonl" in user_error(build_from_files, folder, out, 500)
-    assert file_bytes(out) == before
+        in user_error(build_from_files, folder, out)
+
+
+def test_a_damaged_file_behind_the_text_that_is_measured(tmp_path, small_parts, monkeypatch):
+    """The build stops there; a change of any file then needs another folder."""
+    monkeypatch.setattr(documents, "MEASURED_BYTES", 5000)
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, seed in [("a", 1), ("b", 2), ("c", 3)]:
+        (folder / f"{name}.jsonl").write_text(lines(seed, 600) + "damage\n" * (name == "b"))
+    assert "b.jsonl line 601" in user_error(build_from_files, folder, out, 500)
+    before = file_bytes(out)
+    (folder / "b.jsonl").write_text(lines(2, 600))
+    assert "changed files: b.jsonl;" in user_error(build_from_files, folder, out, 500)
+    assert file_bytes(out) == before and "manifest.json" not in before
+    (folder / "c.jsonl").write_text("damage\n" + lines(3, 600))  # a first part is read at once
+    assert "c.jsonl line 1 is 'damage'" in user_error(build_from_files, folder, out, 500)
+
+
+# ---------------------------------------------------------------- how a corpus is cut into shards
+
+
+@pytest.mark.parametrize("tokens, expected", [
+    (0, 1), (1, 1), (9, 2), (750, 187), (4000, 1000), (4200, 1025), (20_000, 1025),
+    (11_000_000, 550_000), (300_000_000, 10_485_761), (10**13, 10_485_761)])
+def test_the_validation_split_follows_from_the_size(tokens, expected):
+    assert text_to_shards.validation_tokens(tokens) == expected
+
+
+@pytest.mark.parametrize("copies", [1, 20, 1000])
+def test_no_size_needs_a_flag(tmp_path, copies, monkeypatch, capsys):
+    """A single sentence, a page, a book: a validation split for the loader, all else in one shard,
+    read once by the tokenizer."""
+    text = "Once upon a time, there was a cat in the old house. " * copies
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "a.txt"), "--out-dir",
+                                      str(tmp_path / "out"), "--workers", "1"])
+    text_to_shards.main()
+    val, train = (shard["tokens"] for shard in read_manifest(tmp_path / "out")["shards"])
+    assert val + train == 1 + len(encode(text)) and 0.04 * train < val <= max(3, train / 3)
+    loaders = [TokenLoader(tmp_path / "out", split, sequence_length=8, micro_batch_size=1,
+                           total_batch_size=8, vocab_size=50257) for split in ("train", "val")]
+    loaders[0].batch(0, 0)
+    assert sum((targets >= 0).sum() for _, targets in loaders[1].eval_batches(10**9)) == val - 1
+    assert f"the first {val:,} for validation" in capsys.readouterr().out
+
+
+def test_shards_after_the_first_have_their_usual_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_to_shards, "SHARD_TOKENS", 5000)
+    (tmp_path / "a.txt").write_text("some words of a document " * 4000)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "a.txt"), "--out-dir",
+                                      str(tmp_path / "out"), "--workers", "1"])
+    text_to_shards.main()
+    sizes = [shard["tokens"] for shard in read_manifest(tmp_path / "out")["shards"]]
+    assert sizes == [1250, 5000, 5000, 5000, 3752]  # 100,000 characters
+
+
+def test_a_large_corpus_is_measured_in_part(tmp_path, monkeypatch):
+    """The rest is estimated from the sizes of the files, by which the text is not overestimated."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(lines(1, 900))
+    size = documents.local_source([str(tmp_path)])[1].text_bytes
+    assert size == 2 * sum(len(json.loads(line)["text"]) for line in lines(1, 900).splitlines())
+    monkeypatch.setattr(documents, "PART_BYTES", 200)
+    monkeypatch.setattr(documents, "MEASURED_BYTES", 1000)
+    assert documents.local_source([str(tmp_path)])[1].text_bytes == 2 * len(lines(1, 900))
+
+
+@pytest.mark.parametrize("moment", ["before replace 1", "after replace 2", "before replace 3",
+                                    "after replace 4", "before replace 5"])
+def test_text_to_shards_killed_anywhere_ends_with_the_same_bytes(tmp_path, monkeypatch, moment):
+    (tmp_path / "a.jsonl").write_text(lines(1, 2000) + '{"text": ""}\n')
+
+    def build(_, out):
+        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "a.jsonl"), "--out-dir", str(out),
+                                          "--workers", "1"])
+        text_to_shards.main()
+
+    stop_at(moment, monkeypatch, tmp_path / "out", None, build)
+    build(None, tmp_path / "out")
+    build(None, tmp_path / "expected")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
+
+
+def test_no_input_or_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    for argv in ([], [tmp_path], ["--out-dir", tmp_path]):
+        message = main_error(text_to_shards.main, argv, monkeypatch, capsys)
+        assert "INPUT... --out-dir DIR" in message
+    (tmp_path / "a.txt").write_text(" ")
+    message = main_error(text_to_shards.main, [tmp_path / "a.txt", tmp_path / "b.txt", "--out-dir",
+                                               tmp_path / "out"], monkeypatch, capsys)
+    assert "b.txt does not exist" in message
+    (tmp_path / "a.txt").write_text("")
+    message = main_error(text_to_shards.main, [tmp_path / "a.txt", "--out-dir", tmp_path / "out",
+                                               "--workers", "1"], monkeypatch, capsys)
+    assert "all 0 tokens" in message and "give more text" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 # ------------------------------------------------------------------------- which files are read
@@ -964,35 +1041,38 @@ def test_a_folder_and_a_glob_read_the_same_files(tmp_path):
     (folder / "z.txt").symlink_to(folder / "a.txt")
     os.mkfifo(folder / "pipe.txt")
     names = ["B.TXT", "a.txt", "c.JSONL", "d.json", "g.json.gz", "linked/h.txt", "sub/e.txt"]
-    expected = ([folder / name for name in names],
-                {"read": {".json": 1, ".json.gz": 1, ".jsonl": 1, ".txt": 4},
-                 "skipped": {"hidden": 3, "another format": 3, "a link to another": 2,
-                             "not a regular file": 1}})
-    assert select_files(str(folder)) == expected
+    expected = [folder / name for name in names]
+
+    def selected(*inputs):
+        paths, skipped = select_files(list(map(str, inputs)))
+        return paths, Counter(skipped.values())
+
+    assert selected(folder) == (expected, {"hidden": 3, "of another format": 3,
+                                           "a link to another": 2, "no regular file": 1})
     for pattern in ("*", "**"):
-        assert select_files(str(folder / pattern))[0] == expected[0]
-    assert select_files(str(folder / "**" / "*.[tT]*"))[0] == [
-        path for path in expected[0] if path.suffix.lower() == ".txt"]
-    assert select_files(str(folder / "*.[tT]*"))[1]["skipped"] == {
-        "a link to another": 1, "another format": 1, "not a regular file": 1}
-    assert select_files(str(folder / ".hidden"))[0] == [folder / ".hidden" / "f.txt"]
-    assert select_files(str(folder / ".h*" / "*.txt"))[0] == [folder / ".hidden" / "f.txt"]
+        assert selected(folder / pattern)[0] == expected
+    assert selected(folder / "**" / "*.[tT]*")[0] == [
+        path for path in expected if path.suffix.lower() == ".txt"]
+    assert selected(folder / "*.[tT]*")[1] == {
+        "a link to another": 1, "of another format": 1, "no regular file": 1}
+    assert selected(folder / ".hidden")[0] == [folder / ".hidden" / "f.txt"]
+    assert selected(folder / ".h*" / "*.txt")[0] == [folder / ".hidden" / "f.txt"]
+    assert selected(folder / "sub", folder / "d.json", folder / "*.txt", folder / "a.txt")[0] == [
+        folder / name for name in ("a.txt", "d.json", "sub/e.txt")]
     brackets = tmp_path / "a[1]"
     brackets.mkdir()
     (brackets / "x.txt").write_text(text)
-    assert select_files(str(brackets))[0] == [brackets / "x.txt"]
+    assert selected(brackets)[0] == [brackets / "x.txt"]
 
 
-def test_what_was_read_and_skipped_is_printed_and_recorded(tmp_path):
+def test_what_was_read_and_skipped_is_printed(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "b.TXT", "c.md", ".d.txt"):
         (tmp_path / "in" / name).write_text("some words, " * 20)
-    result = run_script(SCRIPT, "--files", tmp_path / "in", "--out-dir", tmp_path / "out",
-                        "--shard-tokens", 50, "--workers", 1)
-    assert ("reading files: {'.txt': 2}, skipped: {'another format': 1, 'hidden': 1}"
-            in result.stdout)
-    assert read_manifest(tmp_path / "out")["files"] == {
-        "read": {".txt": 2}, "skipped": {"hidden": 1, "another format": 1}}
+    result = run_script(TEXT, "in", f"{tmp_path}/in/b.*", "--out-dir", "out", cwd=tmp_path)
+    assert ("reading 2 files: 2 .txt; skipped: 1 a link to another, 1 hidden, 1 of "
+            "another format\n") in result.stdout
+    assert read_manifest(tmp_path / "out")["source"]["files"].keys() == {"a.txt", "b.TXT"}
 
 
 def test_a_corpus_inside_the_folder_of_its_files_is_not_read(tmp_path, capsys):
@@ -1014,7 +1094,7 @@ def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "listdir", listdir)
     with pytest.raises(PermissionError) as caught:  # run_main prints it in one line
-        select_files(str(tmp_path))
+        select_files([str(tmp_path)])
     assert caught.value.filename == str(tmp_path / "sub")
 
 
@@ -1074,23 +1154,61 @@ def test_stories_in_one_file_are_split_on_request(tmp_path, monkeypatch, part_by
     (tmp_path / "b.txt").write_text("<|endoftext|>" + "<|endoftext|>".join(stories))
     (tmp_path / "c.txt").write_text("one story\n")
     (tmp_path / "d.jsonl").write_text('{"text": "no <|endoftext|> here"}\n')
-    manifest = build_from_files(tmp_path / "*", tmp_path / "out", 300, split_eot=True)
+    manifest = build_from_files(tmp_path / "*", tmp_path / "out", 300,
+                                separator="<|endoftext|>")
     assert documents_of(all_tokens(tmp_path / "out")) == [
         *stories, *stories, "one story", "no <|endoftext|> here"]
     assert manifest["outcomes"] == Counter(empty=0, failed=0, repaired=0, cut=0, marked=1)
     other = user_error(build_from_files, tmp_path / "*.*", tmp_path / "out", 300)
-    assert "split_eot" in other
+    assert "'separator': None" in other
+
+
+@pytest.mark.parametrize("separator", ["\n\n\n", "\n", " -- ", "==", "\r\n.\r\n"])
+@pytest.mark.parametrize("part_bytes", [7, 30, 10**6])
+def test_any_separator_is_found_wherever_a_file_is_cut(tmp_path, monkeypatch, separator,
+                                                       part_bytes):
+    monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
+    texts = [f"A story  of {i}, the -" + "x " * (i % 9) + "." + "=" * (i % 2) for i in range(40)]
+    path, whole = tmp_path / "a.txt", separator.join(texts) + separator
+    path.write_text(whole, newline="")
+    texts = [text.strip("\r\n") for text in whole.split(separator) if text]  # "===": "==", "="
+    parts = list(file_source([path], separator=separator).open_unit(0))
+    found = []
+    for part in parts:
+        for number, text in enumerate(part.read()):
+            if part.continues and number == 0:
+                found[-1] += text
+            else:
+                found.append(text)
+    assert found == texts and (len(parts) > 30) == (part_bytes < 10**6)
 
 
 def test_endoftext_in_the_text_is_reported(tmp_path):
-    (tmp_path / "a.txt").write_text("a story\n<|endoftext|>\nanother story")
-    arguments = [SCRIPT, "--files", tmp_path / "a.txt", "--shard-tokens", 5, "--workers", 1]
-    result = run_script(*arguments, "--out-dir", tmp_path / "out")
-    assert "1 contain <|endoftext|>, encoded as text (--split-eot" in result.stdout
-    result = run_script(*arguments, "--split-eot", "--out-dir", tmp_path / "split")
-    assert "2 documents" in result.stdout and "contain" not in result.stdout
+    (tmp_path / "a.txt").write_text("a story\n<|endoftext|>\nanother story<|endoftext|>")
+    result = run_script(TEXT, tmp_path / "a.txt", "--out-dir", tmp_path / "out")
+    assert ("2 times <|endoftext|> in the text, tokenized as plain text (text_to_shards.py "
+            "--separator '<|endoftext|>' splits .txt files there)\n") in result.stdout
+    assert "1 documents" in result.stdout
+    result = run_script(TEXT, tmp_path / "a.txt", "--out-dir", tmp_path / "split", "--separator",
+                        "<|endoftext|>")
+    assert "2 documents" in result.stdout and "times" not in result.stdout
     assert documents_of(all_tokens(tmp_path / "split")) == ["a story", "another story"]
-    assert_user_error(run_script(SCRIPT, "--split-eot", check=False), "--split-eot", "--files")
+
+
+def test_line_ends_and_another_column_on_the_command_line(tmp_path):
+    (tmp_path / "a.txt").write_text("a story\r\n\r\nwith two lines\r\nanother story\n")
+    run_script(TEXT, tmp_path / "a.txt", "--out-dir", tmp_path / "lines", "--separator", "\\n")
+    assert documents_of(all_tokens(tmp_path / "lines")) == ["a story", "with two lines",
+                                                            "another story"]
+    table = pyarrow.table({"story": TEXTS[:5], "text": ["no"] * 5})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"story": text}) + "\n"
+                                              for text in TEXTS[5:9]))
+    arguments = [TEXT, tmp_path / "a.parquet", tmp_path / "b.jsonl", "--out-dir", tmp_path / "out"]
+    run_script(*arguments, "--text-column", "story")
+    assert documents_of(all_tokens(tmp_path / "out")) == TEXTS[:9]
+    wrong = run_script(*arguments, "--text-column", "words", check=False)
+    assert_user_error(wrong, "column words", "'story': 'string'", "--text-column")
 
 
 # ---------------------------------------------------------------------------- column types
@@ -1101,20 +1219,7 @@ def test_every_type_of_text_column_is_read(tmp_path, kind):
     texts = [*TEXTS, None, ""]
     table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(kind)})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
-    with documents.open_parquet(tmp_path / "a.parquet") as file:
+    with documents.open_parquet(tmp_path / "a.parquet", "text") as file:
         assert file.schema_arrow.field("text").type == kind
     write([tmp_path / "a.parquet"], tmp_path / "out")
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS
-
-
-def test_the_advised_shard_size_fills_whole_windows(tmp_path):
-    """At T = 1024, a shard of 1,783 tokens (a tenth of 17,831) would lose 758 of them."""
-    texts = ["some words of a document " * 40] * 85
-    message = user_error(write, texts, tmp_path / "out", shard_tokens=10**6)
-    size = int(message.rsplit("e.g. to ", 1)[1])
-    assert size % 1024 == 1
-    write(texts, tmp_path / "out", shard_tokens=size)
-    loader = TokenLoader(tmp_path / "out", "train", sequence_length=1024, micro_batch_size=1,
-                         total_batch_size=1024, vocab_size=50257)
-    targets = sum(len(shard) - 1 for shard in loader.shards)
-    assert 0 < targets - loader.windows_per_epoch * 1024 < 1024  # unused: only of the last shard

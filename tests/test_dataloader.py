@@ -169,6 +169,12 @@ def test_missing_and_empty_folders(tmp_path):
     assert "does not exist" in user_error(loader, tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "no foreign shards" in user_error(loader, tmp_path / "empty")
+    for path in (tmp_path / "my text.txt", tmp_path / "my texts" / "a.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("some words")
+        given = path if path.name == "my text.txt" else path.parent
+        assert (f"python pretrain_data/text_to_shards.py '{given}' --out-dir DIR"
+                in user_error(loader, given))
     (tmp_path / "empty" / ".x_train_000001.npy.partial").write_bytes(bytes(99))
     message = user_error(loader, tmp_path / "empty")  # a run that was killed before its manifest
     assert "manifest.json" in message and "pretrain_data/" in message
@@ -187,7 +193,7 @@ def test_a_vocabulary_of_its_own_is_refused(corpus, tmp_path):
     foreign = make_foreign(corpus, tmp_path / "foreign", "nanoGPT")
     (foreign / "meta.pkl").write_bytes(b"is not opened")
     message = user_error(loader, foreign)
-    assert "meta.pkl" in message and "--files" in message
+    assert "meta.pkl" in message and "text_to_shards.py" in message
 
 
 @pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])

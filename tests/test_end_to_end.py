@@ -25,8 +25,8 @@ def test_from_parquet_to_an_answer(tmp_path):
     table = pyarrow.table({"text": [f"{a} {b} {c}" for a in SENTENCES for b in SENTENCES
                                     for c in SENTENCES]})
     pyarrow.parquet.write_table(table, tmp_path / "web.parquet")
-    run_script("-m", "pretrain_data.fineweb_downloader", "--files", tmp_path / "*.parquet",
-               "--out-dir", tmp_path / "shards", "--shard-tokens", 300, "--workers", 1)
+    run_script("-m", "pretrain_data.text_to_shards", tmp_path / "*.parquet", "--out-dir",
+               tmp_path / "shards", "--workers", 1)
     run_torchrun(2, ROOT / "trainer.py", *TINY_FLAGS, "--data-dir", tmp_path / "shards",
                  "--out-dir", tmp_path / "pretrain", "--total-batch-size", 128, "--max-lr", 0.01,
                  "--micro-batch-size", 4, "--max-steps", 12, "--warmup-steps", 2,
