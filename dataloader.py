@@ -170,8 +170,8 @@ def checked_batch(model: GPT, ids: torch.Tensor,
 
 
 def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
-    """The rows of a JSON list, a JSON Lines file or a parquet file, each with its place ("x.jsonl
-    line 3", on every node). `made_by`: scripts that make the file. Raises UserError."""
+    """The rows of a JSON list, JSON Lines or parquet, each with its place ("x.jsonl line 3", on
+    every node). `made_by`: scripts that make the file. Raises UserError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -182,23 +182,18 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
             rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
         except (ValueError, pyarrow.ArrowException) as error:
             raise UserError(f"{path} is not a whole parquet file: {first_line(error)}") from None
-    else:
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}") from None
-        if not text.lstrip().startswith("["):
-            lines = [(f"{path.name} line {number}", line)
-                     for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-            return [(place, parse_json(place, line)) for place, line in lines]
-        rows = parse_json(str(path), text)
-    return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def parse_json(place: str, text: str):
-    """The value of JSON text. Raises UserError."""
+        return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
     try:
-        return json.loads(text)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from None
+    place = str(path)
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path.name} row {number}", row)
+                    for number, row in enumerate(json.loads(text), 1)]
+        return [(place := f"{path.name} line {number}", json.loads(line))
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (ValueError, RecursionError) as error:  # also too many digits, or nested too deep
         raise UserError(f"{place} is not JSON ({first_line(error)}); expected a JSON list, or JSON "
                         "Lines with one object per line, or parquet") from None
@@ -248,17 +243,30 @@ def load_prompts(path: str, flag: str, block_size: int, max_response: int,
     return fitting, summary
 
 
-def read_turns(path: Path) -> list[list[TextTurn]]:
-    """The turns of every row of a file. Raises UserError naming the first bad row."""
-    rows = read_rows(path, "finetune_data/alpaca_downloader.py or pydocs_questions.py")
-    return [text_turns(row, place) for place, row in rows]
+def read_turns(path: Path, columns: str = "") -> list[list[TextTurn]]:
+    """The turns of every row of a file. `columns` maps its keys if they are others: "instruction=
+    NAME,output=NAME", also input=NAME; or "messages=NAME". Raises UserError for a bad row."""
+    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
+    if columns and (names.keys() - {"input"} not in ({"instruction", "output"}, {"messages"})
+                    or "" in names.values() or len(names) <= columns.count(",")):
+        raise UserError(f"--columns {columns}: expected instruction=NAME,output=NAME, with "
+                        "input=NAME if there is one; or messages=NAME")
+    turns = []
+    for place, row in read_rows(path, "finetune_data/alpaca_downloader.py or pydocs_questions.py"):
+        if names and isinstance(row, dict):
+            if missing := sorted(names.values() - row.keys()):
+                raise UserError(f"{place} has no {', '.join(missing)} (--columns), only the keys "
+                                f"{', '.join(row)!r:.200}")
+            row = {name: row[column] for name, column in names.items()}
+        turns.append(text_turns(row, place, "; --columns instruction=NAME,output=NAME maps others"))
+    return turns
 
 
-def text_turns(row: object, place: str) -> list[TextTurn]:
+def text_turns(row: object, place: str, hint: str = "") -> list[TextTurn]:
     """The turns of a row, in one of the three schemas (docs/formats.md). Raises UserError."""
     if isinstance(row, dict) and row.get("messages") is not None:
         return message_turns(row["messages"], place)
-    return [tuple(row_texts(row, place, FORMS))]
+    return [tuple(row_texts(row, place, FORMS, hint))]
 
 
 def message_turns(messages: object, place: str) -> list[TextTurn]:
@@ -320,8 +328,7 @@ def split_rows(rows: Sequence, keys: Sequence[tuple[str, ...]], val_fraction: fl
     A row is held out if content_hash(instruction, input) is below val_fraction: the same rows in
     every file, those at 0.05 also at 0.15. If none is below, the lowest is held out. A prompt of
     more than a fifth of the rows would empty one side, so its rows are hashed with their responses.
-    val_start moves the held-out interval of hashes: with 0, 0.2, ... and val_fraction 0.2, these
-    are five folds. Raises UserError if no row is left to train on."""
+    val_start moves the held-out interval of hashes. Raises UserError if no row is left."""
     hashes = [content_hash(*key[:2]) for key in keys]
     counts = Counter(hashes)
     common = {value for value, count in counts.items() if count > max(1, len(keys) / 5)}
@@ -368,11 +375,10 @@ def split_prompts(prompts: Sequence[Prompt], val_fraction: float,
 
 def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,
                 step: int) -> Iterator[list]:
-    """The rows of `step`, and then of every later one: a pure function of (seed, step).
-
-    An epoch visits every row once, in a new order: shuffled, sorted by `padded_length`, cut into
-    steps, the steps shuffled. So the rows of a step have one padded length or two neighboring ones.
-    The last step of an epoch has fewer rows if they do not divide evenly, of a random length."""
+    """The rows of `step` and of every later one, a pure function of (seed, step). An epoch visits
+    every row once, in a new order: shuffled, sorted by `padded_length`, cut into steps, the steps
+    shuffled. So the rows of a step have one padded length or two neighboring ones. The last step of
+    an epoch has fewer rows if they do not divide evenly, of a random length."""
     steps_per_epoch = -(-len(rows) // batch_size)  # ceiling division
     padded = np.array([padded_length(length_of(row)) for row in rows])
     for epoch in itertools.count(step // steps_per_epoch):

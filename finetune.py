@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from dataloader import Example, num_inputs, read_turns, row_batches, split_examples, token_ids
-from inference import check_vocabulary
+from inference import check_vocabulary, write_sample
 from minigpt2.checkpoint import load_model, shared_template
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
@@ -31,7 +31,7 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import padded_length, rank_share
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.tokenizer import decode, load_template
+from minigpt2.tokenizer import decode, encode, format_prompt, load_template
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -47,23 +47,20 @@ class FinetuneConfig(TuningConfig):
                         is_path=True)
     template: str | None = flag(None, "prompt template: alpaca, question, chatml or a text file "
                                 "(default: the checkpoint's, else alpaca)", is_path=True)
-    epochs: int = flag(2, "passes over the training rows", minimum=1)
+    epochs: int | None = flag(None, "passes over the rows (default: 2, or for 50 steps)", minimum=1)
+    batch_size: int | None = flag(None, "rows per step (default: a 25th, 8 to 64)", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
         16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
-    max_lr: float = flag(5e-5, "learning rate after the warm-up", minimum=0)
+    max_lr: float | None = flag(None, "default: 5e-5 * (768 / n_embd)**1.5", minimum=0)
     dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
-    train_on_prompt: bool = flag(False, "train on the prompts' tokens too, not only the responses'")
+    sample_prompt: str | None = flag(None, "sampled at every validation (default: a held-out one)")
+    sample_steps: int = flag(48, "tokens per sample; 0: no samples", minimum=0)
+    columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
 
 
 # A resumed run may not change which rows a step sees
-FIXED_ON_RESUME = ("template", "batch_size", "epochs", "val_fraction", "train_on_prompt", "seed",
+FIXED_ON_RESUME = ("template", "columns", "batch_size", "epochs", "val_fraction", "seed",
                    "data_sha256")
-
-
-def with_prompt_targets(example: Example) -> Example:
-    """The example with all tokens as targets but the first, which follows nothing."""
-    first, *others = token_ids(example)
-    return [([first], others)]
 
 
 def collate(rows: Sequence[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +94,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     device = launch.device
 
     # 1. The rows, the model, and the checkpoint to resume from
-    turns = read_turns(Path(config.data))
+    turns = read_turns(Path(config.data), config.columns)
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
               data={"sha256": sha256_of(Path(config.data))}, fixed=FIXED_ON_RESUME)
     base = run.checkpoint or config.checkpoint
@@ -110,14 +107,14 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     block_size = raw_model.config.block_size
     train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction,
                                                    template)
-    if config.train_on_prompt:
-        train_rows = list(map(with_prompt_targets, train_rows))
 
     # 2. The number of steps, the optimizer, and the micro-batch
     model = run.prepare_epochs(raw_model, len(train_rows),
                                padded_to(train_rows + val_rows, block_size))
     B = run.micro_batch_size
     prompt, response = map(decode, train_rows[0][0])
+    sample_prompt = (encode(format_prompt(config.sample_prompt, template=template))
+                     if config.sample_prompt else val_rows[0][0][0])
     launch.print0(f"{summary}\nThe first turn of a row, its trained part in [[ ]]:\n"
                   f"{prompt}[[{response}]]\n{run.summary}")
     global_batches = row_batches(train_rows, num_inputs, run.batch_size, config.seed, run.step)
@@ -127,12 +124,13 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
         while True:
             if run.eval_due():
                 batches = micro_batches(val_rows, B, block_size, launch)
-                run.log_validation(mean_loss(raw_model, batches, launch, run.dtype,
-                                             run.stop.requested))
+                val_loss = mean_loss(raw_model, batches, launch, run.dtype, run.stop.requested)
+                if run.log_validation(val_loss) and config.sample_steps and launch.is_master:
+                    run.bar.write(write_sample(raw_model, sample_prompt, run))
             if run.save_or_finish():
                 break
 
-            lr = config.lr_at(run.step, run.max_steps)
+            lr = config.lr_at(run.step, run.max_steps, raw_model.config.n_embd)
             set_lr(run.optimizer, lr)
             batch = next(global_batches)  # of all ranks
             num_valid_tokens = sum(len(response) for row in batch for _, response in row)

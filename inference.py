@@ -31,10 +31,12 @@ from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, SamplingDtype, share_rows
 from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
+from minigpt2.metrics import RunLog
 from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_tokens, stream_keys
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
+SAMPLES = "samples.jsonl"  # of training, in OUT_DIR
 # On a GPU: steps between two host syncs; rows are padded to a multiple of PAD_GPU tokens; attention
 # reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
 # graphs do not pay off
@@ -295,6 +297,18 @@ def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequen
 
     return share_rows(list(zip(prompts, seeds, strict=True)), work, launch,
                       size_of=lambda row: (len(row[0]), row[0]), **options)
+
+
+def write_sample(model: GPT, prompt: list[int], run) -> str:
+    """Continues a prompt, given as ids, appends the text to OUT_DIR/samples.jsonl and returns it.
+    `run` is a minigpt2.run.Run. Raises UserError if the context has no room."""
+    [sample] = respond(model, [prompt or [EOT_TOKEN]], run.config.sample_steps, temperature=1.0,
+                       seed=run.config.seed)
+    text = decode(sample.prompt + sample.tokens)
+    log = RunLog(run.out_dir / SAMPLES, fresh=run.step == 0)
+    log.write(run.step, "sample", text=text)
+    log.close()
+    return "  " + text.replace("\n", "\n  ")
 
 
 def logprobs(model: GPT, input_ids: Tensor, attention_masks: Tensor) -> Tensor:

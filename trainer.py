@@ -24,20 +24,19 @@ import torch
 import torch.nn as nn
 
 from dataloader import TokenLoader, read_rows
-from inference import decode_generation, generate, tokenize_batch_input
+from inference import write_sample
 from minigpt2.benchmarks import Question, hellaswag, make_questions, question_figures
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
-from minigpt2.metrics import RunLog
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig, run_training
 from minigpt2.shards import read_manifest
+from minigpt2.tokenizer import encode
 from model import GPT, PRESETS, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
-SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -146,18 +145,6 @@ def one_epoch(config: TrainerConfig, loader: TokenLoader) -> int:
     return loader.windows_per_epoch // loader.windows_per_step
 
 
-def write_sample(model: GPT, config: TrainerConfig, step: int) -> str:
-    """Continues the sample prompt, appends the text to OUT_DIR/samples.jsonl and returns it. Raises
-    UserError if the prompt leaves no room in the context."""
-    prompt = tokenize_batch_input([config.sample_prompt])
-    output = generate(model, *prompt, 1.0, config.sample_steps, seed=config.seed)
-    text = decode_generation(*output)[0]
-    log = RunLog(Path(config.out_dir) / SAMPLES, fresh=step == 0)
-    log.write(step, "sample", text=text)
-    log.close()
-    return "  " + text.replace("\n", "\n  ")
-
-
 def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:
     """The rows to score; none without --hellaswag-interval. Raises UserError."""
     if config.hellaswag_interval:
@@ -209,7 +196,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 val_loss = mean_loss(raw_model, val_loader.eval_batches(config.eval_tokens), launch,
                                      run.dtype, run.stop.requested)
                 if run.log_validation(val_loss) and config.sample_steps and launch.is_master:
-                    run.bar.write(write_sample(raw_model, config, run.step))
+                    run.bar.write(write_sample(raw_model, encode(config.sample_prompt), run))
             if run.benchmark_due(config.hellaswag_interval):
                 run.log_figures("hellaswag", question_figures(
                     raw_model, questions, launch, run.dtype, should_stop=run.stop.requested))

@@ -70,12 +70,13 @@ class TuningConfig(RunConfig):
     keep_last: int = flag(3, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
     compile: bool | None = flag(False, "torch.compile each shape of the step: slower on a CPU")
 
-    def lr_at(self, step: int, max_steps: int) -> float:
+    def lr_at(self, step: int, max_steps: int, n_embd: int = 768) -> float:
+        max_lr = 5e-5 * (768 / n_embd) ** 1.5 if self.max_lr is None else self.max_lr
         return learning_rate(step, warmup_steps=round(max_steps * self.warmup_fraction),
-                             max_steps=max_steps, max_lr=self.max_lr, min_lr=self.min_lr)
+                             max_steps=max_steps, max_lr=max_lr, min_lr=self.min_lr)
 
     def make_optimizer(self, model: GPT, shard: bool) -> torch.optim.Optimizer:
-        return make_optimizer(model, lr=self.max_lr, betas=(0.9, 0.95), eps=1e-8,
+        return make_optimizer(model, lr=self.max_lr or 0.0, betas=(0.9, 0.95), eps=1e-8,
                               weight_decay=self.weight_decay, shard=shard)
 
 
@@ -175,9 +176,9 @@ class Run:
         """`prepare` for the epochs of a TuningConfig over num_rows rows. Micro-batches are even
         parts of a rank's share of a step, so that none has many rows of padding."""
         config = self.config
-        self.batch_size = min(config.batch_size, num_rows)
+        self.batch_size = min(config.batch_size or min(max(num_rows // 25, 8), 64), num_rows)
         self.steps_per_epoch = -(-num_rows // self.batch_size)  # ceiling division
-        max_steps = config.epochs * self.steps_per_epoch
+        max_steps = self.steps_per_epoch * (config.epochs or max(2, -(-50 // self.steps_per_epoch)))
         share = -(-self.batch_size // self.launch.world_size)
         wanted = share if config.micro_batch_size == "auto" else min(share, config.micro_batch_size)
         counts = [-(-share // (wanted >> n)) for n in range(wanted.bit_length())]  # of micro-steps

@@ -140,19 +140,19 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
-            split = "train" if written else "val"
+            split, size = ("train", "shard_tokens") if written else ("val", "val_tokens")
             start = copy.deepcopy({key: record[key] for key in FIRST})
             path = out_dir / f"{name}_{split}_{len(written):06d}.npy"
-            size = record["shard_tokens" if written else "val_tokens"]
             size_and_sha256 = shards.write_shard(
-                path, reader.take(min(size, limit - record["tokens"]), bar.update))
+                path, reader.take(min(record[size], limit - record["tokens"]), bar.update))
             written.append({"file": path.name, "split": split, **size_and_sha256, "start": start})
             shards.write_record(progress, record)
     if len(written) < 2:
         for file in (progress.name, *(shard["file"] for shard in written)):
             (out_dir / file).unlink()
+        is_given = record["val_tokens"] == record["shard_tokens"]
         raise UserError(f"all {record['tokens']:,} tokens fit into the first shard, for validation:"
-                        f" give more text, or lower --shard-tokens {record['shard_tokens']}")
+                        f" give more text{', or lower --shard-tokens' * is_given}")
     shards.write_record(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)
     print("".join(f"{count:,} {OUTCOMES[name]}\n" for name, count in record["outcomes"].items()

@@ -39,8 +39,8 @@ def main() -> None:
     if not (config.inputs and config.out_dir):
         raise UserError("no input or no --out-dir, expected INPUT... --out-dir DIR")
     separator = config.separator and config.separator.replace("\\n", "\n")
-    description, source = local_source(
-        config.inputs, separator=separator, column=config.text_column)
+    options = {"separator": separator, "column": config.text_column}
+    description, source = local_source(config.inputs, **options)
     write_corpus(description, lambda: source, pathlib.Path(config.out_dir), name="text",
                  shard_tokens=SHARD_TOKENS, workers=config.workers, encoder=config.encoder,
                  val_tokens=validation_tokens(int(source.text_bytes / BYTES_PER_TOKEN)))

@@ -36,7 +36,6 @@ xargs -P 2 -I {} bash -c 'trial {}' << 'END'
 --epochs 1
 --epochs 4
 --weight-decay 0.1
---train-on-prompt
 END
 python judge.py "$base" --data "$rows" --temperature 0 --device cpu --out-dir "$out/base"
 for figures in "$out"/run*/figures.json; do

@@ -69,7 +69,7 @@ def encoded(rows: list, block_size: int = 128) -> list:
 def tiny(base, rows_file, out, **changes) -> FinetuneConfig:
     options = {"checkpoint": str(base), "data": str(rows_file), "out_dir": str(out),
                "batch_size": 8, "micro_batch_size": 4, "max_lr": 1e-2, "val_fraction": 0.1,
-               "eval_interval": 4, "device": "cpu"} | changes
+               "eval_interval": 4, "sample_steps": 0, "epochs": 2, "device": "cpu"} | changes
     return FinetuneConfig(**options)
 
 
@@ -144,26 +144,9 @@ def test_rows_without_an_answer_are_left_out(output):
     assert keys == rows[1] and "left out: 2 without an answer and 0 over" in summary
 
 
-# --------------------------------------------------------------------- loss on the prompt
-
-
-def test_training_on_the_prompt_adds_its_tokens_and_changes_no_validation(base, rows_file, tmp_path,
-                                                                          capsys):
+def test_the_first_row_is_shown_with_its_trained_part(base, rows_file, tmp_path, capsys):
     train(tiny(base, rows_file, tmp_path / "a", epochs=1), CPU_LAUNCH)
     assert "### Response:\n[[yes" in capsys.readouterr().out
-    train(tiny(base, rows_file, tmp_path / "b", epochs=1, train_on_prompt=True), CPU_LAUNCH)
-    assert "Below[[ is an instruction" in capsys.readouterr().out
-    model, total, count = load_model(base), 0.0, 0
-    for example in first_batches(rows_file, 1)[0]:
-        with torch.no_grad():
-            logits = model(torch.tensor([token_ids(example)]))[0][0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(token_ids(example)[1:]),
-                                                   reduction="sum").item()
-        count += num_inputs(example)
-    assert losses(tmp_path / "b")[0] == pytest.approx(total / count, abs=1e-4)
-    assert losses(tmp_path / "b")[0] != pytest.approx(losses(tmp_path / "a")[0], abs=1e-3)
-    val = [read_log(tmp_path / name / "metrics.jsonl")["val"][0]["loss"] for name in "ab"]
-    assert val[0] == val[1]
 
 
 def first_batches(rows_file, count: int) -> list[list]:
@@ -320,7 +303,8 @@ def test_ranks_have_equally_many_micro_batches_of_few_shapes():
     (1, 64, 1, [1]), ("auto", 64, 3, [22, 11, 5, 2, 1]), ("auto", 1, 2, [1])])
 def test_micro_batches_are_even_parts_of_a_ranks_share(tmp_path, wanted, num_rows, world_size,
                                                        sizes, monkeypatch):
-    config = FinetuneConfig(out_dir=str(tmp_path / "out"), micro_batch_size=wanted, device="cpu")
+    config = FinetuneConfig(out_dir=str(tmp_path / "out"), micro_batch_size=wanted, device="cpu",
+                            batch_size=64)
     tuning = Run(config, CPU_LAUNCH, None, label="", graph="x.png", data={}, fixed=())
     tuning.launch = Launch(0, world_size, torch.device("cpu"))
     given = []
@@ -329,6 +313,47 @@ def test_micro_batches_are_even_parts_of_a_ranks_share(tmp_path, wanted, num_row
     tuning.summary, tuning.micro_batch_size = "", 0
     tuning.prepare_epochs(GPT(SIZES), num_rows, 16)
     assert given[: len(sizes)] == sizes and (wanted != "auto" or given == sizes)
+
+
+@pytest.mark.parametrize("num_rows, batch_size, epochs", [
+    (1, 1, 50), (20, 8, 17), (190, 8, 3), (400, 16, 2), (1900, 64, 2), (49_402, 64, 2)])
+def test_few_rows_make_small_steps_and_at_least_50(tmp_path, num_rows, batch_size, epochs,
+                                                   monkeypatch):
+    config = FinetuneConfig(out_dir=str(tmp_path / "out"), device="cpu")
+    tuning = Run(config, CPU_LAUNCH, None, label="", graph="x.png", data={}, fixed=())
+    given = []
+    monkeypatch.setattr(tuning, "prepare", lambda model, optimizer, max_steps, **options: (
+        given.append(max_steps)))
+    tuning.summary, tuning.micro_batch_size = "", 0
+    tuning.prepare_epochs(GPT(SIZES), num_rows, 16)
+    assert tuning.batch_size == batch_size and given == [epochs * -(-num_rows // batch_size)]
+
+
+def test_the_learning_rate_follows_from_the_width(base, rows_file, tmp_path):
+    """That of a fully trained GPT-2 is customary; smaller models need more."""
+    config = FinetuneConfig()
+    assert config.lr_at(2, 64, 768) == pytest.approx(5e-5) > config.lr_at(2, 64, 1600) * 2
+    assert config.lr_at(2, 64, 128) == pytest.approx(7.35e-4, rel=1e-3)
+    assert FinetuneConfig(max_lr=1e-3).lr_at(2, 64, 128) == 1e-3
+    assert FinetuneConfig(max_lr=0.0).lr_at(2, 64, 128) == 0
+    train(tiny(base, rows_file, tmp_path / "out", max_lr=None), CPU_LAUNCH)
+    records = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
+    assert records[0]["lr"] == pytest.approx(5e-5 * 48**1.5)  # a width of 16, no warm-up
+
+
+def test_a_question_is_answered_at_every_validation(base, rows_file, tmp_path, capsys):
+    """In the template; by default, the shortest one that is held out."""
+    shortest = decode(split_examples(read_turns(rows_file), 128, 0.1)[1][0][0][0])
+    for question, prompt in ((None, shortest), ("Say hi.", format_prompt("Say hi."))):
+        out = tmp_path / str(question)
+        train(tiny(base, rows_file, out, sample_prompt=question, sample_steps=3), CPU_LAUNCH)
+        samples = [json.loads(line) for line in (out / "samples.jsonl").open(encoding="utf-8")]
+        assert [sample["step"] for sample in samples] == [0, 4, 8]
+        assert all(sample["text"].startswith(prompt) for sample in samples)
+        assert all(len(encode(sample["text"])) >= len(encode(prompt)) for sample in samples)
+        assert samples[2]["text"].replace("\n", "\n  ") in capsys.readouterr().out
+    train(tiny(base, rows_file, tmp_path / "none"), CPU_LAUNCH)
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
 
 
 class ProductShapes(TorchDispatchMode):
@@ -658,6 +683,51 @@ def test_malformed_rows(base, tmp_path, text, words, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_columns_name_the_texts_of_a_row(tmp_path, suffix):
+    """Other columns are not read, also if they have our names."""
+    rows = [{"question": "a", "answer": "b", "context": None, "output": 3, "messages": "no"},
+            {"question": "c", "answer": "d", "context": "e", "output": 4, "messages": "no"}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read_turns(path, "instruction=question,output=answer") == [[("a", "", "b")],
+                                                                      [("c", "", "d")]]
+    assert read_turns(path, "output=answer,instruction=question,input=context") == [
+        [("a", "", "b")], [("c", "e", "d")]]
+    path = tmp_path / "turns.json"
+    path.write_text(json.dumps([{"chat": [message("user", "a"), message("assistant", "b")]}]))
+    assert read_turns(path, "messages=chat") == [[("a", "", "b")]]
+
+
+def test_keys_that_are_not_found_name_those_that_are_and_the_flag(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n{"question": "c", "reply": "d"}\n["e"]\n')
+    message = user_error(read_turns, path)
+    assert "rows.jsonl line 1 has the keys 'question, answer', expected instruction" in message
+    assert message.endswith("; --columns instruction=NAME,output=NAME maps others")
+    message = user_error(read_turns, path, "instruction=question,output=answer")
+    assert message == "rows.jsonl line 2 has no answer (--columns), only the keys 'question, reply'"
+    assert "no text (--columns)" in user_error(
+        read_turns, path, "instruction=question,output=answer,input=text")
+    path.write_text('"e"\n')
+    assert "line 1 is 'e'" in user_error(read_turns, path, "messages=chat")
+    path.write_text('{"chat": null}')
+    assert "expected instruction" in user_error(read_turns, path, "messages=chat")
+
+
+@pytest.mark.parametrize("columns", [
+    "question,answer", "instruction=question", "instruction=question,output=", "messages",
+    "question=instruction,answer=output", "instruction=a,output=b,messages=c", "=a",
+    "instruction=a,output=b,c", "instruction=a,output=b,output=c", "prompt=a,completion=b"])
+def test_columns_typed_wrong_are_one_line(tmp_path, columns):
+    (tmp_path / "rows.json").write_text("[]")
+    message = user_error(read_turns, tmp_path / "rows.json", columns)
+    assert message.startswith(f"--columns {columns}: expected instruction=NAME,output=NAME")
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     for data in ('[{"instruction": "é"}]'.encode("latin-1"), "[]".encode("utf-16"), b"\x1f\x8b"):
         (tmp_path / "rows.json").write_bytes(data)
@@ -745,7 +815,7 @@ def test_resume_refuses_settings_that_change_the_rows_and_prints_others(base, ro
     other.write_text(json.dumps(ROWS[:-1]), encoding="utf-8")
     for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
                           ({"val_fraction": 0.2}, "--val-fraction"),
-                          ({"train_on_prompt": True}, "--train-on-prompt"),
+                          ({"columns": "instruction=instruction,output=output"}, "--columns"),
                           ({"data": str(other)}, "trained with other data")):
         again = tiny(base, rows_file, out, resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)
