@@ -1164,7 +1164,7 @@ def test_stories_in_one_file_are_split_on_request(tmp_path, monkeypatch, part_by
 
 
 @pytest.mark.parametrize("separator", ["\n\n\n", "\n", " -- ", "==", "the end of it"])
-@pytest.mark.parametrize("part_bytes", [7, 30, 10**6])
+@pytest.mark.parametrize("part_bytes", [15, 30, 10**6])
 def test_any_separator_is_found_wherever_a_file_is_cut(tmp_path, monkeypatch, separator,
                                                        part_bytes):
     monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
