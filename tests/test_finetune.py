@@ -332,7 +332,8 @@ def test_few_rows_make_small_steps_and_at_least_50(tmp_path, num_rows, batch_siz
 def test_the_learning_rate_follows_from_the_width(base, rows_file, tmp_path):
     """That of a fully trained GPT-2 is customary; smaller models need more."""
     config = FinetuneConfig()
-    assert config.lr_at(2, 64, 768) == pytest.approx(5e-5) > config.lr_at(2, 64, 1600) * 2
+    assert config.lr_at(2, 64, 768) == pytest.approx(5e-5)
+    assert config.lr_at(2, 64, 1600) < 2.5e-5
     assert config.lr_at(2, 64, 128) == pytest.approx(7.35e-4, rel=1e-3)
     assert FinetuneConfig(max_lr=1e-3).lr_at(2, 64, 128) == 1e-3
     assert FinetuneConfig(max_lr=0.0).lr_at(2, 64, 128) == 0
