@@ -117,11 +117,23 @@ def clean_up(out_dir: Path) -> None:
 
 
 def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
-    """Writes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best."""
+    """Makes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best relative symlinks to
+    their checkpoints; on a file system without symlinks, files with their names."""
     for name, target in ((LATEST, step), (BEST, best_step)):
-        if target is not None and step_folder(out_dir, target).exists():
-            with atomic_write(out_dir / name, text=True) as file:
+        if target is None or not step_folder(out_dir, target).exists():
+            continue
+        pointer, temporary = out_dir / name, out_dir / f".{name}.tmp"
+        if pointer.is_dir() and not pointer.is_symlink():  # copied by a tool that follows links
+            os.replace(pointer, out_dir / f".step_{name}.tmp")  # deleted by clean_up
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(step_folder(out_dir, target).name)
+        except OSError:
+            with atomic_write(pointer, text=True) as file:
                 file.write(step_folder(out_dir, target).name + "\n")
+        else:
+            os.replace(temporary, pointer)
+            sync_folder(out_dir)
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -142,11 +154,13 @@ def find_checkpoint(path: str | Path) -> Path:
     """Returns the folder of a checkpoint, given that folder, OUT_DIR/latest, OUT_DIR/best, OUT_DIR
     (its newest) or a name on the Hugging Face hub, which is downloaded. Raises UserError."""
     folder = Path(path)
-    if folder.is_file() and folder.name in (LATEST, BEST):
-        name = folder.read_text(encoding="utf-8", errors="replace").strip()
-        if name not in (one.name for one in list_checkpoints(folder.parent)):
+    if folder.name in (LATEST, BEST) and (folder.is_symlink() or folder.is_file()):
+        name = (os.readlink(folder) if folder.is_symlink() else
+                folder.read_text(encoding="utf-8", errors="replace").strip())
+        if name in (one.name for one in list_checkpoints(folder.parent)):
+            return folder.with_name(name)  # a run in progress may change the pointer meanwhile
+        if not folder.is_dir():
             raise UserError(f"{folder}: {name:.60} does not exist: use {folder.parent}, its newest")
-        return folder.with_name(name)
     if (folder / CONFIG_FILE).is_file():
         return folder
     if checkpoints := list_checkpoints(folder):

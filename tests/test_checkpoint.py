@@ -1,12 +1,15 @@
 """Checkpoints: Hugging Face format in both directions, crashes, damage, and what is rejected."""
 
+import errno
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,14 +200,75 @@ def test_find_checkpoint(tmp_path):
     models = {step: random_model(seed=step) for step in (2, 10, 1_000_000)}
     for step, model in models.items():
         save_checkpoint(tmp_path, step, model)
-    assert (tmp_path / "latest").read_text() == "step_1000000\n"
+    assert (tmp_path / "latest").readlink() == Path("step_1000000")  # relative
     assert [p.name for p in list_checkpoints(tmp_path)] == [
         "step_000002", "step_000010", "step_1000000"]
     for name in (tmp_path, tmp_path / "latest", tmp_path / "step_1000000", str(tmp_path)):
         assert find_checkpoint(name) == tmp_path / "step_1000000"
     assert same_parameters(load_model(tmp_path / "step_000002"), models[2])
-    (tmp_path / "latest").write_text("step_000010\n")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").write_text("step_000010\n")  # as written by earlier versions
     assert same_parameters(load_model(tmp_path / "latest"), models[10])
+
+
+def test_transformers_opens_latest_and_best_also_after_a_move(tmp_path):
+    """Also through a path of another process, and after the folder was moved or copied."""
+    from transformers import GPT2LMHeadModel
+    out = tmp_path / "out"
+    for step in (1, 2):
+        save_checkpoint(out, step, random_model(seed=step), best_step=1)
+    out.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "copied", symlinks=True)
+    shutil.copytree(tmp_path / "moved", tmp_path / "followed")  # latest and best are folders there
+    for folder in ("moved", "copied", "followed"):
+        for name, step in (("best", 1), ("latest", 2)):
+            path = tmp_path / folder / name
+            theirs = GPT2LMHeadModel.from_pretrained(path)
+            ours = random_model(seed=step)
+            assert torch.equal(theirs.lm_head.weight, ours.lm_head.weight)
+            assert same_parameters(load_model(path), ours)
+    save_checkpoint(tmp_path / "followed", 3, random_model(seed=3), best_step=3)
+    assert sorted(p.name for p in (tmp_path / "followed").iterdir()) == [
+        "best", "latest", "step_000001", "step_000002", "step_000003"]
+    assert (tmp_path / "followed" / "best").readlink() == Path("step_000003")
+
+
+def test_pointers_without_symlinks_are_files(tmp_path, monkeypatch):
+    def refused(self, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+
+    save_checkpoint(tmp_path, 1, random_model(seed=1))
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    save_checkpoint(tmp_path, 2, random_model(seed=2))
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+    assert find_checkpoint(tmp_path / "latest") == tmp_path / "step_000002"
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, 3, random_model(seed=3))
+    assert (tmp_path / "latest").readlink() == Path("step_000003")
+
+
+def test_a_pointer_changes_at_once_and_survives_a_kill(tmp_path, monkeypatch):
+    """Until the rename, `latest` is the old one; what a kill leaves is replaced by the next save.
+    A reader gets a folder that stays, not the link that a run in progress changes."""
+    class Killed(BaseException):
+        pass
+
+    def killed(source, target):
+        if Path(target).name == "latest":
+            raise Killed
+        real(source, target)
+
+    real = os.replace
+    save_checkpoint(tmp_path, 1, random_model(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt2.checkpoint.os.replace", killed)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, 2, random_model(seed=2))
+    assert (tmp_path / "latest").readlink() == Path("step_000001")
+    assert find_checkpoint(tmp_path / "latest") == tmp_path / "step_000001"
+    save_checkpoint(tmp_path, 3, random_model(seed=3))
+    assert (tmp_path / "latest").readlink() == Path("step_000003")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_keep_last(tmp_path):
@@ -217,7 +281,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save_checkpoint(tmp_path, 1, random_model(seed=1), training_state={"step": 1})
     save_checkpoint(tmp_path, 1, random_model(seed=2))
     assert same_parameters(load_model(tmp_path), random_model(seed=2))
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step_000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
 
 
 def test_kill_during_deletion_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
@@ -295,8 +359,7 @@ def test_files_are_flushed_before_the_rename(tmp_path, monkeypatch):
     renamed = events.index(f"-> {folder}")
     written = {os.path.basename(event) for event in events[:renamed]}
     assert {path.name for path in folder.iterdir()} <= written
-    assert events.index(str(tmp_path / ".latest.tmp")) < events.index(f"-> {tmp_path / 'latest'}")
-    assert events[-1] == str(tmp_path)
+    assert events[-2:] == [f"-> {tmp_path / 'latest'}", str(tmp_path)]
 
 
 def test_training_state_round_trip(tmp_path):
@@ -464,8 +527,12 @@ def test_paths_that_are_not_checkpoints(tmp_path, saved):
     assert "config.json" in user_error(load_model, tmp_path / "empty")
     assert "is not a checkpoint" in user_error(load_model, saved / "model.safetensors")
     for name in ("step_000009", "nonsense", "x" * 9999, "\x80"):
+        (saved.parent / "latest").unlink()
         (saved.parent / "latest").write_text(name, encoding="latin-1")
         assert "does not exist" in user_error(load_model, saved.parent / "latest")
+    (saved.parent / "latest").unlink()
+    (saved.parent / "latest").symlink_to("step_000009")
+    assert "step_000009 does not exist" in user_error(load_model, saved.parent / "latest")
     for text in ("{", "[]", "\x80", "[" * 99999):
         (saved / "config.json").write_text(text, encoding="latin-1")
         assert "config.json" in user_error(load_model, saved)

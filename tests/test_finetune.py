@@ -488,7 +488,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
     assert sorted(log["train"]) == list(range(8))  # 27 rows, 4 steps an epoch
     assert sorted(log["val"]) == [0, 4, 8]
     assert log["val"][8]["loss"] < log["val"][0]["loss"]
-    assert (out / "latest").read_text() == "step_000008\n" and (out / "step_000004").is_dir()
+    assert (out / "latest").readlink().name == "step_000008" and (out / "step_000004").is_dir()
     assert read_prompt_template(out) == ALPACA and read_prompt_template(base) is None
     assert (out / "finetune_loss.png").read_bytes().startswith(b"\x89PNG")
     keys, examples, _ = make_examples(TURNS, 128)
@@ -780,7 +780,7 @@ def test_a_run_killed_4_times_ends_bit_equal_to_an_uninterrupted_one(base, rows_
     for kill in range(1, 5):
         ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(out)], tmp_path / f"b{kill}")
         wait_until(lambda: (out / "latest").exists()
-                   and int((out / "latest").read_text()[5:]) >= kill * steps // 6, ranks)  # noqa: B023
+                   and int((out / "latest").readlink().name[5:]) >= kill * steps // 6, ranks)  # noqa: B023
         ranks.kill()
         assert ranks.wait() == [-9] * world_size
     ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(out)], tmp_path / "c")

@@ -211,7 +211,8 @@ def test_a_newer_damaged_checkpoint_does_not_displace_a_new_one(corpus, tmp_path
         train(dataclasses.replace(config, keep_last=1, eval_interval=1000, resume=True),
               CPU_LAUNCH, stop)
     kept = [folder.name for folder in list_checkpoints(tmp_path / "out")]
-    assert "step_000007" in kept and (tmp_path / "out" / "latest").read_text() == "step_000007\n"
+    assert "step_000007" in kept and (
+        tmp_path / "out" / "latest").readlink().name == "step_000007"
 
 
 def test_a_damaged_log_is_reported_at_the_start(corpus, out):
@@ -233,7 +234,7 @@ def test_newest_every_kth_and_best_checkpoints_are_kept(corpus, tmp_path):
     best = min(val, key=val.get)
     kept = {int(folder.name[5:]) for folder in list_checkpoints(tmp_path / "out")}
     assert kept == {4, 8, 9, 10, best}
-    assert (tmp_path / "out" / "best").read_text() == f"step_{best:06d}\n"
+    assert (tmp_path / "out" / "best").readlink().name == f"step_{best:06d}"
     assert final_state(tmp_path / "out")["progress"]["best_loss"] == val[best]
 
 
@@ -244,7 +245,7 @@ def test_the_best_checkpoint_is_kept_while_the_loss_rises(corpus, tmp_path, monk
     train(tiny(corpus, tmp_path / "out", max_steps=3, **changes), CPU_LAUNCH)
     train(tiny(corpus, tmp_path / "out", max_steps=5, resume=True, **changes), CPU_LAUNCH)
     assert [f.name for f in list_checkpoints(tmp_path / "out")] == ["step_000001", "step_000005"]
-    assert (tmp_path / "out" / "best").read_text() == "step_000001\n"
+    assert (tmp_path / "out" / "best").readlink().name == "step_000001"
     load_model(tmp_path / "out" / "best")
 
 
@@ -300,12 +301,13 @@ def test_a_resumed_run_repeats_random_numbers(corpus, tmp_path, finished_run, mo
 def test_resume_repairs_latest_and_best(corpus, tmp_path, finished_run):
     """As a kill between the rename of a checkpoint and the writing of these files leaves them."""
     out = tmp_path / "out"
-    shutil.copytree(finished_run, out)
-    expected = {name: (out / name).read_text() for name in ("latest", "best")}
-    (out / "latest").write_text("step_000001\n")
+    shutil.copytree(finished_run, out, symlinks=True)
+    expected = {name: (out / name).readlink() for name in ("latest", "best")}
+    (out / "latest").unlink()
+    (out / "latest").symlink_to("step_000001")
     (out / "best").unlink()
     train(tiny(corpus, out, resume=True), CPU_LAUNCH)
-    assert {name: (out / name).read_text() for name in expected} == expected
+    assert {name: (out / name).readlink() for name in expected} == expected
 
 
 def test_resume_finds_a_checkpoint_whose_replacement_was_interrupted(corpus, out, finished_run,
@@ -358,7 +360,7 @@ def test_a_run_stopped_before_its_last_validation_gets_its_best(corpus, tmp_path
     assert final_state(tmp_path / "out")["progress"]["step"] == 1
     assert not (tmp_path / "out" / "best").exists()
     train(tiny(corpus, tmp_path / "out", max_steps=1, eval_interval=1000, resume=True), CPU_LAUNCH)
-    assert (tmp_path / "out" / "best").read_text() == "step_000001\n"
+    assert (tmp_path / "out" / "best").readlink().name == "step_000001"
     assert final_state(tmp_path / "out")["progress"]["best_step"] == 1
 
 

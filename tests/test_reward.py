@@ -262,7 +262,7 @@ def test_a_killed_run_resumes_exactly(base, rows_file, tmp_path, world_size):
     for kill in range(4):
         ranks = Ranks(world_size, "reward", argv, tmp_path / f"b{kill}")
         latest, step = out / "latest", 2 * kill + 1
-        wait_until(lambda: latest.exists() and int(latest.read_text()[5:]) >= step, ranks)  # noqa: B023
+        wait_until(lambda: latest.exists() and int(latest.readlink().name[5:]) >= step, ranks)  # noqa: B023
         instant = chosen.random() / 10
         ranks.wait(instant)  # kills it
     ranks = Ranks(world_size, "reward", argv, tmp_path / "c")
