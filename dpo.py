@@ -183,15 +183,14 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
             batch = next(batches)  # of all ranks
             micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
             sums = torch.zeros(len(FIGURES), device=device)
-            for micro_step, mine in enumerate(micro_batches):
+            for mine in run.micro_steps(micro_batches):
                 inputs, targets = collate_pairs(mine, block_size, device)  # (2 R, T)
-                with run.gradient_sync(micro_step == len(micro_batches) - 1):
-                    with autocast(device, run.dtype):
-                        _, losses = model(inputs, targets, reduction="none", return_logits=False)
-                    logprobs = -losses.sum(1)[: 2 * len(mine)].view(-1, 2)  # (R, 2)
-                    # Means over the pairs of the global batch, not means of means
-                    figures = figure_sums(logprobs, mine, ref, config) / len(batch)
-                    run.scaler.scale(figures[0] * launch.world_size).backward()
+                with autocast(device, run.dtype):
+                    _, losses = model(inputs, targets, reduction="none", return_logits=False)
+                logprobs = -losses.sum(1)[: 2 * len(mine)].view(-1, 2)  # (R, 2)
+                # Means over the pairs of the global batch, not means of means
+                figures = figure_sums(logprobs, mine, ref, config) / len(batch)
+                run.scaler.scale(figures[0] * launch.world_size).backward()
                 sums += figures.detach()
             tokens = sum(map(len, sequences(batch)))
             run.finish_step(sums[0] * launch.world_size, lr=lr, tokens=tokens,

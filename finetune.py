@@ -134,16 +134,14 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             set_lr(run.optimizer, lr)
             batch = next(global_batches)  # of all ranks
             num_valid_tokens = sum(len(response) for row in batch for _, response in row)
-            batches = micro_batches(batch, B, block_size, launch)
             loss_sum = torch.zeros((), device=device)
-            for micro_step, (inputs, targets) in enumerate(batches):
+            for inputs, targets in run.micro_steps(micro_batches(batch, B, block_size, launch)):
                 inputs, targets = to_device(inputs, device), to_device(targets, device)  # (B, T)
-                with run.gradient_sync(micro_step == len(batches) - 1):
-                    with autocast(device, run.dtype):
-                        _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-                    # Mean over the response tokens of the global batch, not a mean of means
-                    loss = loss * (launch.world_size / num_valid_tokens)
-                    run.scaler.scale(loss).backward()
+                with autocast(device, run.dtype):
+                    _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+                # Mean over the response tokens of the global batch, not a mean of means
+                loss = loss * (launch.world_size / num_valid_tokens)
+                run.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             tokens = sum(map(num_inputs, batch))
             run.finish_step(loss_sum, lr=lr, tokens=tokens, sequence_length=tokens // len(batch))

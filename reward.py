@@ -133,17 +133,16 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
             recent.append(batch := next(batches))  # of all ranks
             micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
             sums = torch.zeros(3, device=device)  # of loss, accuracy and margin
-            for micro_step, pairs in enumerate(micro_batches):
+            for pairs in run.micro_steps(micro_batches):
                 # A rank without pairs takes part in the step with two rows that count for nothing
                 ids, masks = pad_batch(sequences(pairs) or [[0], [0]], block_size, device)
-                with run.gradient_sync(micro_step == len(micro_batches) - 1):
-                    with autocast(device, run.dtype):
-                        scores = model(ids, masks)  # (2B,)
-                    margins = (scores[::2] - scores[1::2])[: len(pairs)]  # (B,)
-                    figures = torch.stack([preference_loss(margins), accuracy(margins), margins])
-                    # Means over the pairs of the global batch, not means of means
-                    figures = figures.sum(1) / len(batch)  # (3,)
-                    run.scaler.scale(figures[0] * launch.world_size).backward()
+                with autocast(device, run.dtype):
+                    scores = model(ids, masks)  # (2B,)
+                margins = (scores[::2] - scores[1::2])[: len(pairs)]  # (B,)
+                figures = torch.stack([preference_loss(margins), accuracy(margins), margins])
+                # Means over the pairs of the global batch, not means of means
+                figures = figures.sum(1) / len(batch)  # (3,)
+                run.scaler.scale(figures[0] * launch.world_size).backward()
                 sums += figures.detach()
             tokens = sum(map(len, sequences(batch)))
             run.finish_step(sums[0] * launch.world_size, lr=lr, tokens=tokens,

@@ -225,7 +225,9 @@ def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> li
 
 def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor,
              config: RLHFConfig, run: Run, lr: float, figures: dict[str, float]) -> None:
-    """Stage 5: --epochs passes over the rollouts, a step per minibatch. Logs the step (stage 6)."""
+    """Stage 5: --epochs passes over the rollouts, one optimizer step per minibatch, whose
+    losses are means over its response tokens on all ranks. Logs the step (stage 6). A signal before
+    the first of them ends it."""
     launch, device, started = run.launch, run.launch.device, perf_counter()
     rows = [(response.prompt, response.tokens) for response in rollouts.responses]
     lengths, R = [len(prompt) + len(tokens) for prompt, tokens in rows], len(rows)
@@ -238,21 +240,22 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
         micro_batches = rank_share(minibatch, config.micro_batch_size, launch.rank,
                                    launch.world_size)
         sums = torch.zeros(3, device=device)
-        for micro_step, mine in enumerate(micro_batches):
+        for mine in run.micro_steps(micro_batches):
             inputs, targets = response_batch([rows[i] for i in mine], run.trained.block_size,
                                              device)  # (B, T)
             old, advantage, old_values, target = (  # (N,) each, of N response tokens
                 to_device(x[mine][rollouts.mask[mine]], device)
                 for x in (rollouts.logprobs, advantages, rollouts.values, returns))
-            with run.gradient_sync(micro_step == len(micro_batches) - 1):
-                with autocast(device, run.dtype):
-                    new, values = model(inputs, targets).unbind(1)  # (N,) each
-                losses = torch.stack([
-                    *A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
-                    A.value_loss(values, old_values, target, config.value_clip)])
-                losses = losses.sum(1) / num_tokens  # (3,)
-                run.scaler.scale((losses[0] + losses[2]) * launch.world_size).backward()
+            with autocast(device, run.dtype):
+                new, values = model(inputs, targets).unbind(1)  # (N,) each
+            losses = torch.stack([
+                *A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
+                A.value_loss(values, old_values, target, config.value_clip)])
+            losses = losses.sum(1) / num_tokens  # (3,)
+            run.scaler.scale((losses[0] + losses[2]) * launch.world_size).backward()
             sums += losses.detach()
+        if run.stopping:
+            return
         named = dict(zip(("policy_loss", "clip_fraction", "value_loss"), sums, strict=True))
         if number < len(minibatches):
             run.update(loss, named.values())
@@ -327,7 +330,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
             advantages, returns, more = advantages_and_returns(rollouts, config, kl_coef)
             figures = rollouts.figures(kl_coef) | more | rollouts.seconds | {"kl_coef": kl_coef}
             optimize(model, rollouts, advantages, returns, config, run, lr, figures)
-            if config.kl_target:
+            if config.kl_target and not run.stopping:
                 kl_coef = run.state.kl_coef = A.next_kl_coef(kl_coef, figures["kl"],
                                                              config.kl_target, config.batch_size)
     return policy.eval()

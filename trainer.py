@@ -208,14 +208,13 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
             set_lr(optimizer, lr)
             loss_sum = torch.zeros((), device=device)
-            for micro_step in range(grad_accum_steps):
+            for _ in run.micro_steps(range(grad_accum_steps)):
                 inputs, targets = next(batches)  # (B, T) each
-                with run.gradient_sync(micro_step == grad_accum_steps - 1):
-                    with autocast(device, run.dtype):
-                        _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-                    # Mean over the global batch; DDP averages over ranks, hence world_size
-                    loss = loss * (launch.world_size / config.total_batch_size)
-                    run.scaler.scale(loss).backward()
+                with autocast(device, run.dtype):
+                    _, loss = model(inputs, targets, reduction="sum", return_logits=False)
+                # Mean over the global batch; DDP averages over ranks, hence world_size
+                loss = loss * (launch.world_size / config.total_batch_size)
+                run.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             run.finish_step(loss_sum, lr=lr, tokens=config.total_batch_size, sequence_length=T)
     return raw_model.eval()

@@ -39,6 +39,7 @@ class Launch:
     rank: int  # among all processes of all nodes
     world_size: int
     device: torch.device
+    store: dist.Store | None = None  # of several ranks
 
     @property
     def is_master(self) -> bool:
@@ -81,6 +82,12 @@ class Launch:
         if self.world_size > 1:
             dist.barrier()
 
+    def first_choice(self, key: str, choice: str) -> str:
+        """The first choice, other than "", of any rank under this key. Waits for no other rank."""
+        if self.store is None:
+            return choice
+        return self.store.compare_set(key, "", choice).decode()
+
 
 def start(device: str, deterministic: bool = False) -> Launch:
     """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere; `deterministic` allows only
@@ -97,6 +104,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
     elif torch_device.type == "cpu":
         keep_freed_memory()
         use_fastest_exact_matmul()
+    store = None
     if world_size > 1:
         backend, gpu = ("nccl", torch_device) if torch_device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=TIMEOUT_MINUTES)
@@ -104,7 +112,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=timeout, device_id=gpu)
-    return Launch(rank, world_size, torch_device)
+    return Launch(rank, world_size, torch_device, store)
 
 
 def read_launch() -> tuple[int, int, int]:

@@ -59,7 +59,7 @@ class IgnoreBrokenPipe:
 
 class StopRequest(contextlib.ExitStack):
     """While entered, a stop signal is recorded instead of killing this process, for the training
-    loop to check once a step; a second Ctrl-C ends the process at once."""
+    loop to check; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         super().__init__()  # of what is restored on exit: signal handlers, output streams

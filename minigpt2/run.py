@@ -5,11 +5,11 @@ the forward and backward pass, loss normalization, validation and schedule. The 
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, strftime
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from model import GPT
 
 # How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
 STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}
+Batch = TypeVar("Batch")
 PER_NODE = ("checkpoint", "data", "data_dir", "device")  # settings that may differ between nodes
 
 
@@ -271,16 +272,24 @@ class Run:
         resume.seed_rank(self.config.seed, self.step, self.launch)
         return finished
 
-    @contextlib.contextmanager
-    def gradient_sync(self, is_last: bool) -> Iterator[None]:
-        """The context of a micro-step, forward and backward pass: the only place where modules are
-        in training mode. DDP averages gradients over ranks in the last one of an update and only
-        accumulates them in the others."""
-        synced = is_last or self.train_model is self.trained
-        self.trained.train()
-        with contextlib.nullcontext() if synced else self.train_model.no_sync():
-            yield
-        self.trained.eval()
+    def micro_steps(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """The micro-batches of an update; only in a micro-step are modules in training mode. DDP
+        averages gradients over ranks in the last micro-step and only accumulates in the others.
+        After a signal, none follow on any rank, and `finish_step` discards their sum; a step with
+        an update is completed."""
+        for number, batch in enumerate(batches, 1):
+            is_last = number == len(batches)
+            # The first rank that has a signal, or enters its last micro-step, decides for all: one
+            # that reads "stop" leaves no other waiting, since none can enter its last one any more
+            choice = "stop" if self.stop.requested() else "go" if is_last else ""
+            if not self.updates and self.launch.first_choice(f"step {self.step}", choice) == "stop":
+                self.stopping = True
+                return
+            synced = is_last or self.train_model is self.trained
+            self.trained.train()
+            with contextlib.nullcontext() if synced else self.train_model.no_sync():
+                yield batch
+            self.trained.eval()
 
     def update(self, loss_sum: torch.Tensor, sums: Iterable[torch.Tensor] = ()) -> None:
         """Clips the gradients, those of a value model by themselves, and takes one optimizer step.
@@ -289,8 +298,7 @@ class Run:
         largest = self.config.grad_clip or math.inf
         norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
                  for model in (self.model, self.value) if model is not None]
-        asked = loss_sum.new_full((), self.stop.requested())
-        summed = self.launch.sum(torch.stack([loss_sum, *sums, asked]))  # the only all-reduce
+        summed = self.launch.sum(torch.stack([loss_sum, *sums]))  # the only all-reduce
         grad_norm = norms[0] + 0 * norms[-1]  # not finite if either is not
         numbers = torch.cat([summed, grad_norm[None]])  # on the device, the same on all ranks
         step_if_finite(self.optimizer, numbers)
@@ -305,6 +313,8 @@ class Run:
         rank's loss, scaled so that its mean over ranks is that of the global batch, and of `sums`,
         tensors () of this rank, summed over ranks; and `figures`. `tokens` are those of all ranks,
         in sequences of sequence_length. Raises UserError after three skipped steps in a row."""
+        if self.stopping:
+            return
         sums = sums or {}
         self.update(loss_sum, sums.values())
         numbers, self.updates = torch.stack(self.updates).mean(0), []
@@ -321,9 +331,9 @@ class Run:
         while len(self.unread) > all_but:
             step, state = self.step - len(self.unread), self.state
             numbers, names, tokens, flops, figures = self.unread.popleft()
-            loss, *sums, stopping, grad_norm = numbers.read()
+            loss, *sums, grad_norm = numbers.read()
             figures |= zip(names, sums, strict=True)
-            loss, self.stopping = loss / self.launch.world_size, stopping > 0
+            loss /= self.launch.world_size
             state.skipped = count_skipped(state.skipped, step, loss, grad_norm, self.scaler,
                                           self.out_dir)
             self.tokens += tokens
@@ -350,8 +360,8 @@ class Run:
         return self.clock
 
     def pause_clock(self) -> None:
-        """Validation and saving are not training time. All steps are read first: one may have asked
-        to stop, and a checkpoint counts skipped steps."""
+        """Validation and saving are not training time. All steps are read first: a checkpoint
+        counts skipped steps."""
         if self.paused_at is None:
             self.read_steps()
             self.paused_at = device_time(self.launch.device)

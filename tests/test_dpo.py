@@ -9,7 +9,14 @@ import pytest
 import torch
 from helpers.common import CPU_LAUNCH, ROOT, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
-from helpers.training import StopAfter, assert_same_run, interrupted, losses, num_records
+from helpers.training import (
+    StopAfter,
+    assert_same_run,
+    interrupted,
+    losses,
+    num_records,
+    stopped_in_micro_step,
+)
 from helpers.worlds import Standing, W
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -330,6 +337,17 @@ def test_another_number_of_ranks_resumes(base, rows_file, tmp_path):
         found, expected = ([record[name] for record in records(folder)]
                            for folder in (out, tmp_path / "whole"))
         assert found == pytest.approx(expected, rel=1e-4, abs=2e-4), name
+
+
+def test_a_signal_ends_a_run_after_a_micro_step(base, rows_file, tmp_path):
+    """It is resumed exactly, from the last complete step; a step has two micro-steps."""
+    options = {"save_interval": 1000, "eval_interval": 1000, "resume": True}
+    train(tiny(base, rows_file, tmp_path / "whole", **options), CPU_LAUNCH)
+    config = tiny(base, rows_file, tmp_path / "out", **options)
+    for number, steps in ((1, 0), (2 + 1, 1), (1, 1)):
+        assert stopped_in_micro_step(train, config, number) == (number, steps)
+    train(config, CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("count", [3, 7, 9])  # in the reference's pass, a validation, a step

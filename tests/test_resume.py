@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import threading
 import time
 
@@ -21,6 +20,7 @@ from helpers.training import (
     flags,
     interrupted,
     losses,
+    signal_at_the_end_of_a_step,
     tiny,
     trace,
 )
@@ -201,13 +201,13 @@ def test_a_run_without_an_intact_checkpoint_is_not_overwritten(corpus, out, dama
     assert all(folder.is_dir() for folder in folders)
 
 
-def test_a_newer_damaged_checkpoint_does_not_displace_a_new_one(corpus, tmp_path):
+def test_a_newer_damaged_checkpoint_does_not_displace_a_new_one(corpus, tmp_path, monkeypatch):
     """Retention must not delete the checkpoint that was just written."""
     config = tiny(corpus, tmp_path / "out", max_steps=8, save_interval=2, keep_last=0)
     train(config, CPU_LAUNCH)
     flip_bit(tmp_path / "out" / "step_000008" / "model.safetensors")
-    with StopRequest() as stop:
-        stop.name = "SIGTERM"
+    with StopRequest() as stop, monkeypatch.context() as patch:
+        signal_at_the_end_of_a_step(patch, stop)
         train(dataclasses.replace(config, keep_last=1, eval_interval=1000, resume=True),
               CPU_LAUNCH, stop)
     kept = [folder.name for folder in list_checkpoints(tmp_path / "out")]
@@ -355,7 +355,7 @@ def test_a_pending_checkpoint_is_written_although_the_run_fails(corpus, tmp_path
 
 def test_a_run_stopped_before_its_last_validation_gets_its_best(corpus, tmp_path, monkeypatch):
     with StopRequest() as stop, monkeypatch.context() as patch:
-        patch.setattr("trainer.set_lr", lambda optimizer, lr: os.kill(os.getpid(), signal.SIGTERM))
+        signal_at_the_end_of_a_step(patch, stop)
         train(tiny(corpus, tmp_path / "out", max_steps=1, eval_interval=1000), CPU_LAUNCH, stop)
     assert final_state(tmp_path / "out")["progress"]["step"] == 1
     assert not (tmp_path / "out" / "best").exists()

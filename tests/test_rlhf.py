@@ -13,7 +13,14 @@ import torch
 from helpers import world_rewards
 from helpers.common import CPU_LAUNCH, ROOT, main_error, main_of, run_script, user_error, write_rows
 from helpers.ranks import NO_WAIT, Ranks, wait_until
-from helpers.training import StopAfter, assert_same_run, final_state, flags, num_records
+from helpers.training import (
+    StopAfter,
+    assert_same_run,
+    final_state,
+    flags,
+    num_records,
+    stopped_in_micro_step,
+)
 from helpers.worlds import T, W
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -686,6 +693,19 @@ def test_the_reference_never_changes(tmp_path, monkeypatch):
     references, policies = map(set, zip(*seen, strict=True))
     assert references == {weights_sha256(load_model(config.checkpoint))} and steps < len(seen)
     assert len(policies) > 8
+
+
+def test_a_signal_ends_a_run_after_a_micro_step_of_the_first_update(tmp_path, monkeypatch):
+    """A step has four updates of two micro-steps; one that has made an update is completed."""
+    TREE.use_small_vocabulary(monkeypatch)
+    config = settings(TREE, tmp_path, steps=3, micro_batch_size=4, kl_target=0.1,
+                      out_dir=str(tmp_path / "whole"))
+    train(config, CPU_LAUNCH)
+    config = replace(config, out_dir=str(tmp_path / "out"), resume=True)
+    for number, ran, steps in ((1, 1, 0), (8 + 1, 9, 1), (3, 8, 2)):
+        assert stopped_in_micro_step(train, config, number) == (ran, steps)
+    train(config, CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.slow

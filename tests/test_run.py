@@ -79,8 +79,8 @@ def test_a_signal_saves_and_skips_the_graph(tmp_path, capsys):
     with StopRequest() as stop:
         stop.name = "SIGTERM"
         toy_script.train(toy(tmp_path / "out"), CPU_LAUNCH, stop)
-    assert "SIGTERM: stopped after 1 of 12 steps" in capsys.readouterr().out
-    assert final_state(tmp_path / "out")["progress"]["step"] == 1
+    assert "SIGTERM: stopped after 0 of 12 steps" in capsys.readouterr().out
+    assert final_state(tmp_path / "out")["progress"]["step"] == 0
     assert not (tmp_path / "out" / "toy.png").exists()
 
 

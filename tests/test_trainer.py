@@ -34,6 +34,8 @@ from helpers.training import (
     flags,
     interrupted,
     losses,
+    signal_at_the_end_of_a_step,
+    stopped_in_micro_step,
     tiny,
     tiny_corpus,
     trace,
@@ -136,7 +138,7 @@ def test_gradients_are_reduced_once_a_step_and_overlap_with_backward(corpus, tmp
         for event in map(json.loads, lines):
             if "bucket" in event:
                 steps[-1].append(event)
-            elif event["elements"] == 2:  # loss and stop request, which end a step
+            elif event["elements"] == 1:  # the loss, which ends a step
                 steps.append([])
             elif event["elements"] not in {b["bytes"] // 4 for b in steps[-1]}:  # a bucket's own
                 sizes.append(event["elements"])
@@ -719,18 +721,33 @@ def test_no_step_waits_for_the_device(optimizer, corpus, tmp_path, monkeypatch):
     assert counts[1:] == [["numpy"]] * (STEPS - 1)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_signal_ends_a_run_after_a_micro_step(corpus, tmp_path, monkeypatch, capsys, late):
+    """A step has 8 micro-steps. What they have summed is discarded: the checkpoint is that of the
+    last complete step, and the resumed run equals an uninterrupted one bit for bit."""
+    monkeypatch.setitem(run.STEPS_LATE, "cpu", late)
+    options = {"micro_batch_size": 1, "max_steps": 4, "save_interval": 100, "resume": True,
+               "activation_checkpointing": bool(late)}
+    train(tiny(corpus, tmp_path / "whole", **options), CPU_LAUNCH)
+    for number, steps in ((3, 0), (8 + 8, 2), (8 + 1, 3), (1, 3)):
+        config = tiny(corpus, tmp_path / "out", **options)
+        assert stopped_in_micro_step(train, config, number) == (number, steps)
+        assert f"SIGTERM: stopped after {steps} of 4 steps" in capsys.readouterr().out
+    train(tiny(corpus, tmp_path / "out", **options), CPU_LAUNCH)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_reading_numbers_a_step_late_changes_no_run(corpus, tmp_path, monkeypatch):
-    """As on a GPU. A signal then stops the run a step later, and the resumed run is the same."""
+    """As on a GPU. A run that a signal stopped after each step, and resumed, is the same."""
     options = {"resume": True, "log_interval": 3}
     train(tiny(corpus, tmp_path / "whole", **options), CPU_LAUNCH)
     monkeypatch.setitem(run.STEPS_LATE, "cpu", 1)
     train(tiny(corpus, tmp_path / "late", **options), CPU_LAUNCH)
     assert_same_run(tmp_path / "late", tmp_path / "whole")
-    for steps in (2, 4, 5, 7):  # the numbers of the fifth are read before it is validated and saved
+    for steps in range(1, 7):  # the numbers of a step are read before it is saved
         with StopRequest() as stop, monkeypatch.context() as patch:
-            patch.setattr(trainer, "set_lr", lambda *arguments: (
-                real_set_lr(*arguments), stop.handle(signal.SIGTERM, None)))
+            signal_at_the_end_of_a_step(patch, stop)
             train(tiny(corpus, tmp_path / "stopped", **options), CPU_LAUNCH, stop)
         assert final_state(tmp_path / "stopped")["progress"]["step"] == steps
     train(tiny(corpus, tmp_path / "stopped", **options), CPU_LAUNCH)

@@ -5,7 +5,6 @@ a second instead of four, and get torchrun's environment variables. torchrun its
 elsewhere. Hooks, the functions below up to `Ranks`, inject faults into a rank or record its work.
 """
 
-import contextlib
 import importlib
 import itertools
 import json
@@ -121,6 +120,31 @@ def inject_nan(micro_steps_of: dict[int, list[int]]) -> None:
     model.linear_cross_entropy = nan_loss
 
 
+def signal_in_micro_step(options: dict) -> None:
+    """One of two ranks gets SIGTERM in its micro-step `number`, once the other is in its micro-step
+    `held`, and leaves its step before the other gets on. Both write how many micro-steps they ran.
+    """
+    real, count, rank = run.Run.micro_steps, itertools.count(1), int(os.environ["RANK"])
+    counts = [Path(options["folder"]) / f"micro_steps_{one}" for one in (0, 1)]
+    is_held = Path(options["folder"]) / "held"
+
+    def micro_steps(self, batches):
+        number = 0
+        for batch in real(self, batches):
+            number = next(count)
+            if rank == options["rank"] and number == options["number"]:
+                wait_until(is_held.exists)
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif rank != options["rank"] and number == options["held"]:
+                is_held.touch()
+                wait_until(counts[options["rank"]].exists)
+            yield batch
+        if self.stopping:
+            counts[rank].write_text(str(number), encoding="utf-8")
+
+    run.Run.micro_steps = micro_steps
+
+
 def delay_graph(seconds: float) -> None:
     """Makes rank 0 slow at the end of the run."""
     real = run.draw_runs
@@ -204,7 +228,7 @@ def record_gradients(folder: Path) -> None:
     """Appends, after every micro-step, the storages of gradients and of reduced buckets with their
     bytes, by address."""
     path = folder / f"gradients_{os.environ['RANK']}.jsonl"
-    real_parallel, real_sync = distributed.data_parallel, run.Run.gradient_sync
+    real_parallel, real_steps = distributed.data_parallel, run.Run.micro_steps
     seen: dict[str, dict[int, int]] = {"gradients": {}, "buckets": {}}
 
     def note(kind, tensor):
@@ -220,16 +244,15 @@ def record_gradients(folder: Path) -> None:
         wrapped.register_comm_hook(None, hook)
         return wrapped
 
-    @contextlib.contextmanager
-    def gradient_sync(self, is_last):
-        seen.update(gradients={}, buckets={})
-        with real_sync(self, is_last):
-            yield
-        for parameter in self.model.parameters():
-            note("gradients", parameter.grad)
-        append_json(path, seen)
+    def micro_steps(self, batches):
+        for batch in real_steps(self, batches):
+            seen.update(gradients={}, buckets={})
+            yield batch
+            for parameter in self.model.parameters():
+                note("gradients", parameter.grad)
+            append_json(path, seen)
 
-    distributed.data_parallel, run.Run.gradient_sync = data_parallel, gradient_sync
+    distributed.data_parallel, run.Run.micro_steps = data_parallel, micro_steps
 
 
 def save_gradients(folder: Path) -> None:

@@ -39,10 +39,9 @@ def train(config: ToyConfig, launch: Launch, stop: StopRequest | None = None) ->
             torch.manual_seed(run.step)  # the batch of a step depends on the step alone
             batch = torch.randint(100, (micro_steps, launch.world_size, B, 8))
             loss_sum = torch.zeros(())
-            for micro_step, rows in enumerate(batch[:, launch.rank]):
-                with run.gradient_sync(micro_step == micro_steps - 1):
-                    loss = model(rows)[0].pow(2).mean() / micro_steps
-                    run.scaler.scale(loss).backward()
+            for rows in run.micro_steps(batch[:, launch.rank]):
+                loss = model(rows)[0].pow(2).mean() / micro_steps
+                run.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             run.finish_step(loss_sum, lr=1e-2, tokens=batch.numel(), sequence_length=8, rows=8)
     return raw_model

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 
-from helpers.common import ROOT, make_corpus
+from helpers.common import CPU_LAUNCH, ROOT, make_corpus
+from minigpt2 import run
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
@@ -60,10 +63,10 @@ def num_records(out_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def interrupted(run: Path, out_dir: Path, at: int) -> Path:
+def interrupted(whole: Path, out_dir: Path, at: int) -> Path:
     """Copies a run to out_dir as if it had been killed two steps after checkpoint `at`, while it
     wrote a line of its log."""
-    shutil.copytree(run, out_dir, ignore=lambda _, names: [
+    shutil.copytree(whole, out_dir, ignore=lambda _, names: [
         name for name in names if name.startswith("step_") and name > f"step_{at:06d}"])
     lines = (out_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] < at + 2]
@@ -100,6 +103,31 @@ def assert_same_run(a: Path, b: Path, has_state: bool = True) -> None:
         for name, value in values.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][index][name]))
     assert curves(a) == curves(b)
+
+
+def signal_at_the_end_of_a_step(monkeypatch, stop: StopRequest) -> None:
+    """A signal while a step is taken, after its last micro-step: the step is completed."""
+    real = run.step_if_finite
+    monkeypatch.setattr(run, "step_if_finite", lambda *arguments: (
+        real(*arguments), stop.handle(signal.SIGTERM, None)))
+
+
+def stopped_in_micro_step(train, config, number: int) -> tuple[int, int]:
+    """Runs a script until it ends after a signal in its micro-step `number` (from 1). Returns how
+    many micro-steps it ran, and the steps of its newest checkpoint."""
+    real, numbers = run.Run.micro_steps, []
+
+    def micro_steps(self, batches):
+        for batch in real(self, batches):
+            numbers.append(len(numbers) + 1)
+            if len(numbers) == number:
+                stop.handle(signal.SIGTERM, None)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch, StopRequest() as stop:
+        patch.setattr(run.Run, "micro_steps", micro_steps)
+        train(config, CPU_LAUNCH, stop)
+    return len(numbers), final_state(Path(config.out_dir))["progress"]["step"]
 
 
 class StopAfter(StopRequest):

@@ -2,7 +2,6 @@
 and scores of DPO and the reward model within 1e-5, the loss of GRPO within 1e-4. PAIRS_FILE and
 REFEREE_CHECKPOINT, environment variables, select real pairs and another checkpoint."""
 
-import contextlib
 import json
 import os
 import random
@@ -187,7 +186,7 @@ def test_advantages_loss_and_gradient_of_grpo_equal_trls(checkpoint, pairs, tmp_
     run = SimpleNamespace(
         launch=CPU_LAUNCH, model=policy, trained=policy.config, step=0, dtype=torch.float32,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        gradient_sync=lambda is_last: contextlib.nullcontext(),
+        micro_steps=iter, stopping=False,
         finish_step=lambda loss, *, sums, **figures: logged.update(sums))
     optimize(PolicyAndValue(policy, None), rollouts, advantages[:, None] * mask,
              torch.zeros_like(old), RLHFConfig(
