@@ -166,7 +166,7 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     with run:
         # 3. The reference, once. It sees the batches of the first epoch and of validation: a CPU
         # then gives the policy of step 0 the same log-probabilities, bit for bit
-        run.pause_clock()
+        run.begin("reference")
         ref = reference_logprobs(reference, [*islice(epoch, run.steps_per_epoch), val_pairs], run)
         run.stopping = ref is None  # a signal came
         del reference  # of a resumed run, it is not needed any more

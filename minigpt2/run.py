@@ -1,6 +1,5 @@
-"""What all training scripts share: their flags, and a `Run` that does everything but the batches,
-the forward and backward pass, loss normalization, validation and schedule. The script calls the
-`Run`, never the reverse; docs/development.md shows how."""
+"""What training scripts share: flags, and a `Run` for all but batches, forward and backward pass,
+loss normalization, validation and schedule. Scripts call it (docs/development.md)."""
 
 import contextlib
 import math
@@ -8,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter, strftime
+from time import strftime
 from typing import NoReturn, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import check_image, draw_runs
 from minigpt2.metrics import RunLog, peak_flops, run_metadata
 from minigpt2.optimizer import learning_rate, make_optimizer, missing_bytes, step_if_finite
-from minigpt2.progress import progress_bar
+from minigpt2.progress import Pace, progress_bar
 from model import GPT
 
 # How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
@@ -93,16 +92,15 @@ def run_training(config_class: type[RunConfig], train: Callable, description: st
 
 class Run:
     """One run of a training script, from resume to the closing line. For the script: `is_resumed`,
-    `checkpoint` (resumed from, or None), `step` (steps taken), `dtype` (of autocast), `scaler`;
-    after `prepare` also `optimizer`, `max_steps`, `micro_batch_size`, `summary`, and after
-    `prepare_epochs` `batch_size` and `steps_per_epoch`."""
+    `checkpoint` (resumed from), `step` (steps taken), `dtype` (of autocast), `scaler`, and what
+    `prepare` sets: `optimizer`, `max_steps`, `micro_batch_size`, `summary`, ..."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
                  graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
                  loss_name: str = "cross-entropy, nats per token", model_class: type[GPT] = GPT,
                  **extra_metadata):
-        """`label`: name in the progress bar. `graph`: the loss graph, `loss_name` its axis. `data`:
-        what is hashed. `fixed`: what --resume may not change. Raises UserError, writes nothing."""
+        """`label` names the bar, `loss_name` the axis of `graph`; `data` is hashed; --resume may
+        not change what is `fixed`. Raises UserError, writes nothing."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
         self.label, self.prompt_template, self.loss_name = label, prompt_template, loss_name
         self.out_dir = Path(config.out_dir)
@@ -135,12 +133,10 @@ class Run:
                 max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
                 milestones: Iterable[int] = (), trained: torch.nn.Module | None = None,
                 value: GPT | None = None) -> torch.nn.Module:
-        """Restores the training state, compiles, chooses the micro-batch (the first of
-        `micro_batch_sizes`, or with `--micro-batch-size auto` the first that fits), and returns the
-        module to train, in DDP. Weights are validated and saved after max_steps and `milestones`.
-        `trained`: the module, if it holds more than the model, a `value` model to be saved with the
-        training state. Raises UserError if the checkpoint is past max_steps (set by max_steps_flag)
-        or of another model, or if no micro-batch fits."""
+        """Restores the training state, compiles, chooses the first of `micro_batch_sizes`, or with
+        "auto" the first that fits, and returns the module to train, in DDP. Weights are validated
+        and saved after max_steps, set by max_steps_flag, and `milestones`. `trained`: the module,
+        if it holds more than the model, a `value` model saved beside it. Raises UserError."""
         config, launch = self.config, self.launch
         self.model, self.optimizer, self.value = model, optimizer, value
         self.trained = model if trained is None else trained
@@ -174,8 +170,7 @@ class Run:
         return self.train_model
 
     def prepare_epochs(self, model: GPT, num_rows: int, sequence_length: int) -> torch.nn.Module:
-        """`prepare` for the epochs of a TuningConfig over num_rows rows. Micro-batches are even
-        parts of a rank's share of a step, so that none has many rows of padding."""
+        """`prepare` for epochs of num_rows rows. Micro-batches are even parts of a rank's share."""
         config = self.config
         self.batch_size = min(config.batch_size or min(max(num_rows // 25, 8), 64), num_rows)
         self.steps_per_epoch = -(-num_rows // self.batch_size)  # ceiling division
@@ -209,44 +204,50 @@ class Run:
                     self.out_dir / "metrics.jsonl", fresh=not self.is_resumed)))
                 self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
                                **self.metadata)
-            self.bar = stack.enter_context(progress_bar(self.max_steps, self.step, self.label,
-                                                        enabled=is_master))
+            self.pace = Pace(self.milestones)
+            self.bar = stack.enter_context(progress_bar(
+                self.max_steps, self.step, self.label, enabled=is_master, pace=self.pace))
+            compiler = torch._dynamo.callback.callback_handler
+            stack.callback(compiler.remove_start_callback,
+                           compiler.register_start_callback(self.pace.compiling))
             self.stack = stack.pop_all()
         peak = peak_flops(self.launch.device)  # None if unknown
         self.peak_flops = peak and peak * self.launch.world_size
-        self.first_step, self.overhead_s, self.paused_at = self.step, 0.0, None
-        self.t0 = self.restart_clock()
+        self.first_step, self.t0 = self.step, device_time(self.launch.device)
+        self.tokens, self.flops, self.seconds = 0, 0, 0.0  # of the steps since the last record
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        elapsed = device_time(self.launch.device) - self.t0 if error is None else 0.0
+        self.pace.begin()
         if error is None and self.launch.is_master and self.step > self.first_step:
-            self.log.write(self.step, "end", seconds=elapsed, overhead_s=self.overhead_s)
+            self.log.write(self.step, "end", overhead_s=self.pace.overhead_s,
+                           seconds=device_time(self.launch.device) - self.t0)
         self.stack.__exit__(kind, error, traceback)  # waits for the checkpoint being written
         if error is None and self.launch.is_master:
-            self.report(elapsed)
+            self.report()
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
-        return self.state.val_loss is None and self.is_due(self.config.eval_interval)
+        return self.state.val_loss is None and self.is_due("validating", self.config.eval_interval)
 
     def benchmark_due(self, interval: int) -> bool:
         """Whether the weights are to be scored on a benchmark now; never with interval 0."""
-        return interval > 0 and self.state.scored_step != self.step and self.is_due(interval)
+        is_new = self.state.scored_step != self.step
+        return interval > 0 and is_new and self.is_due("scoring", interval)
 
-    def is_due(self, interval: int) -> bool:
+    def is_due(self, part: str, interval: int) -> bool:
         if due := self.step in self.milestones or self.step % interval == 0:
-            self.pause_clock()
+            self.begin(part, interval)
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """`log_figures` of the validation loss and more; None, after a signal."""
+        """`log_figures` of the validation loss and more; None, after a signal. Samples follow."""
         self.state.val_loss = loss
+        self.begin("sampling", self.config.eval_interval)
         return self.log_figures("val", None if loss is None else {"loss": loss, **figures})
 
     def log_figures(self, kind: str, figures: dict[str, float] | None) -> bool:
-        """Records figures of the weights under `kind`; None, after a signal, stops the run. Returns
-        whether there are any."""
+        """Records figures under `kind` and returns True; None, after a signal, stops the run."""
         self.stopping = figures is None
         if kind != "val" and figures is not None:
             self.state.scored_step = self.step
@@ -261,22 +262,20 @@ class Run:
         """Saves a checkpoint if one is due; returns, alike on all ranks, whether the run ends."""
         at_interval = self.step > 0 and self.step % self.config.save_interval == 0
         if self.stopping or at_interval or self.step in self.milestones:
-            self.pause_clock()
+            self.begin("saving", self.config.save_interval)
             self.writer.save(self.state, self.model, self.optimizer, self.scaler, self.value)
         finished = self.stopping or self.step >= self.max_steps
         if finished:
             self.writer.wait()
-        if self.paused_at is not None:
-            self.overhead_s += self.restart_clock() - self.paused_at
-            self.paused_at = None
+        self.pace.begin()
         resume.seed_rank(self.config.seed, self.step, self.launch)
         return finished
 
     def micro_steps(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """The micro-batches of an update; only in a micro-step are modules in training mode. DDP
-        averages gradients over ranks in the last micro-step and only accumulates in the others.
-        After a signal, none follow on any rank, and `finish_step` discards their sum; a step with
-        an update is completed."""
+        """The micro-batches of an update: only there are modules in training mode. DDP averages
+        gradients over ranks in the last, forward pass included. After a signal to any rank, none
+        follow, and `finish_step` discards their sum; a step that has made an update is completed.
+        """
         for number, batch in enumerate(batches, 1):
             is_last = number == len(batches)
             # The first rank that has a signal, or enters its last micro-step, decides for all: one
@@ -309,10 +308,9 @@ class Run:
 
     def finish_step(self, loss_sum: torch.Tensor, *, lr: float, tokens: int, sequence_length: int,
                     sums: dict[str, torch.Tensor] | None = None, **figures) -> None:
-        """Takes the last update of a step, and logs means over its updates: of loss_sum (), this
-        rank's loss, scaled so that its mean over ranks is that of the global batch, and of `sums`,
-        tensors () of this rank, summed over ranks; and `figures`. `tokens` are those of all ranks,
-        in sequences of sequence_length. Raises UserError after three skipped steps in a row."""
+        """Takes the last update of a step, and logs means over its updates: of loss_sum (), whose
+        mean over ranks is the loss of the global batch, of `sums` (), summed over ranks, and
+        `figures`. `tokens` are all ranks'. Raises UserError after three skipped steps in a row."""
         if self.stopping:
             return
         sums = sums or {}
@@ -324,7 +322,6 @@ class Run:
         self.state.step += 1
         self.read_steps(all_but=STEPS_LATE[self.launch.device.type])
         self.writer.wait(block=False)
-        self.bar.update()
 
     def read_steps(self, all_but: int = 0) -> None:
         """Reads and logs the numbers of the steps taken, but for the last `all_but`."""
@@ -338,6 +335,8 @@ class Run:
                                           self.out_dir)
             self.tokens += tokens
             self.flops += flops
+            self.seconds += self.pace.end_step()  # reading has waited for the step
+            self.bar.update()
             if step % self.config.log_interval == 0 or state.skipped:
                 skipped = {"skipped": state.skipped} if state.skipped else {}
                 self.log_step(step, loss=loss, grad_norm=grad_norm, **figures, **skipped)
@@ -345,29 +344,21 @@ class Run:
                 self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
 
     def log_step(self, step: int, **figures) -> None:
-        tokens, flops, t0 = self.tokens, self.flops, self.clock
-        seconds = self.restart_clock(perf_counter()) - t0  # reading has waited for the step
-        rate, mfu = tokens / seconds, self.peak_flops and flops / seconds / self.peak_flops
+        rate = self.tokens / self.seconds
+        mfu = self.peak_flops and self.flops / self.seconds / self.peak_flops
+        self.tokens, self.flops, self.seconds = 0, 0, 0.0
         if self.launch.is_master:
             self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
             self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tok/s"
                                      + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
 
-    def restart_clock(self, now: float | None = None) -> float:
-        """Starts the interval of the next throughput figure, by default once the device is done."""
-        self.clock = device_time(self.launch.device) if now is None else now
-        self.tokens, self.flops = 0, 0
-        return self.clock
+    def begin(self, part: str, every: int = 0) -> None:
+        """Begins a part that is not training. First reads all steps: a checkpoint counts skips."""
+        self.read_steps()
+        self.pace.begin(part, every)
 
-    def pause_clock(self) -> None:
-        """Validation and saving are not training time. All steps are read first: a checkpoint
-        counts skipped steps."""
-        if self.paused_at is None:
-            self.read_steps()
-            self.paused_at = device_time(self.launch.device)
-
-    def report(self, elapsed: float) -> None:
-        """Prints the last line; draws the loss graph if the run reached its last step."""
+    def report(self) -> None:
+        """Draws the loss graph of a finished run; prints the last line."""
         folder = step_folder(self.out_dir, self.step)
         if self.stopping:
             print(self.stop.report(self.step, self.max_steps, folder))
@@ -375,5 +366,4 @@ class Run:
         draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
                   f"{self.label.capitalize()} loss", self.loss_name)
         print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
-              f"{folder}, graph {self.image}; validation and checkpoints took "
-              f"{self.overhead_s / elapsed:.1%} of {elapsed:,.0f} s")
+              f"{folder}, graph {self.image}")

@@ -186,7 +186,7 @@ def test_advantages_loss_and_gradient_of_grpo_equal_trls(checkpoint, pairs, tmp_
     run = SimpleNamespace(
         launch=CPU_LAUNCH, model=policy, trained=policy.config, step=0, dtype=torch.float32,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        micro_steps=iter, stopping=False,
+        micro_steps=iter, stopping=False, pace=SimpleNamespace(),
         finish_step=lambda loss, *, sums, **figures: logged.update(sums))
     optimize(PolicyAndValue(policy, None), rollouts, advantages[:, None] * mask,
              torch.zeros_like(old), RLHFConfig(

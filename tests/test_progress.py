@@ -1,0 +1,168 @@
+"""The progress bar of a run: what it is doing, and a time left that is true."""
+
+import pytest
+import torch
+from helpers import toy_script
+from helpers.common import CPU_LAUNCH
+from helpers.ranks import wait_until
+from helpers.toy_script import ToyConfig
+
+from minigpt2 import progress, run
+from minigpt2.progress import Pace, progress_bar
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(progress, "perf_counter", lambda: self.now)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_only_usual_steps_count(monkeypatch):
+    """Not the first one, one that compiles, or what comes between steps."""
+    clock = Clock(monkeypatch)
+    pace = Pace()
+    pace.begin("validating", 5)
+    clock.sleep(100)
+    pace.begin()
+    assert (pace.doing, pace.left(0, 10)) == ("first step", None)
+    clock.sleep(50)
+    assert pace.end_step() == 50 and pace.left(1, 10) is None
+    for seconds in (2, 4):
+        clock.sleep(seconds)
+        assert pace.end_step() == seconds and pace.doing == ""
+    pace.compiling()
+    assert pace.doing == "compiling"
+    clock.sleep(60)
+    assert pace.end_step() == 60 and pace.doing == ""
+    assert list(pace.steps) == [2, 4] and pace.overhead_s == 100
+    assert pace.left(4, 10) == 6 * 3 + 2 * 100  # validations after steps 5 and 10
+
+
+def test_the_time_left_goes_down_also_within_a_part(monkeypatch):
+    clock = Clock(monkeypatch)
+    pace = Pace(milestones=[12])
+    for seconds in (9, 3):
+        clock.sleep(seconds)
+        pace.end_step()
+    assert pace.left(2, 12) == 30
+    clock.sleep(2)
+    assert pace.left(2, 12) == 28
+    clock.sleep(5)
+    assert pace.left(2, 12) == 27  # the step in progress takes longer than usual
+    pace.begin("saving", 5)
+    clock.sleep(7)
+    pace.begin("sampling", 0)  # comes once
+    clock.sleep(1000)
+    pace.begin()
+    assert pace.left(2, 12) == 30 + 3 * 7  # after steps 5, 10 and 12
+    pace.begin("saving", 5)
+    clock.sleep(4)
+    assert pace.left(5, 12) == 7 * 3 + 2 * 7 + 3
+
+
+class Slow:
+    """The parts of a toy run take known times: a first step, a validation, a checkpoint."""
+
+    def __init__(self, monkeypatch, first, step, validation, checkpoint):
+        self.clock, self.lefts, count = Clock(monkeypatch), [], iter(range(10**6))
+        real_due, real_save = run.Run.eval_due, run.resume.CheckpointWriter.save
+        real_micro_steps = run.Run.micro_steps
+
+        def eval_due(this):
+            if due := real_due(this):
+                assert this.pace.doing == "validating"
+                self.clock.sleep(validation)
+            return due
+
+        def save(writer, state, *arguments):
+            if state.step != writer.saved_step:
+                self.clock.sleep(checkpoint)
+            real_save(writer, state, *arguments)
+
+        def micro_steps(this, batches):
+            if this.step >= 10:
+                self.lefts.append((self.clock.now, this.pace.left(this.bar.n, this.max_steps)))
+            return real_micro_steps(this, batches)
+
+        def read(copy, real=run.HostCopy.read):  # the host waits for the step
+            number = next(count)
+            self.clock.sleep(step * (1 + 0.1 * (-1) ** number) if number else first)
+            return real(copy)
+
+        monkeypatch.setattr(run.Run, "eval_due", eval_due)
+        monkeypatch.setattr(run.resume.CheckpointWriter, "save", save)
+        monkeypatch.setattr(run.Run, "micro_steps", micro_steps)
+        monkeypatch.setattr(run.HostCopy, "read", read)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("parts", [
+    {"first": 120, "step": 1, "validation": 40, "checkpoint": 0.5},
+    {"first": 1, "step": 0.1, "validation": 30, "checkpoint": 0.1},
+    {"first": 0.1, "step": 60, "validation": 0, "checkpoint": 2}])
+def test_the_time_left_is_true_within_20_percent_after_the_tenth_step(tmp_path, monkeypatch, parts,
+                                                                      late):
+    """In a run with validations and checkpoints, at any step from the tenth on."""
+    monkeypatch.setitem(run.STEPS_LATE, "cpu", late)
+    slow = Slow(monkeypatch, **parts)
+    toy_script.train(ToyConfig(out_dir=str(tmp_path), device="cpu", steps=60, eval_interval=16,
+                               save_interval=20), CPU_LAUNCH)
+    assert len(slow.lefts) == 50
+    for now, left in slow.lefts:
+        assert left == pytest.approx(slow.clock.now - now, rel=0.2)
+
+
+def test_a_first_step_that_compiles_says_so(tmp_path, monkeypatch):
+    """And does not count, as any later step for which a shape is compiled."""
+    doing = []
+
+    def micro_steps(this, batches, real=run.Run.micro_steps):
+        for batch in real(this, batches):
+            doing.append(this.pace.doing)
+            yield batch[:2 if this.step < 3 else 1]
+            doing.append(this.pace.doing)
+
+    monkeypatch.setattr(run.Run, "micro_steps", micro_steps)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, real=torch.nn.Module.compile,
+                        **options: real(self, **options | {"backend": "eager"}))
+    config = ToyConfig(out_dir=str(tmp_path), device="cpu", steps=5, compile=True,
+                       micro_batch_size=8)
+    paces, real = [], run.Pace
+    monkeypatch.setattr(run, "Pace", lambda *a: (paces.append(real(*a)), paces[-1])[1])
+    toy_script.train(config, CPU_LAUNCH)
+    assert doing == ["first step", "compiling", "", "", "", "", "", "compiling", "", ""]
+    assert len(paces[0].steps) == 3
+
+
+def test_without_a_terminal_there_is_a_line_whatever_the_run_does(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    pace, err = Pace(), []
+
+    def lines() -> int:
+        err.append(capsys.readouterr().err)
+        return "".join(err).count("\n")
+
+    with progress_bar(50, 10, "training", pace=pace) as bar:
+        pace.begin("validating", 5)
+        wait_until(lambda: lines() > 5)
+        bar.write("a result")
+        pace.begin()
+        bar.update()
+    text = "".join(err) + capsys.readouterr().err
+    assert "\r" not in text and all(line.startswith("training") for line in text.splitlines())
+    assert "training, validating:  20%|" in text and "| 10/50 [00:0" in text
+    assert "| 11/50 [00:0" in text.splitlines()[-1] and "? left]" in text
+
+
+def test_other_bars_write_lines_too(capsys):
+    assert list(progress_bar(3, 0, "reading", unit="file", over=[1, 2, 3])) == [1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("reading:   0%") and lines[-1].startswith("reading: 100%")
+    with progress_bar(3, 0, "reading", enabled=False, pace=Pace()):
+        pass
+    assert capsys.readouterr().err == ""
