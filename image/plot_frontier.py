@@ -30,7 +30,7 @@ from minigpt2.metrics import read_log
 from minigpt2.rewards import Reward
 
 # Settings that determine the frontier
-SHARED = ("reference_sha256", "reward_sha256", "data_sha256", "max_response", "unstopped_score",
+SHARED = ("reference_sha256", "reward_sha256", "data_sha256", "max_tokens", "unstopped_score",
           "val_fraction", "eval_rows")
 
 
@@ -45,6 +45,8 @@ class FrontierConfig:
 def settings_of(path: pathlib.Path, log: dict[str, dict[int, dict]]) -> dict:
     """The settings in a run's log. Raises UserError unless it is of rlhf.py, with a validation."""
     settings = log.get("run", {}).get(min(log.get("run", {}), default=0), {})
+    if "max_response" in settings:  # its name in earlier versions
+        settings = settings | {"max_tokens": settings["max_response"]}
     if not (settings.keys() >= set(SHARED) and points(log, "val", "score")[0]):
         raise UserError(f"{path} is not the log of a run of rlhf.py with a validation")
     return settings
@@ -65,13 +67,13 @@ def success_of_reference(settings: dict, samples: int) -> np.ndarray:
     reference = load_model(settings["checkpoint"], device)
     reward = Reward(settings["reward"], "--reward", device, settings["unstopped_score"])
     prompts, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,
-                              settings["max_response"])
+                              settings["max_tokens"])
     _, held_out, _ = split_prompts(prompts, settings["val_fraction"])
     rows = [row for row in held_out[: settings["eval_rows"]] for _ in range(samples)]
     launch = Launch(0, 1, device)
     responses = sample_responses(
         prepare_to_sample(reference), [row.ids for row in rows], list(range(len(rows))),
-        settings["max_response"], launch, label="samples of the reference")
+        settings["max_tokens"], launch, label="samples of the reference")
     scores = reward(responses, rows, launch, torch.float32)
     if not set(scores.tolist()) <= {0.0, 1.0}:
         raise UserError(f"the reward {settings['reward']} has other values than 0 and 1, for which "

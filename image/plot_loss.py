@@ -1,7 +1,7 @@
 """Plots the loss, learning rate and gradient norm of one or more run logs into one PNG.
 
-    python image/plot_loss.py out/pretrain/metrics.jsonl --out image/pretrain_loss.png
-    python image/plot_loss.py out/a/metrics.jsonl out/b/metrics.jsonl --out a_and_b.png
+    python image/plot_loss.py out/pretrain                          # out/pretrain/loss.png
+    python image/plot_loss.py out/a out/b --out a_and_b.png
     python image/plot_loss.py image/logs/recipes/*.jsonl --group --out image/recipes.png
 """
 
@@ -19,7 +19,8 @@ from minigpt2.graphs import check_image, draw_runs
 class PlotConfig:
     logs: tuple[str, ...] = flag((), "metrics.jsonl files, or folders with one", positional=True,
                                   is_path=True)
-    out: str = flag("loss.png", "PNG file to write", is_path=True)
+    out: str | None = flag(None, "PNG file to write (default: loss.png beside the first log)",
+                           is_path=True)
     title: str = flag("Loss", "title of the figure")
     group: bool = flag(False, "one color for all logs whose names agree up to the first _")
 
@@ -28,10 +29,10 @@ def main() -> None:
     config = parse_config(PlotConfig, description=__doc__)
     if not config.logs:
         raise UserError("no run log given: pass one or more metrics.jsonl files")
-    image = pathlib.Path(config.out)
-    check_image(image, "--out")
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.logs)]
+    image = pathlib.Path(config.out or paths[0].parent / "loss.png")
+    check_image(image, "--out")
     # label OUT_DIR/metrics.jsonl by its folder and other logs by their file name; if two labels
     # are equal, use whole paths
     runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]
@@ -40,7 +41,7 @@ def main() -> None:
     elif len({label for label, _ in runs}) < len(runs):
         runs = [(str(path.parent if path.stem == "metrics" else path), path) for path in paths]
     draw_runs(runs, image, config.title)
-    print(f"wrote {config.out}")
+    print(f"wrote {image}")
 
 
 if __name__ == "__main__":

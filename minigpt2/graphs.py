@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import numpy as np
+
 from minigpt2.config import UserError
 from minigpt2.files import atomic_write, check_folder
 from minigpt2.metrics import read_log
@@ -45,6 +47,7 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
     handles = {line.get_label(): line for line in loss.lines}
     for text in (loss.set_title(title), *loss.legend(handles.values(), handles.keys()).texts):
         text.set_parse_math(False)  # $ is only a character
+    limit_loss(loss, [points(log, kind, "loss") for _, log in logs for kind in ("train", "val")])
     norms = [norm for _, log in logs for norm in points(log, "train", "grad_norm")[1]]
     if norms and max(norms) > 10 * min(norms) > 0:
         below[-1].set_yscale("log")
@@ -56,6 +59,14 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
     image.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(image) as file:
         figure.savefig(file, format="png")
+
+
+def limit_loss(axes, curves: list[tuple[list[int], list[float]]]) -> None:
+    """Leaves out a fall in the first tenth of the steps that would take over half of the axis."""
+    found = np.concatenate([np.array(curve).T for curve in curves])  # (N, 2) steps, losses
+    low, high = found[:, 1].min(), found[found[:, 0] >= found[:, 0].max() / 10, 1].max()
+    if found[:, 1].max() - low > 2 * (high - low) > 0:
+        axes.set_ylim(1.05 * low - 0.05 * high, 1.05 * high - 0.05 * low)
 
 
 def draw_loss(axes, label: str, log: dict, color: str) -> None:

@@ -301,6 +301,28 @@ def test_graph_shows_the_logged_values(tmp_path, monkeypatch):
     assert {line.get_color() for line in loss.lines} == {"C0", "C1"}
 
 
+@pytest.mark.parametrize("losses, limits", [
+    ([10.8, 8, 5, 4.5, 4.2, 4], (3.95, 5.05)),  # the fall is left out
+    ([5.8, 5.6, 5.2, 4.9, 4.7, 4.5], None), ([0.69, 0.69, 0.7, 0.66, 0.68, 0.65], None),
+    ([3.0], None), ([4.0, 4.0], None), ([1e9, -2, -2.2, -2.1, -2.3, -2.4], (-2.42, -1.98))])
+def test_the_loss_axis_shows_the_useful_range(losses, limits, tmp_path, monkeypatch):
+    """The first tenth of the steps does not fix it if the fall would take more than half."""
+    steps = [0, 5, 10, 40, 70, 100][: len(losses)]
+    log = write_log(tmp_path / "metrics.jsonl", [
+        (step, kind, {"loss": loss}) for step, loss in zip(steps, losses, strict=True)
+        for kind in ("train", "val")])
+    if limits is not None:
+        losses[1:2] = [5.0] if losses[0] < 100 else [-2.0]
+        write_log(log, [(step, "train", {"loss": loss})
+                        for step, loss in zip([0, 10, 12, 40, 70, 100], losses, strict=True)])
+    axes = draw_and_capture(monkeypatch, [("", log)], tmp_path / "x.png", "").axes[0]
+    if limits is None:
+        low, high = axes.get_ylim()
+        assert low < min(losses) and high > max(losses)
+    else:
+        assert axes.get_ylim() == pytest.approx(limits)
+
+
 def test_graph_shows_hellaswag_if_it_was_scored(tmp_path, monkeypatch):
     path = write_log(tmp_path / "log.jsonl", [
         (0, "train", {"loss": 5.0, "lr": 0.5, "grad_norm": 1.0}),
@@ -429,6 +451,15 @@ def test_plot_loss_draws_several_logs(tmp_path):
         *((step, "train", {"loss": 5.0 - step}) for step in range(5)), (5, "val", {"loss": 0.5})])
     run_script(ROOT / "image" / "plot_loss.py", path, path, "--out", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_loss_writes_beside_the_run_it_draws(tmp_path, monkeypatch, capsys):
+    log = write_log(tmp_path / "a" / "metrics.jsonl", [(0, "train", {"loss": 5.0})])
+    for given in (log, tmp_path / "a"):
+        monkeypatch.setattr("sys.argv", ["plot_loss.py", str(given)])
+        main()
+        assert capsys.readouterr().out == f"wrote {tmp_path / 'a' / 'loss.png'}\n"
+        (tmp_path / "a" / "loss.png").unlink()
 
 
 def test_plot_loss_rejects_missing_and_damaged_logs(tmp_path, monkeypatch, capsys):
