@@ -23,21 +23,22 @@ from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, 
 from model import GPT
 
 PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
+SETTINGS = {"/temperature": float, "/top-k": int, "/top-p": float}
 HELP = f"""/reset            clear the conversation
-/temperature 0.7  set the temperature; without a number, show it
+/temperature 0.7  set the temperature; without a number, show it; so /top-k 50 and /top-p 0.9
 /help             show this help
 /exit or Ctrl-D   quit; Ctrl-C stops a response
 {FENCE}               start and end a message of several lines
 Anything else is a message. To send a message that starts with /, type a space first."""
-NOTES = {"stop": "", "length": " [--max-steps reached]", "context": " [context full]"}
+NOTES = {"stop": "", "length": " [--max-tokens reached]", "context": " [context full]"}
 
 
 class Conversation:
     """The turns so far, as token ids; a turn is a message with its response."""
 
-    def __init__(self, template: str | None, block_size: int, max_steps: int):
+    def __init__(self, template: str | None, block_size: int, max_tokens: int):
         self.template, self.block_size = template, block_size
-        self.reserved = min(max_steps, block_size // 4)  # context left free for a response
+        self.reserved = min(max_tokens, block_size // 4)  # context left free for a response
         self.turns: list[list[int]] = []
 
     def turns_with(self, message: str) -> list[list[int]]:
@@ -62,7 +63,7 @@ class Conversation:
 
 def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: str | None) -> None:
     """Reads messages and commands from standard input until it ends."""
-    conversation = Conversation(template, model.config.block_size, config.max_steps)
+    conversation = Conversation(template, model.config.block_size, config.max_tokens)
     is_terminal = sys.stdin.isatty()
     load_tokenizer()  # before the first message, which would wait for it
     sys.stdin.reconfigure(encoding=None if is_terminal else "utf-8-sig", errors="replace",
@@ -82,8 +83,8 @@ def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: s
             elif command == "/reset":
                 conversation.turns.clear()
                 print("(conversation cleared)", flush=True)
-            elif command == "/temperature":
-                params = set_temperature(params, argument)
+            elif command in SETTINGS:
+                params = change_setting(params, command, argument)
             elif message:
                 print(HELP if command == "/help" else f"(unknown {command}: see /help)", flush=True)
         except EOFError:
@@ -110,13 +111,15 @@ def read_message(is_terminal: bool) -> tuple[str, bool]:
     return text.rstrip().removesuffix(FENCE).strip("\n"), False
 
 
-def set_temperature(params: SamplingParams, argument: str) -> SamplingParams:
-    """Changes the temperature if an argument is given, and prints it. Raises UserError."""
+def change_setting(params: SamplingParams, command: str, argument: str) -> SamplingParams:
+    """Changes a setting if an argument is given, and prints it. Raises UserError."""
+    name, kind = command[1:].replace("-", "_"), SETTINGS[command]
     try:
-        params = replace(params, temperature=float(argument or params.temperature))
+        params = replace(params, **{name: kind(argument or getattr(params, name))})
     except ValueError:
-        raise UserError(f"/temperature {argument}: expected a number") from None
-    print(f"temperature {params.temperature:g}", flush=True)
+        wanted = "a number" if kind is float else "an integer"
+        raise UserError(f"{command} {argument}: expected {wanted}") from None
+    print(f"{command[1:]} {getattr(params, name):g}", flush=True)
     return params
 
 
@@ -136,9 +139,11 @@ def stream_response(config: SamplingConfig, model: GPT, params: SamplingParams,
     prompt = [token for turn in turns for token in turn]
     handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
-        [response] = respond(model, [prompt], config.max_steps, seed=config.seed,
+        [response] = respond(model, [prompt], config.max_tokens, seed=config.seed,
                              on_tokens=on_tokens, **asdict(params))
         note = NOTES[response.finish_reason]
+        if not StreamDecoder().feed([i for i in tokens if i != EOT_TOKEN], final=True).strip():
+            note = " [blank response]" + note
     except KeyboardInterrupt:
         note = " [stopped]"
     finally:

@@ -220,10 +220,10 @@ class Prompt:
     ids: list[int]
 
 
-def load_prompts(path: str, flag: str, block_size: int, max_response: int,
+def load_prompts(path: str, flag: str, block_size: int, max_tokens: int,
                  template: str = ALPACA) -> tuple[list[Prompt], str]:
     """The different prompts of a file of instructions, conversations (their first message) or pairs
-    that leave room for max_response tokens, and a summary. Raises UserError."""
+    that leave room for max_tokens tokens, and a summary. Raises UserError."""
     rows = read_rows(Path(path), "finetune_data/alpaca_downloader.py or pydocs_questions.py")
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:
@@ -233,13 +233,13 @@ def load_prompts(path: str, flag: str, block_size: int, max_response: int,
         texts = text_turns(row, place)[0]
         ids = encode(format_prompt(*texts[:2], template))
         prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))
-    longest = block_size - max_response
+    longest = block_size - max_tokens
     fitting = [prompt for prompt in prompts.values() if len(prompt.ids) <= longest]
     summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: "
                f"{len(rows) - len(prompts):,} repeated, {len(prompts) - len(fitting):,} without "
-               f"room for {max_response} tokens in a context of {block_size})")
+               f"room for {max_tokens} tokens in a context of {block_size})")
     if not fitting:
-        raise UserError(f"{flag} {path}: {summary}: lower --max-response, or give other rows")
+        raise UserError(f"{flag} {path}: {summary}: lower --max-tokens, or give other rows")
     return fitting, summary
 
 

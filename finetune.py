@@ -54,7 +54,7 @@ class FinetuneConfig(TuningConfig):
     max_lr: float | None = flag(None, "default: 5e-5 * (768 / n_embd)**1.5", minimum=0)
     dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
     sample_prompt: str | None = flag(None, "sampled at every validation (default: a held-out one)")
-    sample_steps: int = flag(48, "tokens per sample; 0: no samples", minimum=0)
+    sample_tokens: int = flag(48, "tokens per sample; 0: no samples", minimum=0)
     columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
 
 
@@ -125,7 +125,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             if run.eval_due():
                 batches = micro_batches(val_rows, B, block_size, launch)
                 val_loss = mean_loss(raw_model, batches, launch, run.dtype, run.stop.requested)
-                if run.log_validation(val_loss) and config.sample_steps and launch.is_master:
+                if run.log_validation(val_loss) and config.sample_tokens and launch.is_master:
                     run.bar.write(write_sample(raw_model, sample_prompt, run))
             if run.save_or_finish():
                 break

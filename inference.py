@@ -1,12 +1,12 @@
 """Batched sampling: a base model continues prompts, a fine-tuned model answers them.
 
     python inference.py --checkpoint out/finetune "What is a list?" "Name three colors."
-    python inference.py --checkpoint gpt2 --max-steps 50 --prompts-file prompts.txt --json
+    python inference.py --checkpoint gpt2 --max-tokens 50 --prompts-file prompts.txt --json
     echo "What is a list?" | python inference.py --checkpoint out/finetune
-    python inference.py --checkpoint gpt2 --unconditional 3    # from <|endoftext|> alone
 
-The prompt template of a fine-tuned checkpoint is applied unless --raw is given. In float32, a
-response depends only on its prompt and seed. docs/formats.md describes the output of --json.
+The prompt template of a fine-tuned checkpoint is applied unless --raw is given. An empty prompt
+samples a text from <|endoftext|> alone. In float32, a response depends only on its prompt and seed.
+docs/formats.md describes the output of --json.
 """
 
 if __name__ == "__main__":
@@ -44,16 +44,13 @@ STEPS_PER_SYNC_GPU, PAD_GPU, SPAN_GPU, MIN_GRAPH_STEPS = 16, 64, 128, 64
 
 
 def tokenize_batch_input(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Encodes prompts into right-padded input_ids and attention_masks, both (B, T) int64. Raises
-    UserError for an empty prompt or list. "<|endoftext|>" in a prompt is plain text."""
+    """Encodes prompts into right-padded input_ids and attention_masks, both (B, T) int64. An empty
+    prompt is <|endoftext|>; in a prompt, that is plain text. Raises UserError for an empty list."""
     if isinstance(prompts, str):
         raise UserError("prompts is a single string, expected a list of strings")
-    rows = [encode(prompt) for prompt in prompts]
-    if not rows:
-        raise UserError("no prompt given: see --unconditional")
-    if [] in rows:
-        raise UserError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: see --unconditional")
-    return pad_rows(rows)
+    if not prompts:
+        raise UserError("no prompt given: an empty one, \"\", samples from <|endoftext|>")
+    return pad_rows([encode(prompt) or [EOT_TOKEN] for prompt in prompts])
 
 
 def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tensor | None = None,
@@ -302,8 +299,8 @@ def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequen
 def write_sample(model: GPT, prompt: list[int], run) -> str:
     """Continues a prompt, given as ids, appends the text to OUT_DIR/samples.jsonl and returns it.
     `run` is a minigpt2.run.Run. Raises UserError if the context has no room."""
-    [sample] = respond(model, [prompt or [EOT_TOKEN]], run.config.sample_steps, temperature=1.0,
-                       seed=run.config.seed)
+    [sample] = respond(model, [prompt or [EOT_TOKEN]], run.config.sample_tokens, temperature=1.0,
+                       seed=run.config.seed + run.step)
     text = decode(sample.prompt + sample.tokens)
     log = RunLog(run.out_dir / SAMPLES, fresh=run.step == 0)
     log.write(run.step, "sample", text=text)
@@ -334,7 +331,7 @@ class SamplingConfig:
     top_k: int = flag(0, "keep the k most likely tokens; 0: all", minimum=0)
     top_p: float = flag(1.0, "keep the most likely tokens with total probability p", minimum=0)
     repetition_penalty: float = flag(1.0, "above 1: tokens already in the text are less likely")
-    max_steps: int = flag(128, "maximum number of new tokens", minimum=1)
+    max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_steps")
     seed: int = flag(0, "seed of the samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: SamplingDtype = flag("auto", "dtype of the weights; int8: fastest on a CPU; auto: "
@@ -359,16 +356,14 @@ class InferenceConfig(SamplingConfig):
     json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")
     batch_size: int = flag(8, "prompts per batch", minimum=1)
     input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
-    unconditional: int = flag(0, "texts to sample from <|endoftext|>, without prompts", minimum=0)
 
 
 def read_prompts(config: InferenceConfig) -> list[str]:
     """The prompts, from arguments, --prompts-file or standard input. Raises UserError."""
-    if bool(config.prompts) + bool(config.prompts_file) + bool(config.unconditional) > 1:
-        raise UserError("choose one of prompts as arguments, --prompts-file and --unconditional")
-    prompts = config.prompts or [decode([EOT_TOKEN])] * config.unconditional
-    if prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
-        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in prompts]
+    if config.prompts and config.prompts_file:
+        raise UserError("choose one of prompts as arguments and --prompts-file")
+    if config.prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
+        return [p.encode(errors="surrogateescape").decode(errors="replace") for p in config.prompts]
     if not config.prompts_file and sys.stdin is not None and sys.stdin.isatty():
         print("one prompt per line, then Ctrl-D:", file=sys.stderr)
     data = (Path(config.prompts_file).read_bytes() if config.prompts_file else
@@ -389,7 +384,7 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
     decoder, stream = StreamDecoder(), len(rows) == 1 and not config.json
     if stream:
         print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
-    responses = respond(model, rows, config.max_steps, seed=seeds, **asdict(params),
+    responses = respond(model, rows, config.max_tokens, seed=seeds, **asdict(params),
                         on_tokens=print_tokens if stream else None)
     if config.json:
         scores = logprobs(model, *pad_rows([one.prompt + one.tokens for one in responses])).tolist()
@@ -401,23 +396,24 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
                 "logprobs": scores[i][n - 1 : n - 1 + len(one.tokens)],
                 "finish_reason": one.finish_reason}), flush=True)
             continue
+        blank = "" if text.strip() else "blank, "
         text = decoder.feed([], final=True) if stream else f"prompt:   {prompt}\nresponse: {text}"
-        end = {"stop": "<|endoftext|>", "length": "--max-steps", "context": "a full context"}
-        print(f"{text}\n          [{len(one.tokens)} tokens, ended by {end[one.finish_reason]}]\n",
-              flush=True)
+        end = {"stop": "<|endoftext|>", "length": "--max-tokens", "context": "a full context"}
+        print(f"{text}\n          [{blank}{len(one.tokens)} tokens, ended by "
+              f"{end[one.finish_reason]}]\n", flush=True)
 
 
 def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
     prompts = read_prompts(config)
-    tokenize_batch_input([prompt.strip() for prompt in prompts])  # refuses blank ones at once
+    tokenize_batch_input(prompts)  # refuses an empty list at once
     model, params, template = config.load()
-    if config.input and (config.unconditional or not template):
+    if config.input and not (template and all(map(str.strip, prompts))):
         raise UserError("--input: no template is applied here; write the input into the prompt")
-    rows = [[EOT_TOKEN]] * config.unconditional or [
-        encode(format_prompt(p, config.input, template) if template else p) for p in prompts]
-    seeds = row_seeds(prompts, config.seed)
-    check_room(list(map(len, rows)), config.max_steps, model.config.block_size)
+    rows = [encode(format_prompt(p, config.input, template) if template else p) if p.strip() else
+            [EOT_TOKEN] for p in prompts]
+    seeds = row_seeds(list(map(tuple, rows)), config.seed)
+    check_room(list(map(len, rows)), config.max_tokens, model.config.block_size)
     for i in range(0, len(rows), config.batch_size):
         part = slice(i, i + config.batch_size)
         print_responses(model, config, params, prompts[part], rows[part], seeds[part])

@@ -52,7 +52,7 @@ class JudgeConfig:
     best_of: int = flag(0, "also best-of-n up to this n, from that many responses", minimum=0)
     samples: int = flag(1, "responses of each policy to a prompt", minimum=1)
     rows: int = flag(200, "respond to the first held-out prompts", minimum=1)
-    max_response: int = flag(128, "maximum number of tokens of a response", minimum=1)
+    max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
     temperature: float = flag(1.0, "sampling temperature; 0: greedy", minimum=0)
     val_fraction: float = flag(0.05, "held out, as in finetune.py", minimum=0, below=1)
     seed: int = flag(0, "seed of the responses, the same for all policies", minimum=0)
@@ -68,7 +68,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     models = {reward.spec: reward.model for reward in rewards.values() if reward.model}
     sizes = [*map(read_config, folders.values()), *(model.config for model in models.values())]
     prompts, summary = load_prompts(config.data, "--data", min(size.block_size for size in sizes),
-                                    config.max_response, shared_template(*folders, *models))
+                                    config.max_tokens, shared_template(*folders, *models))
     _, held_out, split = split_prompts(prompts, config.val_fraction)
     launch.print0(f"{summary}; {split}")
     prompts = held_out[: config.rows]
@@ -86,7 +86,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
         rows = prompts * (config.samples if results else most)
         responses = sample_responses(
             prepare_to_sample(copy.deepcopy(policy), dtype), [row.ids for row in rows],
-            seeds[: len(rows)], config.max_response, launch, temperature=config.temperature,
+            seeds[: len(rows)], config.max_tokens, launch, temperature=config.temperature,
             label=f"responses of policy {len(results) + 1}")
         figures = {kind: reward(responses, rows, launch, dtype) for kind, reward in
                    rewards.items()} | response_figures(responses, rows)

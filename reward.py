@@ -60,7 +60,7 @@ class RewardConfig(TuningConfig):
     dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
     normalize_samples: int = flag(256, "responses sampled to normalize scores; 0: leave them",
                                   minimum=0)
-    max_response: int = flag(128, "maximum number of tokens of such a response", minimum=1)
+    max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
 
 
 # A resumed run may change neither the pairs of a step nor what is held out
@@ -158,6 +158,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
 def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list[Pair],
            val_pairs: list[Pair]) -> None:
     """Writes the report, then normalizes the scores and saves again; after a kill, both again."""
+    run.begin("sampling and scoring for the report")
     swapped = swap_prompts(val_pairs, model.config.block_size)
     scores = sampled_scores(config, model, train_pairs, run)
     margins = None if scores is None else pair_margins(model, [*val_pairs, *swapped], run)
@@ -176,7 +177,7 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
         print_report(report)
     if deviation < MIN_DEVIATION:
         run.launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
-                          f"samples ended within --max-response {config.max_response} tokens, at "
+                          f"samples ended within --max-tokens {config.max_tokens} tokens, at "
                           f"least {MIN_SAMPLES} different ones are needed")
         return
     model.rescale(mean, deviation)
@@ -193,7 +194,7 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
     prompts = [pairs[i].prompt for i in order]
     seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
     base = prepare_to_sample(load_model(config.checkpoint, run.launch.device), run.dtype)
-    responses = sample_responses(base, prompts, seeds, config.max_response, run.launch,
+    responses = sample_responses(base, prompts, seeds, config.max_tokens, run.launch,
                                  should_stop=run.stop.requested)
     if responses is None:
         return None

@@ -66,7 +66,7 @@ class RLHFConfig(TuningConfig):
     group_size: int = flag(8, "responses per prompt", minimum=1)
     epochs: int = flag(2, "passes over the responses of a step", minimum=1)
     minibatches: int = flag(2, "optimizer steps per pass", minimum=1)
-    max_response: int = flag(64, "maximum number of tokens of a response", minimum=1)
+    max_tokens: int = flag(64, "longest response, in tokens", minimum=1, old="max_response")
     unstopped_score: float | None = flag(None, "score of a response that does not end (default: -1 "
                                                "with a reward model, 0 with a function)",
                                          minimum=-1e9, below=1e9)
@@ -85,7 +85,7 @@ class RLHFConfig(TuningConfig):
 
 # A resumed run may change neither the rewards nor what a step samples and computes
 FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size", "epochs",
-                   "minibatches", "max_response", "unstopped_score", "kl_coef", "kl_target", "seed",
+                   "minibatches", "max_tokens", "unstopped_score", "kl_coef", "kl_target", "seed",
                    "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
 
 
@@ -166,15 +166,16 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
     """Stages 2 and 3: one response to each of R prompts, sampled from the policy, its score, and
     the log-probabilities and values of its tokens. Row i draws from a random stream of its own,
     (*stream, i), so that ranks and batches change nothing. None after a signal."""
-    launch, started = run.launch, perf_counter()
+    launch, started, run.pace.doing = run.launch, perf_counter(), "sampling"
     seeds = [int(np.random.SeedSequence([*stream, row]).generate_state(1, np.uint64)[0])
              for row in range(len(prompts))]
     sampler = prepare_to_sample(copy.deepcopy(module.policy), run.dtype)  # faster than the policy
     responses = sample_responses(sampler, [prompt.ids for prompt in prompts], seeds,
-                                 config.max_response, launch, should_stop=run.stop.requested)
+                                 config.max_tokens, launch, should_stop=run.stop.requested)
     sampled = perf_counter()
     if responses is None:
         return None
+    run.pace.doing = "scoring"
     scores = reward(responses, prompts, launch, run.dtype, 2 * config.micro_batch_size,
                     run.stop.requested)
 
@@ -226,14 +227,14 @@ def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> li
 def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, returns: torch.Tensor,
              config: RLHFConfig, run: Run, lr: float, figures: dict[str, float]) -> None:
     """Stage 5: --epochs passes over the rollouts, one optimizer step per minibatch, whose
-    losses are means over its response tokens on all ranks. Logs the step (stage 6). A signal before
-    the first of them ends it."""
+    losses are means over its response tokens on all ranks. Logs the step (stage 6)."""
     launch, device, started = run.launch, run.launch.device, perf_counter()
     rows = [(response.prompt, response.tokens) for response in rollouts.responses]
     lengths, R = [len(prompt) + len(tokens) for prompt, tokens in rows], len(rows)
     minibatches = [part.tolist() for epoch in range(config.epochs) for part in np.array_split(
         permutation(R, config.seed, run.step, epoch), config.minibatches)]
     loss = torch.tensor(-figures["reward"], device=device)  # what is maximized, for the log
+    run.pace.doing = ""
     for number, minibatch in enumerate(minibatches, 1):
         minibatch.sort(key=lengths.__getitem__)
         num_tokens = rollouts.mask[minibatch].sum().item()
@@ -254,7 +255,7 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
             losses = losses.sum(1) / num_tokens  # (3,)
             run.scaler.scale((losses[0] + losses[2]) * launch.world_size).backward()
             sums += losses.detach()
-        if run.stopping:
+        if run.stopping:  # a signal, before the first optimizer step
             return
         named = dict(zip(("policy_loss", "clip_fraction", "value_loss"), sums, strict=True))
         if number < len(minibatches):
@@ -285,7 +286,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     reward = Reward(config.reward, "--reward", device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
     template = shared_template(config.checkpoint, *[config.reward] * bool(reward.model))
-    prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_response,
+    prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_tokens,
                                     template)
     train_prompts, val_prompts, split = split_prompts(prompts, config.val_fraction)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",

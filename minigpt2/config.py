@@ -26,13 +26,13 @@ class UserError(Exception):
 
 
 def flag(default, help: str, *, minimum: float | None = None, below: float = math.inf,
-         positional: bool = False, may_be_empty: bool = False, is_path: bool = False):
+         positional: bool = False, may_be_empty: bool = False, is_path: bool = False, old=""):
     """A dataclass field that becomes `--field-name` or a positional argument. With `minimum`, a
     number must be finite and in [minimum, below). An empty string, such as an unset shell variable,
-    is an error unless `may_be_empty`. In a path, a leading ~ is expanded; nothing else is."""
+    is an error unless `may_be_empty`. In a path, a leading ~ is expanded. `old`: also accepted."""
     return dataclasses.field(default=default, metadata={
         "help": help, "minimum": minimum, "below": below, "positional": positional,
-        "may_be_empty": may_be_empty, "is_path": is_path})
+        "may_be_empty": may_be_empty, "is_path": is_path, "old": old})
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -89,7 +89,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", **options)
     else:
-        parser.add_argument(flag_name(field.name), default=field.default, **options)
+        names = [flag_name(name) for name in (field.name, field.metadata["old"]) if name]
+        parser.add_argument(*names, default=field.default, **options)
 
 
 def int_or_word(text: str, words: tuple[str, ...]) -> int | str:

@@ -12,7 +12,7 @@ train() {  # NAME [flags]
   python trainer.py --data-dir "$data" --out-dir "out/recipes/$1" --resume --device cpu \
     --dtype bfloat16 --n-layer 4 --n-head 4 --n-embd 256 --block-size 256 --sequence-length 256 \
     --micro-batch-size 16 --total-batch-size 4096 --warmup-steps 40 --eval-interval 61 \
-    --eval-tokens 65536 --sample-steps 0 --keep-last 1 "${@:2}"
+    --eval-tokens 65536 --sample-tokens 0 --keep-last 1 "${@:2}"
 }
 for seed in 1 2 3; do
   train "gpt2_seed$seed" --seed "$seed" --max-steps 488 --max-lr 0.0015 --min-lr 0.00015 "${@:2}"

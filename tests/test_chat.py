@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.common import ROOT, main_error, script_env, user_error
 from helpers.generation import LONG, sharp_model
 
@@ -29,7 +30,7 @@ from model import GPTConfig
 
 SCRIPT = ROOT / "chat.py"
 STEPS = 12
-END = " [--max-steps reached]"
+END = " [--max-tokens reached]"
 LIMIT = 120  # seconds, for a program that hangs
 
 
@@ -100,7 +101,7 @@ def expected_response(conversation: Conversation, message: str, temperature: flo
 
 def typed(monkeypatch, capsys, text: str, *flags) -> str:
     """Runs the script in this process, without a terminal; returns what it prints."""
-    argv = ["chat.py", "--device", "cpu", "--max-steps", STEPS, "--temperature", 0, *flags]
+    argv = ["chat.py", "--device", "cpu", "--max-tokens", STEPS, "--temperature", 0, *flags]
     monkeypatch.setattr("sys.argv", list(map(str, argv)))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), newline="\n"))
     handler = signal.getsignal(signal.SIGINT)
@@ -119,7 +120,9 @@ def test_a_conversation_without_a_terminal(tuned, monkeypatch, capsys):
 
 def test_messages_and_commands(tuned, monkeypatch, capsys):
     lines = ["What is a list?", "And a tuple?", '"""', "One", '  two"""', "", " /exit",
-             "/temperature", "/temperature -1", "/temperature hot", "/temperature 0.7", "/what",
+             "/temperature", "/temperature -1", "/temperature hot", "/temperature 0.7",
+             "/top-k", "/top-k 50", "/top-k 1.5", "/top-k -1", "/top-p 0.9", "/top-p 2", "/top-k 0",
+             "/top-p 1", "/what",
              "/help", "/reset", "What is a list?", "a " * 1100, "And a tuple?", "/exit", "unread"]
     printed = typed(monkeypatch, capsys, "\n".join(lines), "--checkpoint", tuned)
     first, second = (Conversation(ALPACA, 1024, STEPS) for _ in range(2))
@@ -127,12 +130,38 @@ def test_messages_and_commands(tuned, monkeypatch, capsys):
         "What is a list?", "And a tuple?", "One\n  two", "/exit")]
     expected += ["temperature 0", "(temperature is -1.0, expected a finite number of at least 0)",
                  "(/temperature hot: expected a number)", "temperature 0.7",
+                 "top-k 0", "top-k 50", "(/top-k 1.5: expected an integer)",
+                 "(top_k is -1, expected an integer of at least 0)", "top-p 0.9",
+                 "(top_p is 2.0, expected a number from 0 to 1)", "top-k 0", "top-p 1",
                  "(unknown /what: see /help)", chat.HELP, "(conversation cleared)",
                  expected_response(second, "What is a list?", 0.7),
                  f"(the message has {len(encode(format_prompt('a ' * 1099 + 'a')))} tokens; the "
                  "context is 1024, response included: shorten it)",
                  expected_response(second, "And a tuple?", 0.7)]
     assert printed == "\n".join(expected) + "\n"
+
+
+def test_settings_change_the_next_response(tuned, monkeypatch, capsys):
+    seen = []
+
+    def respond(model, prompts, max_steps, **options):
+        seen.append((options["temperature"], options["top_k"], options["top_p"]))
+        return real(model, prompts, max_steps, **options)
+
+    real = chat.respond
+    monkeypatch.setattr(chat, "respond", respond)
+    typed(monkeypatch, capsys, "a\n/top-k 50\na\n/top-p 0.5\na\n/top-k 0\na\n/temperature 2\na\n",
+          "--checkpoint", tuned)
+    assert seen == [(0, 0, 1), (0, 50, 1), (0, 50, 0.5), (0, 0, 0.5), (2, 0, 0.5)]
+
+
+@pytest.mark.parametrize("token, note", [
+    (EOT_TOKEN, " [blank response]"), (220, "      [blank response] [--max-tokens reached]")])
+def test_a_blank_response_says_so(tuned, monkeypatch, capsys, token, note):
+    monkeypatch.setattr("inference.sample", lambda logits, *_: torch.full(
+        (len(logits),), token))
+    assert typed(monkeypatch, capsys, "a\n", "--checkpoint", tuned, "--max-tokens",
+                 5) == f"{note}\n\n"
 
 
 def test_dropped_turns_are_announced(tuned, monkeypatch, capsys):
@@ -254,7 +283,7 @@ def as_on_terminal(text: str) -> str:
 
 @pytest.mark.slow
 def test_a_conversation_in_a_terminal(tuned, open_terminal):
-    terminal = open_terminal("--checkpoint", tuned, "--max-steps", STEPS, "--temperature", 0)
+    terminal = open_terminal("--checkpoint", tuned, "--max-tokens", STEPS, "--temperature", 0)
     assert "/help" in terminal.until(r"Ctrl-D quits\n> ")
     conversation = Conversation(ALPACA, 1024, STEPS)
     for message in ("What is a list?", "And a tuple?"):
@@ -278,7 +307,7 @@ def test_ctrl_c_stops_the_response_and_not_the_program(tmp_path, open_terminal):
     # the context has room for minutes of output: the response cannot end before Ctrl-C
     sizes = GPTConfig(block_size=2**16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
     base = save_checkpoint(tmp_path, 1, sharp_model(sizes))
-    terminal = open_terminal("--checkpoint", base, "--max-steps", 2**16)
+    terminal = open_terminal("--checkpoint", base, "--max-tokens", 2**16)
     terminal.until(r"> ")
     terminal.type("Once upon a time\n")
     while len(terminal.text) < len("Once upon a time\n") + 10:  # the response has begun

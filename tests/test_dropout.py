@@ -202,13 +202,13 @@ def tune(files, **changes) -> None:
 
 
 def train_reward(files, **changes) -> None:
-    config = options(files, "pairs.jsonl", **{"max_response": 4} | changes)
+    config = options(files, "pairs.jsonl", **{"max_tokens": 4} | changes)
     reward.train(reward.RewardConfig(**config), CPU_LAUNCH)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_pre_training_evaluates_without_dropout(corpus, files, modes, checkpointing):
-    config = tiny(corpus, files / "out", dropout=0.2, sample_steps=2, hellaswag_interval=2,
+    config = tiny(corpus, files / "out", dropout=0.2, sample_tokens=2, hellaswag_interval=2,
                   eval_interval=2, hellaswag=str(files / "hellaswag.jsonl"), max_steps=4,
                   activation_checkpointing=checkpointing)
     model = trainer.train(config, CPU_LAUNCH)
@@ -237,7 +237,7 @@ def test_dpo_evaluates_in_evaluation_mode(files, modes):
 def test_rollouts_and_rewards_are_in_evaluation_mode(files, modes, advantage, model):
     """Also those of a value and a reward model."""
     config = options(files, "", reward=model if ":" in model else str(files / model), steps=2,
-                     prompts=str(files / "rows.jsonl"), group_size=2, max_response=2,
+                     prompts=str(files / "rows.jsonl"), group_size=2, max_tokens=2,
                      advantage=advantage)
     del config["data"]
     rlhf.train(rlhf.RLHFConfig(**config), CPU_LAUNCH)
@@ -279,7 +279,7 @@ def test_a_resumed_run_repeats_its_dropout(corpus, tmp_path, changes, monkeypatc
     """Also after samples and trials of micro-batches, which an uninterrupted run makes elsewhere;
     as the log shows, every step has its own masks."""
     monkeypatch.setattr("minigpt2.faults.on_cpu", lambda device: False)
-    config = functools.partial(tiny, corpus, dropout=0.3, sample_steps=2, **changes)
+    config = functools.partial(tiny, corpus, dropout=0.3, sample_tokens=2, **changes)
     trainer.train(config(tmp_path / "whole"), CPU_LAUNCH)
     interrupted(tmp_path / "whole", tmp_path / "out", 5)
     trainer.train(config(tmp_path / "out", resume=True), CPU_LAUNCH)
@@ -309,7 +309,7 @@ def test_dropout_changes_the_losses_of_training_but_not_the_first_validation(
 def test_a_stopped_run_on_rows_resumes_exactly(files, script):
     config_class, data = ((finetune.FinetuneConfig, "rows.jsonl") if script is finetune else
                           (reward.RewardConfig, "pairs.jsonl"))
-    more = {} if script is finetune else {"max_response": 2, "normalize_samples": 4}
+    more = {} if script is finetune else {"max_tokens": 2, "normalize_samples": 4}
     config = functools.partial(options, files, data, dropout=0.3, epochs=2, **more)
     script.train(config_class(**config(out_dir=str(files / "whole"))), CPU_LAUNCH)
     script.train(config_class(**config()), CPU_LAUNCH, StopAfter(12))

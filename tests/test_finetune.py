@@ -70,7 +70,7 @@ def encoded(rows: list, block_size: int = 128) -> list:
 def tiny(base, rows_file, out, **changes) -> FinetuneConfig:
     options = {"checkpoint": str(base), "data": str(rows_file), "out_dir": str(out),
                "batch_size": 8, "micro_batch_size": 4, "max_lr": 1e-2, "val_fraction": 0.1,
-               "eval_interval": 4, "sample_steps": 0, "epochs": 2, "device": "cpu"} | changes
+               "eval_interval": 4, "sample_tokens": 0, "epochs": 2, "device": "cpu"} | changes
     return FinetuneConfig(**options)
 
 
@@ -348,7 +348,7 @@ def test_a_question_is_answered_at_every_validation(base, rows_file, tmp_path, c
     shortest = decode(split_examples(read_turns(rows_file), 128, 0.1)[1][0][0][0])
     for question, prompt in ((None, shortest), ("Say hi.", format_prompt("Say hi."))):
         out = tmp_path / str(question)
-        train(tiny(base, rows_file, out, sample_prompt=question, sample_steps=3), CPU_LAUNCH)
+        train(tiny(base, rows_file, out, sample_prompt=question, sample_tokens=3), CPU_LAUNCH)
         samples = [json.loads(line) for line in (out / "samples.jsonl").open(encoding="utf-8")]
         assert [sample["step"] for sample in samples] == [0, 4, 8]
         assert all(sample["text"].startswith(prompt) for sample in samples)
@@ -627,7 +627,7 @@ def test_a_conversation_is_trained_on_as_chat_shows_it():
     """Each message in the template; all responses, each with its <|endoftext|>, are targets."""
     turns = [("What is 1 + 1?", "", "It is 2."), ("And 2 + 2?", "", "It is 4.")]
     example, = encoded([turns], 512)
-    conversation = chat.Conversation(ALPACA, block_size=512, max_steps=8)
+    conversation = chat.Conversation(ALPACA, block_size=512, max_tokens=8)
     for question, _, answer in turns:
         seen = conversation.turns_with(question)
         conversation.add_response(seen, encode(answer))

@@ -40,7 +40,7 @@ def stdin_of(data: bytes) -> io.TextIOWrapper:
 
 def run(*arguments, stdin: str = "") -> str:
     """Runs the script in this process and returns what it prints."""
-    argv = ["inference.py", "--device", "cpu", "--max-steps", 5, *arguments]
+    argv = ["inference.py", "--device", "cpu", "--max-tokens", 5, *arguments]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr("sys.argv", list(map(str, argv)))
         patch.setattr("sys.stdin", stdin_of(stdin.encode()))
@@ -64,7 +64,7 @@ def test_prompts_from_arguments_a_file_and_standard_input_give_the_same(base, tm
 @pytest.mark.slow
 def test_the_script_with_real_streams(base):
     """Standard input and output are pipes, then both closed."""
-    command = [sys.executable, SCRIPT, "--device", "cpu", "--max-steps", "5", "--checkpoint", base]
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--max-tokens", "5", "--checkpoint", base]
     prompts = ["Hello there", "wörld {} %s"]
     piped = subprocess.run(command, input="\n".join(prompts).encode(), capture_output=True,
                            env=script_env(), check=True)
@@ -85,7 +85,7 @@ def test_batch_size_streaming_and_json_do_not_change_the_text(base):
                run("--checkpoint", base, *prompts, "--json", "--batch-size", 3).splitlines()]
     assert printed == "".join(
         f"prompt:   {prompt}\nresponse: {one['response']}\n          [5 tokens, ended by "
-        "--max-steps]\n\n" for prompt, one in zip(prompts, objects, strict=True))
+        "--max-tokens]\n\n" for prompt, one in zip(prompts, objects, strict=True))
     assert objects[0]["response"] != objects[2]["response"]  # repeated: the next seed
 
 
@@ -93,7 +93,7 @@ def test_json_has_tokens_logprobs_and_the_finish_reason(tuned):
     prompt = "What is it?"
     text = format_prompt(prompt)
     used = len(encode(text))
-    lines = run("--checkpoint", tuned, prompt, "--json", "--max-steps", 40).splitlines()
+    lines = run("--checkpoint", tuned, prompt, "--json", "--max-tokens", 40).splitlines()
     full = json.loads(lines[0])
     assert len(lines) == 1 and list(full) == [
         "prompt", "response", "prompt_tokens", "tokens", "logprobs", "finish_reason"]
@@ -106,7 +106,7 @@ def test_json_has_tokens_logprobs_and_the_finish_reason(tuned):
         scores = load_model(tuned)(ids)[0][0].log_softmax(-1)
     expected = [scores[used - 1 + i, token].item() for i, token in enumerate(full["tokens"])]
     assert full["logprobs"] == pytest.approx(expected, abs=1e-4)
-    short = json.loads(run("--checkpoint", tuned, prompt, "--json", "--max-steps", 3))
+    short = json.loads(run("--checkpoint", tuned, prompt, "--json", "--max-tokens", 3))
     assert short["finish_reason"] == "length" and short["tokens"] == full["tokens"][:3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inference.EOT_TOKEN", short["tokens"][2])  # the third token
@@ -121,7 +121,7 @@ def test_sampling_options_reach_generate(base, monkeypatch, capsys):
         given.update(options), generate(model, ids, masks, **options))[1])
     monkeypatch.setattr("sys.argv", ["inference.py", "--device", "cpu", "--checkpoint", str(base),
                                      "--temperature", "0.5", "--top-k", "9", "--top-p", "0.7",
-                                     "--repetition-penalty", "1.5", "--max-steps", "4",
+                                     "--repetition-penalty", "1.5", "--max-tokens", "4",
                                      "--seed", "7", "Hello"])
     inference.main()
     capsys.readouterr()
@@ -156,7 +156,7 @@ def prompts_of_generate(monkeypatch, capsys, *arguments) -> list[str]:
         return output
 
     monkeypatch.setattr(inference, "generate", spy)
-    monkeypatch.setattr("sys.argv", ["inference.py", "--device", "cpu", "--max-steps", "2",
+    monkeypatch.setattr("sys.argv", ["inference.py", "--device", "cpu", "--max-tokens", "2",
                                      *map(str, arguments)])
     inference.main()
     capsys.readouterr()
@@ -183,41 +183,58 @@ def test_an_input_beside_the_instruction(tuned, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", ["base", "tuned"])
 def test_sampling_without_a_prompt(kind, base, tuned):
-    """From <|endoftext|> alone, without a template; each text has a seed of its own."""
+    """An empty prompt samples from <|endoftext|> alone, without a template; each with a seed of its
+    own. So does a line of spaces; a prompt beside it is not changed."""
     folder = {"base": base, "tuned": tuned}[kind]
-    arguments = ["--checkpoint", folder, "--json", "--unconditional"]
-    objects = [json.loads(line) for line in run(*arguments, 3).splitlines()]
-    assert [(one["prompt"], one["prompt_tokens"]) for one in objects] == [("<|endoftext|>", 1)] * 3
+    arguments = ["--checkpoint", folder, "--json"]
+    objects = [json.loads(line) for line in run(*arguments, "", "", "  ").splitlines()]
+    assert [(one["prompt"], one["prompt_tokens"]) for one in objects] == [
+        ("", 1), ("", 1), ("  ", 1)]
     assert len({one["response"] for one in objects}) == 3
     assert [json.loads(line) for line in
-            run(*arguments, 3, "--batch-size", 2).splitlines()] == objects
+            run(*arguments, "", "", "  ", "--batch-size", 2).splitlines()] == objects
+    lines = run(*arguments, stdin="one\n\n\n  \ntwo\n\n").splitlines()  # empty last lines: none
+    assert [json.loads(line) for line in lines[1:4]] == objects
+    assert [lines[0], lines[4]] == run(*arguments, "one", "two").splitlines()
     with torch.no_grad():
         ids = torch.tensor([[EOT_TOKEN, *objects[0]["tokens"]]])
         scores = load_model(folder)(ids)[0][0].log_softmax(-1)
     expected = [scores[i, token].item() for i, token in enumerate(objects[0]["tokens"])]
     assert objects[0]["logprobs"] == pytest.approx(expected, abs=1e-4)
-    streamed = run("--checkpoint", folder, "--unconditional", 1)
-    assert streamed.startswith(f"prompt:   <|endoftext|>\nresponse: {objects[0]['response']}\n")
+    streamed = run("--checkpoint", folder, "")
+    assert streamed.startswith(f"prompt:   \nresponse: {objects[0]['response']}\n")
     typed = json.loads(run("--checkpoint", base, "--json", "<|endoftext|>"))
     assert typed["prompt_tokens"] == 7  # in a prompt it is text
 
 
+def test_a_blank_answer_says_so(base, monkeypatch):
+    """Of spaces, or of nothing but <|endoftext|>; streamed or in a batch."""
+    for token, end in ((220, "[blank, 5 tokens, ended by --max-tokens]"),
+                       (EOT_TOKEN, "[blank, 1 tokens, ended by <|endoftext|>]"),
+                       (64, "          [5 tokens, ended by --max-tokens]")):
+        monkeypatch.setattr(inference, "sample", lambda logits, *_, token=token: torch.full(
+            (len(logits),), token))
+        assert end in run("--checkpoint", base, "one")
+        assert run("--checkpoint", base, "one", "two").count(end) == 2
+
+
+def test_the_old_name_of_max_tokens_stays_accepted(base):
+    argv = ["--checkpoint", base, "one"]
+    assert run(*argv, "--max-steps", 3) == run(*argv, "--max-tokens", 3) != run(*argv)
+    assert run(*argv, "--max_steps=3") == run(*argv, "--max-tokens", 3)
+
+
 @pytest.mark.parametrize("arguments, words", [
-    (["--checkpoint", "BASE", "one", ""], ["prompt 2 of 2 is empty: see --unconditional"]),
-    (["--checkpoint", "BASE", "a", "--unconditional", "2"], ["choose one of", "--unconditional"]),
-    (["--checkpoint", "BASE", "--prompts-file", "x", "--unconditional", "2"], ["choose one of"]),
-    (["--checkpoint", "BASE", "--unconditional", "-1"], ["--unconditional", "at least 0"]),
-    (["--checkpoint", "BASE", "--unconditional", "2", "--input", "x"], ["--input", "no template"]),
+    (["--checkpoint", "TUNED", "a", "", "--input", "x"], ["--input", "no template"]),
     (["--checkpoint", "BASE", "a", "--input", "x"], ["--input", "no template"]),
     (["--checkpoint", "TUNED", "a", "--raw", "--input", "x"], ["--input", "no template"]),
     (["--checkpoint", "TUNED", "a", "--input", "word " * 64], ["tokens", "context is 64"]),
-    (["--checkpoint", "BASE", "   "], ["prompt 1 of 1 is empty"]),
     (["--checkpoint", "BASE", "word " * 64], ["tokens", "context is 64"]),
     (["--checkpoint", "BASE", "a", "--prompts-file", "x"], ["choose one of", "--prompts-file"]),
     (["--checkpoint", "BASE", "--prompts-file", "/no/such/file"], ["/no/such/file"]),
     (["--checkpoint", "BASE", "a", "--temperature", "-1"], ["--temperature", "at least 0"]),
     (["--checkpoint", "BASE", "a", "--temperature", "inf"], ["temperature"]),
-    (["--checkpoint", "BASE", "a", "--max-steps", "0"], ["--max-steps"]),
+    (["--checkpoint", "BASE", "a", "--max-tokens", "0"], ["--max-tokens"]),
     (["--checkpoint", "BASE/none", "a"], ["none"]),
     (["--checkpoint", "BASE", "a", "--top", "1"], ["--top"]),
     (["--checkpoint", "BASE", "a", "--top-k", "-1"], ["--top-k", "at least 0"]),

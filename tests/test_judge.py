@@ -49,7 +49,7 @@ def files(tmp_path):
 
 def arguments(files, *more) -> list[str]:
     return ["--data", str(files / "rows.jsonl"), "--out-dir", str(files / "out"), "--device", "cpu",
-            "--val-fraction", "0.5", "--max-response", "5", *map(str, more)]
+            "--val-fraction", "0.5", "--max-tokens", "5", *map(str, more)]
 
 
 def samples_of(files) -> list[dict]:
@@ -190,7 +190,7 @@ def test_a_copy_has_no_divergence_and_wins_half(files, monkeypatch):
 def test_the_divergence_is_that_of_an_enumeration(files, monkeypatch):
     """With one new token, the exact KL is a sum over the vocabulary."""
     results = results_of(files, monkeypatch, files / "sft", files / "rlhf", "--samples", "20",
-                         "--max-response", "1")[str(files / "rlhf")]
+                         "--max-tokens", "1")[str(files / "rlhf")]
     lines = samples_of(files)
     ids, masks = pad_rows([encode(line["prompt"]) for line in lines])
     last = torch.arange(len(ids)), masks.sum(1) - 1
@@ -318,7 +318,7 @@ def test_mistakes_are_named(files, monkeypatch, capsys):
     assert "is a reward model, expected a language model" in error(sft, reward)
     assert "is a language model, expected a reward model" in error(sft, "--proxy", sft)
     assert "--gold function:nothing: KeyError" in error(sft, "--gold", "function:nothing")
-    assert "without room for 126 tokens" in error(sft, "--max-response", "126")
+    assert "without room for 126 tokens" in error(sft, "--max-tokens", "126")
     assert "expected a finite number" in error(sft, "--proxy", f"{files / 'rewards.py'}:nothing")
     assert "cannot be written" in error(sft, "--out-dir", files / "rows.jsonl")
     assert "cannot read" in error(sft, "--data", files / "missing.json")

@@ -48,7 +48,7 @@ def reward_model() -> RewardModel:
 def tiny(base, rows_file, out, **changes) -> RewardConfig:
     options = {"checkpoint": str(base), "data": str(rows_file), "out_dir": str(out),
                "batch_size": 8, "micro_batch_size": 3, "max_lr": 1e-3, "val_fraction": 0.2,
-               "eval_interval": 2, "save_interval": 2, "normalize_samples": 24, "max_response": 4,
+               "eval_interval": 2, "save_interval": 2, "normalize_samples": 24, "max_tokens": 4,
                "device": "cpu"} | changes
     return RewardConfig(**options)
 
@@ -57,7 +57,7 @@ def arguments(base, rows_file, out, *more) -> list[str]:
     """The command line of `tiny`."""
     config = tiny(base, rows_file, out)
     names = ("checkpoint", "data", "out_dir", "batch_size", "micro_batch_size", "max_lr",
-             "val_fraction", "eval_interval", "save_interval", "normalize_samples", "max_response",
+             "val_fraction", "eval_interval", "save_interval", "normalize_samples", "max_tokens",
              "device")
     return [word for name in names
             for word in ("--" + name.replace("_", "-"), str(getattr(config, name)))] + list(more)
@@ -378,7 +378,7 @@ def test_a_signal_in_the_final_evaluation_stops_the_run(base, rows_file, tmp_pat
 def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, rows_file, tmp_path,
                                                                   always_stops):
     """Fresh samples, of another seed, have a mean near 0 and a deviation near 1."""
-    changes = {"normalize_samples": 200, "max_response": 8}
+    changes = {"normalize_samples": 200, "max_tokens": 8}
     rows = [row | {"instruction": f"{row['instruction']} {n}"} for n in range(3) for row in ROWS]
     rows_file.write_text(json.dumps(rows))
     config = tiny(base, rows_file, tmp_path / "out", **changes)
@@ -509,7 +509,7 @@ def test_world_w_is_learned_from_plain_rows(tmp_path, monkeypatch):
     config = RewardConfig(
         checkpoint=str(W.save_reference(tmp_path / "base")), data=str(rows),
         val_data=str(rows), out_dir=str(tmp_path / "out"), epochs=16, batch_size=125,
-        micro_batch_size=500, max_lr=3e-3, eval_interval=10000, device="cpu", max_response=2)
+        micro_batch_size=500, max_lr=3e-3, eval_interval=10000, device="cpu", max_tokens=2)
     model = train(config, CPU_LAUNCH)
     sequences = W.rows
     scores = score_rows(model, sequences, sequences, CPU_LAUNCH, torch.float32, 26).view(2, -1)

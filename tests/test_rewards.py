@@ -101,7 +101,7 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
     assert summary == ("6 prompts of 9 rows (left out: 2 repeated, 1 without room for 20 tokens in "
                        "a context of 100)")
     message = user_error(load_prompts, str(path), "--prompts", 30, 20)
-    assert "0 prompts of 9 rows" in message and "lower --max-response" in message
+    assert "0 prompts of 9 rows" in message and "lower --max-tokens" in message
 
 
 @pytest.mark.parametrize("row", [3, {"text": "a"}, {"prompt": 3}, {"prompt": ""},

@@ -44,7 +44,8 @@ from rlhf import PolicyAndValue, RLHFConfig, train
 
 # A tree like World T whose reference stops sooner: responses of all lengths, 1 to 4
 TREE = replace(T, sharpness=1)
-RUN = SimpleNamespace(launch=CPU_LAUNCH, stop=StopRequest(), dtype=torch.float32)
+RUN = SimpleNamespace(launch=CPU_LAUNCH, stop=StopRequest(), dtype=torch.float32,
+                      pace=SimpleNamespace())
 CPU = torch.device("cpu")
 
 
@@ -56,7 +57,7 @@ def settings(world, folder, **changes) -> RLHFConfig:
     options = {"checkpoint": str(reference), "out_dir": str(folder / "out"), "steps": 8,
                "prompts": str(world.write_prompts(folder / "prompts.jsonl")),
                "reward": f"{world_rewards.__file__}:{world.reward.__name__}",
-               "unstopped_score": world.unstopped, "max_response": world.max_new_tokens,
+               "unstopped_score": world.unstopped, "max_tokens": world.max_new_tokens,
                "batch_size": 16, "group_size": 4, "micro_batch_size": 16, "kl_coef": world.beta,
                "max_lr": 3e-3, "value_lr": 3e-3, "warmup_fraction": 0.0, "val_fraction": 0.0,
                "eval_interval": 10**6, "save_interval": 10**6, "seed": 1, "device": "cpu"}
@@ -257,7 +258,7 @@ def test_a_verifiable_reward_reaches_the_frontier(advantage, digits, tmp_path):
     config = RLHFConfig(
         checkpoint=checkpoint, reward="function:equals=7", prompts=data, steps=30, kl_coef=0.5,
         out_dir=str(tmp_path / "out"), advantage=advantage, batch_size=108, group_size=12,
-        micro_batch_size=108, epochs=1, max_response=2, max_lr=1e-3, value_lr=1e-3,
+        micro_batch_size=108, epochs=1, max_tokens=2, max_lr=1e-3, value_lr=1e-3,
         warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6, save_interval=10**6, seed=1,
         device="cpu")
     policy, reference = train(config, CPU_LAUNCH), load_model(checkpoint)
@@ -287,7 +288,7 @@ def sampled(world, folder, monkeypatch, copies: int = 16, value: bool = False, *
     world.use_small_vocabulary(monkeypatch)
     config = settings(world, folder, **changes)
     reference = load_model(config.checkpoint)
-    prompts, _ = load_prompts(config.prompts, "--prompts", 8, config.max_response)
+    prompts, _ = load_prompts(config.prompts, "--prompts", 8, config.max_tokens)
     prompts = [prompt for prompt in prompts[:-1] for _ in range(copies)]
     policy = load_model(config.checkpoint)
     module = PolicyAndValue(policy, RewardModel.from_language_model(
@@ -398,7 +399,7 @@ def check_draws(folder, monkeypatch) -> None:
     """4,096 first tokens after one prompt against the probabilities of the training function: the
     0.999 quantile of chi-square with 5 degrees of freedom is 20.5."""
     one = replace(TREE, prompts=TREE.prompts[:1])
-    rollouts, module, _ = sampled(one, folder, monkeypatch, copies=4096, max_response=1)
+    rollouts, module, _ = sampled(one, folder, monkeypatch, copies=4096, max_tokens=1)
     drawn = torch.tensor([response.tokens[0] for response in rollouts.responses])
     counts = drawn.bincount(minlength=6)
     inputs, targets = response_batch([(list(one.prompts[0]), [i]) for i in range(6)], 8, CPU)
@@ -743,7 +744,7 @@ def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatc
             ({"kl_coef": 0.5}, "--kl-coef 0.2, not 0.5"),
             ({"epochs": 1}, "--epochs 2, not 1")):
         assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
-    others = {"steps": 9, "batch_size": 8, "group_size": 2, "minibatches": 1, "max_response": 3,
+    others = {"steps": 9, "batch_size": 8, "group_size": 2, "minibatches": 1, "max_tokens": 3,
               "unstopped_score": 0.5, "kl_target": 1.0, "seed": 2, "val_fraction": 0.01}
     fixed = {name for name in rlhf.FIXED_ON_RESUME if not name.endswith("sha256")}
     assert fixed - others.keys() == {"advantage", "kl_coef", "epochs",
@@ -789,7 +790,7 @@ def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
     config = settings(TREE, tmp_path, steps=2, eval_interval=1, reward="function:stops",
                       unstopped_score=0.0)
     outs = [tmp_path / name for name in "abc"]
-    for out, changes in zip(outs, ({}, {"kl_coef": 0.0}, {"max_response": 3}), strict=True):
+    for out, changes in zip(outs, ({}, {"kl_coef": 0.0}, {"max_tokens": 3}), strict=True):
         train(replace(config, out_dir=str(out), **changes), CPU_LAUNCH)
 
     def argv(*runs) -> list:
@@ -800,7 +801,7 @@ def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     assert "b: success" in capsys.readouterr().out
     message = main_error(plot_frontier.main, argv(outs[0], outs[2]), monkeypatch, capsys)
-    assert "max_response 3" in message
+    assert "max_tokens 3" in message
     message = main_error(plot_frontier.main, argv(outs[0] / rlhf.SAMPLES), monkeypatch, capsys)
     assert "is not the log of a run of rlhf.py" in message
 
@@ -839,7 +840,7 @@ def test_the_best_policy_by_hand():
     ({"prompts": "{folder}/none.json"}, "none.json (No such file"),
     ({"prompts": "{folder}/empty.json"}, "0 prompts of 0 rows"),
     ({"prompts": "{folder}/bad.json"}, "row 1"),
-    ({"max_response": 8}, "5 without room for 8 tokens in a context of 8): lower --max-response"),
+    ({"max_tokens": 8}, "5 without room for 8 tokens in a context of 8): lower --max-tokens"),
     ({"out_dir": "{folder}/reference/step_000001"}, "is itself a checkpoint")])
 def test_bad_settings_are_one_line(changes, words, tmp_path, monkeypatch, capsys):
     """Through the command line: exit status 2, and nothing is written."""
@@ -947,7 +948,7 @@ def test_the_command_line_with_a_function_of_a_file(rows_file, tmp_path):
     result = run_script(
         ROOT / "rlhf.py", "--checkpoint", base, "--reward", f"{tmp_path / 'mine.py'}:length",
         "--prompts", rows_file, "--out-dir", out, "--steps", 2, "--batch-size", 8, "--group-size",
-        2, "--max-response", 6, "--val-fraction", "0.2", "--device", "cpu", "--eval-interval", 1)
+        2, "--max-tokens", 6, "--val-fraction", "0.2", "--device", "cpu", "--eval-interval", 1)
     assert "8 prompts of 8 rows (left out: 0 repeated" in result.stdout
     assert "2 steps of 8 responses, 2 per prompt" in result.stdout
     assert "finished 2 steps" in result.stdout and (out / "step_000002").is_dir()

@@ -320,14 +320,14 @@ def test_dpo_takes_the_template_over(files, tmp_path, seen):
 
 def test_the_reward_model_takes_the_template_over(files, tmp_path, seen):
     config = reward.RewardConfig(**options(files, tmp_path, data=str(files / "pairs.jsonl"),
-                                           val_data=str(files / "pairs.jsonl"), max_response=2))
+                                           val_data=str(files / "pairs.jsonl"), max_tokens=2))
     reward.train(config, CPU_LAUNCH)
     assert seen == {BEGIN} and read_prompt_template(tmp_path / "out") == OWN
 
 
 def test_policy_optimization_takes_the_template_over(files, tmp_path, seen):
     config = options(files, tmp_path, prompts=str(files / "rows.jsonl"), steps=1, group_size=2,
-                     max_response=2, reward=str(files / "reward"))
+                     max_tokens=2, reward=str(files / "reward"))
     rlhf.train(rlhf.RLHFConfig(**config), CPU_LAUNCH)
     assert seen == {BEGIN} and read_prompt_template(tmp_path / "out") == OWN
     config |= {"reward": str(files / "other_reward"), "out_dir": str(tmp_path / "new")}

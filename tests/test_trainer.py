@@ -49,6 +49,7 @@ from bench.train import make_training
 from dataloader import TokenLoader
 from minigpt2 import benchmarks, resume, run
 from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, step_of
+from minigpt2.config import parse_config
 from minigpt2.distributed import (
     Launch,
     mean_loss,
@@ -394,7 +395,7 @@ def test_the_validation_loss_does_not_depend_on_ranks_or_micro_batch(corpus, tin
 
 def test_what_a_run_writes(corpus, tmp_path):
     out = tmp_path / "out"
-    model = train(tiny(corpus, out, sample_steps=2, eval_tokens=10**9), CPU_LAUNCH)
+    model = train(tiny(corpus, out, sample_tokens=2, eval_tokens=10**9), CPU_LAUNCH)
     log = read_log(out / "metrics.jsonl")
     assert sorted(log) == ["end", "run", "train", "val"]
     assert sorted(log["train"]) == list(range(10)) and sorted(log["val"]) == [0, 5, 10]
@@ -446,7 +447,7 @@ def test_two_runs_are_bit_equal(corpus, tmp_path, finished_run):
 def test_resuming_twice_is_exact(tmp_path):
     """5 + 5 + 5 = 15 steps, bit for bit, across shard boundaries and an epoch's at step 9."""
     corpus = make_corpus(tmp_path / "data", [200, 203, 200, 201], high=50)  # 3 x 12 windows
-    changes = {"max_steps": 15, "total_batch_size": 64, "keep_last": 0, "sample_steps": 2}
+    changes = {"max_steps": 15, "total_batch_size": 64, "keep_last": 0, "sample_tokens": 2}
     whole = train(tiny(corpus, tmp_path / "whole", **changes), CPU_LAUNCH)
     interrupted(tmp_path / "whole", tmp_path / "once", 5)
     torch.manual_seed(99)  # the state of the global generator must not matter
@@ -683,7 +684,7 @@ def test_only_the_training_step_is_compiled_and_only_once(corpus, tmp_path, fini
     counter, real = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(
         self, backend=counter, **options))
-    train(scored(corpus, tmp_path / "compiled", compile=True, sample_steps=2), CPU_LAUNCH)
+    train(scored(corpus, tmp_path / "compiled", compile=True, sample_tokens=2), CPU_LAUNCH)
     assert counter.frame_count == 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(finished_run), abs=1e-5)
 
@@ -803,7 +804,7 @@ def test_validation_and_saving_do_not_count_as_training_time(corpus, tmp_path, m
         return slow
 
     monkeypatch.setattr(run, "device_time", lambda device: now[0])
-    monkeypatch.setattr(run, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("minigpt2.progress.perf_counter", lambda: now[0])
     for place, name, seconds in ((trainer, "set_lr", 1), (trainer, "mean_loss", 1000),
                                  (trainer, "question_figures", 1000),
                                  (resume.CheckpointWriter, "save", 1000)):
@@ -845,7 +846,7 @@ def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
 
 def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
     config = tiny(corpus, tmp_path / "out", block_size=16, sample_prompt="word " * 20,
-                  sample_steps=2, max_steps=1)
+                  sample_tokens=2, max_steps=1)
     assert "the context is 16, response included: shorten it" in user_error(
         train, config, CPU_LAUNCH)
 
@@ -890,9 +891,28 @@ def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
     load_model(tmp_path / name)
 
 
+def test_samples_use_another_stream_each_time(corpus, tmp_path, monkeypatch):
+    """A function of seed and step, also of a resumed run; an empty prompt samples from nothing."""
+    seeds, prompts, real = [], [], trainer.generate
+
+    def generate(model, ids, masks, *arguments, seed):
+        seeds.append(seed)
+        prompts.append(ids.tolist())
+        return real(model, ids, masks, *arguments, seed=seed)
+
+    monkeypatch.setattr(trainer, "generate", generate)
+    options = {"sample_tokens": 4, "sample_prompt": "", "seed": 7, "resume": True}
+    train(tiny(corpus, tmp_path / "out", max_steps=5, **options), CPU_LAUNCH)
+    train(tiny(corpus, tmp_path / "out", **options), CPU_LAUNCH)
+    assert seeds == [7, 12, 17] and prompts == [[[50256]]] * 3
+    config = parse_config(TrainerConfig, ["--sample-prompt", "", "--sample-steps", "3"],
+                          description="")
+    assert (config.sample_prompt, config.sample_tokens) == ("", 3)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(corpus, tmp_path, finished_run, monkeypatch,
                                                       capsys):
-    out = shutil.copytree(finished_run, tmp_path / "out")
+    out = shutil.copytree(finished_run, tmp_path / "out", symlinks=True)
     message = main_error(main_of(trainer), flags(tiny(corpus, out)), monkeypatch, capsys)
     assert "--resume" in message and "--out-dir" in message
     files = [{p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -913,7 +933,7 @@ def test_a_truncated_shard_stops_every_rank(corpus, tmp_path):
 
 def test_fields_of_launch():
     assert [field.name for field in dataclasses.fields(Launch)] == [
-        "rank", "world_size", "device"]
+        "rank", "world_size", "device", "store"]
 
 
 def test_the_command_line_keeps_its_flags(capsys, monkeypatch):

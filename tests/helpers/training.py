@@ -32,7 +32,7 @@ def tiny(corpus: Path, out_dir: Path, **changes) -> TrainerConfig:
                "n_embd": 16, "block_size": 32, "sequence_length": 16, "total_batch_size": 128,
                "micro_batch_size": 4, "max_steps": STEPS, "warmup_steps": 3, "max_lr": 1e-2,
                "min_lr": 1e-3, "eval_interval": 5, "eval_tokens": 160, "save_interval": 5,
-               "sample_steps": 0, "device": "cpu"} | changes
+               "sample_tokens": 0, "device": "cpu"} | changes
     return TrainerConfig(**options)
 
 

@@ -46,7 +46,7 @@ WORDS = "20"  # the reward: the response ends and has at most so many words
 class BenchGRPOConfig(AgainstTRLConfig):
     prompts: int = flag(4, "prompts per step", minimum=1)
     group_size: int = flag(8, "responses per prompt", minimum=2)
-    max_response: int = flag(64, "tokens of a response", minimum=1)
+    max_tokens: int = flag(64, "tokens of a response", minimum=1)
     steps: int = flag(2, "steps of a run", minimum=1)
     micro_batch_size: int = flag(16, "responses per micro-step", minimum=1)
     kl_coef: float = flag(0.05, "weight of the KL", minimum=0)
@@ -63,7 +63,7 @@ def make_trial(system: str, config: BenchGRPOConfig, folder: pathlib.Path) -> Tr
         checkpoint=str(folder / MODEL), prompts=str(folder / ROWS), advantage="group",
         reward=f"function:at_most_words={WORDS}", steps=config.steps, batch_size=config.batch_size,
         group_size=config.group_size, epochs=1, minibatches=1, max_lr=1e-6,
-        micro_batch_size=config.micro_batch_size, max_response=config.max_response,
+        micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens,
         kl_coef=config.kl_coef, warmup_fraction=0.0, val_fraction=0.0, eval_rows=1, device="cpu")
     return (ours if system == "ours" else trls)(config, settings, folder)
 
@@ -95,7 +95,7 @@ def trls(config: BenchGRPOConfig, settings: rlhf.RLHFConfig, folder: pathlib.Pat
             trl.GRPOTrainer, trl.GRPOConfig, folder, rows, max_steps=config.steps,
             micro_batch_size=config.micro_batch_size, num_iterations=1, temperature=1.0,
             gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
-            num_generations=config.group_size, max_completion_length=config.max_response,
+            num_generations=config.group_size, max_completion_length=config.max_tokens,
             beta=config.kl_coef, scale_rewards="none", shuffle_dataset=False,
             trainer_options={"reward_funcs": score})
         return counted(figures, config, [step["completions/mean_length"] for step in log])
@@ -112,7 +112,7 @@ def counted(figures: dict[str, float], config: BenchGRPOConfig,
 def trained_prompts(config: BenchGRPOConfig, settings: rlhf.RLHFConfig) -> list[str]:
     """The texts of the prompts of all steps, in rlhf.py's order, each once."""
     block_size = load_model(settings.checkpoint).config.block_size
-    prompts, _ = load_prompts(settings.prompts, "--prompts", block_size, settings.max_response)
+    prompts, _ = load_prompts(settings.prompts, "--prompts", block_size, settings.max_tokens)
     trained, *_ = split_prompts(prompts, 0.0)
     return [format_prompt(prompt.instruction, prompt.input) for step in range(config.steps)
             for prompt in rlhf.step_prompts(trained, settings, step)[:: config.group_size]]
