@@ -23,18 +23,16 @@ def response_targets(ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
 
 
 def preference_loss(margins: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(chosen - rejected) of margins (R,): minus the log-probability, in nats, that the
-    chosen response wins (Bradley & Terry 1952). A margin of 2 costs 0.126928, 0 costs log 2."""
+    """-log sigmoid(chosen - rejected) of margins (R,), in nats (Bradley & Terry 1952)."""
     return -F.logsigmoid(margins)
 
 
 def dpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, beta: float,
              label_smoothing: float = 0.0, lengths: torch.Tensor | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and margins, both (R,), of direct preference optimization (Rafailov et al. 2023,
-    equation 7), from log-probabilities (R, 2) of whole responses under policy and reference, sums
-    over tokens, <|endoftext|> included. label_smoothing: the probability that a label is wrong
-    (Mitchell 2023). `lengths` (R, 2), tokens: for means (Tulu 3's dpo_norm), with beta about 5."""
+    """Losses and margins, both (R,), of DPO (Rafailov et al. 2023, equation 7), from summed
+    log-probabilities (R, 2) of whole responses under policy and reference. label_smoothing: the
+    probability that a label is wrong (Mitchell 2023). `lengths` (R, 2): for means (Tulu 3)."""
     gains = logprobs - ref_logprobs  # (R, 2)
     if lengths is not None:
         gains = gains / lengths
@@ -51,8 +49,7 @@ def accuracy(margins: torch.Tensor) -> torch.Tensor:
 
 def token_rewards(scores: torch.Tensor, log_ratios: torch.Tensor, mask: torch.Tensor,
                   kl_coef: float) -> torch.Tensor:
-    """Rewards (R, T): -kl_coef * log_ratios (R, T), log policy - log reference, at every token, and
-    the score (R,) at the last (Ziegler et al. 2019, section 2)."""
+    """Rewards (R, T): -kl_coef * log_ratios (R, T), and the score (R,) at the last token."""
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))  # (R, T)
     return (is_last * scores[:, None] - kl_coef * log_ratios) * mask
 
@@ -96,8 +93,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor,
                value_clip: float) -> torch.Tensor:
-    """Half the squared error (N,) of values, or, if larger, of values clipped to old_values +-
-    value_clip (OpenAI's code for PPO); 0: no clipping."""
+    """Half the squared error (N,) of values, or if larger, clipped as in PPO; 0: no clipping."""
     errors = (values - returns).square()
     if value_clip > 0:
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
@@ -112,9 +108,8 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, num_responses: int,
 
 
 def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
-    """The expected gold reward (R,) of the response with the largest proxy among n, estimated
-    without bias from N >= n responses (R, N): with i the rank by proxy from 0, the sum of
-    C(i, n - 1) / C(N, n) gold_i (Nakano et al. 2021). Responses of equal proxy share their gold."""
+    """The expected gold reward (R,) of the response with the largest proxy among n, without bias
+    from N >= n responses (R, N) (Nakano et al. 2021). Those of equal proxy share their gold."""
     equal = (proxy[:, :, None] == proxy[:, None, :]).to(gold.dtype)  # (R, N, N)
     shared = (equal @ gold[:, :, None]).squeeze(2) / equal.sum(2)  # (R, N)
     N = gold.size(1)
@@ -123,8 +118,7 @@ def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of two coins, in nats, elementwise: the least KL that a policy with success rate p
-    can have to one with q, by the data processing inequality. binary_kl(0.5, 0.1) is 0.510826."""
+    """KL(p || q) of two coins, in nats: the least of policies with such success rates."""
     def part(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
 

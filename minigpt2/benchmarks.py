@@ -26,8 +26,8 @@ class Question:
 
 
 def make_question(contexts: list[str], choices: list[str], label: int) -> Question:
-    """A question with one context per choice. Whitespace between them, a single space unless the
-    context ends with some, belongs to the continuation. An empty context is <|endoftext|>."""
+    """One context per choice. Whitespace between them, a space unless the context ends with some,
+    belongs to the continuation. An empty context is <|endoftext|>."""
     pairs = []
     for context, choice in zip(contexts, choices, strict=True):
         end = len(context.rstrip())
@@ -74,9 +74,8 @@ def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[
 
 def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *,
           batch_tokens: int = 8192, **options) -> torch.Tensor | None:
-    """For each pair: the log-probability of the continuation (nats), whether every one of its
-    tokens is the most likely one, and whether the last one is: (N, 3) float64. The options are
-    those of `share_rows`. Long contexts lose their left."""
+    """For each pair: the log-probability of the continuation (nats), whether all of its tokens are
+    the most likely ones, and whether the last is: (N, 3) float64. Long contexts lose their left."""
     limit = model.config.block_size + 1  # the last token is only a target
     rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
     scores = share_rows(
@@ -128,8 +127,7 @@ def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str,
 
 
 def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
-    """Accuracy of the whole last word (lm-evaluation-harness) and of its last token (the GPT-2
-    paper's), and the perplexity per word, exp of the mean negative log-probability."""
+    """Accuracies of the last word (lm-evaluation-harness) and its last token, and perplexity."""
     figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]})
     perplexity = scores[:, 0].mean().neg().exp().item()
     return figures | {"perplexity_per_word": perplexity, "rows": len(scores)}

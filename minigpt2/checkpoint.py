@@ -117,8 +117,8 @@ def clean_up(out_dir: Path) -> None:
 
 
 def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
-    """Makes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best relative symlinks to
-    their checkpoints; on a file system without symlinks, files with their names."""
+    """Makes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best relative symlinks, or on
+    a file system without them files with the names."""
     for name, target in ((LATEST, step), (BEST, best_step)):
         if target is None or not step_folder(out_dir, target).exists():
             continue

@@ -58,8 +58,7 @@ class IgnoreBrokenPipe:
 
 
 class StopRequest(contextlib.ExitStack):
-    """While entered, a stop signal is recorded instead of killing this process, for the training
-    loop to check; a second Ctrl-C ends the process at once."""
+    """While entered, a stop signal is only recorded; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         super().__init__()  # of what is restored on exit: signal handlers, output streams
@@ -93,8 +92,8 @@ class StopRequest(contextlib.ExitStack):
 
 
 class RankMonitor:
-    """A thread that ends this process when another rank fails, when its torchrun is killed, or when
-    a rank no longer increments its counter in torchrun's store, as all do once a second."""
+    """A thread that ends this process when another rank fails, its torchrun is killed, or a rank
+    no longer increments its counter in torchrun's store, as all do once a second."""
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -167,8 +166,7 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
-    """A process group joined by `distributed.start`, with the other ranks monitored. Raises
-    UserError for out of memory, lost ranks and a failed torch.compile."""
+    """Joins the process group. Out of memory, lost ranks, failed torch.compile: UserError."""
     with RankMonitor() as monitor:
         try:
             launch = start(device, deterministic)
@@ -193,9 +191,8 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 
 def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
                   scaler: torch.amp.GradScaler, out_dir: Path) -> int:
-    """The number of consecutive skipped steps after `step`, the same on all ranks. Raises UserError
-    after MAX_SKIPPED. The float16 scaler starts too high on purpose: while its scale is at least 1,
-    an overflow of the gradients alone is neither counted nor reported."""
+    """The number of consecutive skipped steps after `step`. Raises UserError after MAX_SKIPPED. The
+    float16 scaler starts too high: down to a scale of 1, overflows of gradients do not count."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
@@ -217,9 +214,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,
                      compiled: bool, sequence_length: int, optimizer_bytes: int) -> int:
-    """The first of `candidates` (sequences, largest first) whose training step fits on every rank;
-    on a CPU, without a trial, the first of at most CPU_MICRO_BATCH. A collective, before the model
-    is wrapped in DDP. Raises UserError if no candidate fits."""
+    """The first of `candidates` (sequences, largest first) whose step fits on every rank; on a CPU,
+    the first of at most CPU_MICRO_BATCH. A collective, before DDP. Raises UserError."""
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
@@ -238,8 +234,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
 
 def step_fits(model: GPT, size: int, sequence_length: int, device: torch.device,
               dtype: torch.dtype, optimizer_bytes: int) -> bool:
-    """Whether there is memory for a forward and backward pass, gradients, moments that do not exist
-    yet (`optimizer_bytes`) and some headroom. Leaves gradients."""
+    """Whether a step, moments to come (`optimizer_bytes`) and headroom fit; leaves gradients."""
     try:
         ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
         for parameter in model.parameters():  # as in most micro-steps; DDP's buckets

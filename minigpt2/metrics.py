@@ -14,8 +14,7 @@ import torch
 
 from minigpt2.config import UserError
 
-# Dense bf16 tensor-core peak in TFLOP/s with fp32 accumulation (V100 and T4: fp16), from the
-# vendors' data sheets. The longest name whose words all occur in the device name wins.
+# Dense bf16 peak with fp32 accumulation (V100, T4: fp16), from data sheets; the longest name wins
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "A100": 312,
     "A40": 149.7, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "RTX A6000": 154.8,
@@ -32,8 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
-    """What is needed to reproduce a run, as a flat JSON object. `data` is a manifest. `git_commit`
-    is None without a repository, and ends with "+changes" if tracked files are modified."""
+    """What reproduces a run. `git_commit` ends with "+changes" if tracked files are modified."""
     root = Path(__file__).resolve().parents[1]
     files = [*sorted(root.glob("*.py")), *sorted(root.glob("minigpt2/*.py"))]
     code = b"".join(path.read_bytes() for path in files)
@@ -53,8 +51,7 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
 
 
 class RunLog:
-    """Appends records to a JSON Lines file: {"step": 3, "kind": "train", "loss": 4.2}. `fresh`
-    deletes an existing file first. Raises UserError if a line in it is damaged."""
+    """Appends records to a JSON Lines file, emptied first if `fresh`, else checked."""
 
     def __init__(self, path: Path, fresh: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +78,7 @@ class RunLog:
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
     """The records of a run log as {kind: {step: record}}; the last of a step wins. A "run" record
-    of step S discards all records after S, and the train record of S, which the run repeats. An
-    incomplete last line is ignored. Raises UserError for a damaged line."""
+    of step S discards what the run repeats. Raises UserError for a damaged line but the last."""
     records: dict[str, dict[int, dict]] = {}
     lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete
     for number, line in enumerate(lines, 1):

@@ -117,8 +117,7 @@ def sequences(pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 16 up to 192, of 32 up to 384, of 64 up to 768, and so
-    on: 26 lengths up to 1,024, and a twelfth more tokens on Alpaca's rows (27 % with 64 alone)."""
+    """`length` rounded up to a multiple of 16 up to 192, 32 up to 384, ...: 26 up to 1,024."""
     return length + -length % (16 << ((length - 1) // 192).bit_length())
 
 

@@ -1,5 +1,4 @@
-"""Rewards of responses: reward functions, and the reward model, a GPT-2 with one score per sequence
-whose checkpoint is a folder of transformers' `GPT2ForSequenceClassification`."""
+"""Rewards: functions, and a model like transformers' `GPT2ForSequenceClassification`."""
 
 import importlib.util
 import math
@@ -31,8 +30,7 @@ class RewardModel(GPT):
 
     @classmethod
     def from_language_model(cls, model: GPT, seed: int) -> "RewardModel":
-        """A reward model that shares the tensors of a language model. Its head is N(0, 1/(C + 1)),
-        so that first scores have a variance of about 1 (Ziegler et al. 2019, OpenAI's code)."""
+        """Shares a language model's tensors; the head is N(0, 1/(C + 1)) (Ziegler et al. 2019)."""
         C, parameters = model.config.n_embd, dict(model.named_parameters())
         head = torch.randn(1, C, generator=torch.Generator().manual_seed(seed)) / math.sqrt(C + 1)
         parameters["score.weight"] = nn.Parameter(head.to(model.transformer.wte.weight.device))
@@ -128,8 +126,7 @@ class Reward:
     def __call__(self, responses: Sequence[Response], rows: Sequence, launch: Launch,
                  dtype: torch.dtype, batch_size: int = 32,
                  should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
-        """The scores (R,) float64 of R responses to R `dataloader.Prompt`s, on every rank; for None
-        see `share_rows`. Raises UserError naming row and text of one without a finite score."""
+        """The scores (R,) float64 of R responses to R prompts, see `share_rows`. Or UserError."""
         stopped = [i for i, response in enumerate(responses) if response.stopped]
         places = [f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
                   for i in stopped]

@@ -1,5 +1,4 @@
-"""The corpus format (docs/formats.md): shards, `.npy` files with one vector of uint16 ids, and a
-manifest that lists them. Without one, only shards of other projects are read, by name."""
+"""The corpus format (docs/formats.md): shards, and a manifest or shards of other projects."""
 
 import io
 import json
