@@ -84,14 +84,11 @@ class Launch:
 
     def first_choice(self, key: str, choice: str) -> str:
         """The first choice, other than "", of any rank under this key. Waits for no other rank."""
-        if self.store is None:
-            return choice
-        return self.store.compare_set(key, "", choice).decode()
+        return choice if self.store is None else self.store.compare_set(key, "", choice).decode()
 
 
 def start(device: str, deterministic: bool = False) -> Launch:
-    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere; `deterministic` allows only
-    bit-reproducible algorithms. Raises UserError for bad variables and a missing device."""
+    """Joins torchrun's process group, NCCL on GPUs, gloo elsewhere. Raises UserError."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -116,8 +113,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
 
 
 def read_launch() -> tuple[int, int, int]:
-    """The rank, the rank on this node (and index of the GPU) and the world size, as torchrun sets
-    them; (0, 0, 1) without such variables. Raises UserError if some are missing or invalid."""
+    """(rank, rank on this node, world size) as torchrun sets them, else (0, 0, 1). Or UserError."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given.keys() & set(names[:3]):
@@ -158,9 +154,9 @@ def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A key prefix of this attempt: a restarted gloo group would read addresses of dead processes
-    in torchrun's store. Every rank announces a random number; rank 0 offers its own with those seen
-    until all have found theirs. None waits in the store, where signal handlers do not run."""
+    """A key prefix of this attempt: a restarted gloo group would read addresses of dead processes.
+    Every rank announces a random number; rank 0 offers its own with those seen until all have found
+    theirs. None waits in the store, where signal handlers do not run."""
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
@@ -265,9 +261,9 @@ def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch,
                size_of: Callable = lambda row: 0, batch_size: int = 32,
                batch_tokens: int = 0, should_stop: Callable[[], bool] = bool,
                label: str = "") -> list | None:
-    """The results of work(batch), one per row, in the order of rows, on every rank. Ranks take
-    batches of batch_size rows, or about batch_tokens, in turn, the largest `size_of` first, eagerly
-    and without gradients. `label` shows progress. None, on all ranks, if one `should_stop()`."""
+    """The results of work(batch), one per row, in order, on every rank. Ranks take batches of
+    batch_size rows, or about batch_tokens, in turn, the largest `size_of` first, eagerly, without
+    gradients. `label` shows progress. None, on all ranks, if one `should_stop()`."""
     order = sorted(range(len(rows)), key=lambda i: size_of(rows[i]), reverse=True)
     batches = []
     while order:

@@ -6,8 +6,8 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from statistics import fmean
-from threading import Event, Thread
-from time import perf_counter
+from threading import Thread
+from time import perf_counter, sleep
 
 from tqdm import tqdm
 
@@ -64,18 +64,15 @@ class Bar(tqdm):
     """A tqdm bar; with a `pace`, that of a run, which a thread draws, however long a step takes."""
 
     def __init__(self, *arguments, pace: Pace | None, seconds: float, **options):
-        self.pace, self.closed = pace, Event()
+        self.pace = pace
         super().__init__(*arguments, mininterval=seconds if pace is None else math.inf, **options)
         if pace is not None and not self.disable:
             Thread(target=self.draw, args=[seconds], daemon=True).start()
 
     def draw(self, seconds: float) -> None:
-        while not self.closed.wait(seconds):
+        while not self.disable:  # as a closed bar is
+            sleep(seconds)
             self.refresh()
-
-    def close(self) -> None:
-        self.closed.set()
-        super().close()
 
     @property
     def format_dict(self) -> dict:
