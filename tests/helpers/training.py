@@ -66,7 +66,7 @@ def num_records(out_dir: Path) -> int:
 def interrupted(whole: Path, out_dir: Path, at: int) -> Path:
     """Copies a run to out_dir as if it had been killed two steps after checkpoint `at`, while it
     wrote a line of its log."""
-    shutil.copytree(whole, out_dir, ignore=lambda _, names: [
+    shutil.copytree(whole, out_dir, symlinks=True, ignore=lambda _, names: [
         name for name in names if name.startswith("step_") and name > f"step_{at:06d}"])
     lines = (out_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] < at + 2]
