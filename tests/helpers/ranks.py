@@ -319,7 +319,7 @@ def record_broadcasts(folder: Path) -> None:
 
 def record_dropout(folder: Path) -> None:
     """Appends the step and the sum of the mask of every micro-step's first dropout."""
-    real, inside = run.Run.gradient_sync, []
+    real, inside = run.Run.micro_steps, []
 
     def dropout(x, p):
         mask = torch.nn.functional.dropout(torch.ones_like(x), p)
@@ -329,14 +329,13 @@ def record_dropout(folder: Path) -> None:
                         [inside.pop(), (mask * weights).sum().item()])
         return x * mask
 
-    @contextlib.contextmanager
-    def gradient_sync(self, is_last):
-        inside[:] = [self.step]
-        with real(self, is_last):
-            yield
+    def micro_steps(self, batches):
+        for batch in real(self, batches):
+            inside[:] = [self.step]
+            yield batch
 
     model.F = SimpleNamespace(**vars(torch.nn.functional) | {"dropout": dropout})
-    run.Run.gradient_sync = gradient_sync
+    run.Run.micro_steps = micro_steps
 
 
 def busy(rank_and_seconds: tuple[int, float]) -> None:
