@@ -31,7 +31,7 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import padded_length, rank_share
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.tokenizer import decode, encode, format_prompt, load_template
+from minigpt2.tokenizer import decode, encode_example, load_template
 from model import GPT
 
 ROOT = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
                                padded_to(train_rows + val_rows, block_size))
     B = run.micro_batch_size
     prompt, response = map(decode, train_rows[0][0])
-    sample_prompt = (encode(format_prompt(config.sample_prompt, template=template))
+    sample_prompt = (encode_example(config.sample_prompt, "", "", template)[0]
                      if config.sample_prompt else val_rows[0][0][0])
     launch.print0(f"{summary}\nThe first turn of a row, its trained part in [[ ]]:\n"
                   f"{prompt}[[{response}]]\n{run.summary}")

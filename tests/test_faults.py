@@ -115,9 +115,10 @@ def test_a_signal_to_one_rank_stops_both_after_a_micro_step(corpus, tmp_path):
 def micro_steps_of_ranks(random, store, step: int, signals: dict[int, int]) -> list[int]:
     """Runs the micro-steps of one step on some ranks, in a random order; rank r gets a signal once
     it has run signals[r]. Returns how many each has run; as in DDP, all enter the last or none."""
+    module = torch.nn.Identity()
     runs = [SimpleNamespace(
         stop=StopRequest(), launch=Launch(rank, len(signals), torch.device("cpu"), store),
-        step=step, updates=[], stopping=False, train_model=None, trained=None)
+        step=step, updates=[], stopping=False, train_model=module, trained=module)
         for rank in signals]
     generators = [Run.micro_steps(run, range(4)) for run in runs]
     counts, unfinished = [0] * len(runs), list(signals)

@@ -44,6 +44,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
 import finetune
+import inference
 import trainer
 from bench.train import make_training
 from dataloader import TokenLoader
@@ -893,14 +894,14 @@ def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
 
 def test_samples_use_another_stream_each_time(corpus, tmp_path, monkeypatch):
     """A function of seed and step, also of a resumed run; an empty prompt samples from nothing."""
-    seeds, prompts, real = [], [], trainer.generate
+    seeds, prompts, real = [], [], inference.generate
 
-    def generate(model, ids, masks, *arguments, seed):
+    def generate(model, ids, masks, *, seed, **options):
         seeds.append(seed)
         prompts.append(ids.tolist())
-        return real(model, ids, masks, *arguments, seed=seed)
+        return real(model, ids, masks, seed=seed, **options)
 
-    monkeypatch.setattr(trainer, "generate", generate)
+    monkeypatch.setattr(inference, "generate", generate)
     options = {"sample_tokens": 4, "sample_prompt": "", "seed": 7, "resume": True}
     train(tiny(corpus, tmp_path / "out", max_steps=5, **options), CPU_LAUNCH)
     train(tiny(corpus, tmp_path / "out", **options), CPU_LAUNCH)
