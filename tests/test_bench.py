@@ -270,6 +270,20 @@ def test_the_docs_quote_the_log_of_decoding():
     assert growth == ["1.19", "2.14", "3.14"] and all(ratio in page for ratio in growth)
 
 
+def test_the_docs_quote_the_log_of_decoding_on_a_xeon():
+    figures = records_of(ROOT / "image/logs/bench_decode_xeon.jsonl")
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    points = {(one["batch"], one["prompt"], one["dtype"]): one for one in figures["decoding"]}
+    assert len(points) == len(figures["decoding"]) == 12
+    for rows, prompt in {key[:2] for key in points}:
+        cells = [f"{rows}, {prompt}"]
+        for dtype in ("float32", "bfloat16", "int8"):
+            one = points[rows, prompt, dtype]
+            cells += [f"{one[f'{way}_tokens_per_sec']:.0f}" for way in
+                      ("ours", "hugging_face", "ctranslate2") if f"{way}_tokens_per_sec" in one]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_runs_of_one_name_are_drawn_in_one_color(tmp_path, monkeypatch):
     for name in ("a", "b"):
         lines = [{"step": step, "kind": "val", "loss": 3.0 - step} for step in (0, 1)]
