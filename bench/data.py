@@ -10,7 +10,6 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -19,8 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from bench import harness
 from bench.harness import BenchConfig, alternate, record, run_script
 from dataloader import TokenLoader
-from minigpt2.config import UserError, flag
-from minigpt2.tokenizer import load_encoder, load_tokenizer
+from minigpt2.config import flag
+from minigpt2.tokenizer import load_tokenizer
 from pretrain_data.corpus import write_corpus
 from pretrain_data.documents import file_source, select_files
 from pretrain_data.pydocs import read_documents
@@ -44,19 +43,14 @@ def load_texts(config: DataBenchConfig) -> list[str]:
 
 
 def measure_encoders(config: DataBenchConfig, texts: list[str]) -> None:
-    """tiktoken to arrays, and gigatoken if installed, against tiktoken to lists."""
+    """tiktoken to arrays, as for shards, against tiktoken to lists."""
     reference = load_tokenizer().encode_ordinary
-    encoders = {"tiktoken_array": load_encoder("tiktoken")}
-    try:
-        encoders["gigatoken"] = load_encoder("gigatoken")
-    except UserError as error:
-        print(f"gigatoken is not measured: {error}")
-    taken = alternate(config.rounds, reference=lambda: list(map(reference, texts)), **{
-        name: lambda encode=encode: list(map(encode, texts)) for name, encode in encoders.items()})
-    for name, encode in encoders.items():
-        different = sum(not np.array_equal(encode(text), reference(text)) for text in texts)
-        record(config, "encoder equality", encoder=name, documents=len(texts), different=different)
-        record(config, "encoder", encoder=name, speedup=taken["reference"] / taken[name])
+    encode = partial(load_tokenizer().encode_to_numpy, disallowed_special=())
+    taken = alternate(config.rounds, reference=lambda: list(map(reference, texts)),
+                      arrays=lambda: list(map(encode, texts)))
+    different = sum(encode(text).tolist() != reference(text) for text in texts)
+    record(config, "encoder equality", documents=len(texts), different=different)
+    record(config, "encoder", speedup=taken["reference"] / taken["arrays"])
 
 
 def make_bare_loop(texts: list[str]) -> harness.Step:

@@ -1,14 +1,11 @@
 """The GPT-2 tokenizer, and prompt templates. tiktoken downloads the vocabulary; here it comes from
 an installed package, checked against the SHA-256 that tiktoken pins."""
 
-import base64
 import codecs
 import contextlib
 import functools
 import json
 import re
-import tempfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -116,26 +113,10 @@ def encode(text: str) -> list[int]:
     return encode_to_array(repair(text)).tolist()
 
 
-@functools.cache
-def load_encoder(name: str) -> Callable[[str], np.ndarray]:
-    """A function text -> ids (n,) uint32, the same of both. Raises UserError."""
-    if name == "tiktoken":
-        return functools.partial(load_tokenizer().encode_to_numpy, disallowed_special=())
-    try:
-        from gigatoken import Tokenizer
-    except ImportError:
-        raise UserError(f"--encoder {name} is not installed: pip install {name}") from None
-    with tempfile.TemporaryDirectory() as folder:  # gigatoken reads a vocabulary from a file only
-        path = Path(folder) / "gpt2.tiktoken"
-        pieces = load_tokenizer().decode_tokens_bytes(range(EOT_TOKEN))
-        path.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(piece), token)
-                                  for token, piece in enumerate(pieces)))
-        return Tokenizer.from_tiktoken(path, "gpt2", {}).encode
-
-
-def encode_to_array(text: str, encoder: str = "tiktoken") -> np.ndarray:
+def encode_to_array(text: str) -> np.ndarray:
     """Like `encode`, but returns (n,) uint32, and for a text without lone surrogates only."""
-    return np.concatenate([load_encoder(encoder)(piece) for piece in cut_runs(text)])
+    return np.concatenate([load_tokenizer().encode_to_numpy(piece, disallowed_special=())
+                           for piece in cut_runs(text)])
 
 
 def decode(ids: list[int]) -> str:

@@ -20,9 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -34,7 +32,6 @@ from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, VOCABULARY, cut_runs, encode
 from pretrain_data.documents import Part, Source
 
 BYTES_PER_TOKEN = 4.0  # of text, for estimates: English web text has 4.5, source code 3
-CHECK_EVERY = 100  # every 100th document is also encoded with tiktoken, if that is not the encoder
 SHARD_TOKENS = 100_000_000
 OUTCOMES = {"empty": "documents had no text and were skipped",
             "failed": "documents could not be encoded and were skipped",
@@ -50,13 +47,11 @@ FIRST = {"tokens": 0, "documents": 0, "outcomes": {name: 0 for name in OUTCOMES}
 @dataclass(frozen=True)
 class TokenizeConfig:
     workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
-    encoder: Literal["tiktoken", "gigatoken"] = flag(
-        "tiktoken", "gigatoken is faster (pip install gigatoken); a document in 100 is checked")
 
 
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
                  shard_tokens: int, val_tokens: int | None = None, max_tokens: int | None = None,
-                 workers: int = 1, encoder: str = "tiktoken") -> dict:
+                 workers: int = 1) -> dict:
     """Tokenizes a source into OUT_DIR/{name}_{split}_{index}.npy and returns the manifest.
 
     `description` identifies the documents, `val_tokens` is the size of the first shard. Resumes a
@@ -68,7 +63,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
         raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
                         f"--shard-tokens {shard_tokens}, e.g. to {max(2, max_tokens // 10)}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    encode_to_array("", encoder)  # if it is not installed, nothing is changed
+    encode_to_array("")  # if the vocabulary is not installed, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
         record = load_record(out_dir, finished, settings, max_tokens)
@@ -78,7 +73,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
             print(f"{out_dir} is already complete: {record['tokens']:,} tokens")
             return record
         rewind(record, out_dir, max_tokens)
-        return write_shards(open_source(), out_dir, name, record, workers, encoder)
+        return write_shards(open_source(), out_dir, name, record, workers)
 
 
 def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int | None) -> dict:
@@ -122,8 +117,7 @@ def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:
     record["max_tokens"] = max_tokens
 
 
-def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int,
-                 encoder: str) -> dict:
+def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers: int) -> dict:
     """Writes the shards that are missing, then the manifest, and returns it. Raises UserError, and
     deletes what was written, if there is no training shard."""
     limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
@@ -136,7 +130,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)
     shards.write_record(progress, record)
-    reader = TokenReader(source, record, workers, encoder)
+    reader = TokenReader(source, record, workers)
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
         while record["tokens"] < limit and reader.has_next():
@@ -166,8 +160,8 @@ class TokenReader:
     """Reads the tokens of a source, and keeps account of them in `record`: the `position` of the
     next token, the numbers of `tokens` and `documents`, the `outcomes` of parts read to the end."""
 
-    def __init__(self, source: Source, record: dict, workers: int, encoder: str):
-        self.record, self.stream = record, token_stream(source, record, workers, encoder)
+    def __init__(self, source: Source, record: dict, workers: int):
+        self.record, self.stream = record, token_stream(source, record, workers)
         self.rest = np.empty(0, shards.TOKEN_DTYPE)  # of the current part
 
     def has_next(self) -> bool:
@@ -197,14 +191,14 @@ def check_disk(out_dir: Path, needed: int) -> None:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
 
 
-def token_stream(source: Source, record: dict, workers: int, encoder: str) -> Iterator[np.ndarray]:
+def token_stream(source: Source, record: dict, workers: int) -> Iterator[np.ndarray]:
     """Yields the tokens (n,) uint16 of each part from the record's position on. When a part has
     been read to its end, its outcomes are added to the record."""
-    tokenize, start = partial(tokenize_part, encoder=encoder), record["position"]
+    start = record["position"]
     part, skipped = start["part"], start["tokens"]
     for unit in range(start["unit"], source.num_units):
         parts = itertools.islice(source.open_unit(unit), part, None)
-        for tokens, outcomes in ordered_map(tokenize, parts, workers):
+        for tokens, outcomes in ordered_map(tokenize_part, parts, workers):
             record["position"] = {"unit": unit, "part": part, "tokens": skipped}
             yield tokens[skipped:]
             for name, count in outcomes.items():
@@ -245,7 +239,7 @@ def exit_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
+def tokenize_part(part: Part) -> tuple[np.ndarray, Counter]:
     """Tokenizes the documents of a part: (tokens (n,) uint16, counts of OUTCOMES)."""
     eot = np.array([EOT_TOKEN], dtype=np.uint32)
     arrays, outcomes = [eot[:0]], Counter()
@@ -256,14 +250,10 @@ def tokenize_part(part: Part, encoder: str) -> tuple[np.ndarray, Counter]:
             continue
         valid = repair(text)
         try:
-            tokens = encode_to_array(valid, encoder)
+            tokens = encode_to_array(valid)
         except ValueError:  # tiktoken's regular expression failed: skip this document only
             outcomes["failed"] += 1
             continue
-        if (encoder != "tiktoken" and number % CHECK_EVERY == 0
-                and not np.array_equal(tokens, encode_to_array(valid))):
-            raise UserError(f"--encoder {encoder} and tiktoken give different ids for the document "
-                            f"{text[:60]!r}: omit the flag, and delete the shards written with it")
         outcomes["repaired"] += valid != text
         outcomes["cut"] += len(cut_runs(valid)) > 1
         outcomes["marked"] += valid.count(EOT_TEXT)

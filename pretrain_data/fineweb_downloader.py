@@ -64,7 +64,7 @@ def main() -> None:
     scratch = out_dir / ".download"
     write_corpus(description, functools.partial(hub_source, repo, commit, scratch), out_dir,
                  name=name, shard_tokens=config.shard_tokens, max_tokens=config.max_tokens,
-                 workers=config.workers, encoder=config.encoder)
+                 workers=config.workers)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

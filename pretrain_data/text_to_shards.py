@@ -42,7 +42,7 @@ def main() -> None:
     options = {"separator": separator, "column": config.text_column}
     description, source = local_source(config.inputs, **options)
     write_corpus(description, lambda: source, pathlib.Path(config.out_dir), name="text",
-                 shard_tokens=SHARD_TOKENS, workers=config.workers, encoder=config.encoder,
+                 shard_tokens=SHARD_TOKENS, workers=config.workers,
                  val_tokens=validation_tokens(int(source.text_bytes / BYTES_PER_TOKEN)))
 
 

@@ -390,10 +390,10 @@ def test_invalid_utf8_is_repaired_and_counted(tmp_path):
 
 
 def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, monkeypatch):
-    def encode_or_fail(text, encoder):
+    def encode_or_fail(text):
         if "7" in text:
             raise ValueError("Regex error while tokenizing")
-        return real(text, encoder)
+        return real(text)
 
     real = corpus.encode_to_array
     monkeypatch.setattr(corpus, "encode_to_array", encode_or_fail)
@@ -401,14 +401,6 @@ def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, monkeypatch):
     kept = [text for text in TEXTS if "7" not in text]
     assert documents_of(all_tokens(tmp_path / "out")) == kept
     assert manifest["outcomes"]["failed"] == len(TEXTS) - len(kept) > 0
-
-
-def test_another_encoder_is_checked_against_tiktoken(tmp_path, monkeypatch):
-    real = corpus.encode_to_array
-    monkeypatch.setattr(corpus, "encode_to_array",
-                        lambda text, encoder="tiktoken": real(text)[encoder != "tiktoken":])
-    message = user_error(write, TEXTS, tmp_path / "out", encoder="gigatoken")
-    assert "--encoder gigatoken" in message and "Document 0" in message
 
 
 def test_large_row_groups_are_split_into_parts(tmp_path):

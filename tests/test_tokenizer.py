@@ -4,7 +4,6 @@ import random
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -83,15 +82,6 @@ def test_long_runs_are_cut(run):
     assert len(tokenizer.cut_runs((run * 9 + " x1. ") * 100_000)) == 1
     short = "start " + run * (MAX // len(run)) + " end"
     assert len(tokenizer.cut_runs(short)) <= 2
-
-
-def test_another_encoder_gives_the_same_ids():
-    if find_spec("gigatoken") is None:
-        message = user_error(encode_to_array, "a", "gigatoken")
-        assert "pip install gigatoken" in message
-        return
-    for text in TEXTS.values():
-        assert encode_to_array(text, "gigatoken").tolist() == encode(text)
 
 
 def test_lone_surrogates_become_replacement_characters():
