@@ -119,7 +119,5 @@ def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
 
 def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of two coins, in nats: the least of policies with such success rates."""
-    def part(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
-
-    return part(p, q) + part(1 - p, 1 - q)
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
+            + torch.xlogy(1 - p, 1 - p) - torch.xlogy(1 - p, 1 - q))

@@ -91,7 +91,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
             raise ValueError(f"the model is already prepared in {current}, cannot use {dtype}")
         return model
     device, int8 = model.transformer.wte.weight.device, dtype == torch.int8
-    on_cpu, pack = device.type == "cpu", functools.partial(PackedLinear, dtype=dtype)
+    on_cpu = device.type == "cpu"
     if (int8 or (on_cpu and dtype != torch.float32)) and not (on_cpu and can_pack(dtype)):
         raise UserError(f"no sampling in {str(dtype)[6:]} on this device ({device.type}): use "
                         "--dtype float32")
@@ -102,10 +102,10 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     elif can_pack():
         keep_freed_memory()
         model.float()
-        for block in model.transformer.h:
-            for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"),
-                               (block.mlp, "c_fc"), (block.mlp, "c_proj")):
-                setattr(part, name, (Int8Linear if int8 else pack)(getattr(part, name)))
+        for name, layer in list(model.transformer.named_modules()):
+            if isinstance(layer, nn.Linear):
+                packed = Int8Linear(layer) if int8 else PackedLinear(layer, dtype)
+                model.transformer.set_submodule(name, packed)
         model.lm_head = (Int8Linear(model.lm_head, N_VOCAB) if int8 else
                          PackedLinear(model.lm_head, torch.float32))
     return model

@@ -10,10 +10,7 @@ import torch.distributed as dist
 
 from minigpt2.distributed import Launch
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's quintic iteration
-MUON_MOMENTUM = 0.95
 MUON_BATCH = 12  # matrices per batched product: more only takes more memory
-MUON_RMS = 0.2  # RMS of an update's elements per unit of learning rate, about AdamW's
 
 
 def learning_rate(step: int, *, warmup_steps: int, max_steps: int, max_lr: float, min_lr: float,
@@ -71,7 +68,7 @@ class Muon(torch.optim.AdamW):
                 wide = [view.t() for view in views] if tall else views
                 batches[wide[0].shape].append(wide)
         for shape, batch in batches.items():
-            scale = group["lr"] * MUON_RMS * math.sqrt(max(shape))
+            scale = group["lr"] * 0.2 * math.sqrt(max(shape))  # an RMS of 0.2, about AdamW's
             for first in range(0, len(batch), MUON_BATCH):
                 weights, grads, momenta = zip(*batch[first : first + MUON_BATCH], strict=True)
                 directions = torch.lerp(torch.stack(grads), torch.stack(momenta),
@@ -84,7 +81,7 @@ class Muon(torch.optim.AdamW):
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by Muon's
     Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a GPU."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # of the quintic polynomial
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # no singular value above 1
     for _ in range(steps):
@@ -109,7 +106,7 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     if muon_params:
         groups.insert(0, {"params": muon_params, "weight_decay": weight_decay, "muon": True,
-                          "momentum": MUON_MOMENTUM, "lr": muon_lr, "lr_scale": muon_lr / lr})
+                          "momentum": 0.95, "lr": muon_lr, "lr_scale": muon_lr / lr})
     if not shard:
         return optimizer_class(groups, lr=lr, **options)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import

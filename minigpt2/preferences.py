@@ -14,7 +14,6 @@ from minigpt2.tokenizer import ALPACA, encode_example
 # Names of the texts of a row, of which `input` may be missing
 FORMS = (("instruction", "input", "chosen", "rejected"), ("prompt", "input", "chosen", "rejected"),
          ("chosen", "rejected"))  # the last: two transcripts, as in Anthropic's hh-rlhf
-SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ARTIFACT = re.compile(r"##|<\||Instruction")  # of a model that continues with another prompt
 
 
@@ -105,7 +104,7 @@ def transcript_pair(place: str, chosen: str, rejected: str, template: str) -> Pa
 
 def transcript_turns(text: str) -> list[tuple[str, str]]:
     """The turns as (question, answer), the last answer empty. Those of one speaker are joined."""
-    _, *parts = SPEAKER.split(text)
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     texts = ["\n\n".join(filter(None, (said.strip() for _, said in turns)))
              for _, turns in groupby(zip(parts[::2], parts[1::2], strict=True), itemgetter(0))]
     return list(zip_longest(texts[::2], texts[1::2], fillvalue=""))
