@@ -30,16 +30,7 @@ def flag(default, help: str, *, minimum: float | None = None, below: float = mat
     """A dataclass field that becomes `--field-name` or a positional argument. With `minimum`, a
     number must be finite and in [minimum, below). An empty string, such as an unset shell variable,
     is an error unless `may_be_empty`. In a path, a leading ~ is expanded. `old`: also accepted."""
-    return dataclasses.field(default=default, metadata={
-        "help": help, "minimum": minimum, "below": below, "positional": positional,
-        "may_be_empty": may_be_empty, "is_path": is_path, "old": old})
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, without the usage text."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        sys.exit(fail(f"{message} (--help lists the flags, -- ends them)"))
+    return dataclasses.field(default=default, metadata=locals())  # all arguments, by name
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
@@ -47,8 +38,10 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
     """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error. Types:
     int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], these with `| None`, and
     tuple[str, ...] for positional values, as is everything after "--"."""
-    parser = OneLineParser(description=description, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(fail(  # one line, instead of the usage text
+        f"{message} (--help lists the flags, -- ends them)"))
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
     for field in fields:
         add_argument(parser, field, hints[field.name])
@@ -106,9 +99,8 @@ def flag_name(field_name: str) -> str:
 
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
     """Runs `main` and exits: with one line and status 2 after a UserError or a failed file."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it is closed
+        stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     try:
         main()
     except UserError as error:
