@@ -79,9 +79,6 @@ def lambada(row: dict) -> benchmarks.Question:
     return benchmarks.make_question([context], [word], 0)
 
 
-RENDERERS = {"hellaswag": benchmarks.hellaswag, "lambada": lambada}
-
-
 def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
                        dtype: torch.dtype) -> dict[str, float]:
     """The mean loss over the first targets of the validation split, in nats per token, and in bits
@@ -138,9 +135,9 @@ def evaluate_checkpoint(name: str, folder: Path, config: EvaluateConfig, launch:
         if path is None:
             figures = validation_figures(model, config, launch, dtype)
         else:
-            questions = benchmarks.make_questions(
-                path, read_rows(path)[: config.limit],
-                RENDERERS.get(task, benchmarks.multiple_choice), model.config.block_size)
+            render = lambada if task == "lambada" else benchmarks.multiple_choice
+            questions = benchmarks.make_questions(path, read_rows(path)[: config.limit], render,
+                                                  model.config.block_size)
             figures = benchmarks.question_figures(
                 model, questions, launch, dtype, label=task, batch_tokens=config.batch_tokens)
         results |= {f"{task} {figure}": value for figure, value in figures.items()}

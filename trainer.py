@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from dataloader import TokenLoader, read_rows
 from inference import write_sample
-from minigpt2.benchmarks import Question, hellaswag, make_questions, question_figures
+from minigpt2.benchmarks import Question, make_questions, multiple_choice, question_figures
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
@@ -150,7 +150,7 @@ def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:
     if config.hellaswag_interval:
         path = Path(config.hellaswag)
         rows = read_rows(path, "python evaluate.py --download")[: config.hellaswag_rows]
-        return make_questions(path, rows, hellaswag, block_size)
+        return make_questions(path, rows, multiple_choice, block_size)
     if config.hellaswag_rows or config.hellaswag != TrainerConfig.hellaswag:
         raise UserError("--hellaswag and --hellaswag-rows need --hellaswag-interval: add it, or "
                         "leave them out")

@@ -37,9 +37,10 @@ def make_question(contexts: list[str], choices: list[str], label: int) -> Questi
 
 
 def multiple_choice(row: dict) -> Question:
-    """A row of `context`, or one per choice, `choices` and `label`, an index. Raises ValueError."""
-    context, choices, label = (row.get(key) for key in ("context", "choices", "label"))
-    choices = choices if isinstance(choices, list) else []
+    """A row of `context`, or one per choice, `choices` and `label`, an index; or of HellaSwag as it
+    stands, with `ctx` and `endings`, as in build-nanogpt's hellaswag.py. Raises ValueError."""
+    context, choices = row.get("context", row.get("ctx")), row.get("choices", row.get("endings"))
+    label, choices = row.get("label"), choices if isinstance(choices, list) else []
     contexts = context if isinstance(context, list) else [context] * len(choices)
     are_texts = all(isinstance(text, str) for text in (*contexts, *choices))
     if not are_texts or not all(map(str.strip, choices)) or not 2 <= len(choices) == len(contexts):
@@ -48,11 +49,6 @@ def multiple_choice(row: dict) -> Question:
     if not str(label).isdecimal() or int(label) >= len(choices):
         raise ValueError(f"label is {label!r:.40}, expected 0 to {len(choices) - 1}")
     return make_question(contexts, choices, int(label))
-
-
-def hellaswag(row: dict) -> Question:
-    """A row of HellaSwag as it stands, as in build-nanogpt's hellaswag.py."""
-    return multiple_choice(row | {"context": row.get("ctx"), "choices": row.get("endings")})
 
 
 def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[[dict], Question],

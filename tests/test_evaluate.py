@@ -27,7 +27,6 @@ from inference import logprobs
 from minigpt2.benchmarks import (
     Question,
     choice_figures,
-    hellaswag,
     last_word_figures,
     make_questions,
     multiple_choice,
@@ -84,7 +83,7 @@ def test_last_word_figures_by_hand():
 
 
 def test_continuations_carry_their_space():
-    question = hellaswag(STORIES[0])
+    question = multiple_choice(STORIES[0])
     context, continuation = question.pairs[1]
     assert decode(context) == STORIES[0]["ctx"] and decode(continuation)[:5] == " ate "
     assert context + continuation == encode(STORIES[0]["ctx"] + " " + STORIES[0]["endings"][1])
@@ -106,7 +105,7 @@ def test_continuations_carry_their_space():
 def test_scores_match_hugging_face_and_our_own_logprobs(model, tmp_path):
     from transformers import GPT2LMHeadModel
     reference = GPT2LMHeadModel.from_pretrained(save_checkpoint(tmp_path, 1, model)).eval()
-    pairs = pairs_of([hellaswag(row) for row in STORIES] + [lambada(row) for row in PASSAGES])
+    pairs = pairs_of([multiple_choice(row) for row in STORIES] + [lambada(row) for row in PASSAGES])
     scores = score(model, pairs, CPU_LAUNCH, torch.float32, batch_tokens=256)
     for (context, continuation), (total, greedy, last) in zip(pairs, scores.tolist(), strict=True):
         ids = torch.tensor([context + continuation])
@@ -123,7 +122,7 @@ def test_scores_match_hugging_face_and_our_own_logprobs(model, tmp_path):
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_scores_do_not_depend_on_the_batch(model, batch_tokens):
-    pairs = pairs_of([hellaswag(row) for row in STORIES])
+    pairs = pairs_of([multiple_choice(row) for row in STORIES])
     scores = score(model, pairs, CPU_LAUNCH, torch.float32, batch_tokens=batch_tokens)
     alone = torch.cat([score(model, [pair], CPU_LAUNCH, torch.float32, batch_tokens=100)
                        for pair in pairs])
@@ -269,8 +268,8 @@ def test_malformed_rows_are_named(tmp_path, row, words):
 
 @pytest.mark.parametrize("render, row", [
     (lambada, {"text": "word "}), (lambada, {"text": "word"}), (lambada, {"text": " word"}),
-    (lambada, {"text": None}), (lambada, {"text": ["a b"]}), (hellaswag, {"ctx": "a"}),
-    (hellaswag, {"ctx": "a", "endings": {"b": "c"}, "label": 0}),
+    (lambada, {"text": None}), (lambada, {"text": ["a b"]}), (multiple_choice, {"ctx": "a"}),
+    (multiple_choice, {"ctx": "a", "endings": {"b": "c"}, "label": 0}),
 ])
 def test_rows_of_other_forms_are_refused(render, row):
     with pytest.raises(ValueError, match="expected"):
@@ -314,6 +313,6 @@ def test_benchmarks_are_downloaded_and_verified(tmp_path):
 def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monkeypatch):
     path = tmp_path / "hellaswag_val.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(STORIES), path)
-    assert len(make_questions(path, read_rows(path), hellaswag, 64)) == 16
+    assert len(make_questions(path, read_rows(path), multiple_choice, 64)) == 16
     monkeypatch.setattr(evaluate, "fetch", None)
     evaluate.download_benchmark(path)

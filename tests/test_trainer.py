@@ -522,7 +522,7 @@ def test_hellaswag_is_scored_at_its_interval_and_at_the_end(corpus, tmp_path, fi
     records = scores_of(tmp_path / "out")
     assert sorted(records) == [0, 3, 6, 9, STEPS]
     rows = [(str(number), row) for number, row in enumerate(STORIES)]
-    questions = benchmarks.make_questions(tmp_path, rows, benchmarks.hellaswag, 32)
+    questions = benchmarks.make_questions(tmp_path, rows, benchmarks.multiple_choice, 32)
     figures = benchmarks.question_figures(model, questions, CPU_LAUNCH, torch.float32)
     assert records[STEPS] == {"step": STEPS, "kind": "hellaswag"} | figures
     assert figures["rows"] == 16 and {"accuracy_summed", "accuracy_per_token",

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.harness import BenchConfig, Step, compare, record, run_bench
 from bench.train import SIZES
 from dataloader import read_rows
-from evaluate import RENDERERS
-from minigpt2.benchmarks import choice_figures, make_questions, score
+from minigpt2.benchmarks import choice_figures, make_questions, multiple_choice, score
 from minigpt2.checkpoint import find_checkpoint, load_model, save_checkpoint
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import start
@@ -49,7 +48,7 @@ def make_scoring(way: str, checkpoint: Path, path: Path, batch_size: int, max_le
     launch, model = start("cpu"), load_model(checkpoint)
 
     def step() -> float:
-        questions = make_questions(path, read_rows(path), RENDERERS["hellaswag"], max_length)
+        questions = make_questions(path, read_rows(path), multiple_choice, max_length)
         pairs = [pair for question in questions for pair in question.pairs]
         scores = score(model, pairs, launch, torch.float32)
         return choice_figures(questions, scores)["accuracy_summed"]

@@ -10,8 +10,14 @@ import torch
 from helpers.common import CPU_LAUNCH, ROOT, run_script, write_rows
 
 from dataloader import read_rows
-from evaluate import RENDERERS
-from minigpt2.benchmarks import choice_figures, last_word_figures, make_questions, score
+from evaluate import lambada
+from minigpt2.benchmarks import (
+    choice_figures,
+    last_word_figures,
+    make_questions,
+    multiple_choice,
+    score,
+)
 from minigpt2.checkpoint import load_model
 
 harness = pytest.importorskip("harness_tasks", reason="pip install -r requirements-referees.txt")
@@ -57,7 +63,8 @@ def test_scores_and_accuracies_equal_the_harness(checkpoint, tmp_path, monkeypat
     metrics = results["results"][task]
 
     model = load_model(checkpoint)
-    questions = make_questions(path, read_rows(path), RENDERERS[task], model.config.block_size)
+    render = lambada if task == "lambada" else multiple_choice
+    questions = make_questions(path, read_rows(path), render, model.config.block_size)
     pairs = [pair for question in questions for pair in question.pairs]
     scores = score(model, pairs, CPU_LAUNCH, torch.float32)
     assert scores[:, 0].tolist() == pytest.approx(expected, abs=1e-3)
