@@ -85,11 +85,9 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     head. Logits are float32. Raises UserError if the device lacks `dtype`, ValueError if another
     was prepared."""
     model.eval().requires_grad_(False)
-    if isinstance(model.lm_head, PackedLinear | Int8Linear | Float32Head):
-        current = model.transformer.h[0].attn.c_attn.weight.dtype
-        if current != dtype:
-            raise ValueError(f"the model is already prepared in {current}, cannot use {dtype}")
-        return model
+    current = model.transformer.h[0].attn.c_attn.weight.dtype
+    if isinstance(model.lm_head, PackedLinear | Int8Linear | Float32Head) and current != dtype:
+        raise ValueError(f"the model is already prepared in {current}, cannot use {dtype}")
     device, int8 = model.transformer.wte.weight.device, dtype == torch.int8
     on_cpu = device.type == "cpu"
     if (int8 or (on_cpu and dtype != torch.float32)) and not (on_cpu and can_pack(dtype)):
@@ -102,12 +100,12 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     elif can_pack():
         keep_freed_memory()
         model.float()
-        for name, layer in list(model.transformer.named_modules()):
+        for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear):
-                packed = Int8Linear(layer) if int8 else PackedLinear(layer, dtype)
-                model.transformer.set_submodule(name, packed)
-        model.lm_head = (Int8Linear(model.lm_head, N_VOCAB) if int8 else
-                         PackedLinear(model.lm_head, torch.float32))
+                is_head = layer is model.lm_head
+                packed = (Int8Linear(layer, N_VOCAB if is_head else None) if int8 else
+                          PackedLinear(layer, torch.float32 if is_head else dtype))
+                model.set_submodule(name, packed)
     return model
 
 

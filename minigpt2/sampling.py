@@ -13,12 +13,9 @@ import torch
 from minigpt2.config import UserError
 from minigpt2.tokenizer import N_VOCAB
 
-SPLITMIX_GAMMA = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64
 # Shifts and factors for `mix`: of SplitMix64, and of MurmurHash3's finalizer (Appleby)
 SPLITMIX64 = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None))
 FMIX32 = ((16, -0x7A143595), (13, -0x3D4D51CB), (16, None))
-GOLDEN_32 = -0x61C8864F  # 2**32 / golden ratio, as int32
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[in
     one_per_row = isinstance(seed, list | tuple)
     seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
-            isinstance(one, numbers.Integral) and 0 <= one <= MAX_SEED for one in seeds):
+            isinstance(one, numbers.Integral) and 0 <= one < 2**64 for one in seeds):
         raise UserError(f"seed is {seed!r:.60}, expected 0 to 2**64 - 1, or a list of one per row")
     repetitions = Counter()
     for i, prompt in enumerate(() if one_per_row else prompts):
@@ -127,7 +124,8 @@ def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
                       token_ids: torch.Tensor) -> torch.Tensor:
     """Noise of mean 1 (B, V) float32 of keys (B,), counter (B,) or (), and token_ids (V,)."""
     words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
-    x = mix((token_ids * GOLDEN_32) ^ words[:, :1], FMIX32)  # (B, V)
+    # the factor is 2**32 / golden ratio, as int32
+    x = mix((token_ids * -0x61C8864F) ^ words[:, :1], FMIX32)  # (B, V)
     x = mix(x ^ words[:, 1:], FMIX32)
     uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], with full precision near 0
     # exclude 0, with which any token would be sampled, and 1, with which none could be
@@ -136,7 +134,8 @@ def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
 
 def splitmix64(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     """Output number `counter` (from 0) of SplitMix64 (Steele et al. 2014), element-wise, int64."""
-    return mix(seed + (counter + 1) * SPLITMIX_GAMMA, SPLITMIX64)  # integers wrap around
+    # the factor is 2**64 / golden ratio, as int64; integers wrap around
+    return mix(seed + (counter + 1) * -0x61C8864680B583EB, SPLITMIX64)
 
 
 def mix(x: torch.Tensor, rounds: tuple[tuple[int, int | None], ...]) -> torch.Tensor:
