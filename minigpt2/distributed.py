@@ -2,13 +2,10 @@
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
 import secrets
-import sys
 import time
-import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,10 +22,6 @@ from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SamplingDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-TIMEOUT_MINUTES = 30  # of collectives: others wait while rank 0 reads a checkpoint from a slow disk
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt (malloc.h)
-MAX_MATMUL_ERROR = 2e-6  # relative error of a float32 matrix product; bfloat16 has 2e-3
-SLOWER = 1.3  # times the time in float32: more than noise
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
 
@@ -104,7 +97,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
     store = None
     if world_size > 1:
         backend, gpu = ("nccl", torch_device) if torch_device.type == "cuda" else ("gloo", None)
-        timeout = timedelta(minutes=TIMEOUT_MINUTES)
+        timeout = timedelta(minutes=30)  # rank 0 may read a checkpoint from a slow disk meanwhile
         store = connect_store(timeout, may_host=rank == 0)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
@@ -113,7 +106,8 @@ def start(device: str, deterministic: bool = False) -> Launch:
 
 
 def read_launch() -> tuple[int, int, int]:
-    """(rank, rank on this node, world size) as torchrun sets them, else (0, 0, 1). Or UserError."""
+    """The rank, the rank on this node and the world size, as torchrun sets them; (0, 0, 1) without
+    torchrun. Raises UserError if a variable is missing or invalid."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given.keys() & set(names[:3]):
@@ -130,8 +124,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep freed memory: zeroing new pages for every large tensor is slow."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(-4, 0)  # M_MMAP_MAX in malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def use_fastest_exact_matmul() -> None:
@@ -141,7 +135,7 @@ def use_fastest_exact_matmul() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
     exact = a.double() @ b.double()
-    if (a @ b - exact).norm() > MAX_MATMUL_ERROR * exact.norm():
+    if (a @ b - exact).norm() > 2e-6 * exact.norm():  # in bfloat16 the error is 2e-3
         torch.set_float32_matmul_precision("highest")
 
 
@@ -188,19 +182,12 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on others,
-    and float32 elsewhere, so that machines agree to rounding. A line says if a CPU emulates it."""
+    """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on other
+    GPUs, and float32 elsewhere, so that machines agree to rounding."""
     if dtype == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    picked = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    if device.type == "cpu" and picked in (torch.bfloat16, torch.float16):
-        half, full = (min(timeit.repeat(functools.partial(torch.mm, x, x), number=1, repeat=5))
-                      for x in (torch.ones(512, 512, dtype=kind) for kind in (picked, torch.float)))
-        if half > SLOWER * full and (os.environ.get("RANK") or "0") == "0":
-            print(f"--dtype {dtype}: a matrix product takes {half / full:.1f} times as long as in "
-                  "float32 on this processor", file=sys.stderr, flush=True)
-    return picked
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -263,7 +250,7 @@ def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch,
                label: str = "") -> list | None:
     """The results of work(batch), one per row, in order, on every rank. Ranks take batches of
     batch_size rows, or about batch_tokens, in turn, the largest `size_of` first, eagerly, without
-    gradients. `label` shows progress. None, on all ranks, if one `should_stop()`."""
+    gradients. `label` shows progress. None, on all ranks, if `should_stop()` on one."""
     order = sorted(range(len(rows)), key=lambda i: size_of(rows[i]), reverse=True)
     batches = []
     while order:
