@@ -17,9 +17,9 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
                          targets: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
     """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,);
     with `reduction="none"`, that of each row (N,). Rows whose target is IGNORE_INDEX count 0. A
-    head in int8, which has no gradient, is given as the module. Eager
-    code holds a few rows of logits and never waits for a GPU. All are held under torch.compile,
-    which fuses the float32 softmax, and for float16, whose gradients must be scaled first."""
+    head in int8, which has no gradient, is given as the module. Eager code holds a few rows of
+    logits and never waits for a GPU. All rows are held under torch.compile, which fuses the float32
+    softmax, and for float16, whose gradients must be scaled first."""
     if isinstance(weight, torch.nn.Module):
         parts = zip(x.split(LOSS_ROWS_CPU), targets.split(LOSS_ROWS_CPU), strict=True)
         losses = torch.cat([F.cross_entropy(weight(rows), ids, ignore_index=IGNORE_INDEX,

@@ -126,7 +126,8 @@ class Reward:
     def __call__(self, responses: Sequence[Response], rows: Sequence, launch: Launch,
                  dtype: torch.dtype, batch_size: int = 32,
                  should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
-        """The scores (R,) float64 of R responses to R prompts, see `share_rows`. Or UserError."""
+        """The scores (R,) float64 of R responses to R prompts, or None, see `share_rows`. Raises
+        UserError if one is not finite."""
         stopped = [i for i, response in enumerate(responses) if response.stopped]
         places = [f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
                   for i in stopped]
