@@ -32,7 +32,7 @@ class Launch:
     rank: int  # among all processes of all nodes
     world_size: int
     device: torch.device
-    store: dist.Store | None = None  # of several ranks
+    store: dist.Store | None = None  # of several ranks, for this attempt only
 
     @property
     def is_master(self) -> bool:
@@ -98,7 +98,10 @@ def start(device: str, deterministic: bool = False) -> Launch:
     if world_size > 1:
         backend, gpu = ("nccl", torch_device) if torch_device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=30)  # rank 0 may read a checkpoint from a slow disk meanwhile
-        store = connect_store(timeout, may_host=rank == 0)
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              is_master=rank == 0 and not hosted, timeout=timeout,
+                              wait_for_workers=False)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=timeout, device_id=gpu)
@@ -137,14 +140,6 @@ def use_fastest_exact_matmul() -> None:
     exact = a.double() @ b.double()
     if (a @ b - exact).norm() > 2e-6 * exact.norm():  # in bfloat16 the error is 2e-3
         torch.set_float32_matmul_precision("highest")
-
-
-def connect_store(timeout: timedelta, may_host: bool = False) -> dist.TCPStore:
-    """The rendezvous store: torchrun's, or one hosted by rank 0."""
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                         is_master=may_host and not hosted, timeout=timeout,
-                         wait_for_workers=False)
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:

@@ -5,7 +5,6 @@ import gc
 import math
 import os
 import re
-import secrets
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ import torch.distributed as dist
 
 from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
-from minigpt2.distributed import Launch, autocast, connect_store, start
+from minigpt2.distributed import Launch, autocast, start
 from minigpt2.loss import on_cpu
 from model import GPT
 
@@ -108,13 +107,12 @@ class RankMonitor:
         return self
 
     def watch(self, launch: Launch) -> None:
-        """Starts to watch the other ranks as well. A collective."""
-        if launch.world_size > 1:
+        """Starts to watch the other ranks as well."""
+        if launch.store is not None:
             self.rank, self.world_size = launch.rank, launch.world_size
-            prefix = launch.broadcast(secrets.token_hex(8))  # hides keys of earlier attempts
-            # A connection of its own: that of the process group may be blocked
-            store = connect_store(timedelta(seconds=SILENT_SECONDS))
-            self.store = dist.PrefixStore(prefix, store)
+            store = launch.store.clone()  # the connection of the process group may be blocked
+            store.set_timeout(timedelta(seconds=SILENT_SECONDS))
+            self.store = dist.PrefixStore("monitor", store)
 
     def __exit__(self, kind, error, traceback) -> None:
         is_cause = error is not None and not self.leaving.is_set()

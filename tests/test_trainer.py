@@ -348,7 +348,8 @@ def test_rank_is_not_local_rank(monkeypatch):
     set_launch(monkeypatch, RANK="11", LOCAL_RANK="3", WORLD_SIZE="16")
     monkeypatch.setattr("minigpt2.distributed.dist.init_process_group",
                         lambda *arguments, **options: None)
-    monkeypatch.setattr("minigpt2.distributed.connect_store", lambda timeout, may_host: HashStore())
+    monkeypatch.setattr("minigpt2.distributed.dist.TCPStore",
+                        lambda *address, **options: HashStore())
     monkeypatch.setattr("minigpt2.distributed.agree_on_attempt",
                         lambda store, rank, world_size: "first")
     picked = []
