@@ -109,7 +109,8 @@ def cut_runs(text: str) -> list[str]:
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of a text: "<|endoftext|>" as text, seven ids, lone surrogates as U+FFFD."""
+    """The token ids of a text, in which "<|endoftext|>" is plain text of seven ids. Lone surrogates
+    become U+FFFD."""
     return encode_to_array(repair(text)).tolist()
 
 
@@ -135,8 +136,8 @@ class StreamDecoder:
 
 
 def load_template(name: str) -> str:
-    """The text of one of TEMPLATES, or that in a text file, where an input without a place follows
-    the instruction. Raises UserError."""
+    """The text of one of TEMPLATES, or of a text file; if that has no place for an input, an input
+    follows the instruction. Raises UserError."""
     try:
         text = TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
