@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import secrets
+import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -178,11 +181,19 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on other
-    GPUs, and float32 elsewhere, so that machines agree to rounding."""
+    GPUs, and float32 elsewhere, so that machines agree to rounding. One line says how slow a dtype
+    is that a CPU only emulates."""
     if dtype == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    picked = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    if device.type == "cpu" and picked in (torch.bfloat16, torch.float16):
+        half, full = (min(timeit.repeat(functools.partial(torch.mm, x, x), number=1, repeat=5))
+                      for x in (torch.ones(512, 512, dtype=kind) for kind in (picked, torch.float)))
+        if half > 1.3 * full and (os.environ.get("RANK") or "0") == "0":  # more than noise
+            print(f"--dtype {dtype}: a matrix product takes {half / full:.1f} times as long as in "
+                  "float32 on this processor", file=sys.stderr, flush=True)
+    return picked
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import sys
+import timeit
 
 import pytest
 import torch
@@ -635,6 +636,22 @@ def test_auto_is_bfloat16_only_on_gpus_that_support_it(native, dtype, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation:
                         native or including_emulation)
     assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+@pytest.mark.parametrize("factor, said", [(0.5, ""), (1.1, ""), (4.0, "4.0 times as long")])
+def test_a_dtype_that_a_cpu_emulates_is_named(factor, said, monkeypatch, capsys):
+    """Emulated bfloat16 is slower than float32. "auto" never chooses it, and times nothing."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: factor, torch.float16: factor}
+    monkeypatch.setattr(timeit, "repeat", lambda call, **_: [seconds[call.args[0].dtype]])
+    for dtype in ("bfloat16", "float16"):
+        assert pick_dtype(dtype, torch.device("cpu")) == getattr(torch, dtype)
+        error = capsys.readouterr().err
+        assert (f"--dtype {dtype}" in error and said in error) if said else error == ""
+    for dtype in ("auto", "float32"):
+        assert pick_dtype(dtype, torch.device("cpu")) == torch.float32
+    monkeypatch.setenv("RANK", "1")
+    pick_dtype("bfloat16", torch.device("cpu"))
+    assert capsys.readouterr().err == ""
 
 
 def test_bfloat16_on_a_cpu_learns(corpus, tmp_path, finished_run):
