@@ -22,13 +22,11 @@ from minigpt2.sampling import SamplingParams
 from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer
 from model import GPT
 
-PROMPT, CONTINUATION, FENCE = "> ", "... ", '"""'
 SETTINGS = {"/temperature": float, "/top-k": int, "/top-p": float}
-HELP = f"""/reset            clear the conversation
+HELP = """/reset            clear the conversation
 /temperature 0.7  set the temperature; without a number, show it; so /top-k 50 and /top-p 0.9
 /help             show this help
 /exit or Ctrl-D   quit; Ctrl-C stops a response
-{FENCE}               start and end a message of several lines
 Anything else is a message. To send a message that starts with /, type a space first."""
 NOTES = {"stop": "", "length": " [--max-tokens reached]", "context": " [context full]"}
 
@@ -74,9 +72,10 @@ def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: s
         print("/help shows the commands, Ctrl-D quits", flush=True)
     while True:
         try:
-            message, is_command = read_message(is_terminal)
+            line = input("> " if is_terminal else "")
+            message = line.strip()
             command, argument = [*message.split(maxsplit=1), "", ""][:2]
-            if not is_command and message:
+            if message and not line.startswith("/"):
                 stream_response(config, model, params, conversation, message)
             elif command == "/exit":
                 return
@@ -94,21 +93,6 @@ def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: s
             print("\n(Ctrl-D or /exit quits)", flush=True)
         except UserError as error:
             print(f"({error})", flush=True)
-
-
-def read_message(is_terminal: bool) -> tuple[str, bool]:
-    """Reads one line, or the lines between two fences; returns it and whether it is a command.
-    Raises EOFError at the end of the input, UserError if it ends between fences."""
-    line = input(PROMPT if is_terminal else "")
-    if not line.lstrip().startswith(FENCE):
-        return line.strip(), line.startswith("/")
-    text = line.lstrip().removeprefix(FENCE)
-    while not text.rstrip().endswith(FENCE):
-        try:
-            text += "\n" + input(CONTINUATION if is_terminal else "")
-        except EOFError:
-            raise UserError(f"message not sent: it has no closing {FENCE}") from None
-    return text.rstrip().removesuffix(FENCE).strip("\n"), False
 
 
 def change_setting(params: SamplingParams, command: str, argument: str) -> SamplingParams:
