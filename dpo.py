@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from dataloader import load_pairs, row_batches, split_pairs
-from inference import check_vocabulary
+from inference import load_gpt2
 from minigpt2.advantages import accuracy, dpo_loss
-from minigpt2.checkpoint import load_model, shared_template, weights_sha256
+from minigpt2.checkpoint import shared_template, weights_sha256
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
@@ -146,8 +146,7 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     device = launch.device
 
     # 1. The reference, the pairs, and the checkpoint to resume from
-    reference = load_model(config.checkpoint, device)
-    check_vocabulary(reference, config.checkpoint)
+    reference = load_gpt2(config.checkpoint, device)
     block_size = reference.config.block_size
     template = shared_template(config.checkpoint)
     pairs, summary = load_pairs(config.data, "--data", block_size, template)
@@ -155,7 +154,7 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
     run = Run(config, launch, stop, label="DPO", graph="dpo_loss.png", fixed=FIXED_ON_RESUME,
               loss_name="DPO loss, nats per pair", data={"sha256": sha256_of(Path(config.data))},
               prompt_template=template, reference_sha256=weights_sha256(reference))
-    raw_model = load_model(run.checkpoint, device) if run.is_resumed else reference
+    raw_model = load_gpt2(run.checkpoint, device) if run.is_resumed else reference
 
     # 2. The number of steps, the optimizer, and the micro-batch
     model = run.prepare_epochs(raw_model, len(train_pairs), block_size)

@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 
 from dataloader import TokenLoader, read_rows
-from inference import check_vocabulary
+from inference import load_gpt2
 from minigpt2 import benchmarks
-from minigpt2.checkpoint import find_checkpoint, load_model
+from minigpt2.checkpoint import find_checkpoint
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, SamplingDtype, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
@@ -123,11 +123,10 @@ def parse_tasks(config: EvaluateConfig) -> dict[str, Path | None]:
     return tasks
 
 
-def evaluate_checkpoint(name: str, folder: Path, config: EvaluateConfig, launch: Launch,
+def evaluate_checkpoint(folder: Path, config: EvaluateConfig, launch: Launch,
                         tasks: dict[str, Path | None]) -> dict[str, float]:
     """The figures of a checkpoint, named "TASK FIGURE"."""
-    model, dtype = load_model(folder, launch.device), pick_dtype(config.dtype, launch.device)
-    check_vocabulary(model, name)
+    model, dtype = load_gpt2(folder, launch.device), pick_dtype(config.dtype, launch.device)
     if dtype == torch.int8:  # what is not in int8 is in float32
         model, dtype = prepare_to_sample(model, dtype), torch.float32
     results = {}
@@ -171,7 +170,7 @@ def main() -> None:
             return
         tasks, results = parse_tasks(config), {}
         for name, folder in [(name, find_checkpoint(name)) for name in config.checkpoints]:
-            results[name] = evaluate_checkpoint(name, folder, config, launch, tasks)
+            results[name] = evaluate_checkpoint(folder, config, launch, tasks)
         launch.print0(benchmarks.table(results))
         if config.json and launch.is_master:
             with atomic_write(Path(config.json), text=True) as file:

@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 
 from dataloader import Example, num_inputs, read_turns, row_batches, split_examples, token_ids
-from inference import check_vocabulary, write_sample
-from minigpt2.checkpoint import load_model, shared_template
+from inference import load_gpt2, write_sample
+from minigpt2.checkpoint import shared_template
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
@@ -102,8 +102,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     if run.is_resumed and template != shared_template(base):
         raise UserError(f"--resume: {base} was trained with another --template: restore that")
     run.prompt_template = template
-    raw_model = load_model(base, device, dropout=config.dropout)
-    check_vocabulary(raw_model, base)
+    raw_model = load_gpt2(base, device, config.dropout)
     block_size = raw_model.config.block_size
     train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction,
                                                    template)

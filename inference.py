@@ -68,11 +68,14 @@ def decode_generation(output_ids: Tensor, output_masks: Tensor,
             for row in generated_rows(output_ids, output_masks, prompt_masks)]
 
 
-def check_vocabulary(model: GPT, checkpoint: str) -> None:
-    """Raises UserError if the model lacks ids of GPT-2's encoding. Extra ids are never sampled."""
+def load_gpt2(checkpoint: str | Path, device: torch.device, dropout: float = 0.0) -> GPT:
+    """The model of a checkpoint, see `load_model`. Extra ids are never sampled. Raises UserError if
+    it lacks ids of GPT-2's encoding."""
+    model = load_model(checkpoint, device, dropout=dropout)
     if model.config.vocab_size < N_VOCAB:
-        raise UserError(f"--checkpoint {checkpoint} has {model.config.vocab_size} ids, GPT-2's "
-                        f"encoding has {N_VOCAB}: it was trained with another tokenizer")
+        raise UserError(f"{checkpoint} has {model.config.vocab_size} ids, GPT-2's encoding has "
+                        f"{N_VOCAB}: it was trained with another tokenizer")
+    return model
 
 
 def check_room(lengths: Sequence[int], max_steps: int, block_size: int) -> None:
@@ -343,8 +346,7 @@ class SamplingConfig:
         if sys.stdout is None:
             raise UserError("standard output is closed, expected a terminal, pipe or file")
         device, folder = distributed.pick_device(self.device), find_checkpoint(self.checkpoint)
-        model = load_model(folder, device)
-        check_vocabulary(model, self.checkpoint)
+        model = load_gpt2(folder, device)
         prepare_to_sample(model, distributed.pick_dtype(self.dtype, device))
         return model, params, None if self.raw else read_prompt_template(folder)
 

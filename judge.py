@@ -24,10 +24,10 @@ from torch import Tensor
 
 from dataloader import Prompt, load_prompts, normalize, split_prompts
 from image.plot_report import draw_policies
-from inference import check_vocabulary, sample_responses
+from inference import load_gpt2, sample_responses
 from minigpt2.advantages import accuracy, best_of_n, binary_kl
 from minigpt2.benchmarks import means, score, table
-from minigpt2.checkpoint import find_checkpoint, load_model, read_config, shared_template
+from minigpt2.checkpoint import find_checkpoint, read_config, shared_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, Launch, pick_dtype
 from minigpt2.faults import launched
@@ -80,8 +80,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     seeds = np.random.SeedSequence(config.seed).generate_state(P * most, np.uint64).tolist()
     dtype, values, results, reference = pick_dtype(config.dtype, launch.device), {}, {}, None
     for name, folder in folders.items():
-        policy = load_model(folder, launch.device)
-        check_vocabulary(policy, name)
+        policy = load_gpt2(folder, launch.device)
         reference = reference or policy
         rows = prompts * (config.samples if results else most)
         responses = sample_responses(

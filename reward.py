@@ -25,7 +25,7 @@ import torch
 
 from dataloader import load_pairs, permutation, row_batches, split_pairs
 from image.plot_report import draw_calibration
-from inference import check_vocabulary, sample_responses
+from inference import load_gpt2, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import flag
@@ -94,8 +94,7 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
     device = launch.device
 
     # 1. The model, the pairs, and the checkpoint to resume from
-    base = load_model(config.checkpoint, device, dropout=config.dropout)
-    check_vocabulary(base, config.checkpoint)
+    base = load_gpt2(config.checkpoint, device, config.dropout)
     block_size, template = base.config.block_size, shared_template(config.checkpoint)
     train_pairs, val_pairs, summary = read_splits(config, block_size, template)
     run = Run(config, launch, stop, label="reward model", graph="reward_loss.png",
@@ -193,7 +192,7 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
     order = permutation(len(pairs), config.seed)[: config.normalize_samples]
     prompts = [pairs[i].prompt for i in order]
     seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
-    base = prepare_to_sample(load_model(config.checkpoint, run.launch.device), run.dtype)
+    base = prepare_to_sample(load_gpt2(config.checkpoint, run.launch.device), run.dtype)
     responses = sample_responses(base, prompts, seeds, config.max_tokens, run.launch,
                                  should_stop=run.stop.requested)
     if responses is None:

@@ -26,9 +26,9 @@ import torch
 import torch.nn as nn
 
 from dataloader import Prompt, load_prompts, permutation, split_prompts
-from inference import check_vocabulary, sample_responses
+from inference import load_gpt2, sample_responses
 from minigpt2 import advantages as A
-from minigpt2.checkpoint import load_model, shared_template, weights_sha256
+from minigpt2.checkpoint import shared_template, weights_sha256
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
@@ -124,7 +124,7 @@ def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardMode
     """The value model: at first the reward model's weights, or the policy's, with a head of 0."""
     if config.advantage == "group":
         return None
-    value = (RewardModel.from_language_model(load_model(config.checkpoint, run.launch.device), 0)
+    value = (RewardModel.from_language_model(load_gpt2(config.checkpoint, run.launch.device), 0)
              if reward.model is None else copy.deepcopy(reward.model)).requires_grad_(True)
     nn.init.zeros_(value.score.weight)
     if run.is_resumed:
@@ -281,8 +281,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     device = launch.device
 
     # 1. Prompts, reference, reward, policy and value model
-    reference = load_model(config.checkpoint, device).requires_grad_(False)
-    check_vocabulary(reference, config.checkpoint)
+    reference = load_gpt2(config.checkpoint, device).requires_grad_(False)
     reward = Reward(config.reward, "--reward", device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
     template = shared_template(config.checkpoint, *[config.reward] * bool(reward.model))
@@ -293,7 +292,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
               loss_name="KL-penalized reward, negative", prompt_template=template,
               reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
-    policy = load_model(run.checkpoint or config.checkpoint, device)
+    policy = load_gpt2(run.checkpoint or config.checkpoint, device)
     value = load_value_model(config, reward, run)
     optimizer = config.make_optimizer(policy, run.shard_optimizer)
     if value is not None:
