@@ -1,8 +1,7 @@
 """Batched sampling: a base model continues prompts, a fine-tuned model answers them.
 
     python inference.py --checkpoint out/finetune "What is a list?" "Name three colors."
-    python inference.py --checkpoint gpt2 --max-tokens 50 --prompts-file prompts.txt --json
-    echo "What is a list?" | python inference.py --checkpoint out/finetune
+    python inference.py --checkpoint gpt2 --max-tokens 50 --json < prompts.txt
 
 The prompt template of a fine-tuned checkpoint is applied unless --raw is given. An empty prompt
 samples a text from <|endoftext|> alone. In float32, a response depends only on its prompt and seed.
@@ -33,7 +32,7 @@ from minigpt2.kernels import capture_graph, prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX, linear_cross_entropy
 from minigpt2.metrics import RunLog
 from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_tokens, stream_keys
-from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, StreamDecoder, decode, encode, format_prompt
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
 SAMPLES = "samples.jsonl"  # of training, in OUT_DIR
@@ -69,10 +68,9 @@ def decode_generation(output_ids: Tensor, output_masks: Tensor,
 
 
 def load_gpt2(checkpoint: str | Path, device: torch.device, dropout: float = 0.0) -> GPT:
-    """The model of a checkpoint, see `load_model`. Extra ids are never sampled. Raises UserError if
-    it lacks ids of GPT-2's encoding."""
+    """The model of a checkpoint, see `load_model`. Raises UserError if it lacks ids of GPT-2."""
     model = load_model(checkpoint, device, dropout=dropout)
-    if model.config.vocab_size < N_VOCAB:
+    if model.config.vocab_size < N_VOCAB:  # more ids are allowed, but never sampled
         raise UserError(f"{checkpoint} has {model.config.vocab_size} ids, GPT-2's encoding has "
                         f"{N_VOCAB}: it was trained with another tokenizer")
     return model
@@ -353,41 +351,30 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig(SamplingConfig):
-    prompts: tuple[str, ...] = flag((), "prompts (default: read standard input)", positional=True)
-    prompts_file: str | None = flag(None, "text file with one prompt per line", is_path=True)
+    prompts: tuple[str, ...] = flag((), "prompts (default: the lines of stdin)", positional=True)
     json: bool = flag(False, "print JSON lines, with tokens and their log-probabilities")
     batch_size: int = flag(8, "prompts per batch", minimum=1)
     input: str = flag("", "text that the prompts are about (Alpaca's input)", may_be_empty=True)
 
 
 def read_prompts(config: InferenceConfig) -> list[str]:
-    """The prompts, from arguments, --prompts-file or standard input. Raises UserError."""
-    if config.prompts and config.prompts_file:
-        raise UserError("choose one of prompts as arguments and --prompts-file")
+    """The prompts, from arguments or else standard input. Raises UserError if it is not UTF-8."""
     if config.prompts:  # in sys.argv, surrogate escapes are bytes that are not UTF-8
         return [p.encode(errors="surrogateescape").decode(errors="replace") for p in config.prompts]
-    if not config.prompts_file and sys.stdin is not None and sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         print("one prompt per line, then Ctrl-D:", file=sys.stderr)
-    data = (Path(config.prompts_file).read_bytes() if config.prompts_file else
-            b"" if sys.stdin is None else sys.stdin.buffer.read())
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{config.prompts_file or 'stdin'} is not UTF-8: {error}") from None
+        raise UserError(f"stdin is not UTF-8: {error}") from None
     return text.split("\n") if text else []  # `str.splitlines` would also split at U+2028
 
 
 def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
                     prompts: list[str], rows: list[list[int]], seeds: list[int]) -> None:
     """Generates and prints the responses to one batch of prompts, given as text and as ids."""
-    def print_tokens(row: int, ids: list[int]) -> None:
-        print(decoder.feed([i for i in ids if i != EOT_TOKEN]), end="", flush=True)
-
-    decoder, stream = StreamDecoder(), len(rows) == 1 and not config.json
-    if stream:
-        print(f"prompt:   {prompts[0]}\nresponse: ", end="", flush=True)
-    responses = respond(model, rows, config.max_tokens, seed=seeds, **asdict(params),
-                        on_tokens=print_tokens if stream else None)
+    responses = respond(model, rows, config.max_tokens, seed=seeds, **asdict(params))
     if config.json:
         scores = logprobs(model, *pad_rows([one.prompt + one.tokens for one in responses])).tolist()
     for i, (prompt, one) in enumerate(zip(prompts, responses, strict=True)):
@@ -399,10 +386,9 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
                 "finish_reason": one.finish_reason}), flush=True)
             continue
         blank = "" if text.strip() else "blank, "
-        text = decoder.feed([], final=True) if stream else f"prompt:   {prompt}\nresponse: {text}"
         end = {"stop": "<|endoftext|>", "length": "--max-tokens", "context": "a full context"}
-        print(f"{text}\n          [{blank}{len(one.tokens)} tokens, ended by "
-              f"{end[one.finish_reason]}]\n", flush=True)
+        print(f"prompt:   {prompt}\nresponse: {text}\n          [{blank}{len(one.tokens)} tokens, "
+              f"ended by {end[one.finish_reason]}]\n", flush=True)
 
 
 def main() -> None:

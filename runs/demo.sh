@@ -56,7 +56,7 @@ What does the Python function shutil.copytree do?
 What does the Python function numpy.linalg.norm do?
 END
 python inference.py --checkpoint "$out/finetune" --device cpu --temperature 0 --max-tokens 60 \
-  --batch-size 13 --json --prompts-file "$out/asked.txt" > "$out/answers.jsonl"
+  --batch-size 13 --json < "$out/asked.txt" > "$out/answers.jsonl"
 python - "$out" << 'END'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])

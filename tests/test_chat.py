@@ -176,7 +176,7 @@ def test_dropped_turns_are_announced(tuned, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["a"], "unrecognized"), (["--json"], "--json"), (["--batch-size", "2"], "--batch-size"),
-    (["--prompts-file", "x"], "--prompts-file"), (["--chat"], "--chat"),
+    (["--chat"], "--chat"),
     (["--top-p", "1.5"], "top_p is 1.5")])
 def test_invalid_flags(tuned, flags, words, monkeypatch, capsys):
     assert words in main_error(chat.main, ["--checkpoint", tuned, *flags], monkeypatch, capsys)

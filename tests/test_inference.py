@@ -48,15 +48,13 @@ def run(*arguments, stdin: str = "") -> str:
     return printed.getvalue()
 
 
-def test_prompts_from_arguments_a_file_and_standard_input_give_the_same(base, tmp_path):
+def test_prompts_from_arguments_and_standard_input_give_the_same(base):
     prompts = ["Hello there", "wörld {} %s"]
     printed = run("--checkpoint", base, *prompts)
     assert all(f"prompt:   {prompt}\n" in printed for prompt in prompts)
     assert printed.count("response: ") == 2 and printed.count("[5 tokens, ended by") == 2
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    assert run("--checkpoint", base, "--prompts-file", file) == printed
     assert run("--checkpoint", base, stdin="\n".join(prompts)) == printed
+    assert run("--checkpoint", base, stdin="\n".join(prompts) + "\n") == printed
     assert run("--checkpoint", base.parent / "latest", *prompts) == printed
     assert run("--checkpoint", base, *prompts, "--seed", 1) != printed
 
@@ -74,13 +72,12 @@ def test_the_script_with_real_streams(base):
     assert_user_error(closed, "no prompt given")
 
 
-def test_batch_size_streaming_and_json_do_not_change_the_text(base):
+def test_batch_size_and_json_do_not_change_the_text(base):
     prompts = ["one", "two three four", "one", "five", "six"]
     printed = run("--checkpoint", base, *prompts)
     assert run("--checkpoint", base, *prompts, "--batch-size", 2) == printed
     assert run(*prompts[:2], "--checkpoint", base, *prompts[2:]) == printed  # flags in between
-    alone = run("--checkpoint", base, "two three four")  # streamed
-    assert alone in printed
+    assert run("--checkpoint", base, "two three four") in printed
     objects = [json.loads(line) for line in
                run("--checkpoint", base, *prompts, "--json", "--batch-size", 3).splitlines()]
     assert printed == "".join(
@@ -125,7 +122,6 @@ def test_sampling_options_reach_generate(base, monkeypatch, capsys):
                                      "--seed", "7", "Hello"])
     inference.main()
     capsys.readouterr()
-    del given["on_tokens"]
     assert given == {"temperature": 0.5, "top_k": 9, "top_p": 0.7, "repetition_penalty": 1.5,
                      "max_steps": 4, "seed": [7]}
 
@@ -139,12 +135,11 @@ def test_dtype_of_the_weights(base):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_only_newlines_separate_prompts(base, tmp_path, end):
+def test_only_newlines_separate_prompts(base, end):
     text = f"\ufeffone \u2028 line{end}another\x0cone{end}{end}"
-    (tmp_path / "prompts.txt").write_bytes(text.encode())
-    printed = run("--checkpoint", base, "--prompts-file", tmp_path / "prompts.txt")
+    printed = run("--checkpoint", base, stdin=text)
     assert "prompt:   one \u2028 line\n" in printed and "prompt:   another\x0cone\n" in printed
-    assert printed.count("prompt:") == 2 and run("--checkpoint", base, stdin=text) == printed
+    assert printed.count("prompt:") == 2
 
 
 def prompts_of_generate(monkeypatch, capsys, *arguments) -> list[str]:
@@ -201,14 +196,14 @@ def test_sampling_without_a_prompt(kind, base, tuned):
         scores = load_model(folder)(ids)[0][0].log_softmax(-1)
     expected = [scores[i, token].item() for i, token in enumerate(objects[0]["tokens"])]
     assert objects[0]["logprobs"] == pytest.approx(expected, abs=1e-4)
-    streamed = run("--checkpoint", folder, "")
-    assert streamed.startswith(f"prompt:   \nresponse: {objects[0]['response']}\n")
+    printed = run("--checkpoint", folder, "")
+    assert printed.startswith(f"prompt:   \nresponse: {objects[0]['response']}\n")
     typed = json.loads(run("--checkpoint", base, "--json", "<|endoftext|>"))
     assert typed["prompt_tokens"] == 7  # in a prompt it is text
 
 
 def test_a_blank_answer_says_so(base, monkeypatch):
-    """Of spaces, or of nothing but <|endoftext|>; streamed or in a batch."""
+    """Of spaces, or of nothing but <|endoftext|>; alone or in a batch."""
     for token, end in ((220, "[blank, 5 tokens, ended by --max-tokens]"),
                        (EOT_TOKEN, "[blank, 1 tokens, ended by <|endoftext|>]"),
                        (64, "          [5 tokens, ended by --max-tokens]")):
@@ -230,8 +225,6 @@ def test_the_old_name_of_max_tokens_stays_accepted(base):
     (["--checkpoint", "TUNED", "a", "--raw", "--input", "x"], ["--input", "no template"]),
     (["--checkpoint", "TUNED", "a", "--input", "word " * 64], ["tokens", "context is 64"]),
     (["--checkpoint", "BASE", "word " * 64], ["tokens", "context is 64"]),
-    (["--checkpoint", "BASE", "a", "--prompts-file", "x"], ["choose one of", "--prompts-file"]),
-    (["--checkpoint", "BASE", "--prompts-file", "/no/such/file"], ["/no/such/file"]),
     (["--checkpoint", "BASE", "a", "--temperature", "-1"], ["--temperature", "at least 0"]),
     (["--checkpoint", "BASE", "a", "--temperature", "inf"], ["temperature"]),
     (["--checkpoint", "BASE", "a", "--max-tokens", "0"], ["--max-tokens"]),
