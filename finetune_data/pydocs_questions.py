@@ -1,7 +1,6 @@
 """Writes questions about the pydocs corpus in Alpaca's format, with the answers it contains.
 
-    python finetune_data/pydocs_questions.py --rows 4000
-    python finetune_data/pydocs_questions.py --names 300 --all-wordings
+    python finetune_data/pydocs_questions.py --names 300
 
 Writes up to about 14,000 rows such as "What does the Python function json.dumps do?" with the first
 sentence of its documentation.
@@ -24,23 +23,21 @@ class QuestionsConfig:
     out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_questions.json"),
                     "file to write", is_path=True)
     names: int | None = flag(None, "ask only about this many names of the standard library, those "
-                             "that the documentation mentions most often", minimum=1)
-    all_wordings: bool = flag(False, "ask each question in five wordings")
-    rows: int | None = flag(None, "number of questions (default: all)", minimum=1)
+                             "mentioned most often, but in five wordings", minimum=1)
 
 
 def main() -> None:
     config = parse_config(QuestionsConfig, description=__doc__)
-    documents = read_documents()
+    documents, wordings = read_documents(), [""]
     if config.names:
-        documents = most_mentioned(documents, config.names)
+        documents, wordings = most_mentioned(documents, config.names), ["", *WORDINGS]
     pairs = [question_and_answer(document, wording) for document in documents
-             for wording in ("", *(WORDINGS if config.all_wordings else ()))]
+             for wording in wordings]
     answers = dict(reversed(list(filter(None, pairs))))  # keep the first to a repeated question
     rows = [{"instruction": question, "input": "", "output": answer}
             for question, answer in answers.items()]
     random.Random(1337).shuffle(rows)
-    write_rows(pathlib.Path(config.out), rows[: config.rows])
+    write_rows(pathlib.Path(config.out), rows)
 
 
 if __name__ == "__main__":

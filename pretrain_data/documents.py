@@ -119,10 +119,9 @@ def walk(roots: list[str], skipped: dict[str, str]) -> Iterator[Path]:
                 hidden = {one for one in inside if os.path.basename(one).startswith(".")}
                 skipped |= dict.fromkeys(hidden, "hidden")
                 below |= inside - hidden
-            elif not file_format(path) or os.path.basename(path) in (MANIFEST, PROGRESS):
+            elif (not file_format(path) or os.path.basename(path) in (MANIFEST, PROGRESS)
+                  or (os.path.exists(path) and not os.path.isfile(path))):  # a pipe
                 skipped[path] = "of another format"
-            elif os.path.exists(path) and not os.path.isfile(path):
-                skipped[path] = "no regular file"
             else:  # a broken link fails when it is read
                 yield Path(path)
         level = below

@@ -26,7 +26,6 @@ class CorpusConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs"),
                         "folder for the shards", is_path=True)
     shard_tokens: int = flag(65_536, "tokens per shard, the first for validation", minimum=2)
-    max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
 
 
 def shuffled_documents() -> Source:
@@ -40,7 +39,7 @@ def main() -> None:
     description = {"name": "pydocs", "python": platform.python_version(),
                    **{package: version(package) for package in PACKAGES}}
     write_corpus(description, shuffled_documents, pathlib.Path(config.out_dir), name="pydocs",
-                 shard_tokens=config.shard_tokens, max_tokens=config.max_tokens)
+                 shard_tokens=config.shard_tokens)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes preference pairs about the pydocs corpus: a right answer against a worse one.
 
-    python rlhf_data/pydocs_pairs.py --rows 4000
+    python rlhf_data/pydocs_pairs.py
 
 Writes rows {"instruction", "chosen", "rejected"} with the questions of pydocs_questions.py. The
 rejected answer is, in turn, that of another symbol of the same kind, the right answer cut in its
@@ -23,7 +23,6 @@ from pretrain_data.pydocs import question_and_answer, read_documents
 class PairsConfig:
     out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_pairs.json"),
                     "file to write", is_path=True)
-    rows: int | None = flag(None, "number of pairs (default: all)", minimum=1)
 
 
 def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
@@ -48,8 +47,8 @@ def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
 def main() -> None:
     config = parse_config(PairsConfig, description=__doc__)
     pairs = list(filter(None, map(question_and_answer, read_documents())))
-    rows = make_rows(dict(reversed(pairs)))  # the first answer to a repeated question
-    write_rows(pathlib.Path(config.out), rows[: config.rows])
+    answers = dict(reversed(pairs))  # the first answer to a repeated question
+    write_rows(pathlib.Path(config.out), make_rows(answers))
 
 
 if __name__ == "__main__":

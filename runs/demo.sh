@@ -31,7 +31,7 @@ python trainer.py --resume --data-dir "$out/corpus" --out-dir "$out/pretrain" --
   --sample-prompt "Return a new array" --loss-graph "$out/pretrain_loss.png"
 
 step "3/5 questions about the 300 best-known names of the standard library, in five wordings"
-python finetune_data/pydocs_questions.py --out "$out/questions.json" --names 300 --all-wordings
+python finetune_data/pydocs_questions.py --out "$out/questions.json" --names 300
 
 step "4/5 instruction tuning, 5 epochs: enough to know the answers by heart"
 python finetune.py --resume --checkpoint "$out/pretrain" --data "$out/questions.json" \

@@ -225,9 +225,9 @@ def test_pydocs_pairs_writes_rows(tmp_path, monkeypatch, capsys):
     documents.append(Document("function", "f0", "", "Returns something else."))  # the first counts
     monkeypatch.setattr(pydocs_pairs, "read_documents", lambda: documents)
     path = tmp_path / "new" / "pairs.json"
-    monkeypatch.setattr(sys, "argv", ["", "--out", str(path), "--rows", "6"])
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(path)])
     pydocs_pairs.main()
-    assert f"wrote {path}: 6 rows" in capsys.readouterr().out
+    assert f"wrote {path}: 8 rows" in capsys.readouterr().out
     pairs, summary = load_pairs(str(path), "--data", 256, ALPACA)
-    assert len(pairs) == 6, summary
+    assert len(pairs) == 8, summary
     assert "something else" not in path.read_text()

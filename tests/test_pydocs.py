@@ -127,7 +127,7 @@ def test_the_scripts_in_this_environment(tmp_path, monkeypatch):
     answers = {row["instruction"]: row["output"] for row in rows}
     assert answers["What does the Python function json.dumps do?"].startswith("Serialize ``obj``")
 
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--names", "300", "--all-wordings"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--names", "300"])
     pydocs_questions.main()
     rows = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))
     assert 1000 < len(rows) <= 1500
