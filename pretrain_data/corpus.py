@@ -19,13 +19,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minigpt2 import shards
-from minigpt2.config import UserError, flag
+from minigpt2.config import UserError
 from minigpt2.files import folder_lock, sha256_of
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
@@ -44,11 +43,6 @@ FIRST = {"tokens": 0, "documents": 0, "outcomes": {name: 0 for name in OUTCOMES}
          "position": {"unit": 0, "part": 0, "tokens": 0}}
 
 
-@dataclass(frozen=True)
-class TokenizeConfig:
-    workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
-
-
 def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: Path, *, name: str,
                  shard_tokens: int, val_tokens: int | None = None, max_tokens: int | None = None,
                  workers: int = 1) -> dict:
@@ -63,7 +57,7 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
         raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
                         f"--shard-tokens {shard_tokens}, e.g. to {max(2, max_tokens // 10)}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    encode_to_array("")  # if the vocabulary is not installed, nothing is changed
+    encode_to_array("")  # if the tokenizer does not load, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
         record = load_record(out_dir, finished, settings, max_tokens)
@@ -194,9 +188,8 @@ def check_disk(out_dir: Path, needed: int) -> None:
 def token_stream(source: Source, record: dict, workers: int) -> Iterator[np.ndarray]:
     """Yields the tokens (n,) uint16 of each part from the record's position on. When a part has
     been read to its end, its outcomes are added to the record."""
-    start = record["position"]
-    part, skipped = start["part"], start["tokens"]
-    for unit in range(start["unit"], source.num_units):
+    part, skipped = record["position"]["part"], record["position"]["tokens"]
+    for unit in range(record["position"]["unit"], source.num_units):
         parts = itertools.islice(source.open_unit(unit), part, None)
         for tokens, outcomes in ordered_map(tokenize_part, parts, workers):
             record["position"] = {"unit": unit, "part": part, "tokens": skipped}

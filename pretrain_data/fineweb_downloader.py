@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import flag, parse_config, run_main
 from minigpt2.hub import fetch, list_files
-from pretrain_data.corpus import SHARD_TOKENS, TokenizeConfig, verify_corpus, write_corpus
+from pretrain_data.corpus import SHARD_TOKENS, verify_corpus, write_corpus
 from pretrain_data.documents import Part, Source, open_parts
 
 SAMPLE_FOLDER = "sample/10BT"
@@ -30,12 +30,13 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 
 
 @dataclass(frozen=True)
-class FineWebConfig(TokenizeConfig):
+class FineWebConfig:
     out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
                                      "named after the dataset)", is_path=True)
     shard_tokens: int = flag(SHARD_TOKENS, "tokens per shard, the first for validation", minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
+    workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
     verify: bool = flag(False, "only compare the shards in --out-dir with their checksums")
 
 

@@ -16,15 +16,16 @@ from dataclasses import dataclass
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import UserError, flag, parse_config, run_main
-from pretrain_data.corpus import BYTES_PER_TOKEN, SHARD_TOKENS, TokenizeConfig, write_corpus
+from pretrain_data.corpus import BYTES_PER_TOKEN, SHARD_TOKENS, write_corpus
 from pretrain_data.documents import TEXT_COLUMN, local_source
 
 
 @dataclass(frozen=True)
-class TextConfig(TokenizeConfig):
+class TextConfig:
     inputs: tuple[str, ...] = flag((), "files, folders, patterns", positional=True, is_path=True)
     out_dir: str | None = flag(None, "folder for the shards", is_path=True)
     text_column: str = flag(TEXT_COLUMN, "parquet column or JSON key with the text")
+    workers: int = flag(0, "tokenizing processes; 0: one per core", minimum=0)
     separator: str | None = flag(None, "what separates documents in .txt files; \\n: a line end")
 
 
