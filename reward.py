@@ -173,7 +173,10 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
         draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
         with atomic_write(run.out_dir / REPORT, text=True) as file:
             json.dump(report, file, indent=1)
-        print_report(report)
+        print_accuracies(report["accuracy"])
+        print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} "
+              "sampled responses: mean score {mean:.4f}, deviation {deviation:.4f}"
+              .format(**report), flush=True)
     if deviation < MIN_DEVIATION:
         run.launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
                           f"samples ended within --max-tokens {config.max_tokens} tokens, at "
@@ -220,13 +223,6 @@ def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pa
     error, bins = calibration(margins)
     return {"calibration_error": error, "calibration": bins,
             "accuracy": {name: accuracy_interval(row) for name, row in rows.items() if len(row)}}
-
-
-def print_report(report: dict) -> None:
-    print_accuracies(report["accuracy"])
-    print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} sampled "
-          "responses: mean score {mean:.4f}, deviation {deviation:.4f}".format(**report),
-          flush=True)
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:

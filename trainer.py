@@ -73,7 +73,6 @@ class TrainerConfig(RunConfig):
     hellaswag_interval: int = flag(0, "steps between HellaSwag scores; 0: none", minimum=0)
     hellaswag: str = flag(str(ROOT / "eval_data" / "hellaswag_val.parquet"),
                           "rows of HellaSwag, see evaluate.py --download", is_path=True)
-    hellaswag_rows: int | None = flag(None, "only the first rows (default: all)", minimum=1)
 
 
 # A resumed run may not change the model, the optimizer, which windows a step sees, or what is
@@ -149,11 +148,10 @@ def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:
     """The rows to score; none without --hellaswag-interval. Raises UserError."""
     if config.hellaswag_interval:
         path = Path(config.hellaswag)
-        rows = read_rows(path, "python evaluate.py --download")[: config.hellaswag_rows]
+        rows = read_rows(path, "python evaluate.py --download")
         return make_questions(path, rows, multiple_choice, block_size)
-    if config.hellaswag_rows or config.hellaswag != TrainerConfig.hellaswag:
-        raise UserError("--hellaswag and --hellaswag-rows need --hellaswag-interval: add it, or "
-                        "leave them out")
+    if config.hellaswag != TrainerConfig.hellaswag:
+        raise UserError("--hellaswag needs --hellaswag-interval: add that, or leave it out")
     return []
 
 
