@@ -220,10 +220,11 @@ class Prompt:
     ids: list[int]
 
 
-def load_prompts(path: str, flag: str, block_size: int, max_tokens: int,
-                 template: str = ALPACA) -> tuple[list[Prompt], str]:
-    """The different prompts of a file of instructions, conversations (their first message) or pairs
-    that leave room for max_tokens tokens, and a summary. Raises UserError."""
+def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fraction: float,
+                 template: str = ALPACA) -> tuple[list[Prompt], list[Prompt], str]:
+    """(training prompts, held-out prompts, summary), see `split_rows`: the different prompts of a
+    file of instructions, conversations (their first message) or pairs that leave room for
+    max_tokens tokens. Raises UserError."""
     rows = read_rows(Path(path), "finetune_data/alpaca_downloader.py or pydocs_questions.py")
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:
@@ -240,7 +241,9 @@ def load_prompts(path: str, flag: str, block_size: int, max_tokens: int,
                f"room for {max_tokens} tokens in a context of {block_size})")
     if not fitting:
         raise UserError(f"{flag} {path}: {summary}: lower --max-tokens, or give other rows")
-    return fitting, summary
+    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in fitting]
+    trained, held_out, split = split_rows(fitting, keys, val_fraction)
+    return trained, held_out, f"{summary}; {split}"
 
 
 def read_turns(path: Path, columns: str = "") -> list[list[TextTurn]]:
@@ -364,13 +367,6 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0
     keys = [(pair.instruction, pair.input, decode(pair.chosen[:-1])) for pair in pairs]
     trained, held_out, summary = split_rows(pairs, keys, val_fraction, val_start)
     return trained, sorted(held_out, key=attrgetter("num_tokens")), summary
-
-
-def split_prompts(prompts: Sequence[Prompt], val_fraction: float,
-                  ) -> tuple[list[Prompt], list[Prompt], str]:
-    """(training prompts, held-out prompts, summary), see `split_rows`."""
-    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in prompts]
-    return split_rows(prompts, keys, val_fraction)
 
 
 def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import Prompt, load_prompts, normalize, split_prompts
+from dataloader import Prompt, load_prompts, normalize
 from image.plot_report import draw_policies
 from inference import load_gpt2, sample_responses
 from minigpt2.advantages import accuracy, best_of_n, binary_kl
@@ -67,10 +67,10 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
                (("proxy", config.proxy), ("gold", config.gold)) if spec}
     models = {reward.spec: reward.model for reward in rewards.values() if reward.model}
     sizes = [*map(read_config, folders.values()), *(model.config for model in models.values())]
-    prompts, summary = load_prompts(config.data, "--data", min(size.block_size for size in sizes),
-                                    config.max_tokens, shared_template(*folders, *models))
-    _, held_out, split = split_prompts(prompts, config.val_fraction)
-    launch.print0(f"{summary}; {split}")
+    _, held_out, summary = load_prompts(
+        config.data, "--data", min(size.block_size for size in sizes), config.max_tokens,
+        config.val_fraction, shared_template(*folders, *models))
+    launch.print0(summary)
     prompts = held_out[: config.rows]
     shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}
              for prompt in prompts[:SHOWN_PROMPTS]]

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from dataloader import Prompt, load_prompts, permutation, split_prompts
+from dataloader import Prompt, load_prompts, permutation
 from inference import load_gpt2, sample_responses
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import shared_template, weights_sha256
@@ -285,9 +285,8 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     reward = Reward(config.reward, "--reward", device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
     template = shared_template(config.checkpoint, *[config.reward] * bool(reward.model))
-    prompts, summary = load_prompts(config.prompts, "--prompts", block_size, config.max_tokens,
-                                    template)
-    train_prompts, val_prompts, split = split_prompts(prompts, config.val_fraction)
+    train_prompts, val_prompts, summary = load_prompts(
+        config.prompts, "--prompts", block_size, config.max_tokens, config.val_fraction, template)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
               loss_name="KL-penalized reward, negative", prompt_template=template,
@@ -303,7 +302,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
                         value=value, micro_batch_sizes=[config.micro_batch_size],
                         sequence_length=block_size)
     kl_coef = config.kl_coef if run.state.kl_coef is None else run.state.kl_coef
-    launch.print0(f"{summary}; {split}\n{run.summary}; {config.steps:,} steps of "
+    launch.print0(f"{summary}\n{run.summary}; {config.steps:,} steps of "
                   f"{config.batch_size} responses, {config.group_size} per prompt")
 
     with run:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from dataloader import load_prompts, split_prompts
+from dataloader import load_prompts
 from inference import sample_responses
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag, parse_config, run_main
@@ -66,9 +66,8 @@ def success_of_reference(settings: dict, samples: int) -> np.ndarray:
     device = torch.device("cpu")
     reference = load_model(settings["checkpoint"], device)
     reward = Reward(settings["reward"], "--reward", device, settings["unstopped_score"])
-    prompts, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,
-                              settings["max_tokens"])
-    _, held_out, _ = split_prompts(prompts, settings["val_fraction"])
+    _, held_out, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,
+                                  settings["max_tokens"], settings["val_fraction"])
     rows = [row for row in held_out[: settings["eval_rows"]] for _ in range(samples)]
     launch = Launch(0, 1, device)
     responses = sample_responses(

@@ -1,5 +1,7 @@
 """Reward functions, by name and from files, and the prompts they are asked about."""
 
+import itertools
+
 import pytest
 import torch
 from helpers.common import CPU_LAUNCH, user_error, write_rows
@@ -92,15 +94,17 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
                           {"role": "assistant", "content": "Hello!"}]},
             {"prompt": "long " * 100}, {"instruction": "Sing.", "output": None}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    prompts, summary = load_prompts(str(path), "--prompts", 100, 20)
+    *parts, summary = load_prompts(str(path), "--prompts", 100, 20, 0.4)
+    prompts = sorted(itertools.chain(*parts), key=lambda prompt: prompt.place)
     assert [(p.instruction, p.input, p.output) for p in prompts] == [
         ("Name a cat.", "", "Tom"), ("Add.", "1 2", "3"), ("Say yes.", "", "yes"),
         ("Choose.", "", "this"), ("Hello?", "", "Hello!"), ("Sing.", "", "")]
     assert all(p.ids == encode(format_prompt(p.instruction, p.input)) for p in prompts)
     assert [p.place.split()[-1] for p in prompts] == ["1", "3", "5", "6", "7", "9"]
-    assert summary == ("6 prompts of 9 rows (left out: 2 repeated, 1 without room for 20 tokens in "
-                       "a context of 100)")
-    message = user_error(load_prompts, str(path), "--prompts", 30, 20)
+    assert summary.startswith("6 prompts of 9 rows (left out: 2 repeated, 1 without room for 20 "
+                              "tokens in a context of 100); ")
+    assert all(parts) and f"{len(parts[0])} to train on, {len(parts[1])} held out" in summary
+    message = user_error(load_prompts, str(path), "--prompts", 30, 20, 0.0)
     assert "0 prompts of 9 rows" in message and "lower --max-tokens" in message
 
 
@@ -108,4 +112,4 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
                                  {"messages": "hello"}, {"instruction": None, "output": "b"}])
 def test_a_row_without_a_prompt_is_named(tmp_path, row):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
-    assert "line 2" in user_error(load_prompts, str(path), "--prompts", 100, 20)
+    assert "line 2" in user_error(load_prompts, str(path), "--prompts", 100, 20, 0.0)

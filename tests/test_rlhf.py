@@ -262,7 +262,8 @@ def test_a_verifiable_reward_reaches_the_frontier(advantage, digits, tmp_path):
         warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6, save_interval=10**6, seed=1,
         device="cpu")
     policy, reference = train(config, CPU_LAUNCH), load_model(checkpoint)
-    prompts, _ = load_prompts(data, "--prompts", 64, 2)
+    trained, held_out, _ = load_prompts(data, "--prompts", 64, 2, 0.0)
+    prompts = trained + held_out
     ids = [i for i in range(EOT_TOKEN) if decode([i]).split() == ["7"]]
     assert len(prompts) == 10 and len(ids) >= 2  # with and without a space before it
     p0, p = (exact_success(model, prompts, ids) for model in (reference, policy))
@@ -288,8 +289,8 @@ def sampled(world, folder, monkeypatch, copies: int = 16, value: bool = False, *
     world.use_small_vocabulary(monkeypatch)
     config = settings(world, folder, **changes)
     reference = load_model(config.checkpoint)
-    prompts, _ = load_prompts(config.prompts, "--prompts", 8, config.max_tokens)
-    prompts = [prompt for prompt in prompts[:-1] for _ in range(copies)]
+    prompts, *_ = load_prompts(config.prompts, "--prompts", 8, config.max_tokens, 0.0)
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
     policy = load_model(config.checkpoint)
     module = PolicyAndValue(policy, RewardModel.from_language_model(
         load_model(config.checkpoint), 0) if value else None).train()
@@ -869,7 +870,8 @@ def test_what_a_reward_function_must_not_do(body, value, tmp_path, monkeypatch):
     path.write_text("import math\n\n\ndef score(row, response):\n    if response == '3 1':\n"
                     f"        {body}\n    return 0\n")
     responses = [Response([2], tokens, "stop") for tokens in ([3, 0, 5], [3, 1, 5], [3, 1, 5])]
-    rows, _ = load_prompts(str(TREE.write_prompts(tmp_path / "prompts.jsonl")), "--prompts", 8, 4)
+    rows, *_ = load_prompts(str(TREE.write_prompts(tmp_path / "prompts.jsonl")), "--prompts", 8, 4,
+                            0.0)
     message = user_error(Reward(f"{path}:score", "--reward", CPU), responses, rows, CPU_LAUNCH,
                          torch.float32)
     assert f"the reward function {path}:score gives " in message and value in message

@@ -364,6 +364,6 @@ def test_pairs_transcripts_and_prompts_are_in_the_template(files):
     [pair], _ = make_pairs([("row", {"chosen": start + "d", "rejected": start + "e"})], 512, CHATML)
     assert pair.prompt == [token for part in encode_example("a", "", "b", CHATML) for token in part
                            ] + encode(format_prompt("c", "", CHATML))
-    prompts, _ = load_prompts(str(files / "rows.jsonl"), "--data", 512, 4, CHATML)
+    prompts, *_ = load_prompts(str(files / "rows.jsonl"), "--data", 512, 4, 0.0, CHATML)
     assert [prompt.ids for prompt in prompts] == [
         encode(format_prompt(prompt.instruction, prompt.input, CHATML)) for prompt in prompts]

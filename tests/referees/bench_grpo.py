@@ -32,7 +32,7 @@ from against_trl import (
 
 import rlhf
 from bench.harness import run_bench
-from dataloader import load_prompts, split_prompts
+from dataloader import load_prompts
 from minigpt2.checkpoint import load_model
 from minigpt2.config import UserError, flag
 from minigpt2.distributed import start
@@ -112,8 +112,7 @@ def counted(figures: dict[str, float], config: BenchGRPOConfig,
 def trained_prompts(config: BenchGRPOConfig, settings: rlhf.RLHFConfig) -> list[str]:
     """The texts of the prompts of all steps, in rlhf.py's order, each once."""
     block_size = load_model(settings.checkpoint).config.block_size
-    prompts, _ = load_prompts(settings.prompts, "--prompts", block_size, settings.max_tokens)
-    trained, *_ = split_prompts(prompts, 0.0)
+    trained, *_ = load_prompts(settings.prompts, "--prompts", block_size, settings.max_tokens, 0.0)
     return [format_prompt(prompt.instruction, prompt.input) for step in range(config.steps)
             for prompt in rlhf.step_prompts(trained, settings, step)[:: config.group_size]]
 
