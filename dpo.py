@@ -49,7 +49,7 @@ class DPOConfig(TuningConfig):
                            "reference: folder, OUT_DIR of a run, or hub name", is_path=True)
     data: str = flag(str(ROOT / "rlhf_data" / "pydocs_pairs.json"),
                      "pairs as JSON, JSON Lines or parquet", is_path=True)
-    out_dir: str = flag(str(ROOT / "out" / "dpo"), "folder of checkpoints and logs", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "dpo"), "checkpoints and logs", is_path=True)
     beta: float = flag(0.1, "weight of the divergence from the reference", minimum=0)
     label_smoothing: float = flag(0.0, "probability that a label is wrong", minimum=0, below=0.5)
     length_normalized: bool = flag(False, "means over the tokens of a response, not sums; this "

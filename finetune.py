@@ -39,12 +39,10 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class FinetuneConfig(TuningConfig):
-    checkpoint: str = flag("gpt2", "folder, OUT_DIR of a run, or hub name to start from",
-                           is_path=True)
+    checkpoint: str = flag("gpt2", "start: folder, OUT_DIR of a run, or hub name", is_path=True)
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"),
                      "rows as JSON, JSON Lines or parquet", is_path=True)
-    out_dir: str = flag(str(ROOT / "out" / "finetune"), "folder of checkpoints and logs",
-                        is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "finetune"), "checkpoints and logs", is_path=True)
     template: str | None = flag(None, "prompt template: alpaca, question, chatml or a text file "
                                 "(default: the checkpoint's, else alpaca)", is_path=True)
     epochs: int | None = flag(None, "passes over the rows (default: 2, or for 50 steps)", minimum=1)

@@ -35,7 +35,6 @@ from minigpt2.sampling import Response, SamplingParams, row_seeds, sample, seen_
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
-SAMPLES = "samples.jsonl"  # of training, in OUT_DIR
 # On a GPU: steps between two host syncs; rows are padded to a multiple of PAD_GPU tokens; attention
 # reads a multiple of SPAN_GPU cache slots, with one CUDA graph per multiple; below MIN_GRAPH_STEPS,
 # graphs do not pay off
@@ -303,7 +302,7 @@ def write_sample(model: GPT, prompt: list[int], run) -> str:
     [sample] = respond(model, [prompt or [EOT_TOKEN]], run.config.sample_tokens, temperature=1.0,
                        seed=run.config.seed + run.step)
     text = decode(sample.prompt + sample.tokens)
-    log = RunLog(run.out_dir / SAMPLES, fresh=run.step == 0)
+    log = RunLog(run.out_dir / "samples.jsonl", fresh=run.step == 0)
     log.write(run.step, "sample", text=text)
     log.close()
     return "  " + text.replace("\n", "\n  ")

@@ -52,8 +52,7 @@ class RewardConfig(TuningConfig):
                      "pairs as JSON, JSON Lines or parquet", is_path=True)
     val_data: str | None = flag(None, "held-out pairs in a file of their own (default: those of "
                                       "--data at --val-fraction)", is_path=True)
-    out_dir: str = flag(str(ROOT / "out" / "reward"), "folder of checkpoints and logs",
-                        is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "reward"), "checkpoints and logs", is_path=True)
     val_start: float = flag(0.0, "hold out the rows with a hash from here to here + "
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)
     epochs: int = flag(1, "passes over the training pairs; a second one overfits", minimum=1)

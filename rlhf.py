@@ -57,7 +57,7 @@ class RLHFConfig(TuningConfig):
                        "FILE.py:FUNCTION", is_path=True)
     prompts: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows whose prompts are used, "
                         "as for finetune.py, or preference pairs", is_path=True)
-    out_dir: str = flag(str(ROOT / "out" / "rlhf"), "folder of checkpoints and logs", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "rlhf"), "checkpoints and logs", is_path=True)
     advantage: Literal["gae", "group"] = flag("gae", "gae: PPO with a value model; group: rewards "
                                                      "relative to other responses to the prompt")
     scale_advantages: bool = flag(False, "divide by the deviation of the group (GRPO)")

@@ -41,10 +41,8 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class TrainerConfig(RunConfig):
-    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "folder of token shards",
-                         is_path=True)
-    out_dir: str = flag(str(ROOT / "out" / "pretrain"), "folder of checkpoints and logs",
-                        is_path=True)
+    data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "token shards", is_path=True)
+    out_dir: str = flag(str(ROOT / "out" / "pretrain"), "checkpoints and logs", is_path=True)
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = flag("gpt2", "model size")
     n_layer: int | None = flag(None, "layers (default: the preset's)", minimum=1, below=2**16)
     n_head: int | None = flag(None, "heads (default: the preset's)", minimum=1, below=2**16)
