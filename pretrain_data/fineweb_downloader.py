@@ -31,8 +31,7 @@ TEXT_RATIO = 1.5  # bytes of text per byte of FineWeb's parquet files: 10.3B tok
 
 @dataclass(frozen=True)
 class FineWebConfig:
-    out_dir: str | None = flag(None, "folder for the shards (default: a folder beside this script, "
-                                     "named after the dataset)", is_path=True)
+    out_dir: str | None = flag(None, "folder of shards (default: beside this script)", is_path=True)
     shard_tokens: int = flag(SHARD_TOKENS, "tokens per shard, the first for validation", minimum=2)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: all)", minimum=1)
     edu: bool = flag(False, "FineWeb-Edu instead of FineWeb")
