@@ -120,7 +120,7 @@ def measure_checkpoint(config: BenchConfig, name: str, sizes: GPTConfig) -> None
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates the moments
     with tempfile.TemporaryDirectory() as folder, CheckpointWriter(
-            pathlib.Path(folder), launch, {}, keep_last=1, keep_every=0, saved_step=None) as writer:
+            pathlib.Path(folder), launch, {}, keep_last=1, saved_step=None) as writer:
         def save(step: int) -> tuple[float, float]:
             copied = seconds(lambda: writer.save(TrainState(step), model, optimizer, scaler))
             return copied, copied + seconds(writer.wait)

@@ -96,7 +96,7 @@ def main() -> None:
     if not config.runs:
         raise UserError("no run given: python image/plot_frontier.py out/rlhf")
     image = pathlib.Path(config.out)
-    check_image(image, "--out")
+    check_image(image)
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.runs)]
     logs = [read_log(path) for path in paths]

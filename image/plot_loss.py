@@ -32,7 +32,7 @@ def main() -> None:
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.logs)]
     image = pathlib.Path(config.out or paths[0].parent / "loss.png")
-    check_image(image, "--out")
+    check_image(image)
     # label OUT_DIR/metrics.jsonl by its folder and other logs by their file name; if two labels
     # are equal, use whole paths
     runs = [(path.parent.name if path.stem == "metrics" else path.stem, path) for path in paths]

@@ -82,7 +82,7 @@ def main() -> None:
     if len(config.report) != 1:
         raise UserError("expected one report: python image/plot_report.py out/judge/judge.json")
     [path], image = config.report, pathlib.Path(config.out)
-    check_image(image, "--out")
+    check_image(image)
     try:
         report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         if "calibration" in report:

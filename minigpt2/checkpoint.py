@@ -39,11 +39,11 @@ GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", 
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
-                    prompt_template: str | None = None, keep_last: int = 0, keep_every: int = 0,
+                    prompt_template: str | None = None, keep_last: int = 0,
                     best_step: int | None = None) -> Path:
     """Writes OUT_DIR/step_NNNNNN atomically and returns it; points OUT_DIR/latest to it and
-    OUT_DIR/best to `best_step`. With keep_last > 0, deletes older ones except `best_step` and
-    multiples of `keep_every`. Raises UserError if writing fails; earlier checkpoints are intact."""
+    OUT_DIR/best to `best_step`. With keep_last > 0, deletes older ones except `best_step`. Raises
+    UserError if writing fails; earlier checkpoints are intact."""
     folder, tensors = step_folder(out_dir, step), to_gpt2_layout(model)
     temporary = out_dir / f".{folder.name}.tmp"
     try:
@@ -55,7 +55,7 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         os.replace(temporary, folder)
         write_pointers(out_dir, step, best_step)
         for path in list_checkpoints(out_dir)[:-keep_last] if keep_last > 0 else []:
-            if step_of(path) != best_step and (keep_every == 0 or step_of(path) % keep_every):
+            if step_of(path) != best_step:
                 os.replace(path, out_dir / f".{path.name}.old.tmp")  # deleted by clean_up
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(f"cannot write {folder} ({first_line(error)}): is the disk full? Earlier "

@@ -13,13 +13,11 @@ PANELS = {("hellaswag", "accuracy_per_token"): "HellaSwag", ("train", "lr"): "le
           ("train", "grad_norm"): "gradient norm"}  # below the losses
 
 
-def check_image(image: Path, flag: str) -> None:
-    """Raises UserError, before a run, if no PNG can be written to `image`, set by `flag`."""
-    if image.suffix != ".png":
-        raise UserError(f"{flag} {image} does not end in .png: other formats are not supported")
-    check_folder(image.parent, f"{flag} {image}")
-    if image.is_dir():
-        raise UserError(f"{flag} {image} is a folder: choose another file")
+def check_image(image: Path) -> None:
+    """Raises UserError, before any work is done, if --out is no path for a new PNG."""
+    if image.suffix != ".png" or image.is_dir():
+        raise UserError(f"--out {image} is a folder or another format, expected a file NAME.png")
+    check_folder(image.parent, f"--out {image}")
 
 
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,

@@ -18,7 +18,7 @@ from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import StopRequest, count_skipped, find_micro_batch, launched
 from minigpt2.files import check_folder, folder_lock
-from minigpt2.graphs import check_image, draw_runs
+from minigpt2.graphs import draw_runs
 from minigpt2.metrics import RunLog, peak_flops, run_metadata
 from minigpt2.optimizer import learning_rate, make_optimizer, missing_bytes, step_if_finite
 from minigpt2.progress import Pace, progress_bar
@@ -39,7 +39,6 @@ class RunConfig:
     eval_interval: int = flag(500, "steps between validations", minimum=1)
     save_interval: int = flag(1000, "steps between checkpoints", minimum=1)
     keep_last: int = flag(5, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
-    keep_every: int = flag(0, "also keep the checkpoints of every N-th step; 0: none", minimum=0)
     log_interval: int = flag(1, "steps between records of the run log", minimum=1)
     seed: int = flag(1337, "random seed of weights, data order and samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -50,7 +49,6 @@ class RunConfig:
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
-    loss_graph: str | None = flag(None, "PNG of the loss graph (default: in OUT_DIR)", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,10 @@ class Run:
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
         self.label, self.prompt_template, self.loss_name = label, prompt_template, loss_name
         self.out_dir = Path(config.out_dir)
-        self.image = Path(config.loss_graph or self.out_dir / graph)
+        self.image = self.out_dir / graph
         check_folder(self.out_dir, f"--out-dir {self.out_dir}")
         if (self.out_dir / CONFIG_FILE).exists():
             raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
-        check_image(self.image, "--loss-graph")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata | {"label": label}
         launch.check_same(self.metadata, except_for=PER_NODE)
@@ -195,7 +192,7 @@ class Run:
                 stack.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
             self.writer = stack.enter_context(resume.CheckpointWriter(
                 self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
-                keep_every=config.keep_every, prompt_template=self.prompt_template,
+                prompt_template=self.prompt_template,
                 saved_step=self.step if self.is_resumed else None))
             if is_master:
                 if self.is_resumed:  # a kill may have come before they were written

@@ -28,7 +28,7 @@ python trainer.py --resume --data-dir "$out/corpus" --out-dir "$out/pretrain" --
   --micro-batch-size 8 --total-batch-size 2048 --max-steps "$steps" --warmup-steps 20 \
   --optimizer muon --muon-lr 0.02 --max-lr 0.025 --min-lr 0 --schedule linear --zero-init \
   --eval-interval $((steps / 4)) --save-interval $((steps / 4)) --keep-last 1 \
-  --sample-prompt "Return a new array" --loss-graph "$out/pretrain_loss.png"
+  --sample-prompt "Return a new array"
 
 step "3/5 questions about the 300 best-known names of the standard library, in five wordings"
 python finetune_data/pydocs_questions.py --out "$out/questions.json" --names 300
@@ -36,8 +36,7 @@ python finetune_data/pydocs_questions.py --out "$out/questions.json" --names 300
 step "4/5 instruction tuning, 5 epochs: enough to know the answers by heart"
 python finetune.py --resume --checkpoint "$out/pretrain" --data "$out/questions.json" \
   --out-dir "$out/finetune" --device cpu --dtype "$dtype" --epochs 5 --batch-size 16 \
-  --micro-batch-size 16 --max-lr 4e-3 --eval-interval 80 --keep-last 1 \
-  --loss-graph "$out/finetune_loss.png"
+  --micro-batch-size 16 --max-lr 4e-3 --eval-interval 80 --keep-last 1
 
 step "5/5 answers: ten questions that it was trained on, three about names it was not"
 cat > "$out/asked.txt" << 'END'
@@ -83,7 +82,7 @@ if [[ $rlhf ]]; then
 fi
 
 step "done: $out"
-echo "loss graphs:  $out/pretrain_loss.png and $out/finetune_loss.png"
+echo "loss graphs:  $out/pretrain/pretrain_loss.png and $out/finetune/finetune_loss.png"
 echo "ask more:     $(command -v python) chat.py --checkpoint $out/finetune --temperature 0"
 echo "in its words: $(command -v python) inference.py --checkpoint $out/pretrain \"Return a new\""
 echo "your text:    docs/data.md; your questions: docs/training.md; rewards: --rlhf"

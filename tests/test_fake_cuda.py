@@ -177,7 +177,7 @@ def test_a_checkpoint_is_staged_in_host_memory(device, tmp_path):
     optimizer = new_optimizer(model, True)
     idx = torch.zeros(2, 32, dtype=torch.int64, device=device)
     train_step(model, optimizer, torch.bfloat16, idx, idx)
-    writer = CheckpointWriter(tmp_path, CPU_LAUNCH, {}, keep_last=1, keep_every=0, saved_step=None)
+    writer = CheckpointWriter(tmp_path, CPU_LAUNCH, {}, keep_last=1, saved_step=None)
     for _ in range(2):  # the second time into the same buffers
         weights = writer.copy(dict(model.named_parameters()), "model")
         moments = writer.copy(optimizer.state_dict(), "state")["state"]

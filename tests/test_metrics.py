@@ -360,8 +360,8 @@ def test_check_image_rejects_unwritable_paths(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     for name in ("metrics.jsonl", "file/x.png", "folder.png"):
-        assert f"--out {tmp_path / name}" in user_error(check_image, tmp_path / name, "--out")
-    check_image(tmp_path / "new" / "deep" / "x.png", "--out")
+        assert f"--out {tmp_path / name}" in user_error(check_image, tmp_path / name)
+    check_image(tmp_path / "new" / "deep" / "x.png")
     assert not (tmp_path / "new").exists()
 
 

@@ -861,7 +861,6 @@ def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
     ({"preset": "gpt3"}, ["gpt3"]),
     ({"out_dir": "/dev/null/out"}, ["--out-dir /dev/null/out", "/dev/null is not a folder"]),
     ({"out_dir": "/dev/null"}, ["--out-dir /dev/null cannot be written"]),
-    ({"loss_graph": "/dev/null/x.png"}, ["--loss-graph /dev/null/x.png cannot be written"]),
 ])
 def test_bad_settings_give_one_line_and_write_nothing(corpus, tmp_path, changes, words, monkeypatch,
                                                       capsys):
@@ -878,12 +877,11 @@ def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
     name = "a b[1]*? $x café\nnew line"
     data = tiny_corpus(tmp_path / f"data {name}")
     for more in ([], ["--resume", "--max-steps", "2"]):
-        argv = flags(tiny(f"~/{data.name}", f"~/{name}", max_steps=1, warmup_steps=1,
-                          loss_graph=f"~/{name}/graph.png")) + more
+        argv = flags(tiny(f"~/{data.name}", f"~/{name}", max_steps=1, warmup_steps=1)) + more
         monkeypatch.setattr(sys, "argv", ["trainer.py", *argv])
         run_to_end(trainer)
     capsys.readouterr()
-    assert (tmp_path / name / "graph.png").exists()
+    assert (tmp_path / name / "pretrain_loss.png").exists()
     assert [step_of(path) for path in list_checkpoints(tmp_path / name)] == [1, 2]
     load_model(tmp_path / name)
 
