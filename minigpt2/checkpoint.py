@@ -18,24 +18,22 @@ from safetensors.torch import save_file
 
 from minigpt2 import tokenizer
 from minigpt2.config import UserError, first_line
-from minigpt2.files import atomic_write, sha256_of, sync_folder
+from minigpt2.files import sha256_of, sync
 from minigpt2.tokenizer import ALPACA, EOT_TEXT, EOT_TOKEN, VOCABULARY
 from model import GPT, INIT_STD, GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE, SUMS_FILE = "config.json", "model.safetensors", "SHA256SUMS"
 INDEX_FILE, TRAINING_STATE_FILE = "model.safetensors.index.json", "training_state.pt"
-LATEST, BEST = "latest", "best"
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored as (in, out), a 1x1 conv
 PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # and block_size, stored as n_positions
-DROPOUTS = ("embd", "resid", "attn")  # transformers' names of GPTConfig.dropout; never read
 REWARD_HEAD = "GPT2ForSequenceClassification"  # transformers' class of a reward model
-FIXED_SETTINGS = {  # required values of config.json, where present
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False, "tie_word_embeddings": True}
-# Other names of gelu_new in transformers, equal up to rounding
+# Transformers' names of one function, up to rounding
 GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+ALLOWED_SETTINGS = {  # values of config.json, where present; the first one is written
+    "model_type": ["gpt2"], "activation_function": GELU_NAMES, "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False], "tie_word_embeddings": [True]}
 
 
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
@@ -68,10 +66,12 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
 def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor],
                 training_state: dict | None, prompt_template: str | None) -> None:
     """Writes all files of a checkpoint and syncs them to disk."""
-    settings = FIXED_SETTINGS | {name: getattr(config, name) for name in SIZES} | {
+    settings = {name: allowed[0] for name, allowed in ALLOWED_SETTINGS.items()} | {
+        name: getattr(config, name) for name in SIZES} | {
         "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
         "n_ctx": config.block_size, "initializer_range": INIT_STD, "bos_token_id": EOT_TOKEN,
-        "eos_token_id": EOT_TOKEN, **{f"{place}_pdrop": config.dropout for place in DROPOUTS}}
+        "eos_token_id": EOT_TOKEN, "embd_pdrop": config.dropout, "resid_pdrop": config.dropout,
+        "attn_pdrop": config.dropout}  # written for transformers, never read here
     loader = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size,
               "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
     if prompt_template:
@@ -93,9 +93,8 @@ def write_files(folder: Path, config: GPTConfig, tensors: dict[str, torch.Tensor
     mode = (folder / CONFIG_FILE).stat().st_mode  # safetensors creates files with mode 0600
     for path in folder.iterdir():
         path.chmod(mode)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
+        sync(path)
+    sync(folder)
 
 
 def to_gpt2_layout(model: GPT) -> dict[str, torch.Tensor]:
@@ -119,7 +118,7 @@ def clean_up(out_dir: Path) -> None:
 def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
     """Makes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best relative symlinks, or on
     a file system without them files with the names."""
-    for name, target in ((LATEST, step), (BEST, best_step)):
+    for name, target in (("latest", step), ("best", best_step)):
         if target is None or not step_folder(out_dir, target).exists():
             continue
         pointer, temporary = out_dir / name, out_dir / f".{name}.tmp"
@@ -129,11 +128,10 @@ def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
         try:
             temporary.symlink_to(step_folder(out_dir, target).name)
         except OSError:
-            with atomic_write(pointer, text=True) as file:
-                file.write(step_folder(out_dir, target).name + "\n")
-        else:
-            os.replace(temporary, pointer)
-            sync_folder(out_dir)
+            temporary.write_text(step_folder(out_dir, target).name + "\n", encoding="utf-8")
+            sync(temporary)
+        os.replace(temporary, pointer)
+    sync(out_dir)
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -154,7 +152,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """Returns the folder of a checkpoint, given that folder, OUT_DIR/latest, OUT_DIR/best, OUT_DIR
     (its newest) or a name on the Hugging Face hub, which is downloaded. Raises UserError."""
     folder = Path(path)
-    if folder.name in (LATEST, BEST) and (folder.is_symlink() or folder.is_file()):
+    if folder.name in ("latest", "best") and (folder.is_symlink() or folder.is_file()):
         name = (os.readlink(folder) if folder.is_symlink() else
                 folder.read_text(encoding="utf-8", errors="replace").strip())
         if name in (one.name for one in list_checkpoints(folder.parent)):
@@ -237,14 +235,12 @@ def weights_sha256(model: GPT) -> str:
 def read_config(folder: Path, is_reward: bool = False) -> GPTConfig:
     """The sizes in config.json. Raises UserError if it is not a GPT-2 with the head wanted."""
     settings, kinds = read_json(folder / CONFIG_FILE), ("a language model", "a reward model")
-    if settings.get("activation_function") in GELU_NAMES:
-        settings["activation_function"] = "gelu_new"
     with reading(folder / CONFIG_FILE):
         if (settings.get("architectures") == [REWARD_HEAD]) != is_reward:
             raise ValueError(f"it is {kinds[not is_reward]}, expected {kinds[is_reward]}")
-        for name, value in FIXED_SETTINGS.items():
-            if settings.get(name, value) != value:
-                raise ValueError(f"{name} is {settings[name]!r}, expected {value!r}")
+        for name, allowed in ALLOWED_SETTINGS.items():
+            if settings.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{name} is {settings[name]!r}, expected {allowed[0]!r}")
         config = GPTConfig(settings.get("n_positions"), *map(settings.get, SIZES))
         if settings.get("n_inner") not in (None, 4 * config.n_embd):
             raise ValueError(f"n_inner is {settings['n_inner']}, expected 4 n_embd")
@@ -269,11 +265,10 @@ def read_prompt_template(path: str | Path) -> str | None:
     stored = read_json(folder / CONFIG_FILE).get("prompt_template")
     if stored in (None, "alpaca"):  # earlier versions stored this name, of their only template
         return stored and ALPACA
-    text = stored.get("text") if isinstance(stored, dict) else None
-    if not isinstance(text, str) or stored != with_hash(text):
+    if not isinstance(stored, dict) or stored != with_hash(str(stored.get("text"))):
         raise UserError(f"{folder} has the prompt template {stored!r:.200}, which is unknown or "
                         "damaged: use another checkpoint")
-    return text
+    return stored["text"]
 
 
 def shared_template(*paths: str | Path) -> str:

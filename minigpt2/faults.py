@@ -13,12 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from minigpt2.checkpoint import list_checkpoints, step_of
 from minigpt2.config import UserError, first_line
 from minigpt2.distributed import Launch, autocast, start
 from minigpt2.loss import on_cpu
@@ -65,10 +63,6 @@ class StopRequest(contextlib.ExitStack):
 
     def requested(self) -> bool:
         return self.name is not None
-
-    def report(self, step: int, max_steps: int, folder: Path) -> str:
-        return (f"{self.name or 'a signal to another rank'}: stopped after {step:,} of "
-                f"{max_steps:,} steps: {folder}. {RESUME_HINT}")
 
     def handle(self, number: int, frame) -> None:
         if self.name is None:
@@ -187,20 +181,20 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         dist.destroy_process_group()
 
 
-def count_skipped(skipped: int, step: int, loss: float, grad_norm: float,
-                  scaler: torch.amp.GradScaler, out_dir: Path) -> int:
-    """The number of consecutive skipped steps after `step`. Raises UserError after MAX_SKIPPED. The
-    float16 scaler starts too high: down to a scale of 1, overflows of gradients do not count."""
+def count_skipped(skipped: int, loss: float, grad_norm: float,
+                  scaler: torch.amp.GradScaler) -> int:
+    """The number of consecutive skipped steps after another step. Raises UserError at MAX_SKIPPED.
+    The float16 scaler starts too high: down to a scale of 1, overflows of gradients do not count.
+    """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
         return skipped
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
-    before = [path for path in list_checkpoints(out_dir) if step_of(path) <= step - skipped]
-    good = f"the last checkpoint before them is {before[-1]}" if before else "no earlier checkpoint"
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
-                    f"({loss}) or gradient norm ({grad_norm}); lower --max-lr ({good})")
+                    f"({loss}) or gradient norm ({grad_norm}) and changed nothing: lower --max-lr; "
+                    f"{RESUME_HINT}")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -27,7 +27,7 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write() does not set it
         raise
@@ -45,10 +45,10 @@ def check_folder(folder: Path, what: str) -> None:
                         f"{'not writable' if existing.is_dir() else 'not a folder'}")
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to disk: a rename in it survives a power failure."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
@@ -60,7 +60,8 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def folder_lock(out_dir: Path) -> Iterator[None]:
-    """Locks a folder against other processes; the system releases the lock of a killed process."""
+    """Locks a folder, created if needed, against other processes; the system releases the lock of a
+    killed process."""
     try:
         with filelock.FileLock(out_dir / ".lock", timeout=0):
             yield
@@ -70,12 +71,11 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
 
 def check_text(path: Path, text: str) -> None:
     """Raises UserError if a text, decoded with INVALID_UTF8, is binary or of another encoding."""
-    fix = "convert it to UTF-8, e.g. from {0} with `iconv -f {0} -t UTF-8`"
-    if "\0" in text:
-        raise UserError(f"{path} is binary or UTF-16, expected text: {fix.format('UTF-16')}")
     invalid = re.findall("[\udc80-\udcff]", text)
     valid = len(re.findall("[^\0-\x7f]", text)) - len(invalid)
-    if len(invalid) > max(valid, len(text) // RARE):
-        start = text.index(invalid[0])
+    if "\0" in text or len(invalid) > max(valid, len(text) // RARE):
+        encoding = "UTF-16" if "\0" in text else "WINDOWS-1252"
+        start = text.index("\0" if "\0" in text else invalid[0])
         found = text[max(0, start - 20) : start + 20].encode("utf-8", INVALID_UTF8)
-        raise UserError(f"{path} is not UTF-8, it has {found!r}: {fix.format('WINDOWS-1252')}")
+        raise UserError(f"{path} is binary or not UTF-8, it has {found!r}: convert it, e.g. from "
+                        f"{encoding} with `iconv -f {encoding} -t UTF-8`")

@@ -54,10 +54,8 @@ class RunLog:
     """Appends records to a JSON Lines file, emptied first if `fresh`, else checked."""
 
     def __init__(self, path: Path, fresh: bool = False):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not fresh:
             read_log(path)
-        self.path = path
         self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115
         self.close = self.file.close
         self.file.seek(0)
@@ -72,7 +70,7 @@ class RunLog:
             while line:  # an almost full disk accepts a part; the next write raises
                 line = line[self.file.write(line):]
         except OSError as error:
-            error.filename = str(self.path)
+            error.filename = str(self.file.name)
             raise
 
 

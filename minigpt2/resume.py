@@ -136,11 +136,11 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
         except UserError as error:
             print(f"--resume: skipping {folder.name}: {error}", flush=True)
             damaged.append(folder)
-            continue
-        for other in damaged:
-            shutil.rmtree(f"{other}.damaged", ignore_errors=True)
-            os.replace(other, f"{other}.damaged")
-        return folder
+        else:
+            for other in damaged:
+                shutil.rmtree(f"{other}.damaged", ignore_errors=True)
+                os.replace(other, f"{other}.damaged")
+            return folder
     if damaged:
         raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} is intact: restore "
                         "one, or start in another --out-dir")
@@ -151,13 +151,14 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
                    launch: Launch) -> None:
     """Prints what differs from the run that wrote the checkpoint. Raises UserError for `fixed`."""
     before = saved["facts"]  # older versions lack newer settings
-    changed = [name for name in metadata.keys() & before.keys() if metadata[name] != before[name]]
-    for name in sorted(changed, key=lambda name: (name != "label", name not in fixed, name)):
-        was, now = before[name], metadata[name]
-        if name in fixed or name == "label":
-            what = OTHER.get(name, f"{flag_name(name)} {was}, not {now}")
+    changed = {name: (before[name], metadata[name]) for name in metadata.keys() & before.keys()
+               if before[name] != metadata[name]}
+    for name in ("label", *fixed):
+        if name in changed:
+            what = OTHER.get(name, "{} {}, not {}".format(flag_name(name), *changed[name]))
             raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start "
                             "in another --out-dir")
+    for name, (was, now) in sorted(changed.items()):
         if name == "checkpoint":
             launch.print0(f"--resume: --checkpoint {now} is ignored, the run started from {was}")
         elif name != "resume" and now != "auto":

@@ -16,7 +16,7 @@ from minigpt2 import distributed, resume
 from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
-from minigpt2.faults import StopRequest, count_skipped, find_micro_batch, launched
+from minigpt2.faults import RESUME_HINT, StopRequest, count_skipped, find_micro_batch, launched
 from minigpt2.files import check_folder, folder_lock
 from minigpt2.graphs import draw_runs
 from minigpt2.metrics import RunLog, peak_flops, run_metadata
@@ -188,19 +188,17 @@ class Run:
         config, is_master = self.config, self.launch.is_master
         with contextlib.ExitStack() as stack:
             if is_master:
-                self.out_dir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
-            self.writer = stack.enter_context(resume.CheckpointWriter(
-                self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
-                prompt_template=self.prompt_template,
-                saved_step=self.step if self.is_resumed else None))
-            if is_master:
                 if self.is_resumed:  # a kill may have come before they were written
                     write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(RunLog(
                     self.out_dir / "metrics.jsonl", fresh=not self.is_resumed)))
                 self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
                                **self.metadata)
+            self.writer = stack.enter_context(resume.CheckpointWriter(
+                self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
+                prompt_template=self.prompt_template,
+                saved_step=self.step if self.is_resumed else None))
             self.pace = Pace(self.milestones)
             self.bar = stack.enter_context(progress_bar(
                 self.max_steps, self.step, self.label, enabled=is_master, pace=self.pace))
@@ -208,20 +206,26 @@ class Run:
             stack.callback(compiler.remove_start_callback,
                            compiler.register_start_callback(self.pace.compiling))
             self.stack = stack.pop_all()
-        peak = peak_flops(self.launch.device)  # None if unknown
-        self.peak_flops = peak and peak * self.launch.world_size
         self.first_step, self.t0 = self.step, device_time(self.launch.device)
         self.tokens, self.flops, self.seconds = 0, 0, 0.0  # of the steps since the last record
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         self.pace.begin()
-        if error is None and self.launch.is_master and self.step > self.first_step:
+        is_reported = error is None and self.launch.is_master
+        if is_reported and self.step > self.first_step:
             self.log.write(self.step, "end", overhead_s=self.pace.overhead_s,
                            seconds=device_time(self.launch.device) - self.t0)
         self.stack.__exit__(kind, error, traceback)  # waits for the checkpoint being written
-        if error is None and self.launch.is_master:
-            self.report()
+        folder = step_folder(self.out_dir, self.step)
+        if is_reported and self.stopping:
+            print(f"{self.stop.name or 'a signal to another rank'}: stopped after {self.step:,} of "
+                  f"{self.max_steps:,} steps: {folder}. {RESUME_HINT}")
+        elif is_reported:
+            draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
+                      f"{self.label.capitalize()} loss", self.loss_name)
+            print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
+                  f"{folder}, graph {self.image}")
 
     def eval_due(self) -> bool:
         """Whether the weights are to be validated now."""
@@ -326,41 +330,29 @@ class Run:
             step, state = self.step - len(self.unread), self.state
             numbers, names, tokens, flops, figures = self.unread.popleft()
             loss, *sums, grad_norm = numbers.read()
-            figures |= zip(names, sums, strict=True)
             loss /= self.launch.world_size
-            state.skipped = count_skipped(state.skipped, step, loss, grad_norm, self.scaler,
-                                          self.out_dir)
+            figures |= {"loss": loss, "grad_norm": grad_norm, **dict(zip(names, sums, strict=True))}
+            state.skipped = count_skipped(state.skipped, loss, grad_norm, self.scaler)
+            if state.skipped:
+                figures["skipped"] = state.skipped
             self.tokens += tokens
             self.flops += flops
             self.seconds += self.pace.end_step()  # reading has waited for the step
             self.bar.update()
             if step % self.config.log_interval == 0 or state.skipped:
-                skipped = {"skipped": state.skipped} if state.skipped else {}
-                self.log_step(step, loss=loss, grad_norm=grad_norm, **figures, **skipped)
-            if state.skipped and self.launch.is_master:
-                self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
-
-    def log_step(self, step: int, **figures) -> None:
-        rate = self.tokens / self.seconds
-        mfu = self.peak_flops and self.flops / self.seconds / self.peak_flops
-        self.tokens, self.flops, self.seconds = 0, 0, 0.0
-        if self.launch.is_master:
-            self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
-            self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tok/s"
-                                     + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
+                rate, mfu = self.tokens / self.seconds, None
+                if peak := peak_flops(self.launch.device):
+                    mfu = self.flops / self.seconds / peak / self.launch.world_size
+                self.tokens, self.flops, self.seconds = 0, 0, 0.0
+                self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s"
+                                         + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
+                if self.launch.is_master:
+                    self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
+                    if state.skipped:
+                        self.bar.write(f"step {step} skipped: loss {loss}, gradient norm "
+                                       f"{grad_norm}")
 
     def begin(self, part: str, every: int = 0) -> None:
         """Begins a part that is not training. First reads all steps: a checkpoint counts skips."""
         self.read_steps()
         self.pace.begin(part, every)
-
-    def report(self) -> None:
-        """Draws the loss graph of a finished run; prints the last line."""
-        folder = step_folder(self.out_dir, self.step)
-        if self.stopping:
-            print(self.stop.report(self.step, self.max_steps, folder))
-            return
-        draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
-                  f"{self.label.capitalize()} loss", self.loss_name)
-        print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
-              f"{folder}, graph {self.image}")

@@ -48,7 +48,6 @@ def main() -> None:
                           config.max_tokens or sys.maxsize)
     source, done = {"name": REPO, "revision": COMMIT}, []
     out_dir = pathlib.Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
         for path in filter(pathlib.Path.exists, (progress, manifest)):

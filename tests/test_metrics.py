@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 
 
 def write_log(path, records: list[tuple]):
+    path.parent.mkdir(exist_ok=True)
     log = RunLog(path)
     for step, kind, values in records:
         log.write(step, kind, **values)
@@ -60,7 +61,7 @@ def test_peak_flops(name, peak, monkeypatch):
 
 
 def test_partial_last_line_is_dropped_before_appending(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
+    path = tmp_path / "metrics.jsonl"
     log = RunLog(path)
     log.write(0, "val", loss=10.5)
     log.write(0, "train", loss=10.25, lr=1e-4)
