@@ -195,7 +195,8 @@ def reading(path: Path) -> Iterator[None]:
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT, dropout: float = 0.0) -> GPT:
     """The model of a checkpoint, a GPT or a RewardModel, float32, in evaluation mode, with this
-    dropout whatever config.json says. Raises UserError for others, damage and NaN weights."""
+    dropout whatever config.json says. Raises UserError for another kind of model, damage and NaN
+    weights."""
     folder = find_checkpoint(path)
     config = dataclasses.replace(read_config(folder, is_reward=model_class is not GPT),
                                  dropout=dropout)

@@ -158,7 +158,7 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
-    """Joins the process group. Out of memory, lost ranks, failed torch.compile: UserError."""
+    """Joins the process group. Out of memory, a lost rank or a failed compiler raise UserError."""
     with RankMonitor() as monitor:
         try:
             launch = start(device, deterministic)
@@ -184,8 +184,7 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
 def count_skipped(skipped: int, loss: float, grad_norm: float,
                   scaler: torch.amp.GradScaler) -> int:
     """The number of consecutive skipped steps after another step. Raises UserError at MAX_SKIPPED.
-    The float16 scaler starts too high: down to a scale of 1, overflows of gradients do not count.
-    """
+    The float16 scaler starts too high: down to a scale of 1, gradient overflows do not count."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
@@ -226,7 +225,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
 
 def step_fits(model: GPT, size: int, sequence_length: int, device: torch.device,
               dtype: torch.dtype, optimizer_bytes: int) -> bool:
-    """Whether a step, moments to come (`optimizer_bytes`) and headroom fit; leaves gradients."""
+    """Whether a step fits beside `optimizer_bytes` still to come and headroom; leaves gradients."""
     try:
         ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
         for parameter in model.parameters():  # as in most micro-steps; DDP's buckets

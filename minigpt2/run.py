@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 
@@ -26,7 +26,6 @@ from model import GPT
 
 # How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
 STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}
-Batch = TypeVar("Batch")
 PER_NODE = ("checkpoint", "data", "data_dir", "device")  # settings that may differ between nodes
 
 
@@ -132,8 +131,8 @@ class Run:
                 value: GPT | None = None) -> torch.nn.Module:
         """Restores the training state, compiles, chooses the first of `micro_batch_sizes`, or with
         "auto" the first that fits, and returns the module to train, in DDP. Weights are validated
-        and saved after max_steps, set by max_steps_flag, and `milestones`. `trained`: the module,
-        if it holds more than the model, a `value` model saved beside it. Raises UserError."""
+        and saved after max_steps, set by max_steps_flag, and `milestones`. `trained` is the module
+        to train if it is more than the model; `value` is saved beside it. Raises UserError."""
         config, launch = self.config, self.launch
         self.model, self.optimizer, self.value = model, optimizer, value
         self.trained = model if trained is None else trained
@@ -242,7 +241,8 @@ class Run:
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """`log_figures` of the validation loss and more; None, after a signal. Samples follow."""
+        """Records the validation loss and other figures, or None after a signal, as `log_figures`
+        does. Samples may follow."""
         self.state.val_loss = loss
         self.begin("sampling", self.config.eval_interval)
         return self.log_figures("val", None if loss is None else {"loss": loss, **figures})
@@ -272,11 +272,11 @@ class Run:
         resume.seed_rank(self.config.seed, self.step, self.launch)
         return finished
 
-    def micro_steps(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """The micro-batches of an update: only there are modules in training mode. DDP averages
-        gradients over ranks in the last, forward pass included. After a signal to any rank, none
-        follow, and `finish_step` discards their sum; a step that has made an update is completed.
-        """
+    def micro_steps(self, batches: Sequence) -> Iterator:
+        """Yields the micro-batches of an update: only there are modules in training mode. DDP
+        averages gradients over ranks in the last, forward pass included. After a signal to any
+        rank, none follow, and `finish_step` discards their sum; a step that has made an update is
+        completed."""
         for number, batch in enumerate(batches, 1):
             is_last = number == len(batches)
             # The first rank that has a signal, or enters its last micro-step, decides for all: one
