@@ -56,7 +56,6 @@ def write_corpus(description: dict, open_source: Callable[[], Source], out_dir: 
     if max_tokens is not None and max_tokens <= shard_tokens:
         raise UserError(f"--max-tokens {max_tokens} fills only the validation shard: lower "
                         f"--shard-tokens {shard_tokens}, e.g. to {max(2, max_tokens // 10)}")
-    out_dir.mkdir(parents=True, exist_ok=True)
     encode_to_array("")  # if the tokenizer does not load, nothing is changed
     with folder_lock(out_dir):
         finished = (out_dir / shards.MANIFEST).exists()
