@@ -362,12 +362,12 @@ def test_a_run_killed_between_report_and_normalization_ends_the_same(base, rows_
 def test_a_signal_in_the_final_evaluation_stops_the_run(base, rows_file, tmp_path, capsys,
                                                         monkeypatch, always_stops):
     config, asked = tiny(base, rows_file, tmp_path / "out"), []
-    stop = SimpleNamespace(requested=lambda: bool(asked), report=lambda *_: "stopped: --resume")
+    stop = SimpleNamespace(requested=lambda: bool(asked), name="SIGTERM")
     with monkeypatch.context() as patch:
         patch.setattr(reward, "sample_responses", lambda *args, **options: (
             sample_responses(*args, **options), asked.append(1))[0])
         train(config, CPU_LAUNCH, stop)
-    assert "stopped: --resume" in capsys.readouterr().out
+    assert "SIGTERM: stopped after" in capsys.readouterr().out
     assert not (tmp_path / "out" / reward.REPORT).exists()
     train(tiny(base, rows_file, tmp_path / "out", resume=True), CPU_LAUNCH)
     train(tiny(base, rows_file, tmp_path / "whole"), CPU_LAUNCH)
