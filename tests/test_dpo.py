@@ -15,7 +15,7 @@ from helpers.training import (
     interrupted,
     losses,
     num_records,
-    stopped_in_micro_step,
+    stop_in_micro_steps_and_finish,
 )
 from helpers.worlds import Standing, W
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -341,13 +341,8 @@ def test_another_number_of_ranks_resumes(base, rows_file, tmp_path):
 
 def test_a_signal_ends_a_run_after_a_micro_step(base, rows_file, tmp_path):
     """It is resumed exactly, from the last complete step; a step has two micro-steps."""
-    options = {"save_interval": 1000, "eval_interval": 1000, "resume": True}
-    train(tiny(base, rows_file, tmp_path / "whole", **options), CPU_LAUNCH)
-    config = tiny(base, rows_file, tmp_path / "out", **options)
-    for number, steps in ((1, 0), (2 + 1, 1), (1, 1)):
-        assert stopped_in_micro_step(train, config, number) == (number, steps)
-    train(config, CPU_LAUNCH)
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert_same_run(*stop_in_micro_steps_and_finish(
+        train, tiny(base, rows_file, tmp_path / "out"), 2))
 
 
 @pytest.mark.parametrize("count", [3, 7, 9])  # in the reference's pass, a validation, a step

@@ -21,7 +21,7 @@ from helpers.common import (
     user_error,
 )
 from helpers.ranks import Ranks, save_gradients, wait_until
-from helpers.training import assert_same_run, stopped_in_micro_step
+from helpers.training import assert_same_run, stop_in_micro_steps_and_finish
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -792,13 +792,8 @@ def test_a_run_killed_4_times_ends_bit_equal_to_an_uninterrupted_one(base, rows_
 
 def test_a_signal_ends_a_run_after_a_micro_step(base, rows_file, tmp_path):
     """It is resumed exactly, from the last complete step; a step has two micro-steps."""
-    options = {"save_interval": 1000, "eval_interval": 1000, "resume": True}
-    train(tiny(base, rows_file, tmp_path / "whole", **options), CPU_LAUNCH)
-    config = tiny(base, rows_file, tmp_path / "out", **options)
-    for number, steps in ((1, 0), (2 + 1, 1), (1, 1)):
-        assert stopped_in_micro_step(train, config, number) == (number, steps)
-    train(config, CPU_LAUNCH)
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert_same_run(*stop_in_micro_steps_and_finish(
+        train, tiny(base, rows_file, tmp_path / "out"), 2))
 
 
 @pytest.mark.slow

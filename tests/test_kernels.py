@@ -47,12 +47,16 @@ def test_a_prepared_model_generates_the_same_tokens(options):
         torch.testing.assert_close(logprobs(model, *batch), scores, atol=1e-4, rtol=1e-5)
 
 
-@needs_bfloat16
-def test_bfloat16_is_used_in_the_blocks_only():
+def plain_and_prepared(dtype: torch.dtype) -> tuple[GPT, GPT, torch.Tensor]:
+    """A model, a copy prepared to sample in `dtype`, and ids (2, 20) for both."""
     torch.manual_seed(0)
     plain = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)).eval()
-    model = prepare_to_sample(copy.deepcopy(plain), torch.bfloat16)
-    ids = torch.randint(0, 50257, (2, 20))
+    return plain, prepare_to_sample(copy.deepcopy(plain), dtype), torch.randint(0, 50257, (2, 20))
+
+
+@needs_bfloat16
+def test_bfloat16_is_used_in_the_blocks_only():
+    plain, model, ids = plain_and_prepared(torch.bfloat16)
     with torch.no_grad():
         logits, expected = model(ids)[0], plain(ids)[0]
     assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
@@ -141,10 +145,7 @@ def test_an_int8_model_samples_batch_invariantly_and_scores_what_it_samples(opti
 
 @needs_int8
 def test_int8_is_close_to_float32():
-    torch.manual_seed(0)
-    plain = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64)).eval()
-    model = prepare_to_sample(copy.deepcopy(plain), torch.int8)
-    ids = torch.randint(0, 50257, (2, 20))
+    plain, model, ids = plain_and_prepared(torch.int8)
     with torch.no_grad():
         error = (model(ids)[0] - plain(ids)[0]).norm() / plain(ids)[0].norm()
     assert 1e-4 < error < 0.02

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.common import CPU_LAUNCH, TINY, main_error, main_of, run_script, user_error
 from helpers.ranks import Ranks, wait_until
-from helpers.training import losses, num_records, stopped_in_micro_step
+from helpers.training import losses, num_records, stop_in_micro_steps_and_finish
 from helpers.worlds import W
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -308,13 +308,8 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(base, rows_file, tmp_pa
 
 def test_a_signal_ends_a_run_after_a_micro_step(base, rows_file, tmp_path, always_stops):
     """It is resumed exactly, from the last complete step; a step has three micro-steps."""
-    options = {"save_interval": 1000, "eval_interval": 1000, "resume": True}
-    train(tiny(base, rows_file, tmp_path / "whole", **options), CPU_LAUNCH)
-    config = tiny(base, rows_file, tmp_path / "out", **options)
-    for number, steps in ((1, 0), (3 + 2, 1), (1, 1)):
-        assert stopped_in_micro_step(train, config, number) == (number, steps)
-    train(config, CPU_LAUNCH)
-    assert_same_reward_run(tmp_path / "out", tmp_path / "whole")
+    assert_same_reward_run(*stop_in_micro_steps_and_finish(
+        train, tiny(base, rows_file, tmp_path / "out"), 3))
 
 
 @pytest.mark.slow

@@ -130,6 +130,19 @@ def stopped_in_micro_step(train, config, number: int) -> tuple[int, int]:
     return len(numbers), final_state(Path(config.out_dir))["progress"]["step"]
 
 
+def stop_in_micro_steps_and_finish(train, config, micro_steps: int) -> tuple[Path, Path]:
+    """Runs a script whose steps have so many micro-steps uninterrupted, and again with signals in
+    the first micro-step, in the last but one of the second step, and in the next run's first: each
+    leaves the last complete step. Returns the folders of both, for the test to compare."""
+    config = dataclasses.replace(config, save_interval=1000, eval_interval=1000, resume=True)
+    whole = dataclasses.replace(config, out_dir=f"{config.out_dir}_whole")
+    train(whole, CPU_LAUNCH)
+    for number, steps in ((1, 0), (2 * micro_steps - 1, 1), (1, 1)):
+        assert stopped_in_micro_step(train, config, number) == (number, steps)
+    train(config, CPU_LAUNCH)
+    return Path(config.out_dir), Path(whole.out_dir)
+
+
 class StopAfter(StopRequest):
     """A signal that comes when it has been asked for `count` times."""
 
