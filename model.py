@@ -130,7 +130,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.checkpoint_activations = False  # less memory, a third more computation
-        self.bf16_residual = False  # in bfloat16 autocast: half the bytes, sums rounded more
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -176,8 +175,6 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of {T} tokens, block_size is {self.config.block_size}")
         position_ids = torch.arange(T, device=idx.device) if positions is None else positions
         x = dropout(self.transformer.wte(idx) + self.transformer.wpe(position_ids), self)
-        if self.bf16_residual and torch.is_autocast_enabled(x.device.type):
-            x = x.bfloat16()
         slots, attn_mask = (None, None) if positions is None else cache.locate(positions)
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         same_masks = self.training and self.dropout > 0  # of dropout, when recomputed

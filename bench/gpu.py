@@ -21,7 +21,7 @@ from minigpt2.distributed import pick_dtype
 from minigpt2.metrics import peak_flops
 from model import GPT
 
-WAYS = ("ours", "ours_bf16_residual", "ours_tuned", "ours_without_cudnn", "textbook")
+WAYS = ("ours", "ours_tuned", "ours_without_cudnn", "textbook")
 
 
 def measure_micro_batch(config: BenchConfig, way: str, name: str, B: int, T: int,

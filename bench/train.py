@@ -54,7 +54,6 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
         sizes = dataclasses.replace(sizes, vocab_size=50304)
     model = GPT(sizes)
     model = (as_hugging_face(model) if way == "hugging_face" else model).to(device)
-    model.bf16_residual = way == "ours_bf16_residual"
     optimizer = make_optimizer(model, **ADAMW)
     if not ours:  # the same parameter groups; on a CPU PyTorch's default kernels
         optimizer = torch.optim.AdamW([group | {"foreach": None, "fused": on_gpu or None}

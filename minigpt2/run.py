@@ -38,13 +38,11 @@ class RunConfig:
     eval_interval: int = flag(500, "steps between validations", minimum=1)
     save_interval: int = flag(1000, "steps between checkpoints", minimum=1)
     keep_last: int = flag(5, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
-    log_interval: int = flag(1, "steps between records of the run log", minimum=1)
     seed: int = flag(1337, "random seed of weights, data order and samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile the training step (default: on CUDA)")
     activation_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
-    bf16_residual: bool = flag(False, "residual stream in bfloat16: faster on a GPU, coarser sums")
     shard_optimizer: bool = flag(False, "shard the optimizer state over ranks (ZeRO stage 1)")
     deterministic: bool = flag(False, "deterministic algorithms only (CPU runs always are)")
     resume: bool = flag(False, "resume from the newest intact checkpoint in --out-dir, if any")
@@ -138,9 +136,6 @@ class Run:
         self.trained = model if trained is None else trained
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
         model.checkpoint_activations = config.activation_checkpointing
-        model.bf16_residual = config.bf16_residual and self.dtype == torch.bfloat16
-        if config.bf16_residual and not model.bf16_residual:
-            launch.print0("--bf16-residual: ignored, it needs --dtype bfloat16")
         if self.is_resumed:
             self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler)
             self.saved = None  # free it: the moments are twice the size of the weights
@@ -206,7 +201,6 @@ class Run:
                            compiler.register_start_callback(self.pace.compiling))
             self.stack = stack.pop_all()
         self.first_step, self.t0 = self.step, device_time(self.launch.device)
-        self.tokens, self.flops, self.seconds = 0, 0, 0.0  # of the steps since the last record
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -335,22 +329,16 @@ class Run:
             state.skipped = count_skipped(state.skipped, loss, grad_norm, self.scaler)
             if state.skipped:
                 figures["skipped"] = state.skipped
-            self.tokens += tokens
-            self.flops += flops
-            self.seconds += self.pace.end_step()  # reading has waited for the step
+            seconds = self.pace.end_step()  # reading has waited for the step
+            rate, peak = tokens / seconds, peak_flops(self.launch.device)
+            mfu = flops / seconds / peak / self.launch.world_size if peak else None
             self.bar.update()
-            if step % self.config.log_interval == 0 or state.skipped:
-                rate, mfu = self.tokens / self.seconds, None
-                if peak := peak_flops(self.launch.device):
-                    mfu = self.flops / self.seconds / peak / self.launch.world_size
-                self.tokens, self.flops, self.seconds = 0, 0, 0.0
-                self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s"
-                                         + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
-                if self.launch.is_master:
-                    self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
-                    if state.skipped:
-                        self.bar.write(f"step {step} skipped: loss {loss}, gradient norm "
-                                       f"{grad_norm}")
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s"
+                                     + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
+            if self.launch.is_master:
+                self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
+                if state.skipped:
+                    self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
 
     def begin(self, part: str, every: int = 0) -> None:
         """Begins a part that is not training. First reads all steps: a checkpoint counts skips."""

@@ -506,8 +506,7 @@ def test_what_a_run_writes(base, rows_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiling_and_the_log_interval_do_not_change_the_losses(base, rows_file, tmp_path,
-                                                                 monkeypatch, capsys):
+def test_compiling_does_not_change_the_losses(base, rows_file, tmp_path, monkeypatch):
     """Every shape compiles once; validation stays eager."""
     counter, real = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
@@ -515,13 +514,13 @@ def test_compiling_and_the_log_interval_do_not_change_the_losses(base, rows_file
     rows_file.write_text(json.dumps(ROWS[:6] + ROWS[-6:]))
     train(tiny(base, rows_file, tmp_path / "eager"), CPU_LAUNCH)
     assert counter.frame_count == 0
-    train(tiny(base, rows_file, tmp_path / "compiled", compile=True, log_interval=2), CPU_LAUNCH)
+    train(tiny(base, rows_file, tmp_path / "compiled", compile=True), CPU_LAUNCH)
     shapes = {inputs.shape for batch in first_batches(rows_file, 4)
               for inputs, _ in micro_batches(batch, 4, 128, CPU_LAUNCH)}
     assert counter.frame_count == len(shapes) >= 2
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager")[::2], abs=1e-5)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
     log = read_log(tmp_path / "compiled" / "metrics.jsonl")
-    assert sorted(log["train"]) == [0, 2] and "mfu" in log["train"][2]
+    assert sorted(log["train"]) == [0, 1, 2, 3] and "mfu" in log["train"][2]
     assert log["end"][4]["seconds"] > log["end"][4]["overhead_s"] > 0
 
 

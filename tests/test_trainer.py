@@ -654,15 +654,6 @@ def test_bfloat16_on_a_cpu_learns(corpus, tmp_path, finished_run):
     assert losses(tmp_path / "out") == pytest.approx(losses(finished_run), abs=0.05)
 
 
-def test_a_bf16_residual_without_bfloat16_is_reported(corpus, tmp_path, finished_run, capsys):
-    train(tiny(corpus, tmp_path / "out", bf16_residual=True), CPU_LAUNCH)
-    assert "--bf16-residual: ignored" in capsys.readouterr().out
-    assert losses(tmp_path / "out") == losses(finished_run)
-    train(tiny(corpus, tmp_path / "coarse", bf16_residual=True, dtype="bfloat16"), CPU_LAUNCH)
-    assert "ignored" not in capsys.readouterr().out
-    assert losses(tmp_path / "coarse") == pytest.approx(losses(finished_run), abs=0.05)
-
-
 @pytest.mark.slow
 def test_a_missing_compiler_is_reported(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
@@ -738,7 +729,7 @@ def test_a_signal_ends_a_run_after_a_micro_step(corpus, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_reading_numbers_a_step_late_changes_no_run(corpus, tmp_path, monkeypatch):
     """As on a GPU. A run that a signal stopped after each step, and resumed, is the same."""
-    options = {"resume": True, "log_interval": 3}
+    options = {"resume": True}
     train(tiny(corpus, tmp_path / "whole", **options), CPU_LAUNCH)
     monkeypatch.setitem(run.STEPS_LATE, "cpu", 1)
     train(tiny(corpus, tmp_path / "late", **options), CPU_LAUNCH)
