@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import copy
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from minigpt2.distributed import Dtype, Launch, pick_dtype
 from minigpt2.faults import launched
 from minigpt2.files import atomic_write, check_folder
 from minigpt2.kernels import prepare_to_sample
+from minigpt2.metrics import run_metadata
 from minigpt2.rewards import Reward
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
@@ -107,8 +108,9 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     if launch.is_master:
         folder = Path(config.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        run = run_metadata(config, world_size=launch.world_size, device=launch.device, data={})
         with atomic_write(folder / "judge.json", text=True) as file:
-            json.dump({"flags": asdict(config), "prompts": P, "results": results}, file, indent=1)
+            json.dump({"flags": run, "prompts": P, "results": results}, file, indent=1)
         with atomic_write(folder / "samples.jsonl", text=True) as file:
             file.writelines(json.dumps(line) + "\n" for line in shown)
         if rewards and config.temperature == 1:

@@ -1,14 +1,18 @@
 """Draws runs of rlhf.py with a reward of 0 or 1 beside the exact optimum.
 
     python image/plot_frontier.py out/rlhf --out out/rlhf/frontier.png
+    python image/plot_frontier.py out/rlhf --out again.png --successes out/rlhf/frontier.json
 
 The best policy for a reward r is reference x exp(r / kl_coef) / Z. For r in {0, 1} it depends on
 the reference only by p0, its probability of success: p* = p0 e / (1 - p0 + p0 e), e = exp(1 /
 kl_coef), at the divergence kl(p* || p0) of two coins. No policy succeeds as often with less. p0 is
 estimated for every held-out prompt from samples of the reference; all figures are means over these
-prompts, and what a run reached on them is in its log.
+prompts, and what a run reached on them is in its log. The estimates are written beside the figure;
+with --successes, they are read, and no checkpoint is needed. A single value stands for the mean of
+all prompts: the curve is then a lower bound of the KL, since kl is convex.
 """
 
+import json
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -40,6 +44,8 @@ class FrontierConfig:
                                  is_path=True)
     out: str = flag("frontier.png", "PNG file to write", is_path=True)
     samples: int = flag(32, "responses of the reference per held-out prompt", minimum=2)
+    successes: str | None = flag(None, "JSON list of p0 per held-out prompt, instead of samples",
+                                 is_path=True)
 
 
 def settings_of(path: pathlib.Path, log: dict[str, dict[int, dict]]) -> dict:
@@ -80,6 +86,17 @@ def success_of_reference(settings: dict, samples: int) -> np.ndarray:
     return scores.view(-1, samples).mean(1).numpy()
 
 
+def load_successes(path: pathlib.Path) -> np.ndarray:
+    """p0 (n,) from a file that an earlier call has written. Raises UserError on anything else."""
+    try:
+        p0 = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=float)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--successes {path}: {error}") from None
+    if p0.ndim != 1 or not p0.size or not ((p0 >= 0) & (p0 <= 1)).all():
+        raise UserError(f"--successes {path} is no list of fractions between 0 and 1")
+    return p0
+
+
 def best_policy(p0: np.ndarray, kl_coef: float) -> tuple[float, float]:
     """(KL, success) of the best policy, means over prompts with successes p0 (n,)."""
     weight = p0 * np.exp(1 / max(kl_coef, 0.002))  # finite, also without a KL
@@ -102,13 +119,19 @@ def main() -> None:
     logs = [read_log(path) for path in paths]
     settings = [settings_of(path, log) for path, log in zip(paths, logs, strict=True)]
     check_comparable(paths, settings)
-    p0 = success_of_reference(settings[0], config.samples)
+    if config.successes:
+        p0 = load_successes(pathlib.Path(config.successes))
+    else:
+        p0 = success_of_reference(settings[0], config.samples)
+        with atomic_write(image.with_suffix(".json"), text=True) as file:
+            json.dump(p0.tolist(), file)
     figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
     by_step, by_kl = figure.subplots(1, 2, sharey=True)
     frontier = [best_policy(p0, kl_coef) for kl_coef in np.geomspace(0.01, 100, 200)]
-    by_kl.plot(*zip(*frontier, strict=True), color="gray", label="exact frontier")
+    by_kl.plot(*zip(*frontier, strict=True), color="gray",
+               label="exact frontier" if p0.size > 1 else "frontier if all prompts were alike")
     for number, (path, log, chosen) in enumerate(zip(paths, logs, settings, strict=True)):
-        label, color = path.parent.name, f"C{number}"
+        label, color = path.parent.name if path.stem == "metrics" else path.stem, f"C{number}"
         kl, best = best_policy(p0, chosen["kl_coef"])
         steps, scores = points(log, "val", "score")
         by_step.plot(steps, scores, "o-", color=color, label=label)

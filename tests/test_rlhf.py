@@ -797,7 +797,17 @@ def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plot_frontier.py", *argv(*outs[:2])])
     plot_frontier.main()
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    assert "b: success" in capsys.readouterr().out
+    *printed, _ = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("b: success")
+    again = [*argv(*outs[:2]), "--out", str(tmp_path / "g.png"), "--successes"]
+    monkeypatch.setattr(plot_frontier, "load_model", None)  # no checkpoint is needed
+    monkeypatch.setattr("sys.argv", ["plot_frontier.py", *again, str(tmp_path / "f.json")])
+    plot_frontier.main()
+    assert capsys.readouterr().out.splitlines()[:-1] == printed[-2:]
+    for wrong in ("[]", "[2]", "[[0.5]]", '["a"]', "{"):
+        (tmp_path / "wrong.json").write_text(wrong)
+        assert "--successes" in main_error(
+            plot_frontier.main, [*again, str(tmp_path / "wrong.json")], monkeypatch, capsys)
     message = main_error(plot_frontier.main, argv(outs[0], outs[2]), monkeypatch, capsys)
     assert "max_tokens 3" in message
     message = main_error(plot_frontier.main, argv(outs[0] / rlhf.SAMPLES), monkeypatch, capsys)
