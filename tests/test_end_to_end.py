@@ -115,14 +115,6 @@ def test_docs_and_shell_scripts_use_only_flags_that_exist():
 
 
 @pytest.mark.slow
-def test_committed_figures_can_be_redrawn(tmp_path):
-    for image in (ROOT / "image").glob("*_loss.png"):
-        log = ROOT / "image" / "logs" / f"{image.stem}.jsonl"
-        run_script(ROOT / "image" / "plot_loss.py", log, "--out", tmp_path / image.name)
-        assert (tmp_path / image.name).stat().st_size > 10_000
-
-
-@pytest.mark.slow
 def test_default_paths_do_not_depend_on_the_current_folder():
     for name, folder in (("trainer.py", "pretrain_data/fineweb"),
                          ("finetune.py", "finetune_data/alpaca.json"),

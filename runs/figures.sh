@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Redraws every figure in image/ from the logs in image/logs/, one line a figure.
+#   bash runs/figures.sh [FOLDER]    # FOLDER for the figures (default: image)
+set -euo pipefail
+out=$(realpath "${1:-$(dirname "$0")/../image}")
+source "$(dirname "$0")/setup.sh" requirements.txt
+cd image/logs
+draw() { python "../plot_$1.py" "${@:3}" --out "$out/$2.png"; }  # SCRIPT FIGURE LOG... [flags]
+draw loss pretrain_loss pretrain_loss.jsonl --title "Pre-training loss"
+draw loss finetune_loss finetune_loss.jsonl --title "Fine-tuning loss"
+draw loss recipes recipes/gpt2_*.jsonl recipes/fast_*.jsonl --group \
+  --title "Two recipes, three seeds each; 4,096 tokens per step"
+draw report judge judge.json
+draw frontier frontier rlhf_short_fast.jsonl rlhf_short.jsonl --successes frontier.json
