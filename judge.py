@@ -31,7 +31,7 @@ from minigpt2.checkpoint import find_checkpoint, read_config, shared_template
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, Launch, pick_dtype
 from minigpt2.faults import launched
-from minigpt2.files import atomic_write, check_folder
+from minigpt2.files import atomic_write, check_folder, sha256_of
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.metrics import run_metadata
 from minigpt2.rewards import Reward
@@ -108,7 +108,8 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     if launch.is_master:
         folder = Path(config.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        run = run_metadata(config, world_size=launch.world_size, device=launch.device, data={})
+        run = run_metadata(config, world_size=launch.world_size, device=launch.device,
+                           data={"sha256": sha256_of(Path(config.data))})
         with atomic_write(folder / "judge.json", text=True) as file:
             json.dump({"flags": run, "prompts": P, "results": results}, file, indent=1)
         with atomic_write(folder / "samples.jsonl", text=True) as file:
