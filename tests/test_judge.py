@@ -274,8 +274,8 @@ def test_any_number_of_ranks_gives_the_same_figures(files):
             files, files / "sft", files / "rlhf", "--proxy", files / "reward", "--best-of", "4",
             "--samples", "2"), files / f"ranks{world_size}")
         assert ranks.wait() == [0] * world_size, ranks.output()
-        results[world_size] = [
-            (files / "out" / name).read_text().replace(f'"world_size": {world_size}', '"world_size": 0')
+        results[world_size] = [(files / "out" / name).read_text().replace(
+            f'"world_size": {world_size}', '"world_size": 0')
             for name in ("judge.json", "samples.jsonl")]
     assert results[1] == results[2]
     proxy = json.loads(results[1][0])["results"][str(files / "rlhf")]
