@@ -61,7 +61,7 @@ class RLHFConfig(TuningConfig):
     advantage: Literal["gae", "group"] = flag("gae", "gae: PPO with a value model; group: rewards "
                                                      "relative to other responses to the prompt")
     scale_advantages: bool = flag(False, "divide by the deviation of the group (GRPO)")
-    steps: int = flag(200, "steps, each with new responses", minimum=1)
+    max_steps: int = flag(200, "training steps, each with new responses", minimum=1, old="steps")
     batch_size: int = flag(128, "responses per step, over all ranks", minimum=1)
     group_size: int = flag(8, "responses per prompt", minimum=1)
     epochs: int = flag(2, "passes over the responses of a step", minimum=1)
@@ -82,8 +82,8 @@ class RLHFConfig(TuningConfig):
 
 
 # A resumed run may change neither the rewards nor what a step samples and computes
-FIXED_ON_RESUME = ("advantage", "scale_advantages", "steps", "batch_size", "group_size", "epochs",
-                   "minibatches", "max_tokens", "unstopped_score", "kl_coef", "seed",
+FIXED_ON_RESUME = ("advantage", "scale_advantages", "max_steps", "batch_size", "group_size",
+                   "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "seed",
                    "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
 
 
@@ -294,10 +294,10 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
         optimizer.add_param_group({"params": list(value.parameters()), "weight_decay": 0.0,
                                    "lr_scale": config.value_lr / (config.max_lr or 1)})
     module = PolicyAndValue(policy, value).train()
-    model = run.prepare(policy, optimizer, config.steps, max_steps_flag="--steps", trained=module,
-                        value=value, micro_batch_sizes=[config.micro_batch_size],
+    model = run.prepare(policy, optimizer, config.max_steps, max_steps_flag="--max-steps",
+                        trained=module, value=value, micro_batch_sizes=[config.micro_batch_size],
                         sequence_length=block_size)
-    launch.print0(f"{summary}\n{run.summary}; {config.steps:,} steps of "
+    launch.print0(f"{summary}\n{run.summary}; {config.max_steps:,} steps of "
                   f"{config.batch_size} responses, {config.group_size} per prompt")
 
     with run:
@@ -313,7 +313,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
             if run.save_or_finish():
                 break
 
-            lr = config.lr_at(run.step, config.steps)
+            lr = config.lr_at(run.step, config.max_steps)
             set_lr(optimizer, lr)
             rollouts = roll_out(module, reference, reward,
                                 step_prompts(train_prompts, config, run.step),

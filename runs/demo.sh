@@ -75,7 +75,7 @@ if [[ $rlhf ]]; then
   step "policy optimization: a reward of 1 for an answer of at most 7 words"
   python rlhf.py --resume --checkpoint "$out/finetune" --prompts "$out/questions.json" \
     --out-dir "$out/rlhf" --device cpu --advantage group --reward function:at_most_words=7 \
-    --kl-coef 0.3 --steps 60 --batch-size 64 --max-tokens 48 --max-lr 2e-4 --eval-interval 15
+    --kl-coef 0.3 --max-steps 60 --batch-size 64 --max-tokens 48 --max-lr 2e-4 --eval-interval 15
   python image/plot_frontier.py "$out/rlhf" --out "$out/rlhf.png"
   python inference.py --checkpoint "$out/rlhf" --device cpu --temperature 0.3 --max-tokens 60 \
     "What does the Python function json.dumps do?" "What is the Python class threading.Thread?"

@@ -236,7 +236,7 @@ def test_dpo_evaluates_in_evaluation_mode(files, modes):
 @pytest.mark.parametrize("model", ["reward", "function:stops"])
 def test_rollouts_and_rewards_are_in_evaluation_mode(files, modes, advantage, model):
     """Also those of a value and a reward model."""
-    config = options(files, "", reward=model if ":" in model else str(files / model), steps=2,
+    config = options(files, "", reward=model if ":" in model else str(files / model), max_steps=2,
                      prompts=str(files / "rows.jsonl"), group_size=2, max_tokens=2,
                      advantage=advantage)
     del config["data"]

@@ -33,6 +33,7 @@ from image import plot_frontier
 from inference import generate, logprobs
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import load_model, save_checkpoint, weights_sha256
+from minigpt2.config import parse_config
 from minigpt2.faults import StopRequest
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.metrics import read_log
@@ -54,7 +55,7 @@ def settings(world, folder, **changes) -> RLHFConfig:
     reference = folder / "reference"
     if not reference.exists():
         world.save_reference(reference)
-    options = {"checkpoint": str(reference), "out_dir": str(folder / "out"), "steps": 8,
+    options = {"checkpoint": str(reference), "out_dir": str(folder / "out"), "max_steps": 8,
                "prompts": str(world.write_prompts(folder / "prompts.jsonl")),
                "reward": f"{world_rewards.__file__}:{world.reward.__name__}",
                "unstopped_score": world.unstopped, "max_tokens": world.max_new_tokens,
@@ -88,7 +89,7 @@ def test_the_worlds_are_what_they_say(world, start, best, responses, unstopped):
 
 def optimize_in(world, folder, monkeypatch, **changes):
     world.use_small_vocabulary(monkeypatch)
-    options = {"steps": 100, "batch_size": 64, "group_size": 64 // len(world.prompts),
+    options = {"max_steps": 100, "batch_size": 64, "group_size": 64 // len(world.prompts),
                "micro_batch_size": 64}
     return world.standing(train(settings(world, folder, **options | changes), CPU_LAUNCH))
 
@@ -182,7 +183,7 @@ MUTATIONS = {  # what is replaced, the world that shows it, and the kinds of adv
     "k3 in the loss": (kl_in_the_loss(lambda new, ref: (ref - new).exp() - 1 - (ref - new)), T,
                        "group"),
 }
-SHORT = {W: {"steps": 30, "max_lr": 5e-3, "value_lr": 5e-3}, T: {"steps": 60}}
+SHORT = {W: {"max_steps": 30, "max_lr": 5e-3, "value_lr": 5e-3}, T: {"max_steps": 60}}
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_a_verifiable_reward_reaches_the_frontier(advantage, digits, tmp_path):
     (1 - p0)). Both probabilities are exact, the policy's KL is that of 640 samples."""
     checkpoint, data = digits
     config = RLHFConfig(
-        checkpoint=checkpoint, reward="function:equals=7", prompts=data, steps=30, kl_coef=0.5,
+        checkpoint=checkpoint, reward="function:equals=7", prompts=data, max_steps=30, kl_coef=0.5,
         out_dir=str(tmp_path / "out"), advantage=advantage, batch_size=108, group_size=12,
         micro_batch_size=108, epochs=1, max_tokens=2, max_lr=1e-3, value_lr=1e-3,
         warmup_fraction=0.0, val_fraction=0.0, eval_interval=10**6, save_interval=10**6, seed=1,
@@ -300,7 +301,7 @@ def sampled(world, folder, monkeypatch, copies: int = 16, value: bool = False, *
 
 def assert_starts_at_the_reference(config: RLHFConfig) -> None:
     """The first step has one update, whose ratios are all within 1e-6 of 1."""
-    train(replace(config, steps=1, epochs=1, minibatches=1, clip_low=1e-6, clip_high=1e-6),
+    train(replace(config, max_steps=1, epochs=1, minibatches=1, clip_low=1e-6, clip_high=1e-6),
           CPU_LAUNCH)
     out = Path(config.out_dir)
     [first], vals = records(out), records(out, "val")
@@ -379,7 +380,7 @@ def test_ids_beyond_the_end_of_rows_change_nothing(advantage, tmp_path, monkeypa
     """Random ids for padding, in rollouts, scores of a reward model, and training."""
     TREE.use_small_vocabulary(monkeypatch)
     model = RewardModel.from_language_model(TREE.make_reference(), 0)
-    config = settings(TREE, tmp_path, advantage=advantage, steps=3,
+    config = settings(TREE, tmp_path, advantage=advantage, max_steps=3,
                       reward=str(save_checkpoint(tmp_path / "reward", 1, model)))
     train(config, CPU_LAUNCH)
 
@@ -451,7 +452,7 @@ def test_every_response_has_a_random_stream_of_its_own(tmp_path, monkeypatch):
         rlhf.sample_responses), **options: (
             seeds.extend(given) or real(model, prompts, given, *rest, **options)))
     TREE.use_small_vocabulary(monkeypatch)
-    train(settings(TREE, tmp_path, steps=3, eval_interval=1), CPU_LAUNCH)
+    train(settings(TREE, tmp_path, max_steps=3, eval_interval=1), CPU_LAUNCH)
     assert len(seeds) == 3 * 16 + 4  # and one held-out prompt before each step and at the end
     assert len(set(seeds)) == 3 * 16 + 1  # the validations draw alike
 
@@ -520,7 +521,8 @@ def test_every_epoch_trains_every_token_once(advantage, tmp_path, monkeypatch):
         made.append((rollouts, real(rollouts, *rest)))
         return made[-1][1]
 
-    config = settings(TREE, tmp_path, advantage=advantage, steps=1, micro_batch_size=3, max_lr=1e-2)
+    config = settings(TREE, tmp_path, advantage=advantage, max_steps=1, micro_batch_size=3,
+                      max_lr=1e-2)
     monkeypatch.setattr(rlhf, "advantages_and_returns", advantages_and_returns)
     with monkeypatch.context() as patch:
         patch.setattr(A, "policy_loss", policy_loss)
@@ -550,7 +552,7 @@ def test_a_gradient_of_the_value_model_that_is_not_finite_skips_the_step(tmp_pat
         return real(values, *rest) + (values - values.detach()).abs().sqrt()  # slope: NaN
 
     monkeypatch.setattr(A, "value_loss", value_loss)
-    policy = train(settings(TREE, tmp_path, steps=1, epochs=1, minibatches=1), CPU_LAUNCH)
+    policy = train(settings(TREE, tmp_path, max_steps=1, epochs=1, minibatches=1), CPU_LAUNCH)
     [record] = records(tmp_path / "out")
     assert record["skipped"] == 1 and record["grad_norm"] is None
     assert weights_sha256(policy) == weights_sha256(TREE.make_reference())
@@ -577,7 +579,7 @@ def test_any_split_of_16_responses_gives_the_same_gradient(tmp_path):
     gradients = {}
     for world_size, B in ((1, 16), (1, 5), (1, 3), (1, 1), (2, 8), (2, 5), (2, 3)):
         folder = tmp_path / f"{world_size}x{B}"
-        config = settings(TREE, tmp_path, steps=1, epochs=1, minibatches=1, grad_clip=0.0,
+        config = settings(TREE, tmp_path, max_steps=1, epochs=1, minibatches=1, grad_clip=0.0,
                           micro_batch_size=B, out_dir=str(folder / "out"))
         finished(world_size, config, folder, save_gradients=folder, start_value_head=0.5)
         for rank in range(world_size):
@@ -609,7 +611,7 @@ def assert_close_curves(a, b, tolerance: float) -> None:
 def test_two_ranks_equal_one(tmp_path, changes):
     """The same responses, and the same rewards, losses and norms to 1e-5."""
     for world_size in (1, 2):
-        config = settings(TREE, tmp_path, out_dir=str(tmp_path / f"out{world_size}"), steps=5,
+        config = settings(TREE, tmp_path, out_dir=str(tmp_path / f"out{world_size}"), max_steps=5,
                           micro_batch_size=5, eval_interval=2, max_lr=1e-3, **changes)
         finished(world_size, config, tmp_path / f"log{world_size}")
     a, b = (tmp_path / f"out{world_size}" for world_size in (1, 2))
@@ -637,7 +639,7 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path,
     """With, for gae, a value model that starts from the reward model. Killed once before its first
     checkpoint, then after random numbers of log records."""
     config = settings(TREE, tmp_path, advantage=advantage, save_interval=1, eval_interval=3,
-                      steps=12, resume=True, unstopped_score=-1.0,
+                      max_steps=12, resume=True, unstopped_score=-1.0,
                       reward=learned_reward(tmp_path / "reward"))
     whole, out = tmp_path / "whole", tmp_path / "out"
     finished(world_size, replace(config, out_dir=str(whole)), tmp_path / "a")
@@ -697,7 +699,7 @@ def test_the_reference_never_changes(tmp_path, monkeypatch):
 def test_a_signal_ends_a_run_after_a_micro_step_of_the_first_update(tmp_path, monkeypatch):
     """A step has four updates of two micro-steps; one that has made an update is completed."""
     TREE.use_small_vocabulary(monkeypatch)
-    config = settings(TREE, tmp_path, steps=3, micro_batch_size=4,
+    config = settings(TREE, tmp_path, max_steps=3, micro_batch_size=4,
                       out_dir=str(tmp_path / "whole"))
     train(config, CPU_LAUNCH)
     config = replace(config, out_dir=str(tmp_path / "out"), resume=True)
@@ -711,7 +713,7 @@ def test_a_signal_ends_a_run_after_a_micro_step_of_the_first_update(tmp_path, mo
 def test_a_signal_at_any_instant_saves_and_the_run_resumes(tmp_path, monkeypatch, capsys):
     """In a validation, among samples, scores and updates."""
     TREE.use_small_vocabulary(monkeypatch)
-    config = settings(TREE, tmp_path, steps=3, eval_interval=2, out_dir=str(tmp_path / "whole"))
+    config = settings(TREE, tmp_path, max_steps=3, eval_interval=2, out_dir=str(tmp_path / "whole"))
     train(config, CPU_LAUNCH)
     for count in (0, 1, 3, 5, 6, 8, 9, 12, 17):
         again = replace(config, out_dir=str(tmp_path / f"out{count}"))
@@ -725,7 +727,7 @@ def test_a_signal_at_any_instant_saves_and_the_run_resumes(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatch):
     TREE.use_small_vocabulary(monkeypatch)
-    config = settings(TREE, tmp_path, steps=2, reward=learned_reward(tmp_path / "reward"))
+    config = settings(TREE, tmp_path, max_steps=2, reward=learned_reward(tmp_path / "reward"))
     train(config, CPU_LAUNCH)
     again = replace(config, resume=True)
     torch.manual_seed(5)
@@ -742,7 +744,7 @@ def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatc
             ({"kl_coef": 0.5}, "--kl-coef 0.2, not 0.5"),
             ({"epochs": 1}, "--epochs 2, not 1")):
         assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
-    others = {"steps": 9, "batch_size": 8, "group_size": 2, "minibatches": 1, "max_tokens": 3,
+    others = {"max_steps": 9, "batch_size": 8, "group_size": 2, "minibatches": 1, "max_tokens": 3,
               "unstopped_score": 0.5, "seed": 2, "val_fraction": 0.01}
     fixed = {name for name in rlhf.FIXED_ON_RESUME if not name.endswith("sha256")}
     assert fixed - others.keys() == {"advantage", "kl_coef", "epochs",
@@ -759,7 +761,7 @@ def test_a_changed_file_of_a_reward_function_is_refused(tmp_path, monkeypatch):
     TREE.use_small_vocabulary(monkeypatch)
     path = tmp_path / "mine.py"
     path.write_text("def score(row, response):\n    return len(response)\n")
-    config = settings(TREE, tmp_path, steps=1, reward=f"{path}:score")
+    config = settings(TREE, tmp_path, max_steps=1, reward=f"{path}:score")
     train(config, CPU_LAUNCH)
     path.write_text("def score(row, response):\n    return -len(response)\n")
     message = user_error(train, replace(config, resume=True), CPU_LAUNCH)
@@ -785,7 +787,7 @@ def test_the_checkpoint_of_another_script_is_refused(tmp_path, monkeypatch):
 def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
     """Also without a KL; runs of other tasks and other logs are refused."""
     TREE.use_small_vocabulary(monkeypatch)
-    config = settings(TREE, tmp_path, steps=2, eval_interval=1, reward="function:stops",
+    config = settings(TREE, tmp_path, max_steps=2, eval_interval=1, reward="function:stops",
                       unstopped_score=0.0)
     outs = [tmp_path / name for name in "abc"]
     for out, changes in zip(outs, ({}, {"kl_coef": 0.0}, {"max_tokens": 3}), strict=True):
@@ -921,7 +923,7 @@ def test_a_score_that_is_not_finite_stops_the_run_naming_row_and_text(tmp_path, 
 def test_a_reward_model_of_other_sizes_is_the_value_model(sizes, tmp_path, monkeypatch):
     """With its own trunk and a head of 0 at first; a resumed run continues with it."""
     TREE.use_small_vocabulary(monkeypatch)
-    config = settings(TREE, tmp_path, steps=4, save_interval=1, keep_last=0,
+    config = settings(TREE, tmp_path, max_steps=4, save_interval=1, keep_last=0,
                       reward=learned_reward(tmp_path / "reward", **sizes))
     train(replace(config, out_dir=str(tmp_path / "whole")), CPU_LAUNCH)
     train(config, CPU_LAUNCH, StopAfter(25))
@@ -945,6 +947,13 @@ ROWS = [{"instruction": f"Name {n} animals.", "input": "", "output": "cat " * n}
         for n in range(1, 9)]
 
 
+def test_the_number_of_steps_is_max_steps_as_in_pre_training():
+    """The earlier name of the flag is accepted too."""
+    for words in ([], ["--max-steps", "7"], ["--steps", "7"]):
+        config = parse_config(RLHFConfig, words, description="")
+        assert config.max_steps == (7 if words else 200)
+
+
 @pytest.mark.slow
 def test_the_command_line_with_a_function_of_a_file(rows_file, tmp_path):
     """All files of a run, and the rewards of the user's function: the length of the text."""
@@ -955,8 +964,8 @@ def test_the_command_line_with_a_function_of_a_file(rows_file, tmp_path):
     out = tmp_path / "out"
     result = run_script(
         ROOT / "rlhf.py", "--checkpoint", base, "--reward", f"{tmp_path / 'mine.py'}:length",
-        "--prompts", rows_file, "--out-dir", out, "--steps", 2, "--batch-size", 8, "--group-size",
-        2, "--max-tokens", 6, "--val-fraction", "0.2", "--device", "cpu", "--eval-interval", 1)
+        "--prompts", rows_file, "--out-dir", out, "--max-steps", 2, "--batch-size", 8,
+        "--group-size", 2, "--max-tokens", 6, "--val-fraction", "0.2", "--device", "cpu", "--eval-interval", 1)
     assert "8 prompts of 8 rows (left out: 0 repeated" in result.stdout
     assert "2 steps of 8 responses, 2 per prompt" in result.stdout
     assert "finished 2 steps" in result.stdout and (out / "step_000002").is_dir()

@@ -326,7 +326,7 @@ def test_the_reward_model_takes_the_template_over(files, tmp_path, seen):
 
 
 def test_policy_optimization_takes_the_template_over(files, tmp_path, seen):
-    config = options(files, tmp_path, prompts=str(files / "rows.jsonl"), steps=1, group_size=2,
+    config = options(files, tmp_path, prompts=str(files / "rows.jsonl"), max_steps=1, group_size=2,
                      max_tokens=2, reward=str(files / "reward"))
     rlhf.train(rlhf.RLHFConfig(**config), CPU_LAUNCH)
     assert seen == {BEGIN} and read_prompt_template(tmp_path / "out") == OWN

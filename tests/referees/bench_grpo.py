@@ -61,9 +61,9 @@ def make_trial(system: str, config: BenchGRPOConfig, folder: pathlib.Path) -> Tr
     torch.set_num_threads(config.threads)
     settings = rlhf.RLHFConfig(
         checkpoint=str(folder / MODEL), prompts=str(folder / ROWS), advantage="group",
-        reward=f"function:at_most_words={WORDS}", steps=config.steps, batch_size=config.batch_size,
-        group_size=config.group_size, epochs=1, minibatches=1, max_lr=1e-6,
-        micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens,
+        reward=f"function:at_most_words={WORDS}", max_steps=config.steps,
+        batch_size=config.batch_size, group_size=config.group_size, epochs=1, minibatches=1,
+        micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens, max_lr=1e-6,
         kl_coef=config.kl_coef, warmup_fraction=0.0, val_fraction=0.0, eval_rows=1, device="cpu")
     return (ours if system == "ours" else trls)(config, settings, folder)
 
