@@ -39,6 +39,8 @@ Turn = tuple[list[int], list[int]]  # ids of the prompt, ids of the response wit
 Example = list[Turn]  # one turn, or those of a conversation
 NO_ANSWER = ("<nooutput>", "<no output>", "<noinput>")  # how such outputs begin in Alpaca
 FORMS = ("instruction", "input", "output"), ("prompt", "input", "completion"), ("messages",)
+COLUMNS = "instruction, prompt, input, output, completion, messages, chosen, rejected"
+INSTRUCTIONS = "finetune_data/alpaca_downloader.py or pydocs_questions.py"
 ROLES = "user and assistant in turn, at most one system message before them"
 
 
@@ -199,9 +201,27 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
                         "Lines with one object per line, or parquet") from None
 
 
-def load_pairs(path: str, flag: str, block_size: int, template: str) -> tuple[list[Pair], str]:
+def read_columns(path: Path, columns: str, made_by: str) -> list[tuple[str, object]]:
+    """`read_rows`, with the keys that `columns` maps to ours: "instruction=NAME,output=NAME". No
+    other key is then read. Raises UserError."""
+    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
+    if columns and ("" in names.values() or names.keys() - {*COLUMNS.split(", ")}
+                    or len(names) <= columns.count(",")):
+        raise UserError(f"--columns {columns}: expected instruction=NAME,output=NAME, or likewise "
+                        f"the key of your rows for any of {COLUMNS}, each once")
+    rows = read_rows(path, made_by)
+    for place, row in rows if names else ():
+        if isinstance(row, dict) and (missing := sorted(names.values() - row.keys())):
+            raise UserError(f"{place} has no {', '.join(missing)} (--columns), only the keys "
+                            f"{', '.join(row)!r:.200}")
+    return [(place, {name: row[key] for name, key in names.items()}
+             if names and isinstance(row, dict) else row) for place, row in rows]
+
+
+def load_pairs(path: str, flag: str, block_size: int, template: str,
+               columns: str = "") -> tuple[list[Pair], str]:
     """The usable pairs of a file given by `flag`, and a summary. Raises UserError."""
-    rows = read_rows(Path(path), "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
+    rows = read_columns(Path(path), columns, "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
     pairs, summary = make_pairs(rows, block_size, template)
     if len(pairs) < 2:  # one to train on, one to validate on
         raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
@@ -221,21 +241,20 @@ class Prompt:
 
 
 def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fraction: float,
-                 template: str = ALPACA) -> tuple[list[Prompt], list[Prompt], str]:
+                 template: str = ALPACA, columns: str = "") -> tuple[list, list, str]:
     """(training prompts, held-out prompts, summary), see `split_rows`: the different prompts of a
     file of instructions, conversations (their first message) or pairs that leave room for
     max_tokens tokens. Raises UserError."""
-    rows = read_rows(Path(path), "finetune_data/alpaca_downloader.py or pydocs_questions.py")
+    rows = read_columns(Path(path), columns, INSTRUCTIONS)
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:
-        if isinstance(row, dict):  # the response may be missing
+        if isinstance(row, dict) and row.keys() & {"instruction", "prompt"}:  # all that is needed
             given = {name: value for name, value in row.items() if value is not None}
             row = dict.fromkeys(("output", "completion"), given.get("chosen", "")) | given
         texts = text_turns(row, place)[0]
         ids = encode(format_prompt(*texts[:2], template))
         prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))
-    longest = block_size - max_tokens
-    fitting = [prompt for prompt in prompts.values() if len(prompt.ids) <= longest]
+    fitting = [prompt for prompt in prompts.values() if len(prompt.ids) + max_tokens <= block_size]
     summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: "
                f"{len(rows) - len(prompts):,} repeated, {len(prompts) - len(fitting):,} without "
                f"room for {max_tokens} tokens in a context of {block_size})")
@@ -247,29 +266,15 @@ def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fra
 
 
 def read_turns(path: Path, columns: str = "") -> list[list[TextTurn]]:
-    """The turns of every row of a file. `columns` maps its keys if they are others: "instruction=
-    NAME,output=NAME", also input=NAME; or "messages=NAME". Raises UserError for a bad row."""
-    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
-    if columns and (names.keys() - {"input"} not in ({"instruction", "output"}, {"messages"})
-                    or "" in names.values() or len(names) <= columns.count(",")):
-        raise UserError(f"--columns {columns}: expected instruction=NAME,output=NAME, with "
-                        "input=NAME if there is one; or messages=NAME")
-    turns = []
-    for place, row in read_rows(path, "finetune_data/alpaca_downloader.py or pydocs_questions.py"):
-        if names and isinstance(row, dict):
-            if missing := sorted(names.values() - row.keys()):
-                raise UserError(f"{place} has no {', '.join(missing)} (--columns), only the keys "
-                                f"{', '.join(row)!r:.200}")
-            row = {name: row[column] for name, column in names.items()}
-        turns.append(text_turns(row, place, "; --columns instruction=NAME,output=NAME maps others"))
-    return turns
+    """The turns of every row of a file, see `read_columns`. Raises UserError for a bad row."""
+    return [text_turns(row, place) for place, row in read_columns(path, columns, INSTRUCTIONS)]
 
 
-def text_turns(row: object, place: str, hint: str = "") -> list[TextTurn]:
+def text_turns(row: object, place: str) -> list[TextTurn]:
     """The turns of a row, in one of the three schemas (docs/formats.md). Raises UserError."""
     if isinstance(row, dict) and row.get("messages") is not None:
         return message_turns(row["messages"], place)
-    return [tuple(row_texts(row, place, FORMS, hint))]
+    return [tuple(row_texts(row, place, FORMS))]
 
 
 def message_turns(messages: object, place: str) -> list[TextTurn]:

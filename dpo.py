@@ -59,7 +59,7 @@ class DPOConfig(TuningConfig):
 
 # A resumed run may change neither the loss nor which pairs a step sees
 FIXED_ON_RESUME = ("beta", "label_smoothing", "length_normalized", "batch_size", "epochs",
-                   "val_fraction", "seed", "data_sha256", "reference_sha256")
+                   "val_fraction", "columns", "seed", "data_sha256", "reference_sha256")
 
 
 def collate_pairs(pairs: Sequence[Pair], block_size: int,
@@ -146,9 +146,8 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
 
     # 1. The reference, the pairs, and the checkpoint to resume from
     reference = load_gpt2(config.checkpoint, device)
-    block_size = reference.config.block_size
-    template = shared_template(config.checkpoint)
-    pairs, summary = load_pairs(config.data, "--data", block_size, template)
+    block_size, template = reference.config.block_size, shared_template(config.checkpoint)
+    pairs, summary = load_pairs(config.data, "--data", block_size, template, config.columns)
     train_pairs, val_pairs, split_summary = split_pairs(pairs, config.val_fraction)
     run = Run(config, launch, stop, label="DPO", graph="dpo_loss.png", fixed=FIXED_ON_RESUME,
               loss_name="DPO loss, nats per pair", data={"sha256": sha256_of(Path(config.data))},

@@ -53,7 +53,6 @@ class FinetuneConfig(TuningConfig):
     dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
     sample_prompt: str | None = flag(None, "sampled at every validation (default: a held-out one)")
     sample_tokens: int = flag(48, "tokens per sample; 0: no samples", minimum=0)
-    columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
 
 
 # A resumed run may not change which rows a step sees

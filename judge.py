@@ -47,6 +47,7 @@ SHORT_WORDS, SHOWN_PROMPTS, BOOTSTRAP_DRAWS = 5, 20, 2000
 class JudgeConfig:
     policies: tuple[str, ...] = flag((), "checkpoints; the first is the reference", positional=True)
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows of prompts", is_path=True)
+    columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
     out_dir: str = flag(str(ROOT / "out" / "judge"), "folder of the results", is_path=True)
     proxy: str | None = flag(None, "optimized reward: folder, function:NAME[=X] or FILE.py:NAME")
     gold: str | None = flag(None, "the reward that decides, likewise (default: --proxy)")
@@ -70,7 +71,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     sizes = [*map(read_config, folders.values()), *(model.config for model in models.values())]
     _, held_out, summary = load_prompts(
         config.data, "--data", min(size.block_size for size in sizes), config.max_tokens,
-        config.val_fraction, shared_template(*folders, *models))
+        config.val_fraction, shared_template(*folders, *models), config.columns)
     launch.print0(summary)
     prompts = held_out[: config.rows]
     shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}

@@ -63,17 +63,18 @@ class RewardConfig(TuningConfig):
 
 
 # A resumed run may change neither the pairs of a step nor what is held out
-FIXED_ON_RESUME = ("batch_size", "epochs", "val_fraction", "val_start", "seed",
+FIXED_ON_RESUME = ("columns", "batch_size", "epochs", "val_fraction", "val_start", "seed",
                    "data_sha256", "reference_sha256")
 
 
 def read_splits(config: RewardConfig, block_size: int, template: str) -> tuple[list, list, str]:
     """(training pairs, held-out pairs, summary). Raises UserError."""
-    pairs, summary = load_pairs(config.data, "--data", block_size, template)
+    pairs, summary = load_pairs(config.data, "--data", block_size, template, config.columns)
     if config.val_data is None:
         trained, held_out, split = split_pairs(pairs, config.val_fraction, config.val_start)
         return trained, held_out, f"{summary}; {split}"
-    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, template)
+    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, template,
+                                       config.columns)
     prompts = {tuple(pair.prompt) for pair in pairs}
     seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
     return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "

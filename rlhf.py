@@ -83,8 +83,8 @@ class RLHFConfig(TuningConfig):
 
 # A resumed run may change neither the rewards nor what a step samples and computes
 FIXED_ON_RESUME = ("advantage", "scale_advantages", "max_steps", "batch_size", "group_size",
-                   "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "seed",
-                   "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
+                   "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "columns",
+                   "seed", "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
 
 
 def check_config(config: RLHFConfig) -> None:
@@ -274,38 +274,36 @@ def write_samples(rollouts: Rollouts, run: Run) -> None:
 def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Trains for the given steps, or until a signal; returns the final policy."""
     check_config(config)
-    device = launch.device
 
     # 1. Prompts, reference, reward, policy and value model
-    reference = load_gpt2(config.checkpoint, device).requires_grad_(False)
-    reward = Reward(config.reward, "--reward", device, config.unstopped_score)
+    reference = load_gpt2(config.checkpoint, launch.device).requires_grad_(False)
+    reward = Reward(config.reward, "--reward", launch.device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
     template = shared_template(config.checkpoint, *[config.reward] * bool(reward.model))
     train_prompts, val_prompts, summary = load_prompts(
-        config.prompts, "--prompts", block_size, config.max_tokens, config.val_fraction, template)
+        config.prompts, "--prompts", block_size, config.max_tokens, config.val_fraction, template,
+        config.columns)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
               loss_name="KL-penalized reward, negative", prompt_template=template,
               reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
-    policy = load_gpt2(run.checkpoint or config.checkpoint, device)
+    policy = load_gpt2(run.checkpoint or config.checkpoint, launch.device)
     value = load_value_model(config, reward, run)
     optimizer = config.make_optimizer(policy, run.shard_optimizer)
     if value is not None:
         optimizer.add_param_group({"params": list(value.parameters()), "weight_decay": 0.0,
                                    "lr_scale": config.value_lr / (config.max_lr or 1)})
     module = PolicyAndValue(policy, value).train()
-    model = run.prepare(policy, optimizer, config.max_steps, max_steps_flag="--max-steps",
-                        trained=module, value=value, micro_batch_sizes=[config.micro_batch_size],
-                        sequence_length=block_size)
+    model = run.prepare(policy, optimizer, config.max_steps, trained=module, value=value,
+                        micro_batch_sizes=[config.micro_batch_size], sequence_length=block_size)
     launch.print0(f"{summary}\n{run.summary}; {config.max_steps:,} steps of "
                   f"{config.batch_size} responses, {config.group_size} per prompt")
 
     with run:
         while True:
             if run.eval_due():
-                chosen = val_prompts[: config.eval_rows]
-                rollouts = roll_out(module, reference, reward, chosen, (1, config.seed), config,
-                                    run)
+                rollouts = roll_out(module, reference, reward, val_prompts[: config.eval_rows],
+                                    (1, config.seed), config, run)
                 figures = rollouts and rollouts.figures(config.kl_coef)
                 if run.log_validation(figures and -figures["reward"], **(figures or {})) and (
                         launch.is_master):
@@ -315,9 +313,9 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
 
             lr = config.lr_at(run.step, config.max_steps)
             set_lr(optimizer, lr)
-            rollouts = roll_out(module, reference, reward,
-                                step_prompts(train_prompts, config, run.step),
-                                (0, config.seed, run.step), config, run)
+            prompts = step_prompts(train_prompts, config, run.step)
+            rollouts = roll_out(module, reference, reward, prompts, (0, config.seed, run.step),
+                                config, run)
             if rollouts is None:
                 run.stopping = True
                 continue

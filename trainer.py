@@ -177,8 +177,8 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     raw_model = (load_model(run.checkpoint, device, dropout=config.dropout) if run.is_resumed else
                  new_model(config, sizes, device))
     optimizer = optimizer_for(raw_model, config, run.shard_optimizer)
-    model = run.prepare(raw_model, optimizer, max_steps, max_steps_flag="--max-steps",
-                        micro_batch_sizes=candidates, sequence_length=T)
+    model = run.prepare(raw_model, optimizer, max_steps, micro_batch_sizes=candidates,
+                        sequence_length=T)
     B = train_loader.micro_batch_size = val_loader.micro_batch_size = run.micro_batch_size
     grad_accum_steps = train_loader.windows_per_step // (B * launch.world_size)
     launch.print0(f"{run.summary}; {max_steps:,} steps of {config.total_batch_size:,} tokens = "

@@ -73,7 +73,8 @@ def success_of_reference(settings: dict, samples: int) -> np.ndarray:
     reference = load_model(settings["checkpoint"], device)
     reward = Reward(settings["reward"], "--reward", device, settings["unstopped_score"])
     _, held_out, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,
-                                  settings["max_tokens"], settings["val_fraction"])
+                                  settings["max_tokens"], settings["val_fraction"],
+                                  columns=settings.get("columns", ""))
     rows = [row for row in held_out[: settings["eval_rows"]] for _ in range(samples)]
     launch = Launch(0, 1, device)
     responses = sample_responses(

@@ -210,6 +210,7 @@ def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype
     if on_cpu(launch.device):
         return next((size for size in candidates if size <= CPU_MICRO_BATCH), candidates[-1])
     for size in candidates:
+        launch.print0(f"--micro-batch-size auto: trying {size} x {sequence_length} tokens")
         fits = step_fits(model, size, sequence_length, launch.device, dtype, optimizer_bytes)
         model.zero_grad(set_to_none=True)
         gc.collect()  # the frames of an error may hold tensors in a reference cycle

@@ -49,9 +49,10 @@ def make_pairs(rows: Sequence[tuple[str, object]], block_size: int,
     return pairs, f"{len(pairs):,} of {len(rows):,} pairs (left out: {reasons or 'none'})"
 
 
-def row_texts(row: object, place: str, forms: Sequence[tuple], hint: str = "") -> list[str]:
-    """The texts of a row in the first of `forms` that it has. Raises UserError, with the hint."""
-    expected = "; or ".join(map(", ".join, forms)) + " (input may be missing)" + hint
+def row_texts(row: object, place: str, forms: Sequence[tuple]) -> list[str]:
+    """The texts of a row in the first of `forms` that it has. Raises UserError."""
+    maps = ",".join(f"{name}=NAME" for name in forms[0] if name != "input")
+    expected = f"{'; or '.join(map(', '.join, forms))} (input may be missing); or --columns {maps}"
     if not isinstance(row, dict):
         raise UserError(f"{place} is {row!r:.60}, expected an object with {expected}")
     row = {name: value for name, value in row.items() if value is not None}

@@ -12,8 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from minigpt2 import distributed, resume
-from minigpt2.checkpoint import CONFIG_FILE, load_training_state, step_folder, write_pointers
+from minigpt2 import checkpoint, distributed, resume
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
 from minigpt2.faults import RESUME_HINT, StopRequest, count_skipped, find_micro_batch, launched
@@ -26,7 +25,6 @@ from model import GPT
 
 # How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
 STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}
-PER_NODE = ("checkpoint", "data", "data_dir", "device")  # settings that may differ between nodes
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class TuningConfig(RunConfig):
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
     warmup_fraction: float = flag(0.03, "warm-up, as a fraction of all steps", minimum=0, below=1)
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
+    columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
     val_fraction: float = flag(0.05, "fraction of rows held out, at least one", minimum=0, below=1)
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(200, "steps between checkpoints, besides one per epoch", minimum=1)
@@ -101,15 +100,15 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.image = self.out_dir / graph
         check_folder(self.out_dir, f"--out-dir {self.out_dir}")
-        if (self.out_dir / CONFIG_FILE).exists():
+        if (self.out_dir / checkpoint.CONFIG_FILE).exists():
             raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata | {"label": label}
-        launch.check_same(self.metadata, except_for=PER_NODE)
+        launch.check_same(self.metadata, except_for=("checkpoint", "data", "data_dir", "device"))
         self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch, model_class)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:
-            self.saved = load_training_state(self.checkpoint)
+            self.saved = checkpoint.load_training_state(self.checkpoint)
             resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
         self.state, self.stopping = resume.TrainState(), False
         self.unread, self.updates = deque(), []
@@ -124,14 +123,15 @@ class Run:
         return self.state.step
 
     def prepare(self, model: GPT, optimizer: torch.optim.Optimizer, max_steps: int, *,
-                max_steps_flag: str, micro_batch_sizes: list[int], sequence_length: int,
-                milestones: Iterable[int] = (), trained: torch.nn.Module | None = None,
+                micro_batch_sizes: list[int], sequence_length: int, milestones: Iterable[int] = (),
+                max_steps_flag: str = "--max-steps", trained: torch.nn.Module | None = None,
                 value: GPT | None = None) -> torch.nn.Module:
         """Restores the training state, compiles, chooses the first of `micro_batch_sizes`, or with
         "auto" the first that fits, and returns the module to train, in DDP. Weights are validated
         and saved after max_steps, set by max_steps_flag, and `milestones`. `trained` is the module
         to train if it is more than the model; `value` is saved beside it. Raises UserError."""
         config, launch = self.config, self.launch
+        launch.check_same({"template": checkpoint.with_hash(self.prompt_template or "")["sha256"]})
         self.model, self.optimizer, self.value = model, optimizer, value
         self.trained = model if trained is None else trained
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
@@ -184,7 +184,7 @@ class Run:
             if is_master:
                 stack.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
                 if self.is_resumed:  # a kill may have come before they were written
-                    write_pointers(self.out_dir, self.step, self.state.best_step)
+                    checkpoint.write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(RunLog(
                     self.out_dir / "metrics.jsonl", fresh=not self.is_resumed)))
                 self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -210,7 +210,7 @@ class Run:
             self.log.write(self.step, "end", overhead_s=self.pace.overhead_s,
                            seconds=device_time(self.launch.device) - self.t0)
         self.stack.__exit__(kind, error, traceback)  # waits for the checkpoint being written
-        folder = step_folder(self.out_dir, self.step)
+        folder = checkpoint.step_folder(self.out_dir, self.step)
         if is_reported and self.stopping:
             print(f"{self.stop.name or 'a signal to another rank'}: stopped after {self.step:,} of "
                   f"{self.max_steps:,} steps: {folder}. {RESUME_HINT}")
@@ -235,8 +235,7 @@ class Run:
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """Records the validation loss and other figures, or None after a signal, as `log_figures`
-        does. Samples may follow."""
+        """`log_figures` of a validation, of loss None after a signal. Samples may follow."""
         self.state.val_loss = loss
         self.begin("sampling", self.config.eval_interval)
         return self.log_figures("val", None if loss is None else {"loss": loss, **figures})

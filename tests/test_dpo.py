@@ -294,7 +294,8 @@ def test_another_reference_is_refused(base, rows_file, tmp_path):
     for changes, words in (({"checkpoint": str(other)}, "another reference (--checkpoint)"),
                            ({"beta": 0.2}, "--beta 0.1, not 0.2"),
                            ({"length_normalized": True}, "--length-normalized False"),
-                           ({"val_fraction": 0.3}, "--val-fraction")):
+                           ({"val_fraction": 0.3}, "--val-fraction"),
+                           ({"columns": ",".join(f"{key}={key}" for key in ROWS[0])}, "--columns")):
         again = tiny(base, rows_file, out, resume=True, **changes)
         assert words in user_error(train, again, CPU_LAUNCH)
     copied = save_checkpoint(tmp_path / "copied", 7, load_model(base))  # the same weights elsewhere

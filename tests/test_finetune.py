@@ -708,7 +708,7 @@ def test_keys_that_are_not_found_name_those_that_are_and_the_flag(tmp_path):
     path.write_text('{"question": "a", "answer": "b"}\n{"question": "c", "reply": "d"}\n["e"]\n')
     message = user_error(read_turns, path)
     assert "rows.jsonl line 1 has the keys 'question, answer', expected instruction" in message
-    assert message.endswith("; --columns instruction=NAME,output=NAME maps others")
+    assert message.endswith("; or --columns instruction=NAME,output=NAME")
     message = user_error(read_turns, path, "instruction=question,output=answer")
     assert message == "rows.jsonl line 2 has no answer (--columns), only the keys 'question, reply'"
     assert "no text (--columns)" in user_error(
@@ -717,12 +717,15 @@ def test_keys_that_are_not_found_name_those_that_are_and_the_flag(tmp_path):
     assert "line 1 is 'e'" in user_error(read_turns, path, "messages=chat")
     path.write_text('{"chat": null}')
     assert "expected instruction" in user_error(read_turns, path, "messages=chat")
+    path.write_text('{"question": "a", "answer": "b"}')
+    assert "has the keys 'instruction', expected instruction, input, output" in user_error(
+        read_turns, path, "instruction=question")
 
 
 @pytest.mark.parametrize("columns", [
-    "question,answer", "instruction=question", "instruction=question,output=", "messages",
-    "question=instruction,answer=output", "instruction=a,output=b,messages=c", "=a",
-    "instruction=a,output=b,c", "instruction=a,output=b,output=c", "prompt=a,completion=b"])
+    "question,answer", "instruction=question,output=", "messages", "=a",
+    "question=instruction,answer=output", "instruction=a,output=b,text=c",
+    "instruction=a,output=b,c", "instruction=a,output=b,output=c"])
 def test_columns_typed_wrong_are_one_line(tmp_path, columns):
     (tmp_path / "rows.json").write_text("[]")
     message = user_error(read_turns, tmp_path / "rows.json", columns)

@@ -65,10 +65,12 @@ def find(model, candidates=(16, 8, 4, 2, 1), launch=CPU_LAUNCH, dtype=torch.floa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_that_fits_is_found_and_nothing_is_left(dtype):
+def test_the_largest_that_fits_is_found_and_nothing_is_left(dtype, capsys):
     model = limited(4)
     weights, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
     assert find(model, dtype=dtype) == 4 and model.tried == [16, 8, 4]
+    assert capsys.readouterr().out.splitlines() == [
+        f"--micro-batch-size auto: trying {size} x 32 tokens" for size in model.tried]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, weights, model.parameters()))
@@ -94,7 +96,7 @@ def test_another_error_is_not_mistaken_for_out_of_memory(monkeypatch):
 def test_a_size_that_fails_on_another_rank_is_rejected_on_this_one():
     others, model = [0.0, 1.0, 0.0], limited(8)
     launch = SimpleNamespace(device=torch.device("cpu"), world_size=2,
-                             sum=lambda failed: failed + others.pop(0))
+                             print0=print, sum=lambda failed: failed + others.pop(0))
     assert find(model, launch=launch) == 4 and model.tried == [16, 8, 4]
 
 

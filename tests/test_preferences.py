@@ -3,20 +3,44 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 
 import pytest
-from helpers.common import ROOT, assert_user_error, main_error, run_script, user_error
+from helpers.common import (
+    ROOT,
+    assert_user_error,
+    main_error,
+    main_of,
+    run_script,
+    user_error,
+    write_rows,
+)
 from helpers.hub_server import serve
 
-from dataloader import content_hash, load_pairs, message_turns, split_pairs, split_rows
+import dpo
+import judge
+import reward
+import rlhf
+from dataloader import (
+    content_hash,
+    load_pairs,
+    load_prompts,
+    message_turns,
+    split_pairs,
+    split_rows,
+)
 from finetune import read_turns, token_ids
 from minigpt2.preferences import make_pairs, rank_share
 from minigpt2.tokenizer import ALPACA, EOT_TOKEN, decode, encode, encode_example, format_prompt
+from model import GPTConfig
 from pretrain_data.pydocs import Document
 from rlhf_data import hh_rlhf_downloader, pydocs_pairs
 from rlhf_data.pydocs_pairs import make_rows
 
 HH = "\n\nHuman: {}\n\nAssistant:"
+SIZES = GPTConfig(block_size=128, n_layer=1, n_head=1, n_embd=8)
+OTHERS = [{"question": f"Say {i}.", "context": None, "good": f"{i}", "bad": "no", "chosen": 3}
+          for i in range(4)]  # rows under keys that are not ours
 
 
 def pairs_of(*rows: dict, block_size: int = 1024, **options):
@@ -147,6 +171,36 @@ def test_a_file_that_is_missing_or_has_too_few_pairs(tmp_path):
     (tmp_path / "one.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
     message = user_error(load_pairs, str(tmp_path / "one.json"), "--val-data", 64, ALPACA)
     assert "--val-data" in message and "1 of 1 pairs" in message
+
+
+@pytest.mark.parametrize("script", [reward, dpo, rlhf, judge])
+def test_every_script_names_keys_that_are_not_ours_and_maps_them(script, base, tmp_path,
+                                                                 monkeypatch, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", OTHERS)
+    argv = [*["--checkpoint"][script is judge :], base, "--out-dir", tmp_path / "out", "--device",
+            "cpu", *(["--reward", "function:stops", "--prompts"] if script is rlhf else ["--data"]),
+            path]
+    message = main_error(main_of(script), argv, monkeypatch, capsys)
+    assert ("rows.jsonl line 1 has the keys 'question, good, bad, chosen', expected instruction, "
+            in message and "; or --columns instruction=NAME," in message)
+    message = main_error(main_of(script), [*argv, "--columns", "prompt=query"], monkeypatch, capsys)
+    assert "has no query (--columns), only the keys 'question, context, good, bad" in message
+
+
+def test_pairs_and_prompts_under_other_keys(tmp_path):
+    """Those that are not named are not read, also if they have our names."""
+    path = str(write_rows(tmp_path / "rows.jsonl", OTHERS))
+    columns = "prompt=question,input=context"
+    for more, output in (("", ""), (",completion=good", "2"), (",chosen=good,rejected=bad", "2")):
+        trained, held_out, _ = load_prompts(path, "--prompts", 99, 9, 0.0, columns=columns + more)
+        found = {(prompt.instruction, prompt.input, prompt.output) for prompt in trained + held_out}
+        assert len(found) == 4 and ("Say 2.", "", output) in found
+    columns += ",chosen=good,rejected=bad"
+    pairs, _ = load_pairs(path, "--data", 99, ALPACA, columns)
+    assert pairs[2] == replace(pair_of(prompt="Say 2.", chosen="2", rejected="no"),
+                               place="rows.jsonl line 3")
+    config = reward.RewardConfig(data=path, val_data=path, columns=columns)
+    assert [len(part) for part in reward.read_splits(config, 99, ALPACA)[:2]] == [4, 4]
 
 
 # ---------------------------------------------------------------------- the data scripts

@@ -38,6 +38,8 @@ ROWS = [{"instruction": f"Say the word {word} {n} times.", "input": "loudly" * (
          "chosen": f"{word} " * n, "rejected": "No." * (8 - n)} for n in range(1, 8)
         for word in ("yes", "perhaps", "<|endoftext|>", "{braces}")]
 
+COLUMNS = ",".join(f"{key}={key}" for key in ROWS[0])
+
 
 @pytest.fixture
 def reward_model() -> RewardModel:
@@ -440,7 +442,7 @@ def test_resume_refuses_other_settings(base, rows_file, tmp_path):
     torch.manual_seed(1)
     other = save_checkpoint(tmp_path / "other", 1, GPT(SIZES))
     for changes, word in (({"batch_size": 4}, "--batch-size 8, not 4"), ({"seed": 1}, "--seed"),
-                          ({"val_start": 0.2}, "--val-start"),
+                          ({"val_start": 0.2}, "--val-start"), ({"columns": COLUMNS}, "--columns"),
                           ({"checkpoint": str(other)}, "--checkpoint")):
         again = tiny(base, rows_file, tmp_path / "out", resume=True, **changes)
         assert word in user_error(train, again, CPU_LAUNCH)

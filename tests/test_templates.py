@@ -17,6 +17,7 @@ from chat import Conversation
 from dataloader import load_prompts, read_rows, split_examples, text_turns, token_ids
 from minigpt2.checkpoint import read_prompt_template, save_checkpoint, shared_template
 from minigpt2.config import run_main
+from minigpt2.distributed import Launch
 from minigpt2.preferences import make_pairs
 from minigpt2.rewards import RewardModel
 from minigpt2.run import run_training
@@ -333,6 +334,27 @@ def test_policy_optimization_takes_the_template_over(files, tmp_path, seen):
     config |= {"reward": str(files / "other_reward"), "out_dir": str(tmp_path / "new")}
     message = user_error(rlhf.train, rlhf.RLHFConfig(**config), CPU_LAUNCH)
     assert "different prompt templates" in message and str(files / "other_reward") in message
+
+
+@pytest.mark.parametrize("train, config_class, changes", [
+    (finetune.train, finetune.FinetuneConfig, {"data": "rows.jsonl"}),
+    (reward.train, reward.RewardConfig, {"data": "pairs.jsonl"}),
+    (dpo.train, dpo.DPOConfig, {"data": "pairs.jsonl"}),
+    (rlhf.train, rlhf.RLHFConfig, {"prompts": "rows.jsonl", "group_size": 2,
+                                   "reward": "function:stops"})])
+def test_ranks_with_different_templates_are_refused(files, tmp_path, train, config_class, changes,
+                                                    monkeypatch):
+    """On two nodes, the files of one --template, and checkpoints, may differ."""
+    def gather(values, value):
+        is_template = isinstance(value, dict) and value.keys() == {"template"}
+        values[:] = [value, {"template": "another"} if is_template else value]
+
+    monkeypatch.setattr("minigpt2.distributed.dist.all_gather_object", gather)
+    monkeypatch.chdir(files)
+    config = config_class(**options(files, tmp_path, **changes))
+    message = user_error(train, config, Launch(0, 2, torch.device("cpu")))
+    assert message.startswith("template differs: ") and "'another' on rank 1" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_judge_uses_the_template_of_the_policies(files, tmp_path, seen, monkeypatch, capsys):
