@@ -78,10 +78,11 @@ class Bar(tqdm):
     def format_dict(self) -> dict:
         if self.pace is None:
             return super().format_dict
-        left = self.pace.left(self.n, self.total)
+        left, timed = self.pace.left(self.n, self.total), {name for name, _ in [*self.pace.parts]}
+        more = "" if "validating" in timed else " + validations"  # none yet after --resume
         return super().format_dict | {
             "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {left} left{postfix}]",
-            "left": "?" if left is None else self.format_interval(left),
+            "left": "?" if left is None else self.format_interval(left) + more,
             "prefix": ", ".join(filter(None, (self.desc, self.pace.doing)))}
 
 

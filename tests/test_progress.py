@@ -65,6 +65,25 @@ def test_the_time_left_goes_down_also_within_a_part(monkeypatch):
     assert pace.left(5, 12) == 7 * 3 + 2 * 7 + 3
 
 
+def test_a_resumed_run_says_that_the_time_of_validations_is_missing(monkeypatch, capsys):
+    """Until one has run: a checkpoint whose weights are validated is not validated again."""
+    clock = Clock(monkeypatch)
+    pace = Pace(milestones=[12])
+    with progress_bar(12, 5, "training", pace=pace) as bar:
+        pace.begin("saving", 5)
+        pace.begin()
+        assert str(bar).endswith("? left]")
+        for seconds in (9, 3):
+            clock.sleep(seconds)
+            pace.end_step()
+            bar.update()
+        assert str(bar).endswith(" 00:15 + validations left]")
+        pace.begin("validating", 10)
+        clock.sleep(2)
+        pace.begin()
+        assert str(bar).endswith(" 00:19 left]")  # two to come
+
+
 class Slow:
     """The parts of a toy run take known times: a first step, a validation, a checkpoint."""
 
