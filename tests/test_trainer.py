@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -64,6 +65,8 @@ from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import set_lr as real_set_lr
 from trainer import TrainerConfig, train
+
+SMALL_RUN_TIME = "about 8 minutes on two cores"  # of the small run in the docs
 
 # ------------------------------------------------------------------- losses and gradients
 
@@ -920,6 +923,18 @@ def test_a_truncated_shard_stops_every_rank(corpus, tmp_path):
 def test_fields_of_launch():
     assert [field.name for field in dataclasses.fields(Launch)] == [
         "rank", "world_size", "device", "store"]
+
+
+def test_the_small_run_is_described_alike_in_three_places():
+    """The same flags but for the data, and how long it takes."""
+    found = []
+    for path in ("README.md", "docs/training.md", "trainer.py"):
+        text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
+        assert SMALL_RUN_TIME in text, path
+        command = re.search(r"trainer\.py (--data-dir (?:[^\n]*\\\n)+[^\n#]*)", text)[1]
+        words = command.replace("\\", "").replace("--resume", "").split()
+        found.append(set(zip(words[4::2], words[5::2], strict=True)))  # after --data-dir, --out-dir
+    assert found[0] == found[1] == found[2] and ("--max-steps", "500") in found[0]
 
 
 def test_the_command_line_keeps_its_flags(capsys, monkeypatch):
