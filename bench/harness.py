@@ -26,6 +26,7 @@ from torch.utils.benchmark import Timer
 
 from minigpt2.config import UserError, flag, flag_name, parse_config, run_main, share_cores
 from minigpt2.distributed import start
+from minigpt2.metrics import run_metadata
 
 Step = Callable[[], float]
 WORKER: dict[str, Step] = {}  # in a worker process: the step that it runs
@@ -43,18 +44,17 @@ class BenchConfig:
 
 
 def run_bench(bench: Callable[[BenchConfig], None], cls: type[BenchConfig], doc: str) -> None:
-    """The `main` of every benchmark. The first record describes the machine."""
+    """The `main` of every benchmark. The first record has machine, settings and versions."""
     def main() -> None:
         config = parse_config(cls, description=doc)
         share_cores()  # inherited by the processes that import PyTorch anew
         cpuinfo = Path("/proc/cpuinfo")
         name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8")
                          if cpuinfo.exists() else "")
-        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda
-               } if torch.cuda.is_available() else {}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         record(config, "machine", cores=os.cpu_count(),
                processor=name[1] if name else platform.processor(),
-               python=platform.python_version(), torch=torch.__version__, **gpu)
+               **run_metadata(config, world_size=1, device=device, data={}))
         bench(config)
     run_main(main)
 

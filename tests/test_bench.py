@@ -103,6 +103,16 @@ def test_every_benchmark_is_a_script(name, tmp_path):
     assert "--quick" in run_script(ROOT / "bench" / f"{name}.py", "--help", cwd=tmp_path).stdout
 
 
+def test_the_first_record_is_what_reproduces_a_benchmark(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    monkeypatch.setattr("sys.argv", ["bench.py", "--repeats", "3", "--log", str(log)])
+    monkeypatch.setattr(harness, "share_cores", lambda: None)  # changes the environment
+    with pytest.raises(SystemExit, match="0"):
+        harness.run_bench(lambda config: None, BenchConfig, "")
+    machine, = records_of(log)["machine"]
+    assert machine["repeats"] == 3 and machine.keys() >= {"cores", "torch", "git_commit"}
+
+
 def test_missing_input_is_one_line(tmp_path):
     assert_user_error(run_script(ROOT / "bench" / "finetune.py", check=False), "--data")
     if not torch.cuda.is_available():
