@@ -69,9 +69,13 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
                (("proxy", config.proxy), ("gold", config.gold)) if spec}
     models = {reward.spec: reward.model for reward in rewards.values() if reward.model}
     sizes = [*map(read_config, folders.values()), *(model.config for model in models.values())]
+    template = shared_template(*folders, *models)
     _, held_out, summary = load_prompts(
         config.data, "--data", min(size.block_size for size in sizes), config.max_tokens,
-        config.val_fraction, shared_template(*folders, *models), config.columns)
+        config.val_fraction, template, config.columns)
+    run = run_metadata(config, world_size=launch.world_size, device=launch.device,
+                       data={"sha256": sha256_of(Path(config.data))})
+    launch.check_same(run | {"template": template}, except_for=("data", "device"))
     launch.print0(summary)
     prompts = held_out[: config.rows]
     shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}
@@ -109,8 +113,6 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     if launch.is_master:
         folder = Path(config.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        run = run_metadata(config, world_size=launch.world_size, device=launch.device,
-                           data={"sha256": sha256_of(Path(config.data))})
         with atomic_write(folder / "judge.json", text=True) as file:
             json.dump({"flags": run, "prompts": P, "results": results}, file, indent=1)
         with atomic_write(folder / "samples.jsonl", text=True) as file:

@@ -346,13 +346,16 @@ def test_ranks_with_different_templates_are_refused(files, tmp_path, train, conf
                                                     monkeypatch):
     """On two nodes, the files of one --template, and checkpoints, may differ."""
     def gather(values, value):
-        is_template = isinstance(value, dict) and value.keys() == {"template"}
-        values[:] = [value, {"template": "another"} if is_template else value]
+        has_text = isinstance(value, dict) and value.get("template")  # not the flag's default
+        values[:] = [value, value | {"template": "another"} if has_text else value]
 
     monkeypatch.setattr("minigpt2.distributed.dist.all_gather_object", gather)
     monkeypatch.chdir(files)
     config = config_class(**options(files, tmp_path, **changes))
     message = user_error(train, config, Launch(0, 2, torch.device("cpu")))
+    assert message.startswith("template differs: ") and "'another' on rank 1" in message
+    config = judge.JudgeConfig((str(files / "own"),), data="rows.jsonl", max_tokens=2)
+    message = user_error(judge.judge, config, Launch(0, 2, torch.device("cpu")))
     assert message.startswith("template differs: ") and "'another' on rank 1" in message
     assert not (tmp_path / "out").exists()
 
