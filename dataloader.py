@@ -206,7 +206,7 @@ def read_columns(path: Path, columns: str, made_by: str) -> list[tuple[str, obje
     other key is then read. Raises UserError."""
     names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
     if columns and ("" in names.values() or names.keys() - {*COLUMNS.split(", ")}
-                    or len(names) <= columns.count(",")):
+                    or len({*names.values()}) <= columns.count(",")):
         raise UserError(f"--columns {columns}: expected instruction=NAME,output=NAME, or likewise "
                         f"the key of your rows for any of {COLUMNS}, each once")
     rows = read_rows(path, made_by)

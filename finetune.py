@@ -31,6 +31,7 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import padded_length, rank_share
 from minigpt2.run import Run, TuningConfig, run_training
+from minigpt2.sampling import check_sample_prompt
 from minigpt2.tokenizer import decode, encode_example, load_template
 from model import GPT
 
@@ -111,6 +112,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     prompt, response = map(decode, train_rows[0][0])
     sample_prompt = (encode_example(config.sample_prompt, "", "", template)[0]
                      if config.sample_prompt else val_rows[0][0][0])
+    check_sample_prompt(sample_prompt, config, block_size)
     launch.print0(f"{summary}\nThe first turn of a row, its trained part in [[ ]]:\n"
                   f"{prompt}[[{response}]]\n{run.summary}")
     global_batches = row_batches(train_rows, num_inputs, run.batch_size, config.seed, run.step)

@@ -298,7 +298,7 @@ def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequen
 
 def write_sample(model: GPT, prompt: list[int], run) -> str:
     """Continues a prompt, given as ids, appends the text to OUT_DIR/samples.jsonl and returns it.
-    `run` is a minigpt2.run.Run. Raises UserError if the context has no room."""
+    `run` is a minigpt2.run.Run."""
     [sample] = respond(model, [prompt or [EOT_TOKEN]], run.config.sample_tokens, temperature=1.0,
                        seed=run.config.seed + run.step)
     text = decode(sample.prompt + sample.tokens)

@@ -32,6 +32,7 @@ from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig, run_training
+from minigpt2.sampling import check_sample_prompt
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import encode
 from model import GPT, PRESETS, GPTConfig
@@ -161,6 +162,8 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     sizes = model_config(config)
     candidates = micro_batch_sizes(config, launch)
     questions = read_hellaswag(config, sizes.block_size)
+    sample_prompt = encode(config.sample_prompt)
+    check_sample_prompt(sample_prompt, config, sizes.block_size)
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png",
               data=read_manifest(Path(config.data_dir)), fixed=FIXED_ON_RESUME,
               **dataclasses.asdict(sizes))
@@ -192,7 +195,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                 val_loss = mean_loss(raw_model, val_loader.eval_batches(config.eval_tokens), launch,
                                      run.dtype, run.stop.requested)
                 if run.log_validation(val_loss) and config.sample_tokens and launch.is_master:
-                    run.bar.write(write_sample(raw_model, encode(config.sample_prompt), run))
+                    run.bar.write(write_sample(raw_model, sample_prompt, run))
             if run.benchmark_due(config.hellaswag_interval):
                 run.log_figures("hellaswag", question_figures(
                     raw_model, questions, launch, run.dtype, should_stop=run.stop.requested))

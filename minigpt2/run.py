@@ -235,10 +235,15 @@ class Run:
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """`log_figures` of a validation, of loss None after a signal. Samples may follow."""
+        """`log_figures` of a validation, of loss None after a signal. Samples may follow. Raises
+        UserError for a loss that is not finite."""
         self.state.val_loss = loss
         self.begin("sampling", self.config.eval_interval)
-        return self.log_figures("val", None if loss is None else {"loss": loss, **figures})
+        is_complete = self.log_figures("val", None if loss is None else {"loss": loss, **figures})
+        if is_complete and not math.isfinite(loss):
+            raise UserError(f"the run has diverged: validation loss {loss} after {self.step} steps:"
+                            f" lower --max-lr; {RESUME_HINT}")
+        return is_complete
 
     def log_figures(self, kind: str, figures: dict[str, float] | None) -> bool:
         """Records figures under `kind` and returns True; None, after a signal, stops the run."""

@@ -39,6 +39,13 @@ class SamplingParams:
                 raise UserError(f"{name} is {value!r:.60}, expected {expected}")
 
 
+def check_sample_prompt(prompt: list[int], config, block_size: int) -> None:
+    """Raises UserError if a run is to sample and its context has no room, before it starts."""
+    if config.sample_tokens and len(prompt) >= block_size:
+        raise UserError(f"--sample-prompt has {len(prompt)} tokens; the context is {block_size}, "
+                        "response included: shorten it, or use --sample-tokens 0")
+
+
 @dataclass(frozen=True)
 class Response:
     """A sampled response, ended by "stop" (<|endoftext|>), "length" or a full "context"."""

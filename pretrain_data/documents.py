@@ -235,13 +235,17 @@ def parse_json_lines(path: Path, column: str, first: int, block: bytes) -> Itera
     for number, line in enumerate(content.split("\n"), first):
         if not line.strip():
             continue
+        row = None
         try:
-            text = json.loads(line.removeprefix("\ufeff"))[column]  # a byte-order mark
+            row = json.loads(line.removeprefix("\ufeff"))  # a byte-order mark
+            text = row[column]
         except (ValueError, KeyError, TypeError, RecursionError):
             text = 0  # not a string
         if not isinstance(text, str | None):
-            raise UserError(f"{path} line {number} is {line[:60]!r}, expected a JSON object with a "
-                            f'string under "{column}" (--text-column names another key)')
+            found = (f"has the keys {', '.join(row)!r:.200}" if isinstance(row, dict)
+                     and column not in row else f"is {line[:60]!r}")
+            raise UserError(f"{path} line {number} {found}, expected a JSON object with a string "
+                            f'under "{column}" (--text-column names another key)')
         yield text
 
 

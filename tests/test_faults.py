@@ -37,7 +37,7 @@ from helpers.training import (
 
 import model
 from minigpt2 import faults
-from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
+from minigpt2.checkpoint import find_checkpoint, list_checkpoints, load_model, load_training_state
 from minigpt2.distributed import Launch
 from minigpt2.faults import StopRequest, count_skipped
 from minigpt2.metrics import read_log
@@ -592,6 +592,19 @@ def test_three_skipped_steps_stop_the_run(corpus, tmp_path, late):
     log = read_log(tmp_path / "out" / "metrics.jsonl")["train"]
     assert [step for step, record in log.items() if record.get("skipped")] == [5, 6]
     assert all(p.isfinite().all() for p in load_model(tmp_path / "out").parameters())
+
+
+@pytest.mark.parametrize("sample_tokens", [0, 2])
+def test_weights_with_a_non_finite_validation_loss_are_not_saved(corpus, tmp_path, monkeypatch,
+                                                                 sample_tokens):
+    """A step of a finite loss can make the weights overflow, also in the last two steps."""
+    config = tiny(corpus, tmp_path / "out", max_steps=4, eval_interval=2, save_interval=2,
+                  sample_tokens=sample_tokens)
+    monkeypatch.setattr("trainer.learning_rate", lambda step, **_: 1e-3 if step < 3 else 1e38)
+    message = user_error(train, config, CPU_LAUNCH)
+    assert message.startswith("the run has diverged: validation loss nan after 4 steps: lower")
+    assert read_log(tmp_path / "out" / "metrics.jsonl")["val"][4]["loss"] is None
+    assert find_checkpoint(tmp_path / "out").name == "step_000002"
 
 
 def test_skipped_steps_are_counted_across_a_resume(corpus, tmp_path, monkeypatch):

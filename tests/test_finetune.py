@@ -354,6 +354,9 @@ def test_a_question_is_answered_at_every_validation(base, rows_file, tmp_path, c
         assert all(sample["text"].startswith(prompt) for sample in samples)
         assert all(len(encode(sample["text"])) >= len(encode(prompt)) for sample in samples)
         assert samples[2]["text"].replace("\n", "\n  ") in capsys.readouterr().out
+    long = tiny(base, rows_file, tmp_path / "long", sample_prompt="word " * 128, sample_tokens=3)
+    assert "--sample-prompt has" in user_error(train, long, CPU_LAUNCH)
+    assert not (tmp_path / "long").exists()  # before anything is written
     train(tiny(base, rows_file, tmp_path / "none"), CPU_LAUNCH)
     assert not (tmp_path / "none" / "samples.jsonl").exists()
 
@@ -725,7 +728,7 @@ def test_keys_that_are_not_found_name_those_that_are_and_the_flag(tmp_path):
 @pytest.mark.parametrize("columns", [
     "question,answer", "instruction=question,output=", "messages", "=a",
     "question=instruction,answer=output", "instruction=a,output=b,text=c",
-    "instruction=a,output=b,c", "instruction=a,output=b,output=c"])
+    "instruction=a,output=b,c", "instruction=a,output=b,output=c", "instruction=a,output=a"])
 def test_columns_typed_wrong_are_one_line(tmp_path, columns):
     (tmp_path / "rows.json").write_text("[]")
     message = user_error(read_turns, tmp_path / "rows.json", columns)

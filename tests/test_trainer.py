@@ -838,8 +838,10 @@ def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
 def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
     config = tiny(corpus, tmp_path / "out", block_size=16, sample_prompt="word " * 20,
                   sample_tokens=2, max_steps=1)
-    assert "the context is 16, response included: shorten it" in user_error(
+    assert "--sample-prompt has 21 tokens; the context is 16" in user_error(
         train, config, CPU_LAUNCH)
+    assert not (tmp_path / "out").exists()  # before anything is written
+    train(dataclasses.replace(config, sample_tokens=0), CPU_LAUNCH)
 
 
 @pytest.mark.parametrize("changes, words", [
