@@ -71,6 +71,7 @@ class RLHFConfig(TuningConfig):
                                                "with a reward model, 0 with a function)",
                                          minimum=-1e9, below=1e9)
     kl_coef: float = flag(0.05, "weight of the KL to the reference", minimum=0)
+    kl_target: float = flag(0.0, "adapt the weight to this KL in nats; 0: fixed", minimum=0)
     clip_low: float = flag(0.2, "lower bound of the ratio: 1 - this", minimum=0, below=1)
     clip_high: float = flag(0.2, "upper bound of the ratio: 1 + this", minimum=0)
     value_clip: float = flag(0.2, "largest change of a value that counts; 0: any", minimum=0)
@@ -83,13 +84,16 @@ class RLHFConfig(TuningConfig):
 
 # A resumed run may change neither the rewards nor what a step samples and computes
 FIXED_ON_RESUME = ("advantage", "scale_advantages", "max_steps", "batch_size", "group_size",
-                   "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "columns",
-                   "seed", "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
+                   "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "kl_target",
+                   "columns", "seed", "val_fraction", "data_sha256", "reference_sha256",
+                   "reward_sha256")
 
 
 def check_config(config: RLHFConfig) -> None:
     """Raises UserError for settings that do not go together."""
     G, R, in_groups = config.group_size, config.batch_size, config.advantage == "group"
+    if config.kl_target and not config.kl_coef:
+        raise UserError("--kl-target adapts --kl-coef, which is 0: give a positive --kl-coef")
     if (G == 1 if in_groups else config.scale_advantages):
         raise UserError(f"--scale-advantages {config.scale_advantages} and --group-size {G} do not "
                         "fit --advantage: group needs groups of at least 2, gae cannot be scaled")
@@ -184,7 +188,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
         found = torch.cat([new, -losses[targets != IGNORE_INDEX][:, None]], 1).cpu()  # (N, 3)
         return found.split([len(response.tokens) for response in batch])
 
-    found = share_rows(responses, work, launch, size_of=lambda response: response.num_tokens,
+    found = share_rows(responses, work, launch, size_of=lambda one: len(one.prompt + one.tokens),
                        batch_size=config.micro_batch_size, should_stop=run.stop.requested)
     if scores is None or found is None:
         return None
@@ -196,17 +200,17 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
         "rollout_seconds": sampled - started, "score_seconds": perf_counter() - sampled})
 
 
-def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig,
+def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig, kl_coef: float,
                            ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Stage 4: advantages (R, T), the value model's targets (R, T), and figures."""
     mask, log_ratios = rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs
     if config.advantage == "group":
-        rewards = rollouts.scores - config.kl_coef * rollouts.kl  # (R,)
+        rewards = rollouts.scores - kl_coef * rollouts.kl  # (R,)
         advantages = A.group_advantages(rewards, config.group_size, config.scale_advantages)
         groups = rollouts.scores.view(-1, config.group_size)
         dead = (groups == groups[:, :1]).all(1).float().mean().item()  # nothing to compare
         return advantages[:, None] * mask, torch.zeros_like(log_ratios), {"dead_groups": dead}
-    rewards = A.token_rewards(rollouts.scores, log_ratios, mask, config.kl_coef)  # (R, T)
+    rewards = A.token_rewards(rollouts.scores, log_ratios, mask, kl_coef)  # (R, T)
     advantages = A.gae(rewards, rollouts.values, mask, config.gae_lambda)
     returns = advantages + rollouts.values
     explained = 1 - (advantages[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
@@ -296,6 +300,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     module = PolicyAndValue(policy, value).train()
     model = run.prepare(policy, optimizer, config.max_steps, trained=module, value=value,
                         micro_batch_sizes=[config.micro_batch_size], sequence_length=block_size)
+    kl_coef = config.kl_coef if run.state.kl_coef is None else run.state.kl_coef
     launch.print0(f"{summary}\n{run.summary}; {config.max_steps:,} steps of "
                   f"{config.batch_size} responses, {config.group_size} per prompt")
 
@@ -319,9 +324,12 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
             if rollouts is None:
                 run.stopping = True
                 continue
-            advantages, returns, more = advantages_and_returns(rollouts, config)
-            figures = rollouts.figures(config.kl_coef) | more | rollouts.seconds
+            advantages, returns, more = advantages_and_returns(rollouts, config, kl_coef)
+            figures = rollouts.figures(kl_coef) | more | rollouts.seconds | {"kl_coef": kl_coef}
             optimize(model, rollouts, advantages, returns, config, run, lr, figures)
+            if config.kl_target and not run.stopping:
+                kl_coef = run.state.kl_coef = A.next_kl_coef(kl_coef, figures["kl"],
+                                                             config.kl_target, config.batch_size)
     return policy.eval()
 
 

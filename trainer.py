@@ -196,7 +196,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
                                      run.dtype, run.stop.requested)
                 if run.log_validation(val_loss) and config.sample_tokens and launch.is_master:
                     run.bar.write(write_sample(raw_model, sample_prompt, run))
-            if run.benchmark_due(config.hellaswag_interval):
+            if run.is_due("scoring", config.hellaswag_interval):
                 run.log_figures("hellaswag", question_figures(
                     raw_model, questions, launch, run.dtype, should_stop=run.stop.requested))
             if run.save_or_finish():

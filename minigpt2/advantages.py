@@ -101,6 +101,12 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
     return errors / 2
 
 
+def next_kl_coef(kl_coef: float, kl: float, target: float, num_responses: int,
+                 horizon: int = 10_000) -> float:
+    """The adaptive coefficient of Ziegler et al. 2019, section 2.2."""
+    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * num_responses / horizon)
+
+
 def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
     """The expected gold reward (R,) of the response with the largest proxy among n, without bias
     from N >= n responses (R, N) (Nakano et al. 2021). Those of equal proxy share their gold."""

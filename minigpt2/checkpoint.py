@@ -264,8 +264,8 @@ def read_prompt_template(path: str | Path) -> str | None:
     """The text of a fine-tuned model's template, None for a base model. Raises UserError."""
     folder = find_checkpoint(path)
     stored = read_json(folder / CONFIG_FILE).get("prompt_template")
-    if stored in (None, "alpaca"):  # earlier versions stored this name, of their only template
-        return stored and ALPACA
+    if stored is None:
+        return None
     if not isinstance(stored, dict) or stored != with_hash(str(stored.get("text"))):
         raise UserError(f"{folder} has the prompt template {stored!r:.200}, which is unknown or "
                         "damaged: use another checkpoint")

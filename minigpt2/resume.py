@@ -36,7 +36,7 @@ class TrainState:
     best_loss: float = math.inf  # lowest validation loss of a checkpoint
     best_step: int | None = None  # the step of that checkpoint
     skipped: int = 0  # consecutive steps skipped for a non-finite loss or gradient norm
-    scored_step: int | None = None  # the last step whose weights were scored on a benchmark
+    kl_coef: float | None = None  # of policy optimization, which may adapt it
 
 
 class CheckpointWriter(contextlib.AbstractContextManager):

@@ -35,7 +35,7 @@ class RunConfig:
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
     eval_interval: int = flag(500, "steps between validations", minimum=1)
     save_interval: int = flag(1000, "steps between checkpoints", minimum=1)
-    keep_last: int = flag(5, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
+    keep_last: int = flag(3, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
     seed: int = flag(1337, "random seed of weights, data order and samples", minimum=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "autocast dtype; auto: bfloat16 (or float16) on CUDA, else float32")
@@ -61,7 +61,6 @@ class TuningConfig(RunConfig):
     val_fraction: float = flag(0.05, "fraction of rows held out, at least one", minimum=0, below=1)
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(200, "steps between checkpoints, besides one per epoch", minimum=1)
-    keep_last: int = flag(3, "newest checkpoints to keep, plus the best one; 0: all", minimum=0)
     compile: bool | None = flag(False, "torch.compile each shape of the step: slower on a CPU")
 
     def lr_at(self, step: int, max_steps: int, n_embd: int = 768) -> float:
@@ -224,13 +223,10 @@ class Run:
         """Whether the weights are to be validated now."""
         return self.state.val_loss is None and self.is_due("validating", self.config.eval_interval)
 
-    def benchmark_due(self, interval: int) -> bool:
-        """Whether the weights are to be scored on a benchmark now; never with interval 0."""
-        is_new = self.state.scored_step != self.step
-        return interval > 0 and is_new and self.is_due("scoring", interval)
-
     def is_due(self, part: str, interval: int) -> bool:
-        if due := self.step in self.milestones or self.step % interval == 0:
+        """Begins a part, such as "scoring", if it is due; never with interval 0."""
+        due = interval > 0 and (self.step in self.milestones or self.step % interval == 0)
+        if due:
             self.begin(part, interval)
         return due and not self.stopping
 
@@ -248,8 +244,6 @@ class Run:
     def log_figures(self, kind: str, figures: dict[str, float] | None) -> bool:
         """Records figures under `kind` and returns True; None, after a signal, stops the run."""
         self.stopping = figures is None
-        if kind != "val" and figures is not None:
-            self.state.scored_step = self.step
         if figures is not None and self.launch.is_master:
             self.log.write(self.step, kind, **figures)
             self.bar.write(f"step {self.step}: {kind} " + ", ".join(

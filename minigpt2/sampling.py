@@ -55,10 +55,6 @@ class Response:
     finish_reason: str
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    @property
     def stopped(self) -> bool:
         return self.finish_reason == "stop"
 

@@ -148,8 +148,8 @@ def ends_not_trained(rollouts, *rest, real=rlhf.advantages_and_returns):
 def kl_in_the_loss(estimate):
     """`advantages_and_returns` and `policy_loss` with the KL in the loss, per token, instead of in
     the reward. The former hands the log-probabilities of the reference to the latter."""
-    def advantages_and_returns(rollouts, config, real=rlhf.advantages_and_returns):
-        advantages, returns, figures = real(rollouts, replace(config, kl_coef=0.0))
+    def advantages_and_returns(rollouts, config, _, real=rlhf.advantages_and_returns):
+        advantages, returns, figures = real(rollouts, config, 0.0)
         beta = torch.full_like(advantages, config.kl_coef)
         return torch.stack([advantages, rollouts.ref_logprobs, beta], -1), returns, figures
 
@@ -485,10 +485,10 @@ def rollouts_by_hand(config: RLHFConfig) -> rlhf.Rollouts:
 def check_pipeline() -> None:
     """GAE: rewards [-.1, .2, 1], with KL .1 a nat, and values as in `test_advantages`; then the
     whitening of all 8 tokens. Group: scores minus .1 of the KL, which is -1, 0, 1, 0."""
-    config = RLHFConfig(advantage="gae", group_size=2, gae_lambda=0.95, kl_coef=0.1)
+    config = RLHFConfig(advantage="gae", group_size=2, gae_lambda=0.95)
     rollouts = rollouts_by_hand(config)
     assert rollouts.kl.tolist() == pytest.approx([-1, 0, 1, 0])
-    found, returns, _ = rlhf.advantages_and_returns(rollouts, config)
+    found, returns, _ = rlhf.advantages_and_returns(rollouts, config, 0.1)
     raw = torch.tensor([[0.52675, 0.765, 0.7], [0, 0, 0], [0.3775, 0.45, 0], [0.48, 0.4, 0]])
     expected = ((raw - raw[rollouts.mask].mean()) / raw[rollouts.mask].std()).where(
         rollouts.mask, 0)
@@ -496,7 +496,7 @@ def check_pipeline() -> None:
     assert returns[0].tolist() == pytest.approx([1.02675, 1.165, 1.0])
     torch.testing.assert_close(returns[1:], raw[1:])
     config = replace(config, advantage="group")
-    found, _, figures = rlhf.advantages_and_returns(rollouts, config)
+    found, _, figures = rlhf.advantages_and_returns(rollouts, config, 0.1)
     assert found.tolist() == [pytest.approx(row) for row in (
         [0.55, 0.55, 0.55], [-0.55, 0, 0], [-0.05, -0.05, 0], [0.05, 0.05, 0])]
     assert figures["dead_groups"] == 0.5
@@ -636,10 +636,10 @@ def learned_reward(folder, **sizes) -> str:
 @pytest.mark.parametrize("world_size, advantage", [(1, "gae"), (2, "gae"), (1, "group")])
 def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path, world_size,
                                                                        advantage):
-    """With, for gae, a value model that starts from the reward model. Killed once before its first
-    checkpoint, then after random numbers of log records."""
+    """With an adapted weight of the KL and, for gae, a value model that starts from the reward
+    model. Killed once before its first checkpoint, then after random numbers of log records."""
     config = settings(TREE, tmp_path, advantage=advantage, save_interval=1, eval_interval=3,
-                      max_steps=12, resume=True, unstopped_score=-1.0,
+                       max_steps=12, resume=True, kl_target=0.02, unstopped_score=-1.0,
                       reward=learned_reward(tmp_path / "reward"))
     whole, out = tmp_path / "whole", tmp_path / "out"
     finished(world_size, replace(config, out_dir=str(whole)), tmp_path / "a")
@@ -655,6 +655,9 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path,
     assert (values[0] is None) == (advantage == "group")
     for name in values[0] or ():
         assert torch.equal(values[0][name], values[1][name])
+    coefficients = [record["kl_coef"] for record in records(whole)]
+    assert len(set(coefficients)) > 6 and final_state(whole)["progress"]["kl_coef"] != (
+        config.kl_coef)
     samples = [{(record["step"], record["prompt"]): record for record in map(
         json.loads, (folder / rlhf.SAMPLES).open())} for folder in (out, whole)]
     assert samples[0] == samples[1]
@@ -663,7 +666,7 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path,
 @pytest.mark.slow
 def test_another_number_of_ranks_resumes(tmp_path):
     """Two ranks, killed; then one. As one from the start, up to rounding."""
-    config = settings(TREE, tmp_path, save_interval=1, eval_interval=2, resume=True,
+    config = settings(TREE, tmp_path, save_interval=1, eval_interval=2, resume=True, kl_target=0.02,
                       max_lr=1e-3)
     finished(1, replace(config, out_dir=str(tmp_path / "whole")), tmp_path / "a")
     ranks = start(2, config, tmp_path / "b")
@@ -699,7 +702,7 @@ def test_the_reference_never_changes(tmp_path, monkeypatch):
 def test_a_signal_ends_a_run_after_a_micro_step_of_the_first_update(tmp_path, monkeypatch):
     """A step has four updates of two micro-steps; one that has made an update is completed."""
     TREE.use_small_vocabulary(monkeypatch)
-    config = settings(TREE, tmp_path, max_steps=3, micro_batch_size=4,
+    config = settings(TREE, tmp_path, max_steps=3, micro_batch_size=4, kl_target=0.1,
                       out_dir=str(tmp_path / "whole"))
     train(config, CPU_LAUNCH)
     config = replace(config, out_dir=str(tmp_path / "out"), resume=True)
@@ -745,7 +748,7 @@ def test_resume_refuses_another_reference_reward_or_prompts(tmp_path, monkeypatc
             ({"epochs": 1}, "--epochs 2, not 1")):
         assert words in user_error(train, replace(again, **changes), CPU_LAUNCH)
     others = {"max_steps": 9, "batch_size": 8, "group_size": 2, "minibatches": 1, "max_tokens": 3,
-              "unstopped_score": 0.5, "seed": 2, "val_fraction": 0.01}
+              "unstopped_score": 0.5, "kl_target": 1.0, "seed": 2, "val_fraction": 0.01}
     fixed = {name for name in rlhf.FIXED_ON_RESUME if not name.endswith("sha256")}
     # Neither of the last two fits this run: its rows have different keys, and it uses gae
     assert fixed - others.keys() == {"advantage", "kl_coef", "epochs", "columns",
@@ -829,6 +832,7 @@ def test_the_best_policy_by_hand():
 
 
 @pytest.mark.parametrize("changes, words", [
+    ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target adapts --kl-coef, which is 0"),
     ({"advantage": "group", "group_size": 1}, "groups of at least 2"),
     ({"batch_size": 15}, "--batch-size 15: expected at least 2, a multiple of --group-size 4"),
     ({"batch_size": 1, "group_size": 1}, "--batch-size 1"),
@@ -981,6 +985,6 @@ def test_the_command_line_with_a_function_of_a_file(rows_file, tmp_path):
         expected = min(len(text), 100) / 100 if sample in stopped else 0.0
         assert sample["score"] == pytest.approx(expected, abs=1e-6)
     assert set(records(out)[0]) >= {
-        "score", "score_std", "reward", "kl", "kl_k3", "entropy", "stopped",
+        "score", "score_std", "reward", "kl", "kl_k3", "kl_coef", "entropy", "stopped",
         "response_tokens", "policy_loss", "value_loss", "clip_fraction", "explained_variance",
         "grad_norm", "lr", "rollout_seconds", "score_seconds", "update_seconds"}
