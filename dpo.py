@@ -52,8 +52,7 @@ class DPOConfig(TuningConfig):
     out_dir: str = flag(str(ROOT / "out" / "dpo"), "checkpoints and logs", is_path=True)
     beta: float = flag(0.1, "weight of the divergence from the reference", minimum=0)
     label_smoothing: float = flag(0.0, "probability that a label is wrong", minimum=0, below=0.5)
-    length_normalized: bool = flag(False, "means over the tokens of a response, not sums; this "
-                                          "needs a larger beta, about 5")
+    length_normalized: bool = flag(False, "means over tokens, for a larger beta, about 5")
     max_lr: float = flag(1e-6, "learning rate after the warm-up", minimum=0)
 
 

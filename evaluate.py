@@ -66,8 +66,7 @@ class EvaluateConfig:
     batch_tokens: int = flag(8192, "tokens per batch and rank", minimum=1)
     json: str | None = flag(None, "also write the results to this file", is_path=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: SamplingDtype = flag("auto", "autocast dtype, or int8 as in inference.py; auto: "
-                                "bfloat16 (or float16) on CUDA, else float32")
+    dtype: SamplingDtype = flag("auto", "autocast dtype, or int8; auto as in inference.py")
 
 
 def lambada(row: dict) -> benchmarks.Question:

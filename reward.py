@@ -50,8 +50,7 @@ class RewardConfig(TuningConfig):
                            "normalize on: folder, OUT_DIR of a run, or hub name", is_path=True)
     data: str = flag(str(ROOT / "rlhf_data" / "pydocs_pairs.json"),
                      "pairs as JSON, JSON Lines or parquet", is_path=True)
-    val_data: str | None = flag(None, "held-out pairs in a file of their own (default: those of "
-                                      "--data at --val-fraction)", is_path=True)
+    val_data: str | None = flag(None, "held-out pairs (default: a part of --data)", is_path=True)
     out_dir: str = flag(str(ROOT / "out" / "reward"), "checkpoints and logs", is_path=True)
     val_start: float = flag(0.0, "hold out the rows with a hash from here to here + "
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)

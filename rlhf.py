@@ -52,9 +52,8 @@ SAMPLES, SHOWN = "rollouts.jsonl", 8  # held-out prompts and responses, after ev
 class RLHFConfig(TuningConfig):
     checkpoint: str = flag(str(ROOT / "out" / "finetune"), "fine-tuned model to start from, and "
                            "reference: folder, OUT_DIR of a run, or hub name", is_path=True)
-    reward: str = flag(str(ROOT / "out" / "reward"), "folder of a reward model, function:stops, "
-                       "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX, or "
-                       "FILE.py:FUNCTION", is_path=True)
+    reward: str = flag(str(ROOT / "out" / "reward"), "reward model, FILE.py:FUNCTION, or function:"
+                       "stops, at_most_words=N, contains[=TEXT] or equals[=TEXT]", is_path=True)
     prompts: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows whose prompts are used, "
                         "as for finetune.py, or preference pairs", is_path=True)
     out_dir: str = flag(str(ROOT / "out" / "rlhf"), "checkpoints and logs", is_path=True)
@@ -67,9 +66,8 @@ class RLHFConfig(TuningConfig):
     epochs: int = flag(2, "passes over the responses of a step", minimum=1)
     minibatches: int = flag(2, "optimizer steps per pass", minimum=1)
     max_tokens: int = flag(64, "longest response, in tokens", minimum=1, old="max_response")
-    unstopped_score: float | None = flag(None, "score of a response that does not end (default: -1 "
-                                               "with a reward model, 0 with a function)",
-                                         minimum=-1e9, below=1e9)
+    unstopped_score: float | None = flag(None, "score of a response without an end (default: -1, "
+                                         "of a function 0)", minimum=-1e9, below=1e9)
     kl_coef: float = flag(0.05, "weight of the KL to the reference", minimum=0)
     kl_target: float = flag(0.0, "adapt the weight to this KL in nats; 0: fixed", minimum=0)
     clip_low: float = flag(0.2, "lower bound of the ratio: 1 - this", minimum=0, below=1)

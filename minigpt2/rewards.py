@@ -92,7 +92,7 @@ def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], places: Sequen
 
 
 REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function:NAME with stops, "
-           "at_most_words=N, contains[=TEXT], equals[=TEXT] or matches=REGEX")
+           "at_most_words=N, contains[=TEXT] or equals[=TEXT]")
 USER_ERRORS = (  # which a user's function may raise
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
     RuntimeError, StopIteration, SyntaxError, TypeError, ValueError, re.error)
@@ -163,14 +163,13 @@ def built_in(name: str, argument: str) -> Callable[[dict, str], float]:
             raise ValueError("the row has no output, and the function no =TEXT")
         return argument or row["output"]
 
-    if name in (("stops",) if argument else ("at_most_words", "matches")):
+    if name == ("stops" if argument else "at_most_words"):
         raise ValueError(f"{name} {'takes no' if argument else 'needs an'} argument")
-    {"at_most_words": int, "matches": re.compile}.get(name, str)(argument)  # raises if it is wrong
+    longest = int(argument) if name == "at_most_words" else 0
     return {"stops": lambda row, text: True,
-            "at_most_words": lambda row, text: len(text.split()) <= int(argument),
+            "at_most_words": lambda row, text: len(text.split()) <= longest,
             "contains": lambda row, text: wanted(row).casefold() in text.casefold(),
-            "equals": lambda row, text: wanted(row).split() == text.split(),
-            "matches": lambda row, text: re.search(argument, text) is not None}[name]
+            "equals": lambda row, text: wanted(row).split() == text.split()}[name]
 
 
 def load_function(path: Path, name: str) -> Callable[[dict, str], float]:

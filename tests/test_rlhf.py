@@ -842,8 +842,6 @@ def test_the_best_policy_by_hand():
     ({"reward": "function:nonsense"}, "function:nonsense: KeyError"),
     ({"reward": "function:at_most_words"}, "needs an argument"),
     ({"reward": "function:at_most_words=many"}, "ValueError: invalid literal"),
-    ({"reward": "function:matches"}, "needs an argument"),
-    ({"reward": "function:matches=("}, "missing )"),
     ({"reward": "{folder}/no.py:score"}, "no.py"),
     ({"reward": "{folder}/mine.py:other"}, "has no function 'other'"),
     ({"reward": "{folder}/mine.py:number"}, "has no function 'number'"),
