@@ -55,12 +55,11 @@ def row_texts(row: object, place: str, forms: Sequence[tuple]) -> list[str]:
     expected = f"{'; or '.join(map(', '.join, forms))} (input may be missing); or --columns {maps}"
     if not isinstance(row, dict):
         raise UserError(f"{place} is {row!r:.60}, expected an object with {expected}")
-    null = ", ".join(name for name, value in row.items() if value is None)
+    null = "".join(f" ({name} is null)" for name, value in row.items() if value is None)[:200]
     row = {name: value for name, value in row.items() if value is not None}
     form = next((form for form in forms if row.keys() >= {*form} - {"input"}), None)
     if form is None:
-        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}"
-                        + f" (null: {null:.200})" * bool(null) + f", expected {expected}")
+        raise UserError(f"{place} has the keys {', '.join(row)!r:.200}{null}, expected {expected}")
     texts = [require_text(row.get(name, ""), name, place) for name in form]
     if len(form) > 2 and not texts[0].strip():
         raise UserError(f"{place} has an empty {form[0]}")

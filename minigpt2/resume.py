@@ -172,7 +172,8 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
             load_optimizer_state(optimizer, saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:  # empty after a run in another dtype
             scaler.load_state_dict(saved["scaler"])
-        return TrainState(**saved["progress"])
+        return TrainState(**{name: saved["progress"].get(name, default)  # older ones had others
+                             for name, default in vars(TrainState()).items()})
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"--resume: {folder} does not fit this model and optimizer ({error}): "
                         "restore its settings, or start in another --out-dir") from None

@@ -658,7 +658,7 @@ def test_a_conversation_is_trained_on_as_chat_shows_it():
     ('{"instruction": "a", "output": ' + "1" * 5_000 + "}", ["line 1 is not JSON", "digits"]),
     ('{"conversations": [{"from": "human", "value": "a"}], "id": 1}',
      ["line 1 has the keys 'conversations, id'", "messages"]),
-    ('[{"instruction": "a", "output": null}]', ["row 1 has the keys 'instruction' (null: output)"]),
+    ('[{"instruction": "a", "output": null}]', ["the keys 'instruction' (output is null)"]),
     ('[{"text": "### Human: a"}]', ["row 1 has the keys 'text'", "prompt, input, completion"]),
     ('[{"instruction": "a", "response": "b"}]', ["row 1 has the keys 'instruction, response'"]),
     ('[{"prompt": [1], "completion": "b"}]', ["row 1: prompt is [1], expected text"]),

@@ -181,7 +181,7 @@ def test_every_script_names_keys_that_are_not_ours_and_maps_them(script, base, t
             "cpu", *(["--reward", "function:stops", "--prompts"] if script is rlhf else ["--data"]),
             path]
     message = main_error(main_of(script), argv, monkeypatch, capsys)
-    assert ("line 1 has the keys 'question, good, bad, chosen' (null: context), expected inst"
+    assert ("line 1 has the keys 'question, good, bad, chosen' (context is null), expected "
             in message and "; or --columns instruction=NAME," in message)
     message = main_error(main_of(script), [*argv, "--columns", "prompt=query"], monkeypatch, capsys)
     assert "has no query (--columns), only the keys 'question, context, good, bad" in message

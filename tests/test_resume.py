@@ -364,13 +364,14 @@ def test_a_run_stopped_before_its_last_validation_gets_its_best(corpus, tmp_path
     assert final_state(tmp_path / "out")["progress"]["best_step"] == 1
 
 
-def test_a_checkpoint_from_before_the_optimizer_flags_is_resumed(corpus, tmp_path, finished_run):
+def test_a_checkpoint_of_an_older_version_is_resumed(corpus, tmp_path, finished_run):
     out = interrupted(finished_run, tmp_path / "out", 5)
     folder = out / "step_000005"
     state = load_training_state(folder)
     for name in ("optimizer", "schedule", "zero_init"):
         del state["facts"][name]
     state["facts"] |= {"recipe": "gpt2", "code_sha256": "of then"}
+    state["progress"]["scored_step"] = None  # recorded by later versions, not by this one
     model = load_model(folder)
     shutil.rmtree(folder)
     save_checkpoint(out, 5, model, training_state=state)
