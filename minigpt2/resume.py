@@ -66,11 +66,11 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if not self.launch.is_master:
             return
         parameters = self.copy(dict(model.named_parameters()), "model")
-        if self.launch.device.type == "cuda":
-            torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         saved = {"progress": dataclasses.asdict(state), "optimizer": moments,
                  "scaler": scaler.state_dict(), "facts": self.metadata,
                  "value": value and self.copy(dict(value.named_parameters()), "value")}
+        if self.launch.device.type == "cuda":
+            torch.cuda.synchronize(self.launch.device)  # the copies are asynchronous
         self.pending = self.thread.submit(
             checkpoint.save_checkpoint, self.out_dir, state.step,
             checkpoint.model_from_parameters(model.config, parameters, type(model)),

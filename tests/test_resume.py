@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers.common import CPU_LAUNCH, make_corpus, user_error
+from helpers.common import CPU_LAUNCH, TINY, make_corpus, user_error
 from helpers.ranks import Ranks, wait_until
 from helpers.training import (
     assert_same_run,
@@ -32,6 +32,8 @@ from minigpt2.distributed import Launch
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from minigpt2.optimizer import set_lr
+from minigpt2.resume import CheckpointWriter, TrainState
+from model import GPT
 from trainer import train
 
 # --------------------------------------------------------------------------------- killed
@@ -377,3 +379,16 @@ def test_a_checkpoint_of_an_older_version_is_resumed(corpus, tmp_path, finished_
     save_checkpoint(out, 5, model, training_state=state)
     train(tiny(corpus, out, resume=True), CPU_LAUNCH)
     assert curves(out) == curves(finished_run)
+
+
+def test_a_gpu_has_finished_all_copies_before_they_are_written(tmp_path, monkeypatch):
+    order, model = [], GPT(TINY)
+    monkeypatch.setattr(CheckpointWriter, "copy",
+                        lambda self, value, name: order.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("synchronize"))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *_, **__: order.append("write"))
+    launch = dataclasses.replace(CPU_LAUNCH, device=torch.device("cuda"))
+    with CheckpointWriter(tmp_path, launch, {}, saved_step=None) as writer:
+        writer.save(TrainState(step=1), model, torch.optim.AdamW(model.parameters()),
+                    torch.amp.GradScaler("cpu", enabled=False), value=model)
+    assert order == ["model", "value", "synchronize", "write"]
