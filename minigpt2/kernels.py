@@ -44,9 +44,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantized, scale = quantize_rows(x.flatten(0, -2).float())  # (N, in), (N, 1)
-        y = torch.ops.onednn.qlinear_pointwise(
-            quantized, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32,
-            "none", [], "").mul_(scale)  # (N, out)
+        y = torch.ops.onednn.qlinear_pointwise(  # of rows plus 128: unsigned, as AVX-512 needs them
+            quantized.view(torch.uint8) ^ 128, 1.0, 128, self.weight, self.scale, self.zero, None,
+            1.0, 0, torch.float32, "none", [], "").mul_(scale)  # (N, out)
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
 
 

@@ -1,11 +1,14 @@
 """Packed weights against plain layers."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers.common import user_error
+from helpers.common import ROOT, user_error
 from helpers.generation import PROMPTS, SAMPLING_OPTIONS, rows_of, run_generate, sharp_model
 
 from inference import generate, logprobs, tokenize_batch_input
@@ -115,6 +118,19 @@ def test_int8_linear_is_the_product_of_quantized_weights_and_rows():
         torch.testing.assert_close(got[:, 0].double(), exact.double(), rtol=1e-5, atol=1e-5)
         error = (got - linear(x)).norm(dim=-1) / linear(x).norm(dim=-1).clamp(min=1e-9)
         assert error[1:3].max() < 0.02  # of a row of ordinary size
+
+
+@needs_int8
+@pytest.mark.parametrize("isa", ["ALL", "AVX512_CORE_VNNI"])
+def test_int8_products_have_a_fast_kernel(isa):
+    """Not oneDNN's reference, a thousand times slower, which is all there is without AMX for
+    products of signed inputs. "AVX512_CORE_VNNI" hides AMX."""
+    code = ("import torch; from minigpt2.kernels import Int8Linear; "
+            "Int8Linear(torch.nn.Linear(64, 128))(torch.ones(3, 64))")
+    lines = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, check=True, env={
+        **os.environ, "ONEDNN_VERBOSE": "1", "ONEDNN_MAX_CPU_ISA": isa}, capture_output=True).stdout
+    products = [line for line in lines.splitlines() if ",exec," in line and "3x64:64x128" in line]
+    assert products and not any("ref" in line for line in products), products
 
 
 @needs_int8
