@@ -9,8 +9,9 @@
   The number must be a rounding of one in there. Single steps of a training run do not count.
 - If a paragraph, or the first cell of a row, names a model, a dtype, ... of the log, only the
   records with that label count.
-- Text in backticks, code blocks and headings are not read. A comment `not measured: WHY` above a
-  paragraph or table exempts it, and the whole section if it stands alone below the heading.
+- Text in backticks, code blocks, headings, versions (Python 3.11) and needed disk space (40 GB of
+  disk) are not read. A comment `not measured: WHY` above a paragraph or table exempts it, and the
+  whole section if it stands alone below the heading.
 """
 
 import functools
@@ -32,6 +33,8 @@ NUMBER = re.compile(
 LABELS = ("model", "dtype", "batch", "prompt", "workers", "encoder", "recipe", "run", "batch_size",
           "steps", "max_lr")
 MARK = "<!-- not measured"
+# Code, targets of links, HTML; versions and licenses; the disk that a command needs
+NOT_READ = r"`[^`]*`|\]\([^)]*\)|<[^>]*>|\b(?:Python|BY-NC) \d+\.\d+|\d+ GB of disk"
 
 Record = tuple[dict[str, str], list[float]]  # labels by field, values
 
@@ -105,7 +108,7 @@ def blank(pattern: str, text: str) -> str:
 def measured(text: str, every: bool) -> list[tuple[re.Match, str]]:
     """The measured numbers of a text with their units; a list such as 3, 4 and 5 s has one."""
     found: list[tuple[re.Match, str]] = []
-    text, unit, start = blank(r"`[^`]*`|\]\([^)]*\)|<[^>]*>", text), "", len(text)
+    text, unit, start = blank(NOT_READ, text), "", len(text)
     for number in reversed(list(NUMBER.finditer(text))):
         joined = re.fullmatch(r",?\s(?:and |to |or |against )?", text[number.end() : start])
         unit, start = number["unit"] or (unit if joined else ""), number.start()

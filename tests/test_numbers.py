@@ -50,6 +50,7 @@ NO_LOG = "has no log beside it"
         f"4: 9.9 {NO_LOG}"]),
     ("12 and 14 s", [f"1: 12 s {NO_LOG}", f"1: 14 s {NO_LOG}"]),
     ("GPT-2 has 1.5B parameters, 12 layers, `--lr 3e-4`, `0.1`:\n\n```\n9.5 s\n```", []),
+    ("Python 3.11 or newer, 40 GB of disk, CC BY-NC 4.0", []),
     ("<!-- not measured: settings -->\n0.5 and 30 s\n\n0.5", [f"4: 0.5 {NO_LOG}"]),
     ("## A\n\n<!-- not measured: sizes -->\n\n2 GB\n\n### B\n\n2 GB, as in\n\n## C\n\n2 GB", [
         f"13: 2 GB {NO_LOG}"]),
