@@ -104,7 +104,7 @@ def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: R
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             print(f"{path} is damaged ({error}): computing it again", flush=True)
-    found = run.launch.broadcast(saved["logprobs"] if saved.get("key") == key else None)
+    found = run.launch.gather(saved["logprobs"] if saved.get("key") == key else None)[0]
     if found is None:
         found = pair_logprobs(reference, batches, run)
         if run.launch.is_master and found is not None:

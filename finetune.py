@@ -46,13 +46,13 @@ class FinetuneConfig(TuningConfig):
     out_dir: str = flag(str(ROOT / "out" / "finetune"), "checkpoints and logs", is_path=True)
     template: str | None = flag(None, "prompt template: alpaca, question, chatml or a text file "
                                 "(default: the checkpoint's, else alpaca)", is_path=True)
-    epochs: int | None = flag(None, "passes over the rows (default: 2, or for 50 steps)", minimum=1)
-    batch_size: int | None = flag(None, "rows per step (default: a 25th, 8 to 64)", minimum=1)
+    epochs: int | None = flag(None, "passes over rows (default: 2, at least 50 steps)", minimum=1)
+    batch_size: int | None = flag(None, "rows a step (default: a 25th of all, 8 to 64)", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
         16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
-    max_lr: float | None = flag(None, "default: 5e-5 * (768 / n_embd)**1.5", minimum=0)
+    max_lr: float | None = flag(None, "learning rate (default: 5e-5*(768/n_embd)**1.5)", minimum=0)
     dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
-    sample_prompt: str | None = flag(None, "sampled at every validation (default: a held-out one)")
+    sample_prompt: str | None = flag(None, "prompt of samples (default: one held out)")
     sample_tokens: int = flag(48, "tokens per sample; 0: no samples", minimum=0)
 
 

@@ -50,16 +50,16 @@ class JudgeConfig:
     columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
     out_dir: str = flag(str(ROOT / "out" / "judge"), "folder of the results", is_path=True)
     proxy: str | None = flag(None, "optimized reward: folder, function:NAME[=X] or FILE.py:NAME")
-    gold: str | None = flag(None, "the reward that decides, likewise (default: --proxy)")
+    gold: str | None = flag(None, "reward that decides who wins (default: --proxy)")
     best_of: int = flag(0, "also best-of-n up to this n, from that many responses", minimum=0)
     samples: int = flag(1, "responses of each policy to a prompt", minimum=1)
-    rows: int = flag(200, "respond to the first held-out prompts", minimum=1)
+    rows: int = flag(200, "number of held-out prompts", minimum=1)
     max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
     temperature: float = flag(1.0, "sampling temperature; 0: greedy", minimum=0)
-    val_fraction: float = flag(0.05, "held out, as in finetune.py", minimum=0, below=1)
+    val_fraction: float = flag(0.05, "fraction held out, as in finetune.py", minimum=0, below=1)
     seed: int = flag(0, "seed of the responses, the same for all policies", minimum=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Dtype = flag("auto", "of sampling and reward models; losses and KL are in float32")
+    dtype: Dtype = flag("auto", "dtype of samples and rewards; losses and KL: float32")
 
 
 def judge(config: JudgeConfig, launch: Launch) -> None:

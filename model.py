@@ -32,7 +32,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    # A probability: 0, not the 0.1 of GPT-2, as one epoch does not overfit. Hashes leave it out
+    # 0, not the 0.1 of GPT-2: one epoch does not overfit. Not in repr, which weights_sha256 hashes
     dropout: float = field(default=0.0, repr=False)
 
     def __post_init__(self):

@@ -205,7 +205,7 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
 
 
 def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
-    """Pairs whose rejected response is another prompt's chosen one, for all who do not read it."""
+    """Pairs whose rejected response is the chosen one of another prompt: does a model read it?"""
     others = [pairs[i] for i in permutation(len(pairs), 0)]
     swapped = [replace(pair, rejected=other.chosen) for pair, other in
                zip(others, others[1:] + others[:1], strict=True) if pair.prompt != other.prompt]

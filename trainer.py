@@ -56,7 +56,7 @@ class TrainerConfig(RunConfig):
         32, "sequences per rank and micro-step; auto: the largest that fits", minimum=1)
     sequence_length: int = flag(1024, "tokens per training sequence", minimum=1)
     max_steps: int | None = flag(None, "training steps (default: one epoch)", minimum=1)
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: AdamW but for the blocks' matrices")
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the matrices of blocks only")
     schedule: Literal["cosine", "linear"] = flag("cosine", "learning-rate decay after the warm-up")
     warmup_steps: int = flag(715, "steps of linear warm-up", minimum=0)
     max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
@@ -67,7 +67,7 @@ class TrainerConfig(RunConfig):
     beta2: float = flag(0.95, "AdamW's decay rate of the second moment", minimum=0, below=1)
     eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
     eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
-    sample_prompt: str = flag("Hello, I'm a language model,", "of samples", may_be_empty=True)
+    sample_prompt: str = flag("Hello, I'm a language model,", "prompt to sample", may_be_empty=True)
     sample_tokens: int = flag(32, "tokens per sample; 0: no samples", minimum=0, old="sample_steps")
     hellaswag_interval: int = flag(0, "steps between HellaSwag scores; 0: none", minimum=0)
     hellaswag: str = flag(str(ROOT / "eval_data" / "hellaswag_val.parquet"),

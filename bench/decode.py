@@ -1,7 +1,7 @@
 """Greedy sampling against Hugging Face's `generate` and, if installed, CTranslate2.
 
     python bench/decode.py --quick                                # smoke test, half a minute
-    python bench/decode.py --log image/logs/bench_decode.jsonl    # half an hour
+    python bench/decode.py --log image/logs/bench_decode.jsonl    # 50 minutes
 """
 
 import importlib.util

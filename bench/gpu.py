@@ -3,7 +3,7 @@
     python bench/gpu.py --log image/logs/bench_gpu.jsonl    # ten minutes (estimated)
     python bench/gpu.py --quick                             # also runs on a CPU
 
-What a card cannot measure (out of memory, no such kernel or dtype) is one line; the rest goes on.
+What a card cannot run (out of memory, no such kernel or dtype) is reported in one line and skipped.
 """
 
 import pathlib

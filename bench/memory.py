@@ -51,7 +51,7 @@ def parameter_shapes(sizes: GPTConfig) -> dict[str, torch.Size]:
 
 
 def state_bytes(sizes: GPTConfig, world_size: int = 1, tensors: int = 2) -> int:
-    """The optimizer state of the rank with the most: so many float32 tensors like the parameters,
+    """The optimizer state of the rank with the most: `tensors` float32 ones like the parameters,
     AdamW's two, one of Lion or SGD with momentum. ZeroRedundancyOptimizer assigns whole tensors,
     first those with weight decay and largest first, each to the rank with the fewest parameters so
     far."""

@@ -47,7 +47,7 @@ class Launch:
             print(*values, flush=True)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks; a collective, as are the next four."""
+        """The sum of a tensor over all ranks; a collective, as are the next three."""
         if self.world_size > 1:
             tensor = tensor.to(self.device, copy=True)  # on the device of the process group
             dist.all_reduce(tensor)
@@ -59,10 +59,6 @@ class Launch:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
-
-    def broadcast(self, value: object) -> object:
-        """A small picklable value from rank 0, on every rank."""
-        return self.gather(value)[0]
 
     def check_same(self, facts: dict, except_for: Iterable[str] = ()) -> None:
         """Raises UserError, on every rank, if one of the facts differs between ranks."""
@@ -136,7 +132,7 @@ def keep_freed_memory() -> None:
 
 def use_fastest_exact_matmul() -> None:
     """Uses oneDNN for float32 products on a CPU, twice as fast as MKL on AMD. PyTorch does so only
-    under "medium" precision, unless processors with AMX then round to bfloat16: a trial tells."""
+    under "medium" precision, where AMX may round to bfloat16: a trial product decides."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
@@ -181,8 +177,8 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on other
-    GPUs, and float32 elsewhere, so that machines agree to rounding. One line says how slow a dtype
-    is that a CPU only emulates."""
+    GPUs, and float32 elsewhere, so that machines agree to rounding. Warns of a dtype that a CPU
+    only emulates."""
     if dtype == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

@@ -167,8 +167,9 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
             launch.barrier()  # no rank falls silent while another is still writing
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise UserError(f"out of memory ({first_line(error):.120}): lower the micro-batch, "
-                                "or use --micro-batch-size auto") from error
+                raise UserError(f"out of memory ({first_line(error):.120}): lower "
+                                "--micro-batch-size or --batch-tokens (trainer.py and finetune.py "
+                                "have --micro-batch-size auto)") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 monitor.leaving.set()  # a consequence: the cause is reported by another rank
                 raise UserError("lost the connection to another rank: it was killed, or its node "

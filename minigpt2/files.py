@@ -13,7 +13,7 @@ import filelock
 from minigpt2.config import UserError
 
 INVALID_UTF8 = "surrogateescape"  # codec error handler: invalid bytes become U+DC80 to U+DCFF
-RARE = 100_000  # one invalid byte in so many characters is damage, more is another encoding
+RARE = 100_000  # one invalid byte per this many characters is damage, more are an encoding
 
 
 @contextlib.contextmanager

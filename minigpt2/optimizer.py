@@ -114,7 +114,7 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that holds this rank's state: that in a sharded optimizer, or the optimizer."""
+    """The optimizer that holds this rank's state: the one in a sharded optimizer, or itself."""
     return getattr(optimizer, "optim", optimizer)
 
 

@@ -15,8 +15,8 @@ LINE_SECONDS = 20.0  # between two lines
 
 
 class Pace:
-    """How long steps and other parts of a run, such as validating, take, and so the time left. A
-    part comes `every` so many steps, and after the `milestones`."""
+    """How long the steps and other parts of a run, such as validating, take, and the time left. A
+    part recurs after `every` steps, and at the `milestones`."""
 
     def __init__(self, milestones: Iterable[int] = ()):
         self.milestones, self.overhead_s = set(milestones), 0.0  # of all parts but steps

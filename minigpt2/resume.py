@@ -114,7 +114,7 @@ def find_resume(out_dir: Path, resume: bool, launch: Launch,
             raise UserError(f"--out-dir {out_dir} already holds a run: add --resume or change it")
         with folder_lock(out_dir):
             folder = newest_intact(out_dir, model_class)
-    folder = launch.broadcast(folder)
+    folder = launch.gather(folder)[0]  # of rank 0
     if resume and folder is None:
         launch.print0(f"--resume: no checkpoint in {out_dir}, starting from scratch")
     if folder is not None and not folder.is_dir():

@@ -94,7 +94,7 @@ def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
                 changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
                 found = f"changed files: {', '.join(changed[:5])}" if changed else found
             raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
-                            f"or delete that folder to begin anew: rm -r {out_dir}")
+                            f"or delete that folder to start again: rm -r {out_dir}")
 
 
 def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:

@@ -31,7 +31,7 @@ REPO, COMMIT = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c
 class PretokenizedConfig:
     out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "fineweb-pretokenized"),
                         "folder for the shards", is_path=True)
-    max_tokens: int | None = flag(None, "stop after about so many tokens (default: all)", minimum=1)
+    max_tokens: int | None = flag(None, "about how many tokens (default: all)", minimum=1)
 
 
 def select_shards(files: list[RepoFile], max_tokens: int) -> list[RepoFile]:

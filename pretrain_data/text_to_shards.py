@@ -30,7 +30,7 @@ class TextConfig:
 
 
 def validation_tokens(tokens: int) -> int:
-    """How many of about so many tokens are for validation: a twentieth, if possible a window of
+    """How many of about this many tokens are for validation: a twentieth; if possible, a window of
     1,024 but at most a quarter, and at most what trainer.py validates on by default."""
     return max(1, min(max(tokens // 20, 1025), tokens // 4, 10 * 2**20 + 1))
 

@@ -84,5 +84,5 @@ fi
 step "done: $out"
 echo "loss graphs:  $out/pretrain/pretrain_loss.png and $out/finetune/finetune_loss.png"
 echo "ask more:     $(command -v python) chat.py --checkpoint $out/finetune --temperature 0"
-echo "in its words: $(command -v python) inference.py --checkpoint $out/pretrain \"Return a new\""
+echo "base model:   $(command -v python) inference.py --checkpoint $out/pretrain \"Return a new\""
 echo "your text:    docs/data.md; your questions: docs/training.md; rewards: --rlhf"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Redraws every figure in image/ from the logs in image/logs/, one line a figure.
+# Redraws every figure in image/ from the logs in image/logs/, one line per figure.
 #   bash runs/figures.sh [FOLDER]    # FOLDER for the figures (default: image)
 set -euo pipefail
 out=$(realpath "${1:-$(dirname "$0")/../image}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The search behind the defaults of finetune.py: from a center, one flag at a time, every run judged
-# on the rows it held out (docs/training.md has the table).
+# The search behind the defaults of finetune.py: from a center, one flag at a time. Every run is
+# evaluated on held-out rows (docs/training.md has the table).
 #   bash runs/finetune_search.sh BASE_CHECKPOINT ROWS OUT_DIR
 # Two runs at a time on a CPU, one thread each. If interrupted, the same command resumes.
-# OUT_DIR/search.jsonl gets one line a run: its flags, and the figures of greedy answers.
+# OUT_DIR/search.jsonl gets one line per run: its flags, and the figures of greedy answers.
 set -euo pipefail
 base=$(realpath "$1") rows=$(realpath "$2") out=$(realpath -m "$3")
 source "$(dirname "$0")/setup.sh" requirements.txt

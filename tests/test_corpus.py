@@ -914,7 +914,7 @@ def test_a_damaged_line_is_found_before_anything_is_written(tmp_path, small_part
     build_from_files(folder, out)
     assert read_manifest(out)["documents"] == 800
     (folder / "b.jsonl").write_text(lines(5, 200))
-    assert f"b.jsonl; choose another --out-dir, or delete that folder to begin anew: rm -r {out}" \
+    assert f"b.jsonl; choose another --out-dir, or delete that folder to start again: rm -r {out}" \
         in user_error(build_from_files, folder, out)
 
 
