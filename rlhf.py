@@ -77,7 +77,7 @@ class RLHFConfig(TuningConfig):
     value_lr: float = flag(1e-5, "the value model's learning rate, same schedule", minimum=0)
     eval_rows: int = flag(64, "held-out prompts of a validation", minimum=1)
     eval_interval: int = flag(20, "steps between validations", minimum=1)
-    save_interval: int = flag(50, "steps between checkpoints", minimum=1)
+    save_interval: int = flag(40, "steps between checkpoints", minimum=1)
 
 
 # A resumed run may change neither the rewards nor what a step samples and computes
