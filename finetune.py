@@ -47,7 +47,7 @@ class FinetuneConfig(TuningConfig):
     template: str | None = flag(None, "prompt template: alpaca, question, chatml or a text file "
                                 "(default: the checkpoint's, else alpaca)", is_path=True)
     epochs: int | None = flag(None, "passes over rows (default: 2, at least 50 steps)", minimum=1)
-    batch_size: int | None = flag(None, "rows a step (default: a 25th of all, 8 to 64)", minimum=1)
+    batch_size: int | None = flag(None, "rows per step (default: 4 % of all, 8 to 64)", minimum=1)
     micro_batch_size: int | Literal["auto"] = flag(
         16, "rows per rank and micro-step; auto: the largest that fits", minimum=1)
     max_lr: float | None = flag(None, "learning rate (default: 5e-5*(768/n_embd)**1.5)", minimum=0)

@@ -67,7 +67,7 @@ class RLHFConfig(TuningConfig):
     minibatches: int = flag(2, "optimizer steps per pass", minimum=1)
     max_tokens: int = flag(64, "longest response, in tokens", minimum=1, old="max_response")
     unstopped_score: float | None = flag(None, "score of a response without an end (default: -1, "
-                                         "of a function 0)", minimum=-1e9, below=1e9)
+                                         "or 0 of a function)", minimum=-1e9, below=1e9)
     kl_coef: float = flag(0.05, "weight of the KL to the reference", minimum=0)
     kl_target: float = flag(0.0, "adapt the weight to this KL in nats; 0: fixed", minimum=0)
     clip_low: float = flag(0.2, "lower bound of the ratio: 1 - this", minimum=0, below=1)
