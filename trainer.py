@@ -2,13 +2,13 @@
 
     python trainer.py --data-dir pretrain_data/pydocs --out-dir out/small --n-layer 4 --n-head 4 \\
         --n-embd 128 --block-size 256 --sequence-length 256 --micro-batch-size 8 --max-lr 3e-3 \\
-        --total-batch-size 4096 --warmup-steps 20 --max-steps 500  # about 8 minutes on two cores
-    python trainer.py                                              # one GPU
-    torchrun --standalone --nproc-per-node=8 trainer.py            # eight GPUs
+        --total-batch-size 4096 --warmup-steps 20 --max-steps 400 \\
+        --eval-interval 100                              # about 9 minutes on two cores
+    python trainer.py                                    # one GPU
+    torchrun --standalone --nproc-per-node=8 trainer.py  # eight GPUs
 
 The defaults are GPT-2 124M on FineWeb: 2**19 tokens a step, AdamW, one epoch. OUT_DIR gets
-checkpoints, metrics.jsonl, samples.jsonl and the loss graph. A signal saves and stops the run;
---resume continues from the newest intact checkpoint. docs/training.md: several nodes.
+checkpoints, metrics.jsonl, samples.jsonl and the loss graph. --resume continues a stopped run.
 """
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -98,7 +99,9 @@ def progress_bar(total: int | None, initial: int, description: str, *, unit: str
                  enabled: bool = True, over: Iterable | None = None,
                  pace: Pace | None = None) -> Bar:
     """A bar, over the items of `over` if given. Without a terminal, a line every 20 s."""
-    options = ({"seconds": 0.5, "dynamic_ncols": True} if sys.stderr.isatty() else
+    # A terminal without a size, as some containers have, would show nothing
+    is_drawn = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns
+    options = ({"seconds": 0.5, "dynamic_ncols": True} if is_drawn else
                {"seconds": LINE_SECONDS, "ncols": 120, "ascii": True, "file": Lines()})
     return Bar(over, total=total, initial=initial, desc=description, unit=unit, pace=pace,
                disable=not enabled, unit_scale=unit != "step", smoothing=0.05, **options)

@@ -178,7 +178,7 @@ class TokenReader:
 def check_disk(out_dir: Path, needed: int) -> None:
     """Prints how many bytes are needed and free. Raises UserError if there are too few."""
     free = shutil.disk_usage(out_dir).free
-    state = f"{out_dir} needs about {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free"
+    state = f"{out_dir} needs about {needed / 1e6:,.0f} MB more, {free / 1e6:,.0f} MB are free"
     print(state, flush=True)
     if needed > free:
         raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")

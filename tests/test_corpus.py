@@ -124,7 +124,7 @@ def test_parquet_to_shards_and_back(parquet, tmp_path):
         np.load(out / shard["file"])  # fails if the header of the last shard has the full length
     printed = result.stdout.splitlines()
     assert printed[0] == "reading 2 files: 2 .parquet; skipped: none"
-    assert "GB are free" in printed[1]
+    assert "MB are free" in printed[1]
     assert printed[2] == "2 documents had no text and were skipped"
     assert printed[3].startswith("12 times <|endoftext|> in the text, tokenized as plain text")
     assert printed[4:] == [f"wrote {out}: 60 documents, {len(tokens):,} tokens in 2 shards, the "
