@@ -1,9 +1,15 @@
 """The progress bar of a run: what it is doing, and a time left that is true."""
 
+import os
+import pty
+import subprocess
+import sys
+import termios
+
 import pytest
 import torch
 from helpers import toy_script
-from helpers.common import CPU_LAUNCH
+from helpers.common import CPU_LAUNCH, ROOT
 from helpers.ranks import wait_until
 from helpers.toy_script import ToyConfig
 
@@ -185,3 +191,16 @@ def test_other_bars_write_lines_too(capsys):
     with progress_bar(3, 0, "reading", enabled=False, pace=Pace()):
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("size, expected", [((0, 0), "work: 100%|##"), ((24, 80), "work: 100%|█")])
+def test_a_terminal_without_a_size_gets_lines(size, expected):
+    """As that of a container: tqdm would draw a bar of no columns."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, size)
+    code = ("from minigpt2.progress import progress_bar\n"
+            "with progress_bar(3, 0, 'work') as bar: bar.update(3)")
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, cwd=ROOT)
+    os.close(theirs)
+    assert expected in os.read(ours, 100_000).decode()
+    os.close(ours)
