@@ -619,7 +619,7 @@ def test_too_little_disk_space_is_reported_first(tmp_path):
     source = memory_source(TEXTS)
     source.text_bytes = 2 * 10**18
     message = user_error(write, source, tmp_path / "out")
-    assert "1000000000.00 GB" in message and "--max-tokens" in message
+    assert "1,000,000,000,000 MB" in message and "--max-tokens" in message
     assert not list((tmp_path / "out").glob("*.json"))
 
 
