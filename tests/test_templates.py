@@ -124,16 +124,8 @@ def test_a_checkpoint_stores_the_text(template, tmp_path):
     assert stored["text"] == template and len(stored["sha256"]) == 64
 
 
-def test_earlier_checkpoints_store_a_name(tmp_path):
-    folder = save_checkpoint(tmp_path, 1, new_model(), prompt_template=CHATML)
-    edit_config(folder, prompt_template="alpaca")
-    assert read_prompt_template(folder) == ALPACA
-    edit_config(folder, prompt_template=None)
-    assert read_prompt_template(folder) is None
-
-
 @pytest.mark.parametrize("stored", [
-    "vicuna", "", 7, [], {}, {"text": QUESTION}, {"text": QUESTION, "sha256": "0" * 64},
+    "alpaca", "", 7, [], {}, {"text": QUESTION}, {"text": QUESTION, "sha256": "0" * 64},
     {"text": 1, "sha256": 1}, {"text": "\ud800", "sha256": "x"}])
 def test_an_unknown_or_damaged_template_is_refused(stored, tmp_path, monkeypatch, capsys):
     folder = save_checkpoint(tmp_path, 1, new_model(), prompt_template=QUESTION)
@@ -277,19 +269,6 @@ def test_a_resumed_run_keeps_its_template(files, tmp_path):
                                                                resume=True)
     template_file(tmp_path, OWN + "\n")
     assert "another --template" in user_error(tune, files, out, template=path, resume=True)
-
-
-def test_an_earlier_run_is_resumed_in_alpaca(files, tmp_path):
-    """Its checkpoints name the template, its settings do not."""
-    out = tmp_path / "out"
-    tune(files, out)
-    [folder] = out.glob("step_*")
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    del state["facts"]["template"]
-    torch.save(state, folder / "training_state.pt")
-    edit_config(folder, prompt_template="alpaca")
-    tune(files, out, resume=True)
-    assert "another --template" in user_error(tune, files, out, template="chatml", resume=True)
 
 
 def test_sampling_uses_the_template_of_the_checkpoint(files, monkeypatch, capsys):
