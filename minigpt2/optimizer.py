@@ -154,25 +154,26 @@ def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict]:
-    """What each parameter's state holds: that of a stand-in (2, ...) after a trial step."""
-    local = local_optimizer(optimizer)
-    trial, stand_ins = object.__new__(type(local)), {}
-    vars(trial).update(vars(local), state=defaultdict(dict), param_groups=[])
+    """What each parameter's state holds after a trial step of a stand-in of its size, one at a time
+    for the sake of memory. Of tensors, only empty ones on the meta device are kept."""
+    local, expected = local_optimizer(optimizer), {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            stand_ins[p] = p.new_zeros((2,) * p.dim())
-            stand_ins[p].grad = torch.zeros_like(stand_ins[p])
-        trial.param_groups.append({**group, "params": [stand_ins[p] for p in group["params"]]})
-    type(local).step(trial)
-    return {p: trial.state[stand_in] for p, stand_in in stand_ins.items()}
+            trial, stand_in = object.__new__(type(local)), torch.zeros_like(p)
+            stand_in.grad = torch.zeros_like(p)
+            vars(trial).update(vars(local), state=defaultdict(dict),
+                               param_groups=[{**group, "params": [stand_in]}])
+            type(local).step(trial)
+            expected[p] = {name: (value.to("meta"), value.device) if torch.is_tensor(value) else
+                           (value, None) for name, value in trial.state[stand_in].items()}
+    return expected
 
 
 def missing_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The bytes of this rank's optimizer state that do not exist yet."""
     local = local_optimizer(optimizer)
-    return sum(value.itemsize * (p.numel() if value.dim() else 1)
-               for p, state in expected_state(local).items() if not local.state.get(p)
-               for value in state.values() if torch.is_tensor(value))
+    return sum(value.nbytes for p, state in expected_state(local).items() if not local.state.get(p)
+               for value, device in state.values() if device)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -187,13 +188,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         if held.keys() != wanted.keys():
             names = (", ".join(sorted(one)) or "nothing" for one in (held, wanted))
             raise ValueError("the optimizer's state of a parameter is {}, not {}".format(*names))
-        for name, like in wanted.items():
-            if torch.is_tensor(like):
+        for name, (like, device) in wanted.items():
+            if device:
                 value = torch.as_tensor(held[name])
-                # A fused kernel would crash on a wrong shape
-                if like.shape == (2,) * parameter.dim() and value.shape != parameter.shape:
-                    raise ValueError(f"{name} is of {(*value.shape,)}, not {(*parameter.shape,)}")
-                held[name] = value.to(like.device, copy=True) if parameter in mine else None
+                if value.shape != like.shape:  # a fused kernel would crash
+                    raise ValueError(f"{name} is of {(*value.shape,)}, not {(*like.shape,)}")
+                held[name] = value.to(device, copy=True) if parameter in mine else None
         if parameter in mine:
             local.state[parameter] = held
 

@@ -94,7 +94,7 @@ def test_a_bad_file_is_an_error_of_one_line(text, words, tmp_path):
 
 
 def test_what_is_no_file_of_text_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
-    assert "alpaca, question, chatml or a text file" in user_error(load_template, "alpaka")
+    assert f"{', '.join(TEMPLATES)} or a text file" in user_error(load_template, "alpaka")
     (tmp_path / "x").write_bytes(b"\xff\xfe{instruction}")
     for path in (tmp_path / "x", tmp_path):
         assert "text file in UTF-8" in user_error(load_template, str(path))
