@@ -2,8 +2,9 @@
 # Redraws every figure in image/ from the logs in image/logs/, one line per figure.
 #   bash runs/figures.sh [FOLDER]    # FOLDER for the figures (default: image)
 set -euo pipefail
-out=$(realpath "${1:-$(dirname "$0")/../image}")
+out=$(realpath -m "${1:-$(dirname "$0")/../image}")
 source "$(dirname "$0")/setup.sh" requirements.txt
+mkdir -p "$out"
 cd image/logs
 draw() { python "../plot_$1.py" "${@:3}" --out "$out/$2.png"; }  # SCRIPT FIGURE LOG... [flags]
 draw loss pretrain_loss pretrain_loss.jsonl --title "Pre-training loss"
