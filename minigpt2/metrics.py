@@ -84,7 +84,7 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
             record = json.loads(line)
             step, kind = int(record["step"]), str(record["kind"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not a record ({error!r:.200})") from None
+            raise UserError(f"{path}: delete line {number}, not a record: {error!r:.99}") from None
         if kind == "run":
             for other, old in records.items():
                 end = step if other == "train" else step + 1

@@ -220,8 +220,8 @@ def test_a_newer_damaged_checkpoint_does_not_displace_a_new_one(corpus, tmp_path
 def test_a_damaged_log_is_reported_at_the_start(corpus, out):
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("garbage\n")
-    assert "is not a record" in user_error(train, tiny(corpus, out, resume=True, max_steps=12),
-                                           CPU_LAUNCH)
+    error = user_error(train, tiny(corpus, out, resume=True, max_steps=12), CPU_LAUNCH)
+    assert "metrics.jsonl: delete line" in error and "not a record" in error
     assert len(list_checkpoints(out)) == 2
 
 
