@@ -99,9 +99,8 @@ def loss_bytes(sizes: GPTConfig, N: int, dtype: torch.dtype, compiled: bool) -> 
         return hidden + 2 * e * N * V + 2 * e * V * C
     rows, softmax_rows = (min(rows, N) for rows in (head.LOSS_ROWS_CPU, head.SOFTMAX_ROWS_CPU))
     # Gradient of the rows; the cast head and its float32 gradient; a block of logits; its float32
-    # scores and probabilities; its share of the head's gradient, which a CPU adds up in float32
-    return (hidden + e * N * C + (e + 4) * V * C + e * rows * V + 8 * softmax_rows * V
-            + (e + (4 if e < 4 else 0)) * V * C)
+    # scores and probabilities; its share of the head's gradient
+    return (hidden + e * N * C + (e + 4) * V * C + e * rows * V + 8 * softmax_rows * V + e * V * C)
 
 
 def largest_micro_batch_for(sizes: GPTConfig, card_bytes: int, **setting) -> int:

@@ -79,12 +79,12 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     of step S discards what the run repeats. Raises UserError for a damaged line but the last."""
     records: dict[str, dict[int, dict]] = {}
     lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty or incomplete
-    for number, line in enumerate(lines, 1):
+    for n, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             step, kind = int(record["step"]), str(record["kind"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: delete line {number}, not a record: {error!r:.99}") from None
+            raise UserError(f"{path} line {n} is no record, delete it: {error!r:.99}") from None
         if kind == "run":
             for other, old in records.items():
                 end = step if other == "train" else step + 1

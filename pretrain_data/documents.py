@@ -177,12 +177,12 @@ def open_parts(path: Path, separator: str | None = None, column: str = TEXT_COLU
 def open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
     """Raises UserError if this is not a parquet file with this text column."""
     try:
-        # with a buffer, a column chunk is read page by page instead of all at once
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)  # reads page by page
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file: {first_line(error)}") from None
     kinds = dict(zip(file.schema_arrow.names, map(str, file.schema_arrow.types), strict=True))
-    if kinds.get(text_column) not in ("string", "large_string", "string_view"):
+    kind = kinds.get(text_column, "").removeprefix("dictionary<values=")  # of a categorical one
+    if not kind.startswith(("string", "large_string")):
         file.close()
         raise UserError(f"{path} has no string column {text_column}, only {kinds!s:.200}: "
                         "--text-column names the one with the text")

@@ -18,7 +18,7 @@ settings=(--resume --device cpu --dtype "$dtype" --keep-last 2)
   --out-dir "$out/data"
 python trainer.py "${settings[@]}" --data-dir "$out/data" --out-dir "$out/pretrain" \
   --n-layer 6 --n-head 4 --n-embd 256 --block-size 512 --sequence-length 512 \
-  --micro-batch-size 8 --total-batch-size 4096 --max-steps 3000 --warmup-steps 50 \
+  --micro-batch-size 8 --total-batch-size 4096 --warmup-steps 50 \
   --optimizer muon --muon-lr 0.015 --max-lr 0.02 --min-lr 0 --schedule linear --zero-init \
   --eval-interval 250 --eval-tokens 65536 --save-interval 250 \
   --sample-prompt "Once upon a time" --sample-tokens 100

@@ -1206,7 +1206,9 @@ def test_line_ends_and_another_column_on_the_command_line(tmp_path):
 # ---------------------------------------------------------------------------- column types
 
 
-@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.string_view()], ids=str)
+@pytest.mark.parametrize("kind", [
+    pyarrow.large_string(), pyarrow.string_view(),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.string())], ids=str)
 def test_every_type_of_text_column_is_read(tmp_path, kind):
     texts = [*TEXTS, None, ""]
     table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(kind)})

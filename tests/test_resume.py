@@ -221,7 +221,7 @@ def test_a_damaged_log_is_reported_at_the_start(corpus, out):
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("garbage\n")
     error = user_error(train, tiny(corpus, out, resume=True, max_steps=12), CPU_LAUNCH)
-    assert "metrics.jsonl: delete line" in error and "not a record" in error
+    assert "is no record, delete it" in error
     assert len(list_checkpoints(out)) == 2
 
 
