@@ -11,7 +11,7 @@ Tasks, separated by commas; NAME=FILE reads another file:
     lambada             the last word of each passage
     FILE                rows of `context`, `choices` and `label`: JSON Lines, JSON or parquet
 
-No number depends on the number of ranks. No prompt template is applied: for that, see judge.py.
+Up to rounding, no number depends on the number of ranks. No prompt template is applied.
 """
 
 if __name__ == "__main__":

@@ -393,7 +393,7 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
 def main() -> None:
     config = parse_config(InferenceConfig, description=__doc__)
     prompts = read_prompts(config)
-    tokenize_batch_input(prompts)  # refuses an empty list at once
+    tokenize_batch_input(prompts[:1])  # refuses an empty list at once
     model, params, template = config.load()
     if config.input and not (template and all(map(str.strip, prompts))):
         raise UserError("--input: no template is applied here; write the input into the prompt")

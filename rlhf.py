@@ -74,13 +74,13 @@ class RLHFConfig(TuningConfig):
     clip_high: float = flag(0.2, "upper bound of the ratio: 1 + this", minimum=0)
     value_clip: float = flag(0.2, "largest change of a value that counts; 0: any", minimum=0)
     gae_lambda: float = flag(0.95, "decay of GAE's sum over later tokens", minimum=0, below=1.001)
-    value_lr: float = flag(1e-5, "the value model's learning rate, same schedule", minimum=0)
+    value_lr: float = flag(1e-5, "the value model's learning rate, with that schedule", minimum=0)
     eval_rows: int = flag(64, "held-out prompts of a validation", minimum=1)
     eval_interval: int = flag(20, "steps between validations", minimum=1)
     save_interval: int = flag(40, "steps between checkpoints", minimum=1)
 
 
-# A resumed run may change neither the rewards nor what a step samples and computes
+# A resumed run may change neither the rewards, nor what a step samples, nor its parts
 FIXED_ON_RESUME = ("advantage", "scale_advantages", "max_steps", "batch_size", "group_size",
                    "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "kl_target",
                    "columns", "seed", "val_fraction", "data_sha256", "reference_sha256",
@@ -184,7 +184,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
             new = module(inputs, targets)  # (N, 2)
             _, losses = reference(inputs, targets, reduction="none", return_logits=False)
         found = torch.cat([new, -losses[targets != IGNORE_INDEX][:, None]], 1).cpu()  # (N, 3)
-        return found.split([len(response.tokens) for response in batch])
+        return [one.clone() for one in found.split([len(row.tokens) for row in batch])]
 
     found = share_rows(responses, work, launch, size_of=lambda one: len(one.prompt + one.tokens),
                        batch_size=config.micro_batch_size, should_stop=run.stop.requested)

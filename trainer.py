@@ -65,7 +65,7 @@ class TrainerConfig(RunConfig):
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings", minimum=0)
     beta1: float = flag(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)
     beta2: float = flag(0.95, "AdamW's decay rate of the second moment", minimum=0, below=1)
-    eps: float = flag(1e-8, "AdamW's epsilon", minimum=0)
+    eps: float = flag(1e-8, "AdamW's epsilon", minimum=1e-20)
     eval_tokens: int = flag(10_485_760, "validation tokens, from the start of the split", minimum=1)
     sample_prompt: str = flag("Hello, I'm a language model,", "prompt to sample", may_be_empty=True)
     sample_tokens: int = flag(32, "tokens per sample; 0: no samples", minimum=0, old="sample_steps")
@@ -204,7 +204,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
 
             lr = learning_rate(
                 run.step, schedule=config.schedule, warmup_steps=config.warmup_steps,
-                max_steps=max_steps, max_lr=config.max_lr, min_lr=config.min_lr)
+                max_steps=max_steps, max_lr=config.max_lr, min_lr=min(config.min_lr, config.max_lr))
             set_lr(optimizer, lr)
             loss_sum = torch.zeros((), device=device)
             for _ in run.micro_steps(range(grad_accum_steps)):

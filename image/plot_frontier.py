@@ -24,7 +24,7 @@ import torch
 
 from dataloader import load_prompts
 from inference import sample_responses
-from minigpt2.checkpoint import load_model
+from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch
 from minigpt2.files import atomic_write
@@ -68,13 +68,19 @@ def check_comparable(paths: list[pathlib.Path], settings: list[dict]) -> None:
 
 
 def success_of_reference(settings: dict, samples: int) -> np.ndarray:
-    """p0 (n,) of the held-out prompts that a run validated on, from its settings."""
+    """p0 (n,) of the held-out prompts that a run validated on, from its settings. Raises UserError
+    if reference, reward or prompts have changed since, or if the reward is not of 0 and 1."""
     device = torch.device("cpu")
     reference = load_model(settings["checkpoint"], device)
     reward = Reward(settings["reward"], "--reward", device, settings["unstopped_score"])
+    for name, found in (("checkpoint", weights_sha256(reference)), ("reward", reward.sha256)):
+        if found != settings["reference_sha256" if name == "checkpoint" else "reward_sha256"]:
+            raise UserError(f"the {name} {settings[name]} has changed since the run: restore it, "
+                            "or draw the run with its --successes")
     _, held_out, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,
                                   settings["max_tokens"], settings["val_fraction"],
-                                  columns=settings.get("columns", ""))
+                                  shared_template(settings["checkpoint"]),
+                                  settings.get("columns", ""))
     rows = [row for row in held_out[: settings["eval_rows"]] for _ in range(samples)]
     launch = Launch(0, 1, device)
     responses = sample_responses(

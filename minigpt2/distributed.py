@@ -165,7 +165,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """"auto" is CUDA if available, else the CPU; MPS only on request. Raises UserError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", device):
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     count = torch.get_device_module(picked).device_count()

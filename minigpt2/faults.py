@@ -168,12 +168,12 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(f"out of memory ({first_line(error):.120}): lower "
-                                "--micro-batch-size or --batch-tokens (trainer.py and finetune.py "
-                                "have --micro-batch-size auto)") from error
+                                "--micro-batch-size, --batch-tokens or --max-tokens (trainer.py, "
+                                "finetune.py: --micro-batch-size auto)") from error
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 monitor.leaving.set()  # a consequence: the cause is reported by another rank
                 raise UserError("lost the connection to another rank: it was killed, or its node "
-                                f"is down. {RESUME_HINT}") from error
+                                f"is down. {RESUME_HINT} ({str(error)[-200:]!r})") from error
             if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
                 raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
                                 "lacks, or train with --no-compile, which is slower") from error

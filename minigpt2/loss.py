@@ -90,7 +90,6 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
                 probs.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 low.copy_(probs if scales is None else probs.mul_(scales[part, None]))
         if gradients:
-            logits[:, V:] = 0
             torch.mm(logits, head, out=grad_x[start : start + rows])
             torch.mm(logits.t(), block, out=grad_part)  # ignored rows of the block are 0
             for total, part in zip(grad_head.split(rows), grad_part.split(rows), strict=True):

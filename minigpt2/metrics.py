@@ -26,7 +26,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     words = set(re.split("[-_ ]", torch.cuda.get_device_name(device)))
-    known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
+    known = [name for name in PEAK_TFLOPS if set(name.split()) <= words
+             and not words & {"Laptop", "MIG", "NVL", "Ti"} - set(name.split())]  # other chips
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 

@@ -100,7 +100,7 @@ def progress_bar(total: int | None, initial: int, description: str, *, unit: str
                  pace: Pace | None = None) -> Bar:
     """A bar, over the items of `over` if given. Without a terminal, a line every 20 s."""
     # A terminal without a size, as some containers have, would show nothing
-    is_drawn = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns
+    is_drawn = sys.stderr and sys.stderr.isatty() and os.get_terminal_size(2).columns
     options = ({"seconds": 0.5, "dynamic_ncols": True} if is_drawn else
                {"seconds": LINE_SECONDS, "ncols": 120, "ascii": True, "file": Lines()})
     return Bar(over, total=total, initial=initial, desc=description, unit=unit, pace=pace,

@@ -23,7 +23,7 @@ from minigpt2.optimizer import learning_rate, make_optimizer, missing_bytes, ste
 from minigpt2.progress import Pace, progress_bar
 from model import GPT
 
-# How many steps behind the host reads loss, norm and signals: a GPU never waits for the host
+# How many steps behind the host reads loss and gradient norm: a GPU never waits for the host
 STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}
 
 
@@ -96,14 +96,14 @@ class Run:
         not change what is `fixed`. Raises UserError, writes nothing."""
         self.config, self.launch, self.stop = config, launch, stop or StopRequest()
         self.label, self.prompt_template, self.loss_name = label, prompt_template, loss_name
-        self.out_dir = Path(config.out_dir)
-        self.image = self.out_dir / graph
+        self.out_dir, self.image = Path(config.out_dir), Path(config.out_dir) / graph
         check_folder(self.out_dir, f"--out-dir {self.out_dir}")
         if (self.out_dir / checkpoint.CONFIG_FILE).exists():
             raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata | {"label": label}
-        launch.check_same(self.metadata, except_for=("checkpoint", "data", "data_dir", "device"))
+        launch.check_same(self.metadata, except_for=(
+            "checkpoint", "data", "data_dir", "device", "device_name", "hellaswag"))
         self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch, model_class)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:

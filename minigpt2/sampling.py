@@ -127,7 +127,7 @@ def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
                       token_ids: torch.Tensor) -> torch.Tensor:
     """Noise of mean 1 (B, V) float32 of keys (B,), counter (B,) or (), and token_ids (V,)."""
     words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
-    # the factor is 2**32 / golden ratio, as int32
+    # the factor is 2654435761, a prime near 2**32 / golden ratio (Knuth), as int32
     x = mix((token_ids * -0x61C8864F) ^ words[:, :1], FMIX32)  # (B, V)
     x = mix(x ^ words[:, 1:], FMIX32)
     uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], with full precision near 0

@@ -272,7 +272,7 @@ def text_parts(path: Path, separator: str | None) -> Iterator[Part]:
 
 def text_part(text: str, continues: bool, separator: str | None) -> Part:
     """The documents of a piece of a file, of which the first may continue the previous piece. Line
-    ends next to a separator and at the ends of the file are dropped."""
+    ends next to a separator, and then at the ends of the file, are dropped."""
     texts = [text]
     if separator:
         first, *others = text.split(separator)

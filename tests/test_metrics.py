@@ -53,7 +53,9 @@ def test_flops_per_token_of_gpt2():
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
     ("NVIDIA A100-SXM4-80GB", 312e12), ("Tesla V100-SXM2-16GB", 125e12), ("NVIDIA A10G", 70e12),
     ("NVIDIA A10", 125e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA L40S", 362e12),
-    ("NVIDIA GeForce GTX 1080", None), ("NVIDIA A1000 Laptop GPU", None)])
+    ("NVIDIA GeForce GTX 1080", None), ("NVIDIA A1000 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA H100 NVL", 835e12)])
 def test_peak_flops(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak

@@ -49,6 +49,13 @@ def test_only_usual_steps_count(monkeypatch):
     assert pace.left(4, 10) == 6 * 3 + 2 * 100  # validations after steps 5 and 10
 
 
+def test_a_closed_stderr_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar(2, 0, "steps") as bar:
+        bar.update()
+    assert bar.n == 1
+
+
 def test_the_time_left_goes_down_also_within_a_part(monkeypatch):
     clock = Clock(monkeypatch)
     pace = Pace(milestones=[12])

@@ -800,12 +800,21 @@ def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
     def argv(*runs) -> list:
         return [*map(str, runs), "--out", str(tmp_path / "f.png"), "--samples", "4"]
 
+    templates = []  # of the prompts that the reference answers
+    monkeypatch.setattr(plot_frontier, "shared_template", lambda path: f"{path}: {{instruction}}")
+    monkeypatch.setattr(plot_frontier, "load_prompts",
+                        lambda *options: templates.append(options[5]) or load_prompts(*options))
     monkeypatch.setattr("sys.argv", ["plot_frontier.py", *argv(*outs[:2])])
     plot_frontier.main()
+    assert templates == [f"{config.checkpoint}: {{instruction}}"]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     *printed, _ = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("b: success")
     again = [*argv(*outs[:2]), "--out", str(tmp_path / "g.png"), "--successes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plot_frontier, "weights_sha256", lambda model: "of another model")
+        message = main_error(plot_frontier.main, argv(outs[0]), patch, capsys)
+    assert f"the checkpoint {config.checkpoint} has changed since the run" in message
     monkeypatch.setattr(plot_frontier, "load_model", None)  # no checkpoint is needed
     monkeypatch.setattr("sys.argv", ["plot_frontier.py", *again, str(tmp_path / "f.json")])
     plot_frontier.main()

@@ -831,6 +831,16 @@ def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
     assert "--device cuda:0" in user_error(start, "cuda:0")
 
 
+def test_a_gpu_index_with_a_leading_zero_is_refused():
+    assert "--device cuda:01 is unknown" in user_error(pick_device, "cuda:01")
+
+
+def test_the_learning_rate_never_exceeds_max_lr(corpus, tmp_path):
+    """Also below the default of --min-lr."""
+    train(tiny(corpus, tmp_path / "out", max_lr=1e-4, min_lr=1e-3, max_steps=6), CPU_LAUNCH)
+    assert [lr for lr, in trace(tmp_path / "out", "lr")][2:] == [1e-4] * 4
+
+
 def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
     config = tiny(corpus, tmp_path / "out", block_size=16, sample_prompt="word " * 20,
                   sample_tokens=2, max_steps=1)
