@@ -7,8 +7,8 @@ source "$(dirname "$0")/setup.sh" requirements.txt
 mkdir -p "$out"
 cd image/logs
 draw() { python "../plot_$1.py" "${@:3}" --out "$out/$2.png"; }  # SCRIPT FIGURE LOG... [flags]
-draw loss pretrain_loss pretrain_loss.jsonl --title "Pre-training loss"
-draw loss finetune_loss finetune_loss.jsonl --title "Fine-tuning loss"
+draw loss pretrain_loss stories_pretrain.jsonl --title "Pre-training on simple stories"
+draw loss finetune_loss stories_finetune.jsonl --title "Tuning on requests for stories"
 draw loss recipes recipes/gpt2_*.jsonl recipes/fast_*.jsonl --group \
   --title "Two recipes, three seeds each; 4,096 tokens per step"
 draw report judge judge.json

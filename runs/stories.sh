@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A small GPT-2 that tells stories, on a CPU (docs/stories.md has its results): pre-training, tuning
+# A small GPT-2 that tells stories, on a CPU (docs/results.md has its results): pre-training, tuning
 # on requests for stories, and policy optimization for stories that are short and keep to the title.
 #   bash runs/stories.sh STORIES REQUESTS [output folder]    # about two hours on two cores
-# STORIES: files that text_to_shards.py reads. REQUESTS: rows that finetune.py reads, with titles in
-# double quotes. If interrupted, the same command resumes.
+# STORIES: what text_to_shards.py reads. REQUESTS: a parquet file with the columns `instruction`, with
+# titles in double quotes, and `output`. If interrupted, the same command resumes.
 set -euo pipefail
 stories=$(realpath "${1:?usage: bash runs/stories.sh STORIES REQUESTS [output folder]}")
 requests=$(realpath "${2:?usage: bash runs/stories.sh STORIES REQUESTS [output folder]}")
@@ -41,16 +41,16 @@ import re
 
 
 def short_tale(row, story):
-    """1 for a story of 60 to 150 words with the longest word of its title, else 0."""
-    words = re.findall("[a-z]+", row["instruction"].split('"')[1].casefold())
-    return 60 <= len(story.split()) <= 150 and max(words, key=len) in story.casefold()
+    """Half a point for 60 to 150 words, half for a word of the title (of 4 letters or more)."""
+    words = re.findall("[a-z]{4,}", row["instruction"].split('"')[1].casefold())
+    has_word = any(word in story.casefold() for word in words)
+    return 0.5 * (60 <= len(story.split()) <= 150) + 0.5 * has_word
 END
 python rlhf.py "${settings[@]}" --checkpoint "$out/finetune" --prompts "$out/titles.json" \
-  --out-dir "$out/rlhf" --advantage group --reward "$out/rewards.py:short_tale" --max-tokens 256 \
-  --batch-size 64 --kl-coef 0.1 --max-lr 1e-4 --max-steps 60 --eval-interval 15
-python image/plot_frontier.py "$out/rlhf" --out "$out/frontier.png"
-python judge.py "$out/finetune" "$out/rlhf" --data "$out/titles.json" --device cpu \
-  --proxy "$out/rewards.py:short_tale" --max-tokens 448 --out-dir "$out/judge"
+  --out-dir "$out/rlhf" --advantage group --reward "$out/rewards.py:short_tale" --max-tokens 200 \
+  --batch-size 64 --kl-coef 0.05 --max-lr 7e-5 --max-steps 24 --eval-interval 8 --epochs 1
+python judge.py "$out/finetune" "$out/rlhf" --data "$out/titles.json" --out-dir "$out/judge" \
+  --device cpu --proxy "$out/rewards.py:short_tale" --max-tokens 200 --rows 100 --best-of 4
 
 # The same five requests to all three models
 for model in pretrain finetune rlhf; do
