@@ -12,4 +12,5 @@ draw loss finetune_loss stories_finetune.jsonl --title "Tuning on requests for s
 draw loss recipes recipes/gpt2_*.jsonl recipes/fast_*.jsonl --group \
   --title "Two recipes, three seeds each; 4,096 tokens per step"
 draw report judge judge.json
+draw report stories_rlhf stories_judge.json
 draw frontier frontier rlhf_short_fast.jsonl rlhf_short.jsonl --successes frontier.json
