@@ -40,7 +40,8 @@ def draw_policies(results: dict[str, dict], image: pathlib.Path) -> None:
     for kind, line, fill in (("proxy", "--", "none"), ("gold", "-", "full")):
         curve = []
         for i, (name, row) in enumerate(results.items()):
-            kl = max(0.0, row.get("kl") or row["kl_upper_bound"]) if i else 0.0  # estimates vary
+            kl = 0.0 if i == 0 else row["kl"] if "kl" in row else row["kl_upper_bound"]
+            kl = max(0.0, kl)  # estimates vary
             x = kl if is_success else math.sqrt(kl)
             if kind in row and "kl_upper_bound" in row:
                 curve.append((x, row[kind]))

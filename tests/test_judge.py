@@ -261,8 +261,11 @@ def test_the_script_compares_and_draws(files):
     image.unlink()
     run_script("image/plot_report.py", files / "out" / "judge.json", "--out", image)
     assert image.read_bytes().startswith(b"\x89PNG")
-    broken = run_script("image/plot_report.py", files / "rows.jsonl", "--out", image, check=False)
-    assert broken.returncode == 2 and "is not a report of" in broken.stderr
+    del report["results"][str(files / "rlhf")]["kl"]  # as at another temperature than 1
+    (files / "cold.json").write_text(json.dumps(report))
+    for wrong in ("rows.jsonl", "cold.json"):
+        broken = run_script("image/plot_report.py", files / wrong, "--out", image, check=False)
+        assert broken.returncode == 2 and "is not a report of" in broken.stderr
 
 
 @pytest.mark.slow
