@@ -378,8 +378,8 @@ def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: 
                 step: int) -> Iterator[list]:
     """The rows of `step` and of every later one, a pure function of (seed, step). An epoch visits
     every row once, in a new order: shuffled, sorted by `padded_length`, cut into steps, the steps
-    shuffled. So the rows of a step have nearly one padded length. The last step of
-    an epoch has fewer rows if they do not divide evenly, of a random length."""
+    shuffled. So the rows of a step have nearly one padded length. The last step of an epoch
+    has fewer rows if they do not divide evenly, of a random length."""
     steps_per_epoch = -(-len(rows) // batch_size)  # ceiling division
     padded = np.array([padded_length(length_of(row)) for row in rows])
     for epoch in itertools.count(step // steps_per_epoch):

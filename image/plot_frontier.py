@@ -69,12 +69,14 @@ def check_comparable(paths: list[pathlib.Path], settings: list[dict]) -> None:
 
 def success_of_reference(settings: dict, samples: int) -> np.ndarray:
     """p0 (n,) of the held-out prompts that a run validated on, from its settings. Raises UserError
-    if reference, reward or prompts have changed since, or if the reward is not of 0 and 1."""
+    if the reference or the reward has changed since, or if the reward is not of 0 and 1."""
     device = torch.device("cpu")
     reference = load_model(settings["checkpoint"], device)
     reward = Reward(settings["reward"], "--reward", device, settings["unstopped_score"])
-    for name, found in (("checkpoint", weights_sha256(reference)), ("reward", reward.sha256)):
-        if found != settings["reference_sha256" if name == "checkpoint" else "reward_sha256"]:
+    for name, expected, found in (
+            ("checkpoint", settings["reference_sha256"], weights_sha256(reference)),
+            ("reward", settings["reward_sha256"], reward.sha256)):
+        if found != expected:
             raise UserError(f"the {name} {settings[name]} has changed since the run: restore it, "
                             "or draw the run with its --successes")
     _, held_out, _ = load_prompts(settings["prompts"], "--prompts", reference.config.block_size,

@@ -2,8 +2,8 @@
 # A small GPT-2 that tells stories, on a CPU (docs/results.md has its results): pre-training, tuning
 # on requests for stories, and policy optimization for stories that are short and keep to the title.
 #   bash runs/stories.sh STORIES REQUESTS [output folder]    # about two hours on two cores
-# STORIES: what text_to_shards.py reads. REQUESTS: a parquet file with the columns `instruction`, with
-# titles in double quotes, and `output`. If interrupted, the same command resumes.
+# STORIES: what text_to_shards.py reads. REQUESTS: a parquet file with `instruction`, with titles in
+# double quotes, and `output`. If interrupted, the same command resumes.
 set -euo pipefail
 stories=$(realpath "${1:?usage: bash runs/stories.sh STORIES REQUESTS [output folder]}")
 requests=$(realpath "${2:?usage: bash runs/stories.sh STORIES REQUESTS [output folder]}")

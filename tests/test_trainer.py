@@ -826,6 +826,16 @@ def test_ranks_with_different_settings_name_the_setting(monkeypatch):
     launch.check_same({"data": "abc", "max_lr": 0.5})
 
 
+def test_paths_and_cards_may_differ_between_nodes(corpus, tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(Launch, "check_same", lambda self, facts, except_for=(): compared.append(
+        (facts.keys(), set(except_for))))
+    train(tiny(corpus, tmp_path / "out", max_steps=1), CPU_LAUNCH)
+    facts, except_for = compared[0]
+    assert {"data_dir", "hellaswag", "device_name"} <= except_for & facts
+    assert not except_for & {"max_lr", "code_sha256", "data_sha256", "seed"}
+
+
 def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):
     set_launch(monkeypatch)
     assert "--device cuda:0" in user_error(start, "cuda:0")
