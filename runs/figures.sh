@@ -2,9 +2,10 @@
 # Redraws every figure in image/ from the logs in image/logs/, one line per figure.
 #   bash runs/figures.sh [FOLDER]    # FOLDER for the figures (default: image)
 set -euo pipefail
-out=$(realpath -m "${1:-$(dirname "$0")/../image}")
-source "$(dirname "$0")/setup.sh" requirements.txt
+out=${1:-$(dirname "$0")/../image}
 mkdir -p "$out"
+out=$(realpath "$out")
+source "$(dirname "$0")/setup.sh" requirements.txt
 cd image/logs
 draw() { python "../plot_$1.py" "${@:3}" --out "$out/$2.png"; }  # SCRIPT FIGURE LOG... [flags]
 draw loss pretrain_loss stories_pretrain.jsonl --title "Pre-training on simple stories"

@@ -5,9 +5,11 @@
 # Two runs at a time on a CPU, one thread each. If interrupted, the same command resumes.
 # OUT_DIR/search.jsonl gets one line per run: its flags, and the figures of greedy answers.
 set -euo pipefail
-base=$(realpath "$1") rows=$(realpath "$2") out=$(realpath -m "$3")
+usage="usage: bash runs/finetune_search.sh BASE_CHECKPOINT ROWS OUT_DIR"
+base=$(realpath "${1:?$usage}") rows=$(realpath "${2:?$usage}")
+mkdir -p "${3:?$usage}"
+out=$(realpath "$3")
 source "$(dirname "$0")/setup.sh" requirements.txt
-mkdir -p "$out"
 dtype=float32  # bfloat16 is faster where the processor supports it natively
 if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
 

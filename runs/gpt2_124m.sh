@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPT-2 124M from scratch: FineWeb, pre-training on 8 GPUs, instruction tuning, two answers.
-#   bash runs/gpt2_124m.sh [number of GPUs]
-# Needs a network and 40 GB of disk; on smaller GPUs lower --micro-batch-size.
+#   bash runs/gpt2_124m.sh [number of GPUs] [further flags of trainer.py]
+# Needs a network and 40 GB of disk; on smaller GPUs add --micro-batch-size auto.
 # If interrupted, rerun the same command to resume.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
@@ -10,7 +10,7 @@ out=out/gpt2_124m
 
 python pretrain_data/fineweb_downloader.py --out-dir pretrain_data/fineweb
 torchrun --standalone --nproc-per-node="$gpus" trainer.py --data-dir pretrain_data/fineweb \
-  --out-dir "$out/pretrain" --resume
+  --out-dir "$out/pretrain" --resume "${@:2}"
 
 python finetune_data/alpaca_downloader.py
 torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # A small GPT-2 that tells stories, on a CPU (docs/results.md has its results): pre-training, tuning
-# on requests for stories, and policy optimization for stories that are short and keep to the title.
-#   bash runs/stories.sh STORIES REQUESTS [output folder]    # about two hours on two cores
-# STORIES: what text_to_shards.py reads. REQUESTS: a parquet file with `instruction`, with titles in
-# double quotes, and `output`. If interrupted, the same command resumes.
+# on requests for stories, and policy optimization for short stories about what was asked for.
+#   bash runs/stories.sh STORIES [output folder]    # about two hours on two cores
+# STORIES: a parquet file of simple stories (TinyStories), column `text`. If interrupted, the same
+# command resumes.
 set -euo pipefail
-stories=$(realpath "${1:?usage: bash runs/stories.sh STORIES REQUESTS [output folder]}")
-requests=$(realpath "${2:?usage: bash runs/stories.sh STORIES REQUESTS [output folder]}")
-out=$(realpath -m "${3:-out/stories}")
-source "$(dirname "$0")/setup.sh" requirements.txt
+stories=$(realpath "${1:?usage: bash runs/stories.sh STORIES [output folder]}")
+out=${2:-$(dirname "$0")/../out/stories}
 mkdir -p "$out"
+out=$(realpath "$out")
+source "$(dirname "$0")/setup.sh" requirements.txt
 dtype=float32  # bfloat16 is faster where the processor supports it natively
 if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
 settings=(--resume --device cpu --dtype "$dtype" --keep-last 2)
@@ -17,50 +17,58 @@ settings=(--resume --device cpu --dtype "$dtype" --keep-last 2)
 [[ -f $out/data/manifest.json ]] || python pretrain_data/text_to_shards.py "$stories" \
   --out-dir "$out/data"
 python trainer.py "${settings[@]}" --data-dir "$out/data" --out-dir "$out/pretrain" \
-  --n-layer 6 --n-head 4 --n-embd 256 --block-size 512 --sequence-length 512 \
-  --micro-batch-size 8 --total-batch-size 4096 --warmup-steps 50 \
+  --n-layer 8 --n-head 4 --n-embd 256 --block-size 256 --sequence-length 256 \
+  --micro-batch-size 16 --total-batch-size 4096 --max-steps 2000 --warmup-steps 50 \
   --optimizer muon --muon-lr 0.015 --max-lr 0.02 --min-lr 0 --schedule linear --zero-init \
   --eval-interval 250 --eval-tokens 65536 --save-interval 250 \
   --sample-prompt "Once upon a time" --sample-tokens 100
 
-# Short requests alone (fables come with a page of elements), and those with a title for the reward
-python - "$requests" "$out" << 'END'
-import json, pathlib, sys
+# Requests: each asks for two things that its story has. The first 4,000 are for tuning, the others
+# are prompts for the policy.
+python - "$stories" "$out" << 'END'
+import json, pathlib, random, re, sys
 import pyarrow.parquet as pq
-rows = pq.read_table(sys.argv[1], columns=["instruction", "output"]).to_pylist()
-short = [row for row in rows if len(row["instruction"].split()) < 40]
-titled = [row for row in short if row["instruction"].count('"') == 2]
-for name, some in (("requests", short), ("titles", titled)):
+THINGS = set("""ball bear bed bench bird boat book box branch bug bunny bus butterfly cake car castle
+    cat chair cookie cow dog doll door dragon duck farm fish flower forest fox friend frog garden
+    gift hat hill horse house king kitchen kite lake lion monkey mouse park party pig pond prince
+    princess puppy queen rabbit river robot rock room school shoe squirrel star store swing table
+    tower toy train tree truck turtle wolf""".split())
+chance, rows = random.Random(0), []
+for story in pq.read_table(sys.argv[1], columns=["text"])["text"].to_pylist():
+    things = sorted(THINGS.intersection(re.findall("[a-z]+", story)))
+    if 60 <= len(story.split()) <= 150 and len(things) >= 2:
+        request = "Write a story about a {} and a {}.".format(*chance.sample(things, 2))
+        rows.append({"instruction": request, "output": story})
+chance.shuffle(rows)
+for name, some in (("requests", rows[:4000]), ("prompts", rows[4000:6000])):
     (pathlib.Path(sys.argv[2]) / f"{name}.json").write_text(json.dumps(some), encoding="utf-8")
 END
 python finetune.py "${settings[@]}" --checkpoint "$out/pretrain" --data "$out/requests.json" \
-  --out-dir "$out/finetune" --template question --eval-interval 10 --sample-tokens 100
+  --out-dir "$out/finetune" --template question --epochs 1 --batch-size 32 --eval-interval 25 \
+  --sample-tokens 100
 
 cat > "$out/rewards.py" << 'END'
 import re
 
 
 def short_tale(row, story):
-    """Half a point for 60 to 150 words, half for a word of the title (of 4 letters or more)."""
-    words = re.findall("[a-z]{4,}", row["instruction"].split('"')[1].casefold())
-    has_word = any(word in story.casefold() for word in words)
-    return 0.5 * (60 <= len(story.split()) <= 150) + 0.5 * has_word
+    """Half a point for 60 to 150 words, a quarter for each of the two things asked for."""
+    things = re.findall(r"\ba (\w+)", row["instruction"].removeprefix("Write a story"))
+    words = set(re.findall("[a-z]+", story.casefold()))
+    return 0.5 * (60 <= len(story.split()) <= 150) + 0.25 * len(words.intersection(things))
 END
-python rlhf.py "${settings[@]}" --checkpoint "$out/finetune" --prompts "$out/titles.json" \
+python rlhf.py "${settings[@]}" --checkpoint "$out/finetune" --prompts "$out/prompts.json" \
   --out-dir "$out/rlhf" --advantage group --reward "$out/rewards.py:short_tale" --max-tokens 200 \
-  --batch-size 64 --kl-coef 0.05 --max-lr 7e-5 --max-steps 24 --eval-interval 8 --epochs 1
-python judge.py "$out/finetune" "$out/rlhf" --data "$out/titles.json" --out-dir "$out/judge" \
+  --batch-size 64 --kl-coef 0.05 --max-lr 7e-5 --max-steps 30 --eval-interval 10 --epochs 1
+python judge.py "$out/finetune" "$out/rlhf" --data "$out/prompts.json" --out-dir "$out/judge" \
   --device cpu --proxy "$out/rewards.py:short_tale" --max-tokens 200 --rows 100 --best-of 4
 
-# The same five requests to all three models
+# Five stories of each model. The base model gets a beginning, since it continues text.
 for model in pretrain finetune rlhf; do
+  form="Write a story about a %s and a %s.\n"
+  if [[ $model == pretrain ]]; then form="Once upon a time, there was a %s who had a %s.\n"; fi
   echo "== $model"
-  python inference.py --checkpoint "$out/$model" --device cpu --temperature 0.8 --seed 0 \
-    --max-tokens 400 << 'END' | tee "$out/$model.txt"
-Write a short story for young children titled "The Little Fox and the Red Kite".
-Write a short story for young children titled "A Rainy Day".
-Write a short story for young children titled "The Sleepy Bear".
-Tell the child-appropriate tale called "Lily's Lost Ball".
-Tell the child-appropriate tale called "The Brave Mouse".
-END
+  printf "$form" fox kite mouse boat cat swing bunny cake frog party | python inference.py \
+    --checkpoint "$out/$model" --device cpu --temperature 0.8 --seed 0 --max-tokens 200 \
+    | tee "$out/$model.txt"
 done
