@@ -11,6 +11,7 @@ if __name__ == "__main__":
     from minigpt2.config import share_cores
     share_cores()  # before PyTorch is imported
 
+import codecs
 import contextlib
 import signal
 import sys
@@ -19,7 +20,7 @@ from dataclasses import asdict, replace
 from inference import SamplingConfig, respond
 from minigpt2.config import UserError, parse_config, run_main
 from minigpt2.sampling import SamplingParams
-from minigpt2.tokenizer import EOT_TOKEN, StreamDecoder, encode, format_prompt, load_tokenizer
+from minigpt2.tokenizer import EOT_TOKEN, encode, format_prompt, load_tokenizer
 from model import GPT
 
 SETTINGS = {"/temperature": float, "/top-k": int, "/top-p": float}
@@ -29,6 +30,16 @@ HELP = """/reset            clear the conversation
 /exit or Ctrl-D   quit; Ctrl-C stops a response
 Anything else is a message. To send a message that starts with /, type a space first."""
 NOTES = {"stop": "", "length": " [--max-tokens reached]", "context": " [context full]"}
+
+
+class StreamDecoder:
+    """Decodes ids as they arrive; an incomplete character is held back until `final`."""
+
+    def __init__(self):
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: list[int], final: bool = False) -> str:
+        return self.utf8.decode(load_tokenizer().decode_bytes(ids), final)
 
 
 class Conversation:
@@ -109,8 +120,7 @@ def change_setting(params: SamplingParams, command: str, argument: str) -> Sampl
 
 def stream_response(config: SamplingConfig, model: GPT, params: SamplingParams,
                     conversation: Conversation, message: str) -> None:
-    """Streams the response to a message and stores both. Ctrl-C stops it, but only between two
-    tokens, so that every printed token is stored."""
+    """Streams the response to a message and stores both. Ctrl-C stops it between two tokens."""
     def on_tokens(row: int, new: list[int]) -> None:
         tokens.extend(new)
         print(decoder.feed([i for i in new if i != EOT_TOKEN]), end="", flush=True)

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError, first_line
@@ -95,7 +96,7 @@ class TokenLoader:
         from_end = position - ends[place]  # of the shard's windows: negative
         return shard, int(inner[from_end]) * self.sequence_length
 
-    def read(self, windows: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, windows: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) int64 of B windows (shard, first token, number of targets). A
         short window is padded with 0 in the inputs, IGNORE_INDEX in the targets."""
         tokens = np.full((len(windows), self.sequence_length + 1), IGNORE_INDEX, dtype=np.int64)
@@ -108,19 +109,19 @@ class TokenLoader:
         ids = torch.from_numpy(tokens)  # (B, T + 1)
         return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
 
-    def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets, each (micro_batch_size, sequence_length) int64."""
         row = (micro_step * self.world_size + self.rank) * self.micro_batch_size
         first = step * self.windows_per_step + row
         return self.read([(*self.locate(window), self.sequence_length)
                           for window in range(first, first + self.micro_batch_size)])
 
-    def stream(self, step: int, micro_steps: int, place: Callable[[torch.Tensor], torch.Tensor],
-               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def stream(self, step: int, micro_steps: int,
+               place: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `step` on, moved by `place`; a thread prepares the next one."""
         calls = ((s, micro) for s in itertools.count(step) for micro in range(micro_steps))
         with ThreadPoolExecutor(1) as thread:
-            def prepare() -> tuple[torch.Tensor, torch.Tensor]:
+            def prepare() -> tuple[Tensor, Tensor]:
                 inputs, targets = self.batch(*next(calls))
                 return place(inputs), place(targets)
 
@@ -129,7 +130,7 @@ class TokenLoader:
                 batch, ahead = ahead.result(), thread.submit(prepare)
                 yield batch
 
-    def eval_batches(self, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def eval_batches(self, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the first max_tokens targets of the split (or all), each once."""
         T, windows, budget = self.sequence_length, [], max_tokens
         for shard, tokens in enumerate(self.shards):
@@ -143,15 +144,14 @@ class TokenLoader:
             yield self.read(mine[first : first + self.micro_batch_size])
 
 
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Right-pads token ids into input_ids and attention_masks, both (B, T) int64."""
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     masks = pad_sequence(list(map(torch.ones_like, ids)), batch_first=True)
     return pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN), masks
 
 
-def checked_batch(model: GPT, ids: torch.Tensor,
-                  masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def checked_batch(model: GPT, ids: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The batch (B, T) as int64 on the model's device, without columns of only padding. Raises
     UserError for other shapes or dtypes, padding before a token, and ids outside the vocabulary."""
     if (ids.dim() != 2 or ids.shape != masks.shape or not len(ids) or ids.dtype == torch.bool
@@ -182,7 +182,7 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
     if content.startswith(b"PAR1"):
         try:
             rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-        except (ValueError, pyarrow.ArrowException) as error:
+        except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path} is not a whole parquet file: {first_line(error)}") from None
         return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
     try:
@@ -202,8 +202,7 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
 
 
 def read_columns(path: Path, columns: str, made_by: str) -> list[tuple[str, object]]:
-    """`read_rows`, with the keys that `columns` maps to ours: "instruction=NAME,output=NAME". No
-    other key is then read. Raises UserError."""
+    """`read_rows`, with the keys of `columns`, "output=NAME", renamed to ours. Raises UserError."""
     names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
     if columns and ("" in names.values() or names.keys() - {*COLUMNS.split(", ")}
                     or len({*names.values()}) <= columns.count(",")):
@@ -243,8 +242,7 @@ class Prompt:
 def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fraction: float,
                  template: str = ALPACA, columns: str = "") -> tuple[list, list, str]:
     """(training prompts, held-out prompts, summary), see `split_rows`: the different prompts of a
-    file of instructions, conversations (their first message) or pairs that leave room for
-    max_tokens tokens. Raises UserError."""
+    file of instructions, conversations or pairs with room for max_tokens. Raises UserError."""
     rows = read_columns(Path(path), columns, INSTRUCTIONS)
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:

@@ -28,17 +28,16 @@ from dataloader import load_pairs, row_batches, split_pairs
 from inference import load_gpt2
 from minigpt2.advantages import accuracy, dpo_loss
 from minigpt2.checkpoint import shared_template, weights_sha256
-from minigpt2.config import UserError, flag
+from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
-from minigpt2.files import atomic_write, sha256_of
+from minigpt2.files import sha256_of, write_json
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import response_batch
 from minigpt2.run import Run, TuningConfig, run_training
 from model import GPT
 
-ROOT = Path(__file__).resolve().parent
 CACHE = "reference.json"  # in OUT_DIR
 FIGURES = ("loss", "accuracy", "margin", "logp_chosen_change", "logp_rejected_change")
 
@@ -108,8 +107,7 @@ def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: R
     if found is None:
         found = pair_logprobs(reference, batches, run)
         if run.launch.is_master and found is not None:
-            with atomic_write(path, text=True) as file:
-                json.dump({"key": key, "logprobs": found}, file)
+            write_json(path, {"key": key, "logprobs": found})
     return found
 
 

@@ -18,7 +18,6 @@ if __name__ == "__main__":
     from minigpt2.config import share_cores
     share_cores()  # before PyTorch is imported
 
-import json
 import math
 import tempfile
 from dataclasses import dataclass
@@ -30,10 +29,10 @@ from dataloader import TokenLoader, read_rows
 from inference import load_gpt2
 from minigpt2 import benchmarks
 from minigpt2.checkpoint import find_checkpoint
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.config import ROOT, UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, SamplingDtype, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
-from minigpt2.files import atomic_write, sha256_of
+from minigpt2.files import check_folder, sha256_of, write_json
 from minigpt2.hub import fetch, list_files
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
@@ -41,22 +40,19 @@ from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TOKEN, load_tokenizer
 from model import GPT
 
-ROOT = Path(__file__).resolve().parent
 FILES = {"hellaswag": "hellaswag_val.parquet", "lambada": "lambada_test.jsonl"}  # in --eval-dir
 DOWNLOADS = {  # file: (repository and commit on the hub, path there, SHA-256)
-    "hellaswag_val.parquet": (
-        "Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-        "data/validation-00000-of-00001.parquet",
-        "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"),
-    "lambada_test.jsonl": (
-        "EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4",
-        "data/lambada_test_en.jsonl",
-        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")}
+    "hellaswag_val.parquet": ("Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+                              "data/validation-00000-of-00001.parquet",
+                              "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"),
+    "lambada_test.jsonl": ("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4",
+                           "data/lambada_test_en.jsonl",
+                           "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    checkpoints: tuple[str, ...] = flag((), "folders, OUT_DIRs or hub names", positional=True)
+    checkpoints: tuple[str, ...] = flag((), "folders or hub names", positional=True, is_path=True)
     tasks: str = flag("val,hellaswag,lambada", "what to evaluate, see above")
     data_dir: str = flag(str(ROOT / "pretrain_data" / "fineweb"), "shards, for val", is_path=True)
     eval_dir: str = flag(str(ROOT / "eval_data"), "folder of HellaSwag and LAMBADA", is_path=True)
@@ -161,6 +157,8 @@ def main() -> None:
     config = parse_config(EvaluateConfig, description=__doc__)
     if not config.checkpoints and not config.download:
         raise UserError("no checkpoint given: python evaluate.py out/pretrain")
+    if config.json:
+        check_folder(Path(config.json).parent, f"--json {config.json}")
     with launched(config.device) as launch:
         for file in DOWNLOADS if config.download and launch.is_master else ():
             download_benchmark(Path(config.eval_dir) / file)
@@ -172,8 +170,7 @@ def main() -> None:
             results[name] = evaluate_checkpoint(folder, config, launch, tasks)
         launch.print0(benchmarks.table(results))
         if config.json and launch.is_master:
-            with atomic_write(Path(config.json), text=True) as file:
-                json.dump(results, file, indent=1)
+            write_json(Path(config.json), results)
 
 
 if __name__ == "__main__":

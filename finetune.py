@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 
 from dataloader import Example, num_inputs, read_turns, row_batches, split_examples, token_ids
-from inference import load_gpt2, write_sample
+from inference import check_sample_prompt, load_gpt2, write_sample
 from minigpt2.checkpoint import shared_template
-from minigpt2.config import UserError, flag
+from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of
@@ -31,11 +31,8 @@ from minigpt2.loss import IGNORE_INDEX
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import padded_length, rank_share
 from minigpt2.run import Run, TuningConfig, run_training
-from minigpt2.sampling import check_sample_prompt
 from minigpt2.tokenizer import decode, encode_example, load_template
 from model import GPT
-
-ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,7 @@ FIXED_ON_RESUME = ("template", "columns", "batch_size", "epochs", "val_fraction"
 
 
 def collate(rows: Sequence[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> inputs, right-padded, and targets, both (B, T) int64. Fewer than B rows are completed
-    with rows of padding. Only response tokens are targets."""
+    """Rows -> right-padded inputs and targets (B, T) int64; rows that are missing are padding."""
     inputs = torch.zeros((B, T), dtype=torch.int64)  # padded with any id: targets mark padding
     targets = torch.full((B, T), IGNORE_INDEX)
     for i, example in enumerate(rows):
@@ -102,8 +98,7 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     run.prompt_template = template
     raw_model = load_gpt2(base, device, config.dropout)
     block_size = raw_model.config.block_size
-    train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction,
-                                                   template)
+    train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction, template)
 
     # 2. The number of steps, the optimizer, and the micro-batch
     model = run.prepare_epochs(raw_model, len(train_rows),

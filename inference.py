@@ -104,8 +104,7 @@ class KVCache:
 
     def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """For one new token per row at `positions` (B, 1): where each head stores it, as indices
-        (B, 2, H) into a layer seen as (2 * B * H * S, D), and what it sees, as an additive mask
-        (B, 1, 1, span) of 0 and -inf."""
+        (B, 2, H) into a layer as (2 * B * H * S, D), and its additive mask (B, 1, 1, span)."""
         beyond = self.slots[: self.span] > positions  # (B, span)
         mask = self.kv.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
         return self.first + positions[:, :, None], mask[:, None, None, :]
@@ -151,8 +150,7 @@ def prefill(model: GPT, prompts: Sequence[tuple[int, ...]], cache: KVCache) -> T
 
 
 class DecodingBatch:
-    """The unfinished rows of one `generate` call. `step` modifies its tensors in place, so that one
-    CUDA graph of a step can be replayed for the next ones."""
+    """The unfinished rows of one `generate` call. `step` works in place, for CUDA graphs of it."""
 
     def __init__(self, model: GPT, params: SamplingParams, prompts: Sequence[tuple[int, ...]],
                  output_ids: Tensor, max_steps: int, keys: Tensor):
@@ -296,9 +294,15 @@ def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequen
                       size_of=lambda row: (len(row[0]), row[0]), **options)
 
 
+def check_sample_prompt(prompt: list[int], config, block_size: int) -> None:
+    """Raises UserError if a run is to sample and its context has no room, before it starts."""
+    if config.sample_tokens and len(prompt) >= block_size:
+        raise UserError(f"--sample-prompt has {len(prompt)} tokens; the context is {block_size}, "
+                        "response included: shorten it, or use --sample-tokens 0")
+
+
 def write_sample(model: GPT, prompt: list[int], run) -> str:
-    """Continues a prompt, given as ids, appends the text to OUT_DIR/samples.jsonl and returns it.
-    `run` is a minigpt2.run.Run."""
+    """Continues a prompt, given as ids, in OUT_DIR/samples.jsonl of a Run, and returns the text."""
     [sample] = respond(model, [prompt or [EOT_TOKEN]], run.config.sample_tokens, temperature=1.0,
                        seed=run.config.seed + run.step)
     text = decode(sample.prompt + sample.tokens)

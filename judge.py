@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from dataloader import Prompt, load_prompts, normalize
-from image.plot_report import draw_policies
+from image.plot_report import binary_kl, draw_policies
 from inference import load_gpt2, sample_responses
-from minigpt2.advantages import accuracy, best_of_n, binary_kl
+from minigpt2.advantages import accuracy
 from minigpt2.benchmarks import means, score, table
 from minigpt2.checkpoint import find_checkpoint, read_config, shared_template
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.config import ROOT, UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, Launch, pick_dtype
 from minigpt2.faults import launched
-from minigpt2.files import atomic_write, check_folder, sha256_of
+from minigpt2.files import atomic_write, check_folder, sha256_of, write_json
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.metrics import run_metadata
 from minigpt2.rewards import Reward
@@ -39,18 +39,17 @@ from minigpt2.sampling import Response
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT
 
-ROOT = Path(__file__).resolve().parent
 SHORT_WORDS, SHOWN_PROMPTS, BOOTSTRAP_DRAWS = 5, 20, 2000
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    policies: tuple[str, ...] = flag((), "checkpoints; the first is the reference", positional=True)
+    policies: tuple[str, ...] = flag((), "reference, then policies", positional=True, is_path=True)
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows of prompts", is_path=True)
     columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
     out_dir: str = flag(str(ROOT / "out" / "judge"), "folder of the results", is_path=True)
-    proxy: str | None = flag(None, "optimized reward: folder, function:NAME[=X] or FILE.py:NAME")
-    gold: str | None = flag(None, "reward that decides who wins (default: --proxy)")
+    proxy: str | None = flag(None, "optimized: folder, function:NAME or FILE.py:NAME", is_path=True)
+    gold: str | None = flag(None, "reward that decides who wins (default: --proxy)", is_path=True)
     best_of: int = flag(0, "also best-of-n up to this n, from that many responses", minimum=0)
     samples: int = flag(1, "responses of each policy to a prompt", minimum=1)
     rows: int = flag(200, "number of held-out prompts", minimum=1)
@@ -75,7 +74,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
         config.val_fraction, template, config.columns)
     run = run_metadata(config, world_size=launch.world_size, device=launch.device,
                        data={"sha256": sha256_of(Path(config.data))})
-    launch.check_same(run | {"template": template}, except_for=("data", "device"))
+    launch.check_same(run | {"template": template}, except_for=("data", "device", "device_name"))
     launch.print0(summary)
     prompts = held_out[: config.rows]
     shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}
@@ -112,9 +111,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     launch.print0(table(results))
     if launch.is_master:
         folder = Path(config.out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "judge.json", text=True) as file:
-            json.dump({"flags": run, "prompts": P, "results": results}, file, indent=1)
+        write_json(folder / "judge.json", {"flags": run, "prompts": P, "results": results})
         with atomic_write(folder / "samples.jsonl", text=True) as file:
             file.writelines(json.dumps(line) + "\n" for line in shown)
         if rewards and config.temperature == 1:
@@ -180,6 +177,16 @@ def add_comparisons(results: dict, values: dict[str, dict], config: JudgeConfig)
         results[f"best of {n}"] = means({
             kind: best_of_n(baseline[kinds[0]].T, baseline[kind].T, n) for kind in kinds})
         results[f"best of {n}"]["kl_upper_bound"] = math.log(n) - (n - 1) / n
+
+
+def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
+    """The expected gold reward (R,) of the response with the largest proxy among n, without bias
+    from N >= n responses (R, N) (Nakano et al. 2021). Those of equal proxy share their gold."""
+    equal = (proxy[:, :, None] == proxy[:, None, :]).to(gold.dtype)  # (R, N, N)
+    shared = (equal @ gold[:, :, None]).squeeze(2) / equal.sum(2)  # (R, N)
+    N = gold.size(1)
+    weights = gold.new_tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])  # (N,)
+    return shared.gather(1, proxy.argsort(1)) @ weights
 
 
 def win_rate(scores: Tensor, baseline: Tensor) -> dict:

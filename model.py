@@ -134,8 +134,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
-        })
+            "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5)})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.init_weights()

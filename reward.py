@@ -13,7 +13,6 @@ if __name__ == "__main__":
     from minigpt2.config import share_cores
     share_cores()  # before PyTorch is imported
 
-import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +27,10 @@ from image.plot_report import draw_calibration
 from inference import load_gpt2, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, shared_template, weights_sha256
-from minigpt2.config import flag
+from minigpt2.config import ROOT, flag
 from minigpt2.distributed import Launch, autocast
 from minigpt2.faults import StopRequest
-from minigpt2.files import atomic_write, sha256_of
+from minigpt2.files import sha256_of, write_json
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
@@ -39,7 +38,6 @@ from minigpt2.rewards import RewardModel, pad_batch, score_rows
 from minigpt2.run import Run, TuningConfig, run_training
 from rlhf_data.baselines import accuracy_interval, print_accuracies, rule_margins
 
-ROOT = Path(__file__).resolve().parent
 REPORT, CALIBRATION = "reward.json", "calibration.png"  # in OUT_DIR
 MIN_SAMPLES, MIN_DEVIATION = 16, 1e-3  # of scores that can be normalized; equal samples have 0
 
@@ -170,16 +168,16 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
                   "deviation": deviation} | make_report(
                       *margins.split([len(val_pairs), len(swapped)]), val_pairs, train_pairs)
         draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
-        with atomic_write(run.out_dir / REPORT, text=True) as file:
-            json.dump(report, file, indent=1)
+        write_json(run.out_dir / REPORT, report)
         print_accuracies(report["accuracy"])
         print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} "
               "sampled responses: mean score {mean:.4f}, deviation {deviation:.4f}"
               .format(**report), flush=True)
     if deviation < MIN_DEVIATION:
-        run.launch.print0(f"scores are not normalized: {len(scores)} of {config.normalize_samples} "
-                          f"samples ended within --max-tokens {config.max_tokens} tokens, at "
-                          f"least {MIN_SAMPLES} different ones are needed")
+        if config.normalize_samples:
+            run.launch.print0(f"scores are not normalized: {len(scores)} samples ended within "
+                              f"--max-tokens {config.max_tokens} tokens, expected at least "
+                              f"{MIN_SAMPLES} of {config.normalize_samples}, of different scores")
         return
     model.rescale(mean, deviation)
     run.metadata["normalized"] = True

@@ -29,7 +29,7 @@ from dataloader import Prompt, load_prompts, permutation
 from inference import load_gpt2, sample_responses
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import shared_template, weights_sha256
-from minigpt2.config import UserError, flag
+from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of
@@ -44,7 +44,6 @@ from minigpt2.sampling import Response
 from minigpt2.tokenizer import decode
 from model import GPT
 
-ROOT = Path(__file__).resolve().parent
 SAMPLES, SHOWN = "rollouts.jsonl", 8  # held-out prompts and responses, after every validation
 
 
@@ -81,15 +80,16 @@ class RLHFConfig(TuningConfig):
 
 
 # A resumed run may change neither the rewards, nor what a step samples, nor its parts
-FIXED_ON_RESUME = ("advantage", "scale_advantages", "max_steps", "batch_size", "group_size",
+FIXED_ON_RESUME = ("advantage", "scale_advantages", "max_steps", "batch_size", "group_size", "seed",
                    "epochs", "minibatches", "max_tokens", "unstopped_score", "kl_coef", "kl_target",
-                   "columns", "seed", "val_fraction", "data_sha256", "reference_sha256",
-                   "reward_sha256")
+                   "columns", "val_fraction", "data_sha256", "reference_sha256", "reward_sha256")
 
 
 def check_config(config: RLHFConfig) -> None:
     """Raises UserError for settings that do not go together."""
     G, R, in_groups = config.group_size, config.batch_size, config.advantage == "group"
+    if not (in_groups or config.max_lr) and config.value_lr:
+        raise UserError("--max-lr is 0, expected a positive number: --value-lr has its schedule")
     if config.kl_target and not config.kl_coef:
         raise UserError("--kl-target adapts --kl-coef, which is 0: give a positive --kl-coef")
     if (G == 1 if in_groups else config.scale_advantages):
@@ -149,10 +149,9 @@ class Rollouts:
 
     def figures(self, kl_coef: float) -> dict[str, float]:
         ratios, n = self.ref_logprobs - self.logprobs, self.mask.sum().item()
-        return {"score": self.scores.mean().item(),
+        return {"score": self.scores.mean().item(), "kl": self.kl.mean().item(),
                 "score_std": self.scores.std(correction=0).item(),
                 "reward": (self.scores - kl_coef * self.kl).mean().item(),
-                "kl": self.kl.mean().item(),
                 "kl_k3": (ratios.exp() - 1 - ratios).sum(1).mean().item(),  # Schulman 2020
                 "entropy": -self.logprobs.sum().item() / n,
                 "stopped": sum(r.stopped for r in self.responses) / len(self.responses),
@@ -236,10 +235,9 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
     for number, minibatch in enumerate(minibatches, 1):
         minibatch.sort(key=lengths.__getitem__)
         num_tokens = rollouts.mask[minibatch].sum().item()
-        micro_batches = rank_share(minibatch, config.micro_batch_size, launch.rank,
-                                   launch.world_size)
+        parts = rank_share(minibatch, config.micro_batch_size, launch.rank, launch.world_size)
         sums = torch.zeros(3, device=device)
-        for mine in run.micro_steps(micro_batches):
+        for mine in run.micro_steps(parts):
             inputs, targets = response_batch([rows[i] for i in mine], run.trained.block_size,
                                              device)  # (B, T)
             old, advantage, old_values, target = (  # (N,) each, of N response tokens

@@ -24,20 +24,17 @@ import torch
 import torch.nn as nn
 
 from dataloader import TokenLoader, read_rows
-from inference import write_sample
+from inference import check_sample_prompt, write_sample
 from minigpt2.benchmarks import Question, make_questions, multiple_choice, question_figures
 from minigpt2.checkpoint import load_model
-from minigpt2.config import UserError, flag
+from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.optimizer import learning_rate, make_optimizer, set_lr
 from minigpt2.run import Run, RunConfig, run_training
-from minigpt2.sampling import check_sample_prompt
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import encode
 from model import GPT, PRESETS, GPTConfig
-
-ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ class TrainerConfig(RunConfig):
                           "rows of HellaSwag, see evaluate.py --download", is_path=True)
 
 
-# A resumed run may not change the model, the optimizer, which windows a step sees, or what is
-# validated.
+# A resumed run may change neither model, optimizer, the windows of a step, nor what is validated
 FIXED_ON_RESUME = ("optimizer", "n_layer", "n_head", "n_embd", "block_size", "total_batch_size",
                    "sequence_length", "seed", "data_sha256", "eval_tokens")
 

@@ -27,7 +27,6 @@ def download_rows(repo: str, commit: str, name: str, columns: tuple[str, ...], p
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Writes a JSON list, or JSON Lines if `path` ends with .jsonl. Creates its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, text=True) as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

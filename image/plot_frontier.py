@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from dataloader import load_prompts
+from image.plot_report import check_image
 from inference import sample_responses
 from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch
 from minigpt2.files import atomic_write
-from minigpt2.graphs import check_image, points
+from minigpt2.graphs import points
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.metrics import read_log
 from minigpt2.rewards import Reward

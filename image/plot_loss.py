@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from image.plot_report import check_image
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.graphs import check_image, draw_runs
+from minigpt2.graphs import draw_runs
 
 
 @dataclass(frozen=True)

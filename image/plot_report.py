@@ -19,16 +19,27 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from minigpt2.advantages import binary_kl
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.files import atomic_write
-from minigpt2.graphs import check_image
+from minigpt2.files import atomic_write, check_folder
 
 
 @dataclass(frozen=True)
 class PlotReportConfig:
     report: tuple[str, ...] = flag((), "judge.json or reward.json", positional=True, is_path=True)
     out: str = flag("report.png", "PNG file to write", is_path=True)
+
+
+def check_image(image: pathlib.Path) -> None:
+    """Raises UserError, before any work is done, if --out is no path for a new PNG."""
+    if image.suffix != ".png" or image.is_dir():
+        raise UserError(f"--out {image} is a folder or another format, expected a file NAME.png")
+    check_folder(image.parent, f"--out {image}")
+
+
+def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of two coins, in nats: the least of policies with such success rates."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)  # 0 at p = 0
+            + torch.xlogy(1 - p, 1 - p) - torch.xlogy(1 - p, 1 - q))
 
 
 def draw_policies(results: dict[str, dict], image: pathlib.Path) -> None:

@@ -57,12 +57,11 @@ def make_questions(path: Path, rows: list[tuple[str, object]], render: Callable[
     questions = []
     for place, row in rows:
         try:
-            question = render(row if isinstance(row, dict) else {})
+            questions.append(render(row if isinstance(row, dict) else {}))
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
-        if (longest := max(len(continuation) for _, continuation in question.pairs)) > block_size:
+        if (longest := max(len(ids) for _, ids in questions[-1].pairs)) > block_size:
             raise UserError(f"{place}: a choice has {longest} tokens, over {block_size}: omit it")
-        questions.append(question)
     if not questions:
         raise UserError(f"{path} has no rows")
     return questions
@@ -124,9 +123,8 @@ def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str,
 
 def last_word_figures(scores: torch.Tensor) -> dict[str, float]:
     """Accuracies of the last word (lm-evaluation-harness) and its last token, and perplexity."""
-    figures = means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]})
-    perplexity = scores[:, 0].mean().neg().exp().item()
-    return figures | {"perplexity_per_word": perplexity, "rows": len(scores)}
+    return means({"accuracy_last_word": scores[:, 1], "accuracy_last_token": scores[:, 2]}) | {
+        "perplexity_per_word": scores[:, 0].mean().neg().exp().item(), "rows": len(scores)}
 
 
 def means(values: dict[str, Sequence[float]]) -> dict[str, float]:

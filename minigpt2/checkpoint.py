@@ -1,16 +1,15 @@
-"""Checkpoints: Hugging Face GPT-2 folders, with the training state beside the weights
-(docs/formats.md). Nothing that can run code is ever loaded."""
+"""Checkpoints: Hugging Face GPT-2 folders (docs/formats.md). Nothing that runs code is loaded."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,9 +38,8 @@ ALLOWED_SETTINGS = {  # values of config.json, where present; the first one is w
 def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dict | None = None,
                     prompt_template: str | None = None, keep_last: int = 0,
                     best_step: int | None = None) -> Path:
-    """Writes OUT_DIR/step_NNNNNN atomically and returns it; points OUT_DIR/latest to it and
-    OUT_DIR/best to `best_step`. With keep_last > 0, deletes older ones except `best_step`. Raises
-    UserError if writing fails; earlier checkpoints are intact."""
+    """Writes OUT_DIR/step_NNNNNN atomically and returns it; points latest to it and best to
+    `best_step`. With keep_last > 0, deletes older ones except best. Raises UserError."""
     folder, tensors = step_folder(out_dir, step), to_gpt2_layout(model)
     temporary = out_dir / f".{folder.name}.tmp"
     try:
@@ -53,7 +51,7 @@ def save_checkpoint(out_dir: Path, step: int, model: GPT, *, training_state: dic
         os.replace(temporary, folder)
         write_pointers(out_dir, step, best_step)
         for path in list_checkpoints(out_dir)[:-keep_last] if keep_last > 0 else []:
-            if step_of(path) != best_step:
+            if int(path.name[5:]) != best_step:  # of step_NNNNNN
                 os.replace(path, out_dir / f".{path.name}.old.tmp")  # deleted by clean_up
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(f"cannot write {folder} ({first_line(error)}): is the disk full? Earlier "
@@ -116,8 +114,7 @@ def clean_up(out_dir: Path) -> None:
 
 
 def write_pointers(out_dir: Path, step: int, best_step: int | None) -> None:
-    """Makes OUT_DIR/latest and, for a best_step that exists, OUT_DIR/best relative symlinks, or on
-    a file system without them files with the names."""
+    """Points latest, and best if it exists, to checkpoints: relative symlinks, or text files."""
     for name, target in (("latest", step), ("best", best_step)):
         if target is None or not step_folder(out_dir, target).exists():
             continue
@@ -138,14 +135,10 @@ def step_folder(out_dir: Path, step: int) -> Path:
     return out_dir / f"step_{step:06d}"
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, damaged ones included, oldest first."""
     return sorted((path for path in out_dir.glob("step_*")
-                   if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+                   if re.fullmatch(r"step_\d{6,}", path.name)), key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -184,27 +177,23 @@ def reading(path: Path) -> Iterator[None]:
         if sums.exists() and f"{sha256_of(path)}  {path.name}\n" not in sums.read_text("utf-8"):
             raise ValueError(f"it is damaged or was edited; after an edit, delete {SUMS_FILE}")
         yield
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError,
-            RecursionError) as error:
+    except (SafetensorError, UnpicklingError, OSError, EOFError, ValueError, RuntimeError) as error:
         # torch's own message about code advises weights_only=False
         reason = ("it is damaged or holds code, which is never run"
-                  if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split()))
+                  if isinstance(error, UnpicklingError) else " ".join(str(error).split()))
         raise UserError(f"cannot load {path} ({reason:.400}): use another checkpoint") from None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                model_class: type[GPT] = GPT, dropout: float = 0.0) -> GPT:
     """The model of a checkpoint, a GPT or a RewardModel, float32, in evaluation mode, with this
-    dropout whatever config.json says. Raises UserError for another kind of model, damage and NaN
-    weights."""
+    dropout. Raises UserError for another kind of model, damage and NaN weights."""
     folder = find_checkpoint(path)
-    config = dataclasses.replace(read_config(folder, is_reward=model_class is not GPT),
-                                 dropout=dropout)
+    config = dataclasses.replace(read_config(folder, model_class is not GPT), dropout=dropout)
     tokenizer.check_files(folder)
     parameters: dict[str, torch.Tensor] = {}
     for file, name, tensor in read_tensors(folder):
-        if TRANSPOSED.search(name) and tensor.dim() == 2:
-            tensor = tensor.t()
+        tensor = tensor.t() if TRANSPOSED.search(name) and tensor.dim() == 2 else tensor
         tensor = tensor.to(device, torch.float32).contiguous()
         if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} has NaN or infinite values: use another checkpoint")
@@ -287,7 +276,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     files lack its prefix or, from DDP and torch.compile, have more. A stored head is wte."""
     names = {WEIGHTS_FILE}
     if not (folder / WEIGHTS_FILE).exists():  # files are chosen as by transformers
-        names = set(map(str, read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
+        index = read_json(folder / INDEX_FILE).get("weight_map")
+        names = set(map(str, index.values() if isinstance(index, dict) else ()))
     for file in (folder / name for name in sorted(names)):
         with reading(file), safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118, not a dict

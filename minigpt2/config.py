@@ -13,12 +13,16 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 Config = typing.TypeVar("Config")  # the configuration dataclass of a script
 RANK_DELAY_S = 3.0  # after rank 0 has failed, torchrun stops the other ranks within this time
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OUT_OF_MEMORY = re.compile(  # CUDA, MPS, NCCL, Triton; PyTorch on a CPU; C++; Python; cuBLAS
+    "out of memory|DefaultCPUAllocator|bad_alloc|can't start new thread|CUBLAS_STATUS_ALLOC_FAILED"
+    "|could not create a primitive")  # oneDNN, which gives no reason
 
 
 class UserError(Exception):
@@ -33,8 +37,7 @@ def flag(default, help: str, *, minimum: float | None = None, below: float = mat
     return dataclasses.field(default=default, metadata=locals())  # all arguments, by name
 
 
-def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
-                 description: str) -> Config:
+def parse_config(cls: type[Config], argv: list[str] | None = None, *, description: str) -> Config:
     """Parses `argv` (default: the command line) into `cls`; exits with status 2 on an error. Types:
     int, float, str, bool (`--x/--no-x`), Literal[...], int | Literal[...], these with `| None`, and
     tuple[str, ...] for positional values, as is everything after "--"."""
@@ -67,7 +70,6 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *,
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    # `X | None` is parsed as X
     kind, *words = (arm for arm in typing.get_args(hint | None) if arm is not types.NoneType)
     if field.metadata["is_path"]:
         options["type"] = os.path.expanduser
@@ -115,6 +117,11 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
         if error.filename is None or error.strerror is None:
             raise
         sys.exit(fail(f"{error.filename}: {error.strerror}"))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(fail(f"out of memory ({first_line(error):.120}): lower --batch-size or "
+                      "--max-tokens, or use --dtype bfloat16"))
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -140,7 +147,14 @@ def share_cores() -> None:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class name if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is an out-of-memory error of any device."""
+    return error is not None and (
+        isinstance(error, MemoryError) or is_out_of_memory(error.__cause__)
+        or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
 
 
 def fail(message: str) -> int:

@@ -24,7 +24,7 @@ from minigpt2.progress import progress_bar
 from model import GPT
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-SamplingDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+SamplingDtype = Literal[Dtype, "int8"]
 POLL_SECONDS = 0.05  # between two reads of the store while ranks find each other
 
 
@@ -42,7 +42,6 @@ class Launch:
         return self.rank == 0
 
     def print0(self, *values) -> None:
-        """Prints on rank 0 only."""
         if self.is_master:
             print(*values, flush=True)
 
@@ -97,10 +96,9 @@ def start(device: str, deterministic: bool = False) -> Launch:
     if world_size > 1:
         backend, gpu = ("nccl", torch_device) if torch_device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=30)  # rank 0 may read a checkpoint from a slow disk meanwhile
-        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                              is_master=rank == 0 and not hosted, timeout=timeout,
-                              wait_for_workers=False)
+                              is_master=hosts, timeout=timeout, wait_for_workers=False)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=timeout, device_id=gpu)
@@ -108,8 +106,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
 
 
 def read_launch() -> tuple[int, int, int]:
-    """The rank, the rank on this node and the world size, as torchrun sets them; (0, 0, 1) without
-    torchrun. Raises UserError if a variable is missing or invalid."""
+    """torchrun's rank, rank on this node and world size; (0, 0, 1) without it. Raises UserError."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given.keys() & set(names[:3]):
@@ -177,8 +174,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on other
-    GPUs, and float32 elsewhere, so that machines agree to rounding. Warns of a dtype that a CPU
-    only emulates."""
+    GPUs, float32 elsewhere: machines agree to rounding. Warns of one that a CPU only emulates."""
     if dtype == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -247,9 +243,8 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
 
 
 def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch, *,
-               size_of: Callable = lambda row: 0, batch_size: int = 32,
-               batch_tokens: int = 0, should_stop: Callable[[], bool] = bool,
-               label: str = "") -> list | None:
+               size_of: Callable = lambda row: 0, batch_size: int = 32, batch_tokens: int = 0,
+               should_stop: Callable[[], bool] = bool, label: str = "") -> list | None:
     """The results of work(batch), one per row, in order, on every rank. Ranks take batches of
     batch_size rows, or about batch_tokens, in turn, the largest `size_of` first, eagerly, without
     gradients. `label` shows progress. None, on all ranks, if `should_stop()` on one."""

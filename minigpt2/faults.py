@@ -4,7 +4,6 @@ import contextlib
 import gc
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,13 +16,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from minigpt2.config import UserError, first_line
+from minigpt2.config import UserError, first_line, is_out_of_memory
 from minigpt2.distributed import Launch, autocast, start
 from minigpt2.loss import on_cpu
 from model import GPT
 
-# torchrun and SLURM, Ctrl-C, SLURM's early warning, a closed terminal
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # USR1: SLURM's early warning
 REPEAT_SECONDS = 3.0  # torchrun forwards a Ctrl-C that the terminal has sent to us already
 HEARTBEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # a rank with no heartbeat for this long is lost
@@ -31,9 +29,6 @@ MAX_SKIPPED = 3  # consecutive steps
 RESUME_HINT = "--resume continues from the newest checkpoint"
 CPU_MICRO_BATCH = 16  # sequences: on a CPU, more are not faster
 HEADROOM_BYTES = 512 * 2**20  # which a trial leaves free, for evaluation and sampling
-OUT_OF_MEMORY = re.compile(  # CUDA, MPS, NCCL, Triton; PyTorch on a CPU; C++; Python; cuBLAS
-    "out of memory|DefaultCPUAllocator|bad_alloc|can't start new thread|CUBLAS_STATUS_ALLOC_FAILED"
-    "|could not create a primitive")  # oneDNN, which gives no reason
 
 
 class IgnoreBrokenPipe:
@@ -90,8 +85,7 @@ class RankMonitor:
 
     def __init__(self):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.rank, self.world_size = 0, 1
-        self.store: dist.Store | None = None
+        self.rank, self.world_size, self.store = 0, 1, None  # until the ranks have met
         self.leaving = threading.Event()
         self.store_thread = ThreadPoolExecutor(1)  # a store on a dead node may never answer
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -138,8 +132,7 @@ class RankMonitor:
                 return
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
-            for rank, count in enumerate(counts):
-                # In heartbeats, not by the clock: all processes may have been suspended
+            for rank, count in enumerate(counts):  # not by the clock: all may have been suspended
                 unchanged[rank] = unchanged[rank] + 1 if count == counters.get(rank) else 0
                 counters[rank] = count
                 if unchanged[rank] * HEARTBEAT_SECONDS > SILENT_SECONDS:
@@ -175,15 +168,14 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
                 raise UserError("lost the connection to another rank: it was killed, or its node "
                                 f"is down. {RESUME_HINT} ({str(error)[-200:]!r})") from error
             if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # a missing compiler
-                raise UserError(f"torch.compile failed ({first_line(error):.300}): install what it "
-                                "lacks, or train with --no-compile, which is slower") from error
+                raise UserError(f"torch.compile failed ({' '.join(str(error).split()):.400}): "
+                                "install what it lacks, or train with --no-compile") from error
             raise
     if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
         dist.destroy_process_group()
 
 
-def count_skipped(skipped: int, loss: float, grad_norm: float,
-                  scaler: torch.amp.GradScaler) -> int:
+def count_skipped(skipped: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler) -> int:
     """The number of consecutive skipped steps after another step. Raises UserError at MAX_SKIPPED.
     The float16 scaler starts too high: down to a scale of 1, gradient overflows do not count."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -195,13 +187,6 @@ def count_skipped(skipped: int, loss: float, grad_norm: float,
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
                     f"({loss}) or gradient norm ({grad_norm}) and changed nothing: lower --max-lr; "
                     f"{RESUME_HINT}")
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, is an out-of-memory error of any device."""
-    return error is not None and (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_memory(error.__cause__)
-        or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))))
 
 
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ RARE = 100_000  # one invalid byte per this many characters is damage, more are 
 @contextlib.contextmanager
 def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
     """Opens a temporary file, which is flushed and renamed to `path` if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     mode, encoding = ("w", "utf-8") if text else ("wb", None)
     try:
@@ -34,6 +36,12 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):  # already renamed, or the folder is not writable
             temporary.unlink()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes an object as JSON, atomically."""
+    with atomic_write(path, text=True) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -60,8 +68,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def folder_lock(out_dir: Path) -> Iterator[None]:
-    """Locks a folder, created if needed, against other processes; the system releases the lock of a
-    killed process."""
+    """Locks a folder, created if needed. The system releases the lock of a killed process."""
     try:
         with filelock.FileLock(out_dir / ".lock", timeout=0):
             yield

@@ -6,24 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from minigpt2.config import UserError
-from minigpt2.files import atomic_write, check_folder
+from minigpt2.files import atomic_write
 from minigpt2.metrics import read_log
 
 PANELS = {("hellaswag", "accuracy_per_token"): "HellaSwag", ("train", "lr"): "learning rate",
           ("train", "grad_norm"): "gradient norm"}  # below the losses
 
 
-def check_image(image: Path) -> None:
-    """Raises UserError, before any work is done, if --out is no path for a new PNG."""
-    if image.suffix != ".png" or image.is_dir():
-        raise UserError(f"--out {image} is a folder or another format, expected a file NAME.png")
-    check_folder(image.parent, f"--out {image}")
-
-
 def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
               loss_name: str = "cross-entropy, nats per token") -> None:
-    """Plots runs, given as (label, run log), into one PNG with one color per label: losses and the
-    PANELS that were logged. Raises UserError if no loss was logged."""
+    """Plots (label, run log)s into a PNG, one color per label. Raises UserError without losses."""
     from matplotlib.figure import Figure  # slow to import
     logs = [(f"{label} " if len(runs) > 1 else "", read_log(path)) for label, path in runs]
     if not any(points(log, kind, "loss")[0] for _, log in logs for kind in ("train", "val")):
@@ -41,8 +33,7 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
                       marker="" if panel[0] == "train" else ".")
             axes.set_ylabel(PANELS[panel])
     loss.set_ylabel(loss_name)
-    # Not get_legend_handles_labels, which leaves out labels that begin with an underscore
-    handles = {line.get_label(): line for line in loss.lines}
+    handles = {line.get_label(): line for line in loss.lines}  # legend() omits labels like "_a"
     for text in (loss.set_title(title), *loss.legend(handles.values(), handles.keys()).texts):
         text.set_parse_math(False)  # $ is only a character
     limit_loss(loss, [points(log, kind, "loss") for _, log in logs for kind in ("train", "val")])
@@ -54,7 +45,6 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
         axes.grid(alpha=0.3)
     figure.axes[-1].set_xlabel("step")
     figure.align_ylabels()
-    image.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(image) as file:
         figure.savefig(file, format="png")
 

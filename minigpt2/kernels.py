@@ -15,8 +15,7 @@ ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number wor
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with a packed weight, which is not repacked for every token, and no gradient:
-    x (..., in) in any floating dtype -> (..., out) in the weight's dtype."""
+    """nn.Linear with a packed weight, without gradient: x (..., in) -> (..., out) in its dtype."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
@@ -80,10 +79,9 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """Prepares a model, in place, to sample only. On a GPU, converts the weights to `dtype`; on a
-    CPU with oneDNN, packs the linear layers, those of the blocks in `dtype`, with int8 also the
-    head. Logits are float32. Raises UserError if the device lacks `dtype`, ValueError if another
-    was prepared."""
+    """Prepares a model in place to sample only. On a GPU, converts the weights to `dtype`; on a CPU
+    with oneDNN, packs the linear layers, those of the blocks in `dtype`, with int8 the head too.
+    Logits are float32. Raises UserError if the device lacks `dtype`, ValueError for another one."""
     model.eval().requires_grad_(False)
     current = model.transformer.h[0].attn.c_attn.weight.dtype
     if isinstance(model.lm_head, PackedLinear | Int8Linear | Float32Head) and current != dtype:

@@ -31,9 +31,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     if torch.compiler.is_compiling() or dtype == torch.float16:
         if device_type == "cuda":
             weight = F.pad(weight, (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
-        logits = F.linear(x, weight)[:, :V]  # (N, V)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX,
-                               reduction=reduction)
+        logits = F.linear(x, weight)[:, :V].float()  # (N, V)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
     valid = targets != IGNORE_INDEX  # (N,)
     if on_cpu(x.device):  # prompt and padding rows need no logits, beyond what completes a multiple
         padding = -int(valid.sum()) % ROW_MULTIPLE_CPU
@@ -53,7 +52,6 @@ def on_cpu(device: torch.device) -> bool:
 
 
 def block_sizes(device: torch.device) -> tuple[int, int]:
-    """How many rows of logits to hold at a time, and of their float32 softmax."""
     return ((LOSS_ROWS_CPU, SOFTMAX_ROWS_CPU) if on_cpu(device) else
             (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
 

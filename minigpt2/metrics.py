@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt2.config import UserError
+from minigpt2.config import ROOT, UserError
 
 # Dense bf16 peak with fp32 accumulation (V100, T4: fp16), from data sheets; the longest name wins
 PEAK_TFLOPS = {
@@ -33,11 +33,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
     """What reproduces a run. `git_commit` ends with "+changes" if tracked files are modified."""
-    root = Path(__file__).resolve().parents[1]
-    files = [*sorted(root.glob("*.py")), *sorted(root.glob("minigpt2/*.py"))]
-    code = b"".join(path.read_bytes() for path in files)
+    files = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("minigpt2/*.py"))]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-    describe = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always",
+    describe = ["git", "-C", str(ROOT), "--no-optional-locks", "describe", "--always",
                 "--abbrev=64", "--exclude=*", "--dirty=+changes"]
     commit = None
     with contextlib.suppress(OSError):  # git is not installed
@@ -45,8 +44,8 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
     return vars(config) | {
         "python": platform.python_version(), "torch": str(torch.__version__),
         "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": commit,
-        "code_sha256": hashlib.sha256(code).hexdigest(),
-        "data_sha256": hashlib.sha256(canonical).hexdigest(), "world_size": world_size,
+        "code_sha256": code, "world_size": world_size,
+        "data_sha256": hashlib.sha256(canonical).hexdigest(),
         "device_name": (torch.cuda.get_device_name(device) if device.type == "cuda" else
                         f"{device.type} {platform.machine()}")}
 
@@ -84,7 +83,7 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
         try:
             record = json.loads(line)
             step, kind = int(record["step"]), str(record["kind"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} line {n} is no record, delete it: {error!r:.99}") from None
         if kind == "run":
             for other, old in records.items():

@@ -38,11 +38,9 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            if group.get("muon"):
-                self.step_matrices(group)
-        all_groups = self.param_groups
-        self.param_groups = [group for group in all_groups if not group.get("muon")]
+        all_groups, self.param_groups = self.param_groups, []
+        for group in all_groups:
+            (self.step_matrices if group.get("muon") else self.param_groups.append)(group)
         super().step()
         self.param_groups = all_groups
 
@@ -78,13 +76,13 @@ class Muon(torch.optim.AdamW):
                     weight.sub_(update, alpha=scale)
 
 
-def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """About U V^T for each of `matrices` = U S V^T (n, rows, columns), rows <= columns, by Muon's
     Newton-Schulz iteration: singular values end between about 0.7 and 1.2. In bfloat16 on a GPU."""
     a, b, c = 3.4445, -4.7750, 2.0315  # of the quintic polynomial
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # no singular value above 1
-    for _ in range(steps):
+    for _ in range(5):
         square = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.to(matrices.dtype)
@@ -97,8 +95,8 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     and LayerNorms; or of another kind, "muon": Muon for the blocks' matrices, AdamW for the rest.
     `shard` splits the state over the ranks (ZeRO stage 1, Rajbhandari et al. 2020)."""
     # fused: one kernel instead of a dozen passes over memory per parameter
-    adamw = {"betas": betas, "eps": eps, "fused": True}
-    optimizer_class, options = {"adamw": (torch.optim.AdamW, adamw), "muon": (Muon, adamw)}[kind]
+    options = {"betas": betas, "eps": eps, "fused": True}
+    optimizer_class = {"adamw": torch.optim.AdamW, "muon": Muon}[kind]
     named = list(model.named_parameters())  # a tied weight occurs once
     muon_params = [p for name, p in named if kind == "muon" and is_block_matrix(name, p)]
     rest = [p for name, p in named if kind != "muon" or not is_block_matrix(name, p)]
@@ -119,8 +117,7 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> None:
-    """Takes a step if all `numbers` (n,) are finite. The host does not wait for the device, except
-    for an optimizer that ignores `found_inf`, unlike PyTorch's fused ones."""
+    """Takes a step if all `numbers` (n,) are finite. Fused optimizers decide that on the device."""
     is_finite = numbers.isfinite().all()  # ()
     if getattr(local_optimizer(optimizer), "_step_supports_amp_scaling", False):
         local_optimizer(optimizer).found_inf = is_finite.logical_not().float()

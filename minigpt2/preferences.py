@@ -1,5 +1,4 @@
-"""Preference data: a prompt, a chosen and a rejected response, in one of three forms of rows
-(docs/alignment.md). At the end: padded lengths and micro-batches of rows of every kind."""
+"""Preference pairs, in three forms of rows (docs/alignment.md); padded lengths, micro-batches."""
 
 import re
 from collections import Counter

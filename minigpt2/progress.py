@@ -16,8 +16,8 @@ LINE_SECONDS = 20.0  # between two lines
 
 
 class Pace:
-    """How long the steps and other parts of a run, such as validating, take, and the time left. A
-    part recurs after `every` steps, and at the `milestones`."""
+    """How long steps and parts of a run take, and the time left. A part, such as validating, recurs
+    after `every` steps, and at the `milestones`."""
 
     def __init__(self, milestones: Iterable[int] = ()):
         self.milestones, self.overhead_s = set(milestones), 0.0  # of all parts but steps
@@ -95,13 +95,12 @@ class Lines(io.TextIOBase):
             print(text.strip(), file=sys.stderr, flush=True)
 
 
-def progress_bar(total: int | None, initial: int, description: str, *, unit: str = "step",
-                 enabled: bool = True, over: Iterable | None = None,
-                 pace: Pace | None = None) -> Bar:
+def progress_bar(total: int, initial: int, label: str, *, unit: str = "step", enabled: bool = True,
+                 over: Iterable | None = None, pace: Pace | None = None) -> Bar:
     """A bar, over the items of `over` if given. Without a terminal, a line every 20 s."""
     # A terminal without a size, as some containers have, would show nothing
     is_drawn = sys.stderr and sys.stderr.isatty() and os.get_terminal_size(2).columns
     options = ({"seconds": 0.5, "dynamic_ncols": True} if is_drawn else
                {"seconds": LINE_SECONDS, "ncols": 120, "ascii": True, "file": Lines()})
-    return Bar(over, total=total, initial=initial, desc=description, unit=unit, pace=pace,
+    return Bar(over, total=total, initial=initial, desc=label, unit=unit, pace=pace,
                disable=not enabled, unit_scale=unit != "step", smoothing=0.05, **options)

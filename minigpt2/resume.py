@@ -1,5 +1,4 @@
-"""Checkpoints of a run in progress: written in the background, found again, and restored. Data and
-random generators need no state of their own: seed, step and rank determine both."""
+"""Checkpoints of a run in progress: written in the background, found again, and restored."""
 
 import contextlib
 import dataclasses
@@ -7,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +101,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             print(second, file=sys.stderr, flush=True)  # the first error is raised
 
 
-def find_resume(out_dir: Path, resume: bool, launch: Launch,
-                model_class: type[GPT] = GPT) -> Path | None:
+def find_resume(out_dir: Path, resume: bool, launch: Launch, model_class: type[GPT]) -> Path | None:
     """The newest intact checkpoint of out_dir; None for a new run. Raises UserError if the folder
     holds a run and `resume` is false, has no intact checkpoint, is in use, or is not shared."""
     folder = None
@@ -146,8 +143,7 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
     return None
 
 
-def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[str],
-                   launch: Launch) -> None:
+def check_settings(folder: Path, saved: dict, metadata: dict, fixed: tuple, launch: Launch) -> None:
     """Prints what differs from the run that wrote the checkpoint. Raises UserError for `fixed`."""
     before = saved["facts"]  # older versions lack newer settings
     changed = {name: (before[name], metadata[name]) for name in metadata.keys() & before.keys()
@@ -160,7 +156,7 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: Iterable[st
     for name, (was, now) in sorted(changed.items()):
         if name == "checkpoint":
             launch.print0(f"--resume: --checkpoint {now} is ignored, the run started from {was}")
-        elif name != "resume" and now != "auto":
+        elif name != "resume" and (name, now) != ("micro_batch_size", "auto"):
             launch.print0(f"--resume: {name} was {was}, is now {now}")
 
 

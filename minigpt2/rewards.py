@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import SubprocessError
 
 import torch
 import torch.nn as nn
@@ -65,8 +66,7 @@ def pad_batch(rows: Sequence[Sequence[int]], block_size: int,
 def response_batch(rows: Sequence[tuple[list[int], list[int]]], block_size: int,
                    device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(prompt, response) ids -> inputs and targets (B, T); without rows, one without targets."""
-    ids, masks = pad_batch([prompt + response for prompt, response in rows] or [[0]], block_size,
-                           device)
+    ids, masks = pad_batch([prompt + reply for prompt, reply in rows] or [[0]], block_size, device)
     starts = torch.tensor([len(prompt) for prompt, _ in rows] or [1])  # (B,)
     return ids, response_targets(ids, to_device(starts, device), masks.sum(1))
 
@@ -95,16 +95,16 @@ REWARDS = ("expected the folder of a reward model, FILE.py:FUNCTION, or function
            "at_most_words=N, contains[=TEXT] or equals[=TEXT]")
 USER_ERRORS = (  # which a user's function may raise
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-    RuntimeError, StopIteration, SyntaxError, TypeError, ValueError, re.error)
+    RuntimeError, StopIteration, SubprocessError, SyntaxError, TypeError, ValueError, re.error)
 
 
 class Reward:
     """What `--reward` names (docs/alignment.md): a reward model, or a function of a row and a text.
-    A response without <|endoftext|> gets `unstopped_score`, by default -1 or 0 (function)."""
+    A response without <|endoftext|> gets `unstopped_score`, by default -1 or 0 (function). Raises
+    UserErrors that name `flag`."""
 
     def __init__(self, spec: str, flag: str, device: torch.device,
                  unstopped_score: float | None = None):
-        """Raises UserError, which names `flag`."""
         self.spec, self.sha256, self.model = spec, spec, None
         file, _, name = (spec + ":" * spec.endswith(".py")).rpartition(":")
         try:
@@ -126,8 +126,7 @@ class Reward:
     def __call__(self, responses: Sequence[Response], rows: Sequence, launch: Launch,
                  dtype: torch.dtype, batch_size: int = 32,
                  should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
-        """The scores (R,) float64 of R responses to R prompts, or None, see `share_rows`. Raises
-        UserError if one is not finite."""
+        """The scores (R,) float64 of R responses; for None see `share_rows`. Raises UserError."""
         stopped = [i for i, response in enumerate(responses) if response.stopped]
         places = [f"{decode(responses[i].tokens)!r:.100}, a response to {rows[i].place},"
                   for i in stopped]

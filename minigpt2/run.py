@@ -1,5 +1,4 @@
-"""What training scripts share: flags, and a `Run` for all but batches, forward and backward pass,
-loss normalization, validation and schedule. Scripts call it (docs/development.md)."""
+"""What training scripts share: their flags, and a `Run`, which they call (docs/development.md)."""
 
 import contextlib
 import math
@@ -23,8 +22,7 @@ from minigpt2.optimizer import learning_rate, make_optimizer, missing_bytes, ste
 from minigpt2.progress import Pace, progress_bar
 from model import GPT
 
-# How many steps behind the host reads loss and gradient norm: a GPU never waits for the host
-STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}
+STEPS_LATE = {"cuda": 1, "cpu": 0, "mps": 0}  # the host reads losses late: a GPU never waits
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class TuningConfig(RunConfig):
     def lr_at(self, step: int, max_steps: int, n_embd: int = 768) -> float:
         max_lr = 5e-5 * (768 / n_embd) ** 1.5 if self.max_lr is None else self.max_lr
         return learning_rate(step, warmup_steps=round(max_steps * self.warmup_fraction),
-                             max_steps=max_steps, max_lr=max_lr, min_lr=self.min_lr)
+                             max_steps=max_steps, max_lr=max_lr, min_lr=min(self.min_lr, max_lr))
 
     def make_optimizer(self, model: GPT, shard: bool) -> torch.optim.Optimizer:
         return make_optimizer(model, lr=self.max_lr or 0.0, betas=(0.9, 0.95), eps=1e-8,
@@ -89,7 +87,7 @@ class Run:
     `prepare` sets: `optimizer`, `max_steps`, `micro_batch_size`, `summary`, ..."""
 
     def __init__(self, config: RunConfig, launch: Launch, stop: StopRequest | None, *, label: str,
-                 graph: str, data: dict, fixed: Iterable[str], prompt_template: str | None = None,
+                 graph: str, data: dict, fixed: tuple, prompt_template: str | None = None,
                  loss_name: str = "cross-entropy, nats per token", model_class: type[GPT] = GPT,
                  **extra_metadata):
         """`label` names the bar, `loss_name` the axis of `graph`; `data` is hashed; --resume may
@@ -154,9 +152,8 @@ class Run:
                 sequence_length=sequence_length, optimizer_bytes=missing_bytes(optimizer))
             self.metadata["micro_batch_size"] = self.micro_batch_size
         self.train_model = distributed.data_parallel(self.trained.eval(), launch)
-        self.summary = (f"{model.num_parameters():,} parameters, "
-                        f"{str(self.dtype).removeprefix('torch.')} on {launch.world_size} x "
-                        f"{launch.device}{', compiled' if compiled else ''}")
+        self.summary = (f"{model.num_parameters():,} parameters, {str(self.dtype)[6:]} on "
+                        f"{launch.world_size} x {launch.device}{', compiled' if compiled else ''}")
         return self.train_model
 
     def prepare_epochs(self, model: GPT, num_rows: int, sequence_length: int) -> torch.nn.Module:
@@ -189,9 +186,8 @@ class Run:
                 self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
                                **self.metadata)
             self.writer = stack.enter_context(resume.CheckpointWriter(
-                self.out_dir, self.launch, self.metadata, keep_last=config.keep_last,
-                prompt_template=self.prompt_template,
-                saved_step=self.step if self.is_resumed else None))
+                self.out_dir, self.launch, self.metadata, prompt_template=self.prompt_template,
+                keep_last=config.keep_last, saved_step=self.step if self.is_resumed else None))
             self.pace = Pace(self.milestones)
             self.bar = stack.enter_context(progress_bar(
                 self.max_steps, self.step, self.label, enabled=is_master, pace=self.pace))
@@ -231,8 +227,7 @@ class Run:
         return due and not self.stopping
 
     def log_validation(self, loss: float | None, **figures) -> bool:
-        """`log_figures` of a validation, of loss None after a signal. Samples may follow. Raises
-        UserError for a loss that is not finite."""
+        """`log_figures` of a validation, of loss None after a signal. Raises UserError for NaN."""
         self.state.val_loss = loss
         self.begin("sampling", self.config.eval_interval)
         is_complete = self.log_figures("val", None if loss is None else {"loss": loss, **figures})
@@ -266,9 +261,8 @@ class Run:
 
     def micro_steps(self, batches: Sequence) -> Iterator:
         """Yields the micro-batches of an update: only there are modules in training mode. DDP
-        averages gradients over ranks in the last, forward pass included. After a signal to any
-        rank, none follow, and `finish_step` discards their sum; a step that has made an update is
-        completed."""
+        averages gradients in the last, forward pass included. After a signal to any rank, none
+        follow, and `finish_step` discards the sum; a step with an update is completed."""
         for number, batch in enumerate(batches, 1):
             is_last = number == len(batches)
             # The first rank that has a signal, or enters its last micro-step, decides for all: one
@@ -295,7 +289,6 @@ class Run:
         numbers = torch.cat([summed, grad_norm[None]])  # on the device, the same on all ranks
         step_if_finite(self.optimizer, numbers)
         self.scaler.update()
-        # DDP's gradients are views of its buckets and must stay
         self.optimizer.zero_grad(set_to_none=self.train_model is self.trained)
         self.updates.append(numbers)
 

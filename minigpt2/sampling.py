@@ -25,8 +25,7 @@ class SamplingParams:
     temperature: float  # 0: the most likely token
     top_k: int = 0  # keeps the k most likely tokens; 0, or more than the vocabulary: all
     top_p: float = 1.0  # keeps the most likely tokens with total probability p (Holtzman 2019)
-    # Divides positive and multiplies negative logits of tokens already in the row (Keskar 2019)
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # divides logits > 0 of tokens in the row, multiplies others
 
     def __post_init__(self):
         for name, kind, is_valid, expected in (
@@ -37,13 +36,6 @@ class SamplingParams:
             value = getattr(self, name)
             if not (isinstance(value, kind) and is_valid(value) and value < float("inf")):
                 raise UserError(f"{name} is {value!r:.60}, expected {expected}")
-
-
-def check_sample_prompt(prompt: list[int], config, block_size: int) -> None:
-    """Raises UserError if a run is to sample and its context has no room, before it starts."""
-    if config.sample_tokens and len(prompt) >= block_size:
-        raise UserError(f"--sample-prompt has {len(prompt)} tokens; the context is {block_size}, "
-                        "response included: shorten it, or use --sample-tokens 0")
 
 
 @dataclass(frozen=True)
@@ -91,8 +83,7 @@ def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     temperature = max(params.temperature, torch.finfo(torch.float32).tiny)  # else rounded to 0
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
-    if params.top_p < 1:
-        # On a CPU, NumPy sorts 15 times as fast as PyTorch
+    if params.top_p < 1:  # on a CPU, NumPy sorts 15 times as fast as PyTorch
         ascending = (torch.from_numpy(np.sort(weights.numpy(), axis=-1))  # (B, V)
                      if weights.device.type == "cpu" else weights.sort(-1).values)
         cumulative = ascending.cumsum(-1)

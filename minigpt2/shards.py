@@ -77,12 +77,6 @@ def shard_error(path: Path, problem: str) -> UserError:
     return UserError(f"shard {path} {problem}: delete it and rerun the command that wrote it")
 
 
-def write_record(path: Path, record: dict) -> None:
-    """Writes `manifest.json` or `progress.json`."""
-    with atomic_write(path, text=True) as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-
-
 def read_record(path: Path) -> dict:
     """Reads and checks `manifest.json` or `progress.json`. Raises UserError."""
     try:
@@ -98,8 +92,7 @@ def read_record(path: Path) -> dict:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a corpus (docs/formats.md); for a folder of only foreign shards, `tokens` and
-    `shards` (without `sha256`) come from the files. Raises UserError."""
+    """The manifest of a corpus (docs/formats.md), or one of foreign shards. Raises UserError."""
     make = ("make shards of its text with: python pretrain_data/text_to_shards.py "
             f"{shlex.quote(str(data_dir))} --out-dir DIR")
     if not data_dir.exists():

@@ -1,7 +1,5 @@
-"""The GPT-2 tokenizer, and prompt templates. tiktoken downloads the vocabulary; here it comes from
-an installed package, checked against the SHA-256 that tiktoken pins."""
+"""The GPT-2 tokenizer, its vocabulary from an installed package, and prompt templates."""
 
-import codecs
 import contextlib
 import functools
 import json
@@ -71,13 +69,10 @@ def load_tokenizer() -> tiktoken.Encoding:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError if a tokenizer file of a Hugging Face checkpoint, where there is one, has
-    another vocabulary than GPT-2's, added tokens included, or sets add_prefix_space."""
+    """Raises UserError if a checkpoint's tokenizer files, where there are any, are not GPT-2's."""
     ours = json.loads(vocabulary_path("vocab.json").read_bytes())
-    for path in map(folder.joinpath, ("vocab.json", "added_tokens.json", "tokenizer_config.json",
-                                      "tokenizer.json")):
-        if not path.exists():
-            continue
+    names = ("vocab.json", "added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+    for path in filter(Path.exists, map(folder.joinpath, names)):
         try:
             file = json.loads(path.read_bytes())
             if path.name == "tokenizer.json":
@@ -109,8 +104,7 @@ def cut_runs(text: str) -> list[str]:
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of a text, in which "<|endoftext|>" is plain text of seven ids. Lone surrogates
-    become U+FFFD."""
+    """The token ids of a text; in it, "<|endoftext|>" is plain text, a lone surrogate U+FFFD."""
     return encode_to_array(repair(text)).tolist()
 
 
@@ -125,19 +119,8 @@ def decode(ids: list[int]) -> str:
     return load_tokenizer().decode(ids)
 
 
-class StreamDecoder:
-    """Decodes ids as they arrive; an incomplete character is held back until `final`."""
-
-    def __init__(self):
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, ids: list[int], final: bool = False) -> str:
-        return self.utf8.decode(load_tokenizer().decode_bytes(ids), final)
-
-
 def load_template(name: str) -> str:
-    """The text of one of TEMPLATES, or of a text file; if that has no place for an input, an input
-    follows the instruction. Raises UserError."""
+    """A template of TEMPLATES or a text file; one without {input} gets it. Raises UserError."""
     try:
         text = TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -157,8 +140,7 @@ def load_template(name: str) -> str:
 def format_prompt(instruction: str, input: str = "", template: str = ALPACA) -> str:
     """The prompt, up to the response, in a template from `load_template`."""
     texts = {"instruction": instruction, "input": input}
-    return PLACEHOLDER.sub(lambda name: texts[name[1]],
-                           OPTIONAL.sub(r"\1" if input else "", template))
+    return PLACEHOLDER.sub(lambda m: texts[m[1]], OPTIONAL.sub(r"\1" if input else "", template))
 
 
 def chat_template(template: str) -> str:

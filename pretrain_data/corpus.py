@@ -25,7 +25,7 @@ import numpy as np
 
 from minigpt2 import shards
 from minigpt2.config import UserError
-from minigpt2.files import folder_lock, sha256_of
+from minigpt2.files import folder_lock, sha256_of, write_json
 from minigpt2.progress import progress_bar
 from minigpt2.tokenizer import EOT_TEXT, EOT_TOKEN, VOCABULARY, cut_runs, encode_to_array, repair
 from pretrain_data.documents import Part, Source
@@ -122,7 +122,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     written, progress = record["shards"], out_dir / shards.PROGRESS
     if (out_dir / shards.MANIFEST).exists():  # a finished corpus is continued
         os.replace(out_dir / shards.MANIFEST, progress)
-    shards.write_record(progress, record)
+    write_json(progress, record)
     reader = TokenReader(source, record, workers)
     with (contextlib.closing(reader.stream),
           progress_bar(expected, tokens_before, "tokenizing", unit="token") as bar):
@@ -133,14 +133,14 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
             size_and_sha256 = shards.write_shard(
                 path, reader.take(min(record[size], limit - record["tokens"]), bar.update))
             written.append({"file": path.name, "split": split, **size_and_sha256, "start": start})
-            shards.write_record(progress, record)
+            write_json(progress, record)
     if len(written) < 2:
         for file in (progress.name, *(shard["file"] for shard in written)):
             (out_dir / file).unlink()
         is_given = record["val_tokens"] == record["shard_tokens"]
         raise UserError(f"all {record['tokens']:,} tokens fit into the first shard, for validation:"
                         f" give more text{', or lower --shard-tokens' * is_given}")
-    shards.write_record(progress, record)
+    write_json(progress, record)
     os.replace(progress, out_dir / shards.MANIFEST)
     print("".join(f"{count:,} {OUTCOMES[name]}\n" for name, count in record["outcomes"].items()
                   if count), end="")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2 import shards
 from minigpt2.config import flag, parse_config, run_main
-from minigpt2.files import folder_lock, sha256_of
+from minigpt2.files import folder_lock, sha256_of, write_json
 from minigpt2.hub import fetch, list_files
 from minigpt2.progress import progress_bar
 from pretrain_data.corpus import check_disk, check_same_corpus
@@ -52,7 +52,7 @@ def main() -> None:
         manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
         for path in filter(pathlib.Path.exists, (progress, manifest)):
             check_same_corpus(out_dir, shards.read_record(path), {"source": source})
-        shards.write_record(progress, {"source": source, "shards": []})  # now unfinished
+        write_json(progress, {"source": source, "shards": []})  # now unfinished
         manifest.unlink(missing_ok=True)
         check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
         for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
@@ -60,7 +60,7 @@ def main() -> None:
             done.append({"file": file.path, "split": file.path.split("_")[1],
                          "tokens": len(shards.open_shard(path)), "sha256": sha256_of(path)})
         tokens = sum(shard["tokens"] for shard in done)
-        shards.write_record(manifest, {"source": source, "tokens": tokens, "shards": done})
+        write_json(manifest, {"source": source, "tokens": tokens, "shards": done})
         progress.unlink()
     shutil.rmtree(out_dir / ".cache", ignore_errors=True)  # download metadata of the hub's client
     print(f"wrote {out_dir}: {tokens:,} tokens, {len(done)} shards, the first for validation")

@@ -11,9 +11,10 @@ from helpers.ranks import Ranks
 
 import judge
 from dataloader import Prompt, pad_rows
+from image.plot_report import binary_kl
 from inference import logprobs
-from judge import plain, repeated_4grams, response_figures, response_loss, win_rate
-from minigpt2.advantages import best_of_n, binary_kl, response_targets
+from judge import best_of_n, plain, repeated_4grams, response_figures, response_loss, win_rate
+from minigpt2.advantages import response_targets
 from minigpt2.checkpoint import load_model, save_checkpoint
 from minigpt2.rewards import RewardModel
 from minigpt2.sampling import Response

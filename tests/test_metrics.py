@@ -21,8 +21,9 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from image.plot_loss import main
+from image.plot_report import check_image
 from minigpt2 import metrics
-from minigpt2.graphs import check_image, draw_runs
+from minigpt2.graphs import draw_runs
 from minigpt2.metrics import RunLog, peak_flops, read_log, run_metadata
 from model import GPT, GPTConfig
 
@@ -183,7 +184,7 @@ def test_git_commit(monkeypatch, tmp_path):
         return run_metadata(SomeConfig(), world_size=1, device=torch.device("cpu"),
                             data={})["git_commit"]
 
-    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "minigpt2" / "metrics.py"))
+    monkeypatch.setattr(metrics, "ROOT", tmp_path)
     (tmp_path / "metrics.py").write_text("pass\n")
     assert found() is None  # not in a repository
     git("init", "--quiet")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from helpers.common import ROOT, script_env, user_error
 
+from chat import StreamDecoder
 from minigpt2 import tokenizer
 from minigpt2.tokenizer import (
     EOT_TOKEN,
-    StreamDecoder,
     decode,
     encode,
     encode_example,

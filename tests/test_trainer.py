@@ -50,7 +50,7 @@ import trainer
 from bench.train import make_training
 from dataloader import TokenLoader
 from minigpt2 import benchmarks, resume, run
-from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state, step_of
+from minigpt2.checkpoint import list_checkpoints, load_model, load_training_state
 from minigpt2.config import parse_config
 from minigpt2.distributed import (
     Launch,
@@ -894,7 +894,7 @@ def test_a_quoted_home_folder_and_odd_paths(tmp_path, monkeypatch, capsys):
         run_to_end(trainer)
     capsys.readouterr()
     assert (tmp_path / name / "pretrain_loss.png").exists()
-    assert [step_of(path) for path in list_checkpoints(tmp_path / name)] == [1, 2]
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path / name)] == [1, 2]
     load_model(tmp_path / name)
 
 

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt2.config import UserError, run_main
+from minigpt2.config import ROOT, UserError, run_main
 from minigpt2.distributed import Launch
-from minigpt2.files import atomic_write
+from minigpt2.files import atomic_write, write_json
 from minigpt2.run import RunConfig, run_training
-from minigpt2.shards import MANIFEST, read_manifest, shard_header, write_record
+from minigpt2.shards import MANIFEST, read_manifest, shard_header
 from model import GPTConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
 CPU_LAUNCH = Launch(rank=0, world_size=1, device=torch.device("cpu"))
 TINY_FLAGS = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "32",
@@ -47,7 +46,7 @@ def make_corpus(data_dir: Path, shard_sizes: list[int], seed: int = 0, high: int
         name = f"shard_{i:06d}.npy"
         write_shard(data_dir / name, random.randint(0, high, size).astype(np.uint16))
         shards.append({"file": name, "split": "train" if i else "val", "tokens": size})
-    write_record(data_dir / MANIFEST, {"tokens": sum(shard_sizes), "shards": shards})
+    write_json(data_dir / MANIFEST, {"tokens": sum(shard_sizes), "shards": shards})
     return data_dir
 
 
