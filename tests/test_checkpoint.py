@@ -164,7 +164,7 @@ def test_the_index_decides_which_files_are_read(saved):
     for content in ("{", "[]"):
         index.write_text(content)
         assert "index.json" in user_error(load_model, saved)
-    for content in ("{}", '{"weight_map": {"a": 1}}'):
+    for content in ("{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}'):
         index.write_text(content)
         assert str(saved) in user_error(load_model, saved)
 

@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from helpers.common import ROOT, assert_user_error, run_script
 
-from minigpt2.config import UserError, flag, parse_config, run_main
+from minigpt2.config import UserError, first_line, flag, parse_config, run_main
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,23 @@ def test_run_main_reports_an_error_in_one_line(capsys, monkeypatch):
     code, error = exit_of(full_disk, capsys)
     assert code == 2 and "out/log" in error and error.count("\n") == 1
     assert exit_of(lambda: None, capsys) == (0, "")
+
+
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    def allocate(message="CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has"):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(sys, "argv", ["inference.py"])
+    code, error = exit_of(allocate, capsys)
+    assert code == 2 and error.count("\n") == 1 and "lower --batch-size or --max-tokens" in error
+    assert "out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in error
+    with pytest.raises(RuntimeError, match="another"):
+        run_main(lambda: allocate("another error"))
+
+
+def test_the_first_line_of_a_message():
+    assert first_line(ValueError("\nC++ compile error\nmore")) == "C++ compile error"
+    assert first_line(ValueError("\n")) == first_line(ValueError()) == "ValueError"
 
 
 def test_rank_0_reports_an_error_first(capsys, monkeypatch):

@@ -223,9 +223,9 @@ def test_the_table_has_a_column_for_each_checkpoint(files, monkeypatch, capsys):
     for limit in (1, 2):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments(files)[:-3], f"{path},lambada="
                                          f"{files / 'passages.jsonl'}", "--limit", str(limit), copy,
-                                         "--json", str(files / "results.json")])
+                                         "--json", str(files / "new" / "results.json")])
         evaluate.main()
-        results = json.loads((files / "results.json").read_text())
+        results = json.loads((files / "new" / "results.json").read_text())
         assert list(results) == [str(files / "out"), copy]
         assert results[copy]["mine rows"] == limit == results[copy]["lambada rows"]
         assert ("mine accuracy_summed_stderr" in results[copy]) == (limit > 1)

@@ -334,6 +334,7 @@ def test_the_learning_rate_follows_from_the_width(base, rows_file, tmp_path):
     """That of a fully trained GPT-2 is customary; smaller models need more."""
     config = FinetuneConfig()
     assert config.lr_at(2, 64, 768) == pytest.approx(5e-5)
+    assert FinetuneConfig(max_lr=1e-5, min_lr=1e-4).lr_at(40, 64) == 1e-5  # never above --max-lr
     assert config.lr_at(2, 64, 1600) < 2.5e-5
     assert config.lr_at(2, 64, 128) == pytest.approx(7.35e-4, rel=1e-3)
     assert FinetuneConfig(max_lr=1e-3).lr_at(2, 64, 128) == 1e-3
@@ -601,6 +602,14 @@ def test_parquet_json_lines_and_json_give_the_same_rows(tmp_path):
     assert all(read_turns(tmp_path / name) == expected for name in ("a.json", "b.jsonl", "c.bin"))
     (tmp_path / "c.bin").write_bytes((tmp_path / "c.bin").read_bytes()[:-20])
     assert "parquet" in user_error(read_turns, tmp_path / "c.bin")
+    path = tmp_path / "many.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
+        [rows[0] | {"output": f"{n} {n * n}"} for n in range(999)]), path)
+    content = bytearray(path.read_bytes())
+    for place in range(4, len(content) // 2, 7):  # pages, not the footer
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    assert "is not a whole parquet file" in user_error(read_turns, path)
 
 
 def message(role: str, content: object) -> dict:

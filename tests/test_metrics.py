@@ -401,7 +401,8 @@ def test_run_record_discards_later_steps(tmp_path):
 
 @pytest.mark.parametrize("line", [
     b"not json", b"", b"[]", b"7", b"null", b'{"step": 1}', b'{"kind": "val"}',
-    b'{"step": null, "kind": "val"}', b'{"step": "one", "kind": "val"}',
+    b'{"step": Infinity, "kind": "val"}', b'{"step": null, "kind": "val"}',
+    b'{"step": "one", "kind": "val"}',
     b'{"step": 1, "kind": "' + b"\xff" * 1000, b"\0\0\0\0\0\0", b"\xff\xfe" * 1000, b"[" * 100_000])
 def test_damaged_line_is_reported_with_its_number(line, tmp_path):
     path = tmp_path / "metrics.jsonl"

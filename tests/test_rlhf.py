@@ -858,6 +858,7 @@ def test_the_best_policy_by_hand():
     ({"reward": "{folder}/nowhere"}, "nowhere"),
     ({"reward": "{folder}/reference"}, "is a language model, expected a reward model"),
     ({"checkpoint": "{folder}/model"}, "is a reward model, expected a language model"),
+    ({"max_lr": 0.0, "value_lr": 1e-4, "advantage": "gae"}, "--max-lr is 0, expected a positive"),
     ({"prompts": "{folder}/none.json"}, "none.json (No such file"),
     ({"prompts": "{folder}/empty.json"}, "0 prompts of 0 rows"),
     ({"prompts": "{folder}/bad.json"}, "row 1"),
@@ -882,7 +883,8 @@ def test_bad_settings_are_one_line(changes, words, tmp_path, monkeypatch, capsys
     ("return float('nan')", "nan"), ("return 1 / 0", "ZeroDivisionError: division by zero"),
     ("return 'good'", "TypeError: "), ("return None", "TypeError: "),
     ("return row['label']", "KeyError: 'label'"), ("return -math.inf", "-inf"),
-    ("raise ValueError('no answer\\nin it')", "ValueError: no answer")])
+    ("raise ValueError('no answer\\nin it')", "ValueError: no answer"),
+    ("import subprocess; subprocess.run('false', check=True)", "CalledProcessError: Command 'fal")])
 def test_what_a_reward_function_must_not_do(body, value, tmp_path, monkeypatch):
     """The run stops with the row and the text, and the user's file is named."""
     TREE.use_small_vocabulary(monkeypatch)

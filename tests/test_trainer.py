@@ -499,9 +499,11 @@ def test_resume_prints_changed_settings_and_refuses_harmful_ones(corpus, tmp_pat
     other = make_corpus(tmp_path / "other", [700, 2000], high=50)
     assert "trained with other data" in user_error(train, tiny(other, out, resume=True), CPU_LAUNCH)
     capsys.readouterr()
-    train(tiny(corpus, out, resume=True, max_steps=12, grad_clip=0.5), CPU_LAUNCH)
+    train(tiny(corpus, out, resume=True, max_steps=12, grad_clip=0.5, dtype="float32"), CPU_LAUNCH)
     printed = capsys.readouterr().out
     assert "grad_clip was 1.0, is now 0.5" in printed and "max_steps was 10, is now 12" in printed
+    train(tiny(corpus, out, resume=True, max_steps=12), CPU_LAUNCH)
+    assert "dtype was float32, is now auto" in capsys.readouterr().out
     assert len(losses(out)) == 12
     assert "--max-steps" in user_error(train, tiny(corpus, out, resume=True, max_steps=6),
                                        CPU_LAUNCH)
