@@ -202,7 +202,7 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
 
 
 def read_columns(path: Path, columns: str, made_by: str) -> list[tuple[str, object]]:
-    """`read_rows`, with the keys of `columns`, "output=NAME", renamed to ours. Raises UserError."""
+    """`read_rows`; given `columns`, "output=NAME", only these, renamed. Raises UserError."""
     names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
     if columns and ("" in names.values() or names.keys() - {*COLUMNS.split(", ")}
                     or len({*names.values()}) <= columns.count(",")):
@@ -242,7 +242,7 @@ class Prompt:
 def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fraction: float,
                  template: str = ALPACA, columns: str = "") -> tuple[list, list, str]:
     """(training prompts, held-out prompts, summary), see `split_rows`: the different prompts of a
-    file of instructions, conversations or pairs with room for max_tokens. Raises UserError."""
+    file of instructions, conversations (the first), pairs, with room for max_tokens. UserError."""
     rows = read_columns(Path(path), columns, INSTRUCTIONS)
     prompts: dict[tuple[int, ...], Prompt] = {}
     for place, row in rows:

@@ -59,8 +59,8 @@ FIXED_ON_RESUME = ("template", "columns", "batch_size", "epochs", "val_fraction"
 
 
 def collate(rows: Sequence[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> right-padded inputs and targets (B, T) int64; rows that are missing are padding."""
-    inputs = torch.zeros((B, T), dtype=torch.int64)  # padded with any id: targets mark padding
+    """Rows -> right-padded inputs (B, T) int64, and their targets, the tokens of responses only."""
+    inputs = torch.zeros((B, T), dtype=torch.int64)  # padded with any id, also by whole rows
     targets = torch.full((B, T), IGNORE_INDEX)
     for i, example in enumerate(rows):
         ids = torch.tensor(token_ids(example))

@@ -104,7 +104,7 @@ class KVCache:
 
     def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """For one new token per row at `positions` (B, 1): where each head stores it, as indices
-        (B, 2, H) into a layer as (2 * B * H * S, D), and its additive mask (B, 1, 1, span)."""
+        (B, 2, H) into a layer as (2 * B * H * S, D), and the mask (B, 1, 1, span) of 0 and -inf."""
         beyond = self.slots[: self.span] > positions  # (B, span)
         mask = self.kv.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
         return self.first + positions[:, :, None], mask[:, None, None, :]

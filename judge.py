@@ -48,7 +48,7 @@ class JudgeConfig:
     data: str = flag(str(ROOT / "finetune_data" / "alpaca.json"), "rows of prompts", is_path=True)
     columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
     out_dir: str = flag(str(ROOT / "out" / "judge"), "folder of the results", is_path=True)
-    proxy: str | None = flag(None, "optimized: folder, function:NAME or FILE.py:NAME", is_path=True)
+    proxy: str | None = flag(None, "optimized: folder, FILE.py:NAME, function:N[=X]", is_path=True)
     gold: str | None = flag(None, "reward that decides who wins (default: --proxy)", is_path=True)
     best_of: int = flag(0, "also best-of-n up to this n, from that many responses", minimum=0)
     samples: int = flag(1, "responses of each policy to a prompt", minimum=1)

@@ -89,7 +89,7 @@ def check_config(config: RLHFConfig) -> None:
     """Raises UserError for settings that do not go together."""
     G, R, in_groups = config.group_size, config.batch_size, config.advantage == "group"
     if not (in_groups or config.max_lr) and config.value_lr:
-        raise UserError("--max-lr is 0, expected a positive number: --value-lr has its schedule")
+        raise UserError("--max-lr is 0, whose schedule --value-lr has: raise it, or --value-lr 0")
     if config.kl_target and not config.kl_coef:
         raise UserError("--kl-target adapts --kl-coef, which is 0: give a positive --kl-coef")
     if (G == 1 if in_groups else config.scale_advantages):

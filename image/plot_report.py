@@ -1,7 +1,7 @@
 """Plots what judge.py or reward.py has written: their own figures, drawn again.
 
-    python image/plot_report.py out/judge/judge.json --out image/judge.png
-    python image/plot_report.py out/reward/reward.json --out image/calibration.png
+    python image/plot_report.py out/judge/judge.json --out out/judge.png
+    python image/plot_report.py out/reward/reward.json --out out/calibration.png
 
 Of judge.py: the rewards of policies against their KL to the reference, gold filled and solid, proxy
 hollow and dashed. Rewards are drawn against sqrt(KL); a success rate, the mean of a reward that is

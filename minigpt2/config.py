@@ -120,8 +120,8 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(fail(f"out of memory ({first_line(error):.120}): lower --batch-size or "
-                      "--max-tokens, or use --dtype bfloat16"))
+        sys.exit(fail(f"out of memory ({first_line(error):.120}): free some, or lower "
+                      "--batch-size or --workers, where there is one"))
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)

@@ -19,7 +19,7 @@ RARE = 100_000  # one invalid byte per this many characters is damage, more are 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
-    """Opens a temporary file, which is flushed and renamed to `path` if the block succeeds."""
+    """Opens a temporary file, renamed to `path` if the block succeeds; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     mode, encoding = ("w", "utf-8") if text else ("wb", None)

@@ -81,7 +81,7 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     """Prepares a model in place to sample only. On a GPU, converts the weights to `dtype`; on a CPU
     with oneDNN, packs the linear layers, those of the blocks in `dtype`, with int8 the head too.
-    Logits are float32. Raises UserError if the device lacks `dtype`, ValueError for another one."""
+    Logits are float32. UserError: the device lacks `dtype`. ValueError: it was another before."""
     model.eval().requires_grad_(False)
     current = model.transformer.h[0].attn.c_attn.weight.dtype
     if isinstance(model.lm_head, PackedLinear | Int8Linear | Float32Head) and current != dtype:

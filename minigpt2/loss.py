@@ -51,7 +51,7 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def block_sizes(device: torch.device) -> tuple[int, int]:
+def block_sizes(device: torch.device) -> tuple[int, int]:  # rows of logits, of their softmax
     return ((LOSS_ROWS_CPU, SOFTMAX_ROWS_CPU) if on_cpu(device) else
             (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
 

@@ -6,7 +6,8 @@
 # OUT_DIR/search.jsonl gets one line per run: its flags, and the figures of greedy answers.
 set -euo pipefail
 usage="usage: bash runs/finetune_search.sh BASE_CHECKPOINT ROWS OUT_DIR"
-base=$(realpath "${1:?$usage}") rows=$(realpath "${2:?$usage}")
+base=$(realpath "${1:?$usage}")
+rows=$(realpath "${2:?$usage}")
 mkdir -p "${3:?$usage}"
 out=$(realpath "$3")
 source "$(dirname "$0")/setup.sh" requirements.txt

@@ -16,12 +16,6 @@ settings=(--resume --device cpu --dtype "$dtype" --keep-last 2)
 
 [[ -f $out/data/manifest.json ]] || python pretrain_data/text_to_shards.py "$stories" \
   --out-dir "$out/data"
-python trainer.py "${settings[@]}" --data-dir "$out/data" --out-dir "$out/pretrain" \
-  --n-layer 8 --n-head 4 --n-embd 256 --block-size 256 --sequence-length 256 \
-  --micro-batch-size 16 --total-batch-size 4096 --max-steps 2000 --warmup-steps 50 \
-  --optimizer muon --muon-lr 0.015 --max-lr 0.02 --min-lr 0 --schedule linear --zero-init \
-  --eval-interval 250 --eval-tokens 65536 --save-interval 250 \
-  --sample-prompt "Once upon a time" --sample-tokens 100
 
 # Requests: each asks for two things that its story has. The first 4,000 are for tuning, the others
 # are prompts for the policy.
@@ -39,10 +33,20 @@ for story in pq.read_table(sys.argv[1], columns=["text"])["text"].to_pylist():
     if 60 <= len(story.split()) <= 150 and len(things) >= 2:
         request = "Write a story about a {} and a {}.".format(*chance.sample(things, 2))
         rows.append({"instruction": request, "output": story})
+if len(rows) < 5000:
+    sys.exit(f"{sys.argv[1]} has {len(rows):,} stories of 60 to 150 words with two things to ask "
+             "for, expected at least 5,000")
 chance.shuffle(rows)
 for name, some in (("requests", rows[:4000]), ("prompts", rows[4000:6000])):
     (pathlib.Path(sys.argv[2]) / f"{name}.json").write_text(json.dumps(some), encoding="utf-8")
 END
+
+python trainer.py "${settings[@]}" --data-dir "$out/data" --out-dir "$out/pretrain" \
+  --n-layer 8 --n-head 4 --n-embd 256 --block-size 256 --sequence-length 256 \
+  --micro-batch-size 16 --total-batch-size 4096 --max-steps 2000 --warmup-steps 50 \
+  --optimizer muon --muon-lr 0.015 --max-lr 0.02 --min-lr 0 --schedule linear --zero-init \
+  --eval-interval 250 --eval-tokens 65536 --save-interval 250 \
+  --sample-prompt "Once upon a time" --sample-tokens 100
 python finetune.py "${settings[@]}" --checkpoint "$out/pretrain" --data "$out/requests.json" \
   --out-dir "$out/finetune" --template question --epochs 1 --batch-size 32 --eval-interval 25 \
   --sample-tokens 100

@@ -159,7 +159,7 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["inference.py"])
     code, error = exit_of(allocate, capsys)
-    assert code == 2 and error.count("\n") == 1 and "lower --batch-size or --max-tokens" in error
+    assert code == 2 and error.count("\n") == 1 and "lower --batch-size or --workers" in error
     assert "out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in error
     with pytest.raises(RuntimeError, match="another"):
         run_main(lambda: allocate("another error"))
