@@ -19,7 +19,7 @@ from bench import harness
 from bench.harness import BenchConfig, alternate, record, run_script
 from dataloader import TokenLoader
 from minigpt2.config import flag
-from minigpt2.tokenizer import encode_to_array, load_tokenizer
+from minigpt2.tokenizer import encode_to_array, load_tokenizer, repair
 from pretrain_data.corpus import write_corpus
 from pretrain_data.documents import file_source, select_files
 from pretrain_data.pydocs import read_documents
@@ -28,7 +28,7 @@ from pretrain_data.pydocs import read_documents
 @dataclass(frozen=True)
 class DataBenchConfig(BenchConfig):
     files: str | None = flag(None, "documents, as a quoted glob or a folder (default: the "
-                                   "demo's corpus)")
+                                   "demo's corpus)", is_path=True)
     max_documents: int = flag(40_000, "maximum number (with --quick: 1000)", minimum=1)
     workers: int = flag(2, "maximum number of tokenizing processes", minimum=1)
 
@@ -38,7 +38,7 @@ def load_texts(config: DataBenchConfig) -> list[str]:
         texts = (document.text for document in read_documents())
     else:
         parts = file_source(select_files([config.files])[0]).open_unit(0)
-        texts = (text for part in parts for text in part.read() if text)
+        texts = (repair(text) for part in parts for text in part.read() if text)
     return list(itertools.islice(texts, 1000 if config.quick else config.max_documents))
 
 
@@ -96,7 +96,7 @@ def bench_data(config: DataBenchConfig) -> None:
                                     row_group_size=1000)
         measure_shards(config, texts, path)
         write_corpus({}, partial(file_source, [path]), path.parent / "data", name="bench",
-                     shard_tokens=min(500_000, sum(map(len, texts)) // 40))
+                     shard_tokens=max(2, min(500_000, sum(map(len, texts)) // 40)))
         measure_loader(config, path.parent / "data")
 
 

@@ -35,7 +35,7 @@ from model import GPT
 
 Result = tuple[float, list[float]]  # seconds of all steps, and the loss of each
 WAYS = ("ours", "hugging_face")
-BATCH_SIZE, MICRO_BATCH_SIZE, LOSS_STEPS = 64, 16, 3  # the first two are finetune.py's defaults
+BATCH_SIZE, MICRO_BATCH_SIZE, LOSS_STEPS = 64, 16, 3  # the first two as finetune.py's for many rows
 FLAGS = {"max_lr": ADAMW["lr"], "min_lr": ADAMW["lr"], "warmup_fraction": 0, "weight_decay": 0,
          "val_fraction": 0, "device": "cpu"}  # as in Hugging Face's loop below
 
@@ -52,14 +52,14 @@ def load_rows(path: str | None, count: int) -> list:
     """A random sample of the rows of a file."""
     if path is None:
         raise UserError("no rows to train on: give --data")
-    rows = [row for _, row in read_rows(pathlib.Path(path))]
+    rows = read_rows(pathlib.Path(path))
     return random.Random(0).sample(rows, min(count, len(rows)))
 
 
 def trained_rows(rows: list, block_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and labels (T,) of the rows that finetune.py trains on: not those that it leaves out or
     holds out."""
-    keys, examples, _ = make_examples([text_turns(row, "a row") for row in rows], block_size)
+    keys, examples, _ = make_examples([text_turns(row, place) for place, row in rows], block_size)
     trained, _, _ = split_rows(examples, keys, 0)
     labels = [[label for prompt, response in example
                for label in [IGNORE_INDEX] * len(prompt) + response] for example in trained]
@@ -74,7 +74,7 @@ def make_finetuning(way: str, folder: pathlib.Path, rows: list, dtype: str, epoc
     def finetune() -> Result:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             path, out_dir = pathlib.Path(name) / "rows.json", pathlib.Path(name) / "out"
-            path.write_text(json.dumps(rows), encoding="utf-8")
+            path.write_text(json.dumps([row for _, row in rows]), encoding="utf-8")
             run_script("finetune.py", FLAGS | {
                 "checkpoint": folder, "data": path, "out_dir": out_dir, "dtype": dtype,
                 "epochs": epochs, "batch_size": batch_size, "micro_batch_size": micro_batch_size})

@@ -10,9 +10,12 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import unittest.mock
 from collections.abc import Callable, Iterable
@@ -24,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
-from minigpt2.config import UserError, flag, flag_name, parse_config, run_main, share_cores
+from minigpt2.config import ROOT, UserError, flag, flag_name, parse_config, run_main, share_cores
 from minigpt2.distributed import start
 from minigpt2.metrics import run_metadata
 
@@ -107,11 +110,17 @@ def start_worker(make: Callable[..., Step], *arguments) -> ProcessPoolExecutor:
     """A process that builds `step = make(*arguments)`; submit `run_step` to it. A name that ends
     with "spinning" gets the default of GNU's OpenMP, without `share_cores`."""
     spinning = str(arguments[:1]).endswith("spinning',)")
-    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), build_step,
-                                 (make, arguments))
+    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), exit_with_benchmark)
     with unittest.mock.patch.dict(os.environ, {"GOMP_SPINCOUNT": "300000"} if spinning else {}):
-        worker.submit(os.getpid).result()  # has started
+        worker.submit(build_step, make, arguments).result()
     return worker
+
+
+def exit_with_benchmark() -> None:
+    """Makes a worker exit when the benchmark is killed, and leaves Ctrl-C to the benchmark."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def build_step(make: Callable[..., Step], arguments: tuple) -> None:
@@ -126,9 +135,11 @@ def run_step() -> tuple[float, float]:
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process: on the GPU if it used one, else resident (Linux only)."""
+    """Peak memory of this process: on the GPU if it used one, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    if sys.platform != "linux":  # where it also counts the process before `exec`
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
@@ -146,9 +157,10 @@ def compare(names: Iterable[str], steps: int, make: Callable[..., Step],
     error of a step that fails, and UserError if a process dies."""
     if "hugging_face" in names and importlib.util.find_spec("transformers") is None:
         raise UserError("the comparison needs Hugging Face: pip install -r requirements-test.txt")
-    workers = {name: start_worker(make, name, *arguments) for name in names}
-    taken = {name: [] for name in names}
+    workers, taken = {}, {name: [] for name in names}
     try:
+        for name in names:
+            workers[name] = start_worker(make, name, *arguments)
         for name in [*names] * steps:
             taken[name].append(workers[name].submit(run_step).result())
         peaks = {name: worker.submit(peak_bytes).result() for name, worker in workers.items()}
@@ -162,13 +174,11 @@ def compare(names: Iterable[str], steps: int, make: Callable[..., Step],
             for name, pairs in taken.items()}
 
 
-def run_script(script: str, flags: dict[str, object], **environment: str) -> None:
-    """Runs `python script --flag value ...` (a flag that is True takes no value) without its
-    output. Raises UserError with the last error line if it fails."""
-    command = [sys.executable, str(Path(__file__).resolve().parents[1] / script)]
-    for name, value in flags.items():
-        command += [flag_name(name)] if value is True else [flag_name(name), str(value)]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+def run_script(script: str, flags: dict[str, object]) -> None:
+    """Runs `python script --flag value ...` silently. Raises UserError with its last error line."""
+    words = [str(word) for name, value in flags.items() for word in (flag_name(name), value)]
+    result = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True,
+                            text=True)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no error message"])[-1]
         raise UserError(f"{script} ended with {result.returncode}: {last}")

@@ -31,6 +31,7 @@ WAYS = ("ours", "textbook", "hugging_face")  # as the logs name them
 LIMITS = {False: (2048, 2**30), True: (256, 2**20)}  # sizes of a product, and bytes read; quick
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK_SHAPE, QUICK_PEAK_SHAPE, LOSS_STEPS = (2, 128), (32, 64), 20
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(9999))"
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -118,7 +119,7 @@ def measure_busy(config: BenchConfig, *training) -> None:
     briefly, as the scripts do, or long, as by default. Linux gives each session an equal share."""
     for kind in ("training alone", "training beside another process"):
         others = [] if kind == "training alone" else [subprocess.Popen(
-            [sys.executable, "-c", "while True: pass"], start_new_session=True)]
+            [sys.executable, "-c", BUSY], start_new_session=True)]
         try:
             measure_training(config, kind, *training, ("ours", "ours_spinning"))
         finally:

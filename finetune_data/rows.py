@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from dataloader import read_rows
+from minigpt2.config import UserError
 from minigpt2.files import atomic_write
 from minigpt2.hub import fetch, list_files
 
@@ -13,6 +14,8 @@ from minigpt2.hub import fetch, list_files
 def download_rows(repo: str, commit: str, name: str, columns: tuple[str, ...], path: Path) -> None:
     """Downloads a file of a dataset (parquet, a JSON list, or .jsonl.gz), verifies it, and writes
     these columns of it to `path`, unless that exists. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder, expected a file")
     if path.exists():  # it was renamed into place when it was complete
         print(f"{path} exists already: delete it to download it again")
         return

@@ -28,7 +28,7 @@ from inference import sample_responses
 from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch
-from minigpt2.files import atomic_write
+from minigpt2.files import atomic_write, write_json
 from minigpt2.graphs import points
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.metrics import read_log
@@ -124,6 +124,9 @@ def main() -> None:
         raise UserError("no run given: python image/plot_frontier.py out/rlhf")
     image = pathlib.Path(config.out)
     check_image(image)
+    estimates = image.with_suffix(".json")
+    if estimates.exists() and not config.successes:
+        raise UserError(f"{estimates} exists: use --successes {estimates}, or another --out")
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.runs)]
     logs = [read_log(path) for path in paths]
@@ -133,8 +136,7 @@ def main() -> None:
         p0 = load_successes(pathlib.Path(config.successes))
     else:
         p0 = success_of_reference(settings[0], config.samples)
-        with atomic_write(image.with_suffix(".json"), text=True) as file:
-            json.dump(p0.tolist(), file)
+        write_json(estimates, p0.tolist())
     figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
     by_step, by_kl = figure.subplots(1, 2, sharey=True)
     frontier = [best_policy(p0, kl_coef) for kl_coef in np.geomspace(0.01, 100, 200)]

@@ -31,7 +31,8 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write() does not set it
+        if error.filename in (None, str(temporary)):  # a failed write() does not set it
+            error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):  # already renamed, or the folder is not writable

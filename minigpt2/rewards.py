@@ -100,8 +100,7 @@ USER_ERRORS = (  # which a user's function may raise
 
 class Reward:
     """What `--reward` names (docs/alignment.md): a reward model, or a function of a row and a text.
-    A response without <|endoftext|> gets `unstopped_score`, by default -1 or 0 (function). Raises
-    UserErrors that name `flag`."""
+    A response without <|endoftext|> gets `unstopped_score`, by default -1 or 0 (function)."""
 
     def __init__(self, spec: str, flag: str, device: torch.device,
                  unstopped_score: float | None = None):

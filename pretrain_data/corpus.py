@@ -12,6 +12,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -77,12 +78,16 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
         return settings | {"max_tokens": max_tokens, **copy.deepcopy(FIRST), "shards": []}
     record = shards.read_record(path)
     if record.keys() & {"open_start", "counted"}:
-        raise UserError(f"{out_dir} was begun by an older version: rm -r {out_dir} and run again")
+        raise UserError(f"{out_dir} was begun by an older version: {remove(out_dir)} and run again")
     check_same_corpus(out_dir, record, settings)
     if max_tokens is not None and record["tokens"] > max_tokens:
         raise UserError(f"{out_dir} already holds {record['tokens']:,} tokens, more than "
-                        f"--max-tokens {max_tokens:,}: use another --out-dir, or rm -r {out_dir}")
+                        f"--max-tokens {max_tokens:,}: use another --out-dir, or {remove(out_dir)}")
     return record
+
+
+def remove(out_dir: Path) -> str:
+    return f"rm -r {shlex.quote(str(out_dir))}"
 
 
 def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
@@ -94,7 +99,7 @@ def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
                 changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
                 found = f"changed files: {', '.join(changed[:5])}" if changed else found
             raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
-                            f"or delete that folder to start again: rm -r {out_dir}")
+                            f"or delete that folder to start again: {remove(out_dir)}")
 
 
 def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:
@@ -181,7 +186,7 @@ def check_disk(out_dir: Path, needed: int) -> None:
     state = f"{out_dir} needs about {needed / 1e6:,.0f} MB more, {free / 1e6:,.0f} MB are free"
     print(state, flush=True)
     if needed > free:
-        raise UserError(f"{state}: free space, choose another --out-dir, or lower --max-tokens")
+        raise UserError(f"{state}: free some, use another --out-dir, or a (smaller) --max-tokens")
 
 
 def token_stream(source: Source, record: dict, workers: int) -> Iterator[np.ndarray]:
@@ -261,5 +266,5 @@ def verify_corpus(out_dir: Path) -> None:
            or sha256_of(path) != shard["sha256"]]
     if bad:
         raise UserError(f"{len(bad)} of {len(entries)} shards are missing or damaged: rerun what "
-                        f"wrote them after rm -f {' '.join(bad)}")
+                        f"wrote them after rm -f {shlex.join(bad)}")
     print(f"{out_dir} is intact: {len(entries)} shards match their checksums")

@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,9 @@ MAX_RANGES = 16  # parts per row group; in groups over 64 MB, parts exceed PART_
 TEXT_COLUMN = "text"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt")
 RAW = (".jsonl", ".json", ".txt")  # zstd and gzip, in the others, halve text, or better
+# Up to a space or line end after another character: GPT-2's pattern always splits there (\S lacks
+# all that it calls whitespace, and more). Without these, up to a tab or CR: Chinese with CRLF
+BORDER = re.compile(r".*\S(?=[ \n])|.*\S(?=[\t\r])", re.DOTALL)
 POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
 
 
@@ -99,7 +103,7 @@ def select_files(inputs: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
         if not found:
             raise UserError(f"{pattern} does not exist and matches no file")
         roots += found
-    paths = sorted(set(walk(roots, skipped)))
+    paths = sorted(set(walk(roots, skipped)), key=lambda path: Path(os.path.abspath(path)))
     if not paths:
         raise UserError(f"{' '.join(inputs)}: no file to read (skipped: "
                         f"{count_kinds(skipped.values())}), expected {', '.join(SUFFIXES)}")
@@ -141,12 +145,17 @@ def file_source(paths: list[Path], **options) -> Source:
     def open_unit(unit: int) -> Iterator[Part]:
         for path, stamp in zip(paths, stamps, strict=True):
             for part in open_parts(path, **options):
-                if stamp_of(path) != stamp:
-                    raise UserError(f"{path} changed while it was read: run again when it is final")
-                yield part
+                yield Part(functools.partial(read_checked, path, stamp, part.read), part.continues)
 
     sizes = [path.stat().st_size * (1 if file_format(path) in RAW else 2) for path in paths]
     return Source(1, open_unit, sum(sizes))
+
+
+def read_checked(path: Path, stamp: tuple, read: Callable) -> Iterator[str | None]:
+    """The documents of a part. Raises UserError if its file has changed by the time of reading."""
+    yield from read()
+    if stamp_of(path) != stamp:
+        raise UserError(f"{path} changed while it was read: run again when it is final")
 
 
 def file_format(path: str | Path) -> str:
@@ -262,8 +271,8 @@ def text_parts(path: Path, separator: str | None) -> Iterator[Part]:
                 break
             end = len(text) - len(text.split(separator)[-1]) if separator else 0  # of a document
             # if no separator ends in the text, none begins before this border
-            cut = end or last_border(text[: len(text) - len(separator or "")], start)
-            if cut:
+            border = BORDER.match(text, max(start - 1, 0), len(text) - len(separator or ""))
+            if cut := end or (border and border.end()):
                 yield text_part(text[:cut], continues, separator)
                 text, continues = text[cut:], not end
         if text or not continues:
@@ -280,12 +289,3 @@ def text_part(text: str, continues: bool, separator: str | None) -> Part:
                  *(other.strip("\r\n") for other in others)]
         texts = [text for i, text in enumerate(texts) if text or (continues and i == 0)]
     return Part(functools.partial(list, texts), continues)
-
-
-def last_border(text: str, start: int) -> int:
-    """The last position >= `start` of whitespace that follows another character; 0 if there is
-    none. (str.isspace includes all that GPT-2's pattern calls whitespace, and more.)"""
-    for position in range(len(text) - 1, max(start, 1) - 1, -1):
-        if text[position] in " \n" and not text[position - 1].isspace():
-            return position
-    return 0

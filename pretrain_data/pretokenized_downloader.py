@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2 import shards
 from minigpt2.config import flag, parse_config, run_main
-from minigpt2.files import folder_lock, sha256_of, write_json
+from minigpt2.files import folder_lock, write_json
 from minigpt2.hub import fetch, list_files
 from minigpt2.progress import progress_bar
 from pretrain_data.corpus import check_disk, check_same_corpus
@@ -35,8 +35,7 @@ class PretokenizedConfig:
 
 
 def select_shards(files: list[RepoFile], max_tokens: int) -> list[RepoFile]:
-    """The validation shard and as many training shards, at least one, as are needed to have
-    `max_tokens` in total."""
+    """The validation shard and as many training shards, at least one, as hold `max_tokens`."""
     files = sorted(files, key=lambda file: ("_val_" not in file.path, file.path))
     ends = itertools.accumulate(file.size // 2 for file in files)
     return files[: max(2, 1 + sum(end < max_tokens for end in ends))]
@@ -52,13 +51,13 @@ def main() -> None:
         manifest, progress = out_dir / shards.MANIFEST, out_dir / shards.PROGRESS
         for path in filter(pathlib.Path.exists, (progress, manifest)):
             check_same_corpus(out_dir, shards.read_record(path), {"source": source})
+        check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
         write_json(progress, {"source": source, "shards": []})  # now unfinished
         manifest.unlink(missing_ok=True)
-        check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
         for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
             path = fetch(REPO, COMMIT, file, out_dir)
             done.append({"file": file.path, "split": file.path.split("_")[1],
-                         "tokens": len(shards.open_shard(path)), "sha256": sha256_of(path)})
+                         "tokens": len(shards.open_shard(path)), "sha256": file.lfs.sha256})
         tokens = sum(shard["tokens"] for shard in done)
         write_json(manifest, {"source": source, "tokens": tokens, "shards": done})
         progress.unlink()

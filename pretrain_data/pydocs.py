@@ -99,8 +99,7 @@ def read_docstrings(node: ast.AST, kind: str, name: str, heading: str) -> Iterat
 
 
 def most_mentioned(documents: list[Document], count: int) -> list[Document]:
-    """Of the standard library's modules, and what they define, the `count` whose names occur in
-    the most documents."""
+    """Of the standard library's modules and contents, the `count` named in the most documents."""
     words = Counter(word for document in documents
                     for word in set(re.findall(r"[A-Za-z_][\w.]*\w", document.body)))
     known = [document for document in documents if document.kind != "topic"
@@ -110,8 +109,7 @@ def most_mentioned(documents: list[Document], count: int) -> list[Document]:
 
 
 def question_and_answer(document: Document, wording: str = "") -> tuple[str, str] | None:
-    """A question about a module, class or function, and the first sentence of its documentation, if
-    there is one."""
+    """A question about a module, class or function, and its documentation's first sentence."""
     paragraph = " ".join(document.body.split("\n\n")[0].split())
     sentence = re.match(r"[A-Z].{15,200}?((?<!e\.g)(?<!i\.e)\.(?=\s)|$)", paragraph)
     if document.kind == "topic" or sentence is None:

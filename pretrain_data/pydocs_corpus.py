@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from minigpt2.config import flag, parse_config, run_main
+from minigpt2.config import ROOT, flag, parse_config, run_main
 from pretrain_data.corpus import write_corpus
 from pretrain_data.documents import Source, memory_source
 from pretrain_data.pydocs import PACKAGES, read_documents
@@ -23,8 +23,7 @@ from pretrain_data.pydocs import PACKAGES, read_documents
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs"),
-                        "folder for the shards", is_path=True)
+    out_dir: str = flag(str(ROOT / "pretrain_data" / "pydocs"), "folder for shards", is_path=True)
     shard_tokens: int = flag(65_536, "tokens per shard, the first for validation", minimum=2)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from minigpt2.config import UserError, flag, parse_config, run_main
 from pretrain_data.corpus import BYTES_PER_TOKEN, SHARD_TOKENS, write_corpus
-from pretrain_data.documents import TEXT_COLUMN, local_source
+from pretrain_data.documents import TEXT_COLUMN, file_format, local_source
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def main() -> None:
     separator = config.separator and config.separator.replace("\\n", "\n")
     options = {"separator": separator, "column": config.text_column}
     description, source = local_source(config.inputs, **options)
+    if separator and not any(file_format(name) == ".txt" for name in description["files"]):
+        print("--separator: ignored, there is no .txt file", flush=True)
     write_corpus(description, lambda: source, pathlib.Path(config.out_dir), name="text",
                  shard_tokens=SHARD_TOKENS, workers=config.workers,
                  val_tokens=validation_tokens(int(source.text_bytes / BYTES_PER_TOKEN)))

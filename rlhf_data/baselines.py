@@ -1,6 +1,5 @@
 """Rules that tell the chosen response without a model: the bar for a reward model. `reward.py`
-reports how often each is right on the pairs that it holds out; the bag of words is fitted to the
-others."""
+reports how often each is right on held-out pairs; the bag of words is fitted to the others."""
 
 import math
 import re
@@ -53,8 +52,7 @@ def bag_of_words_margins(pairs: list[tuple[str, str]], training_pairs: list[tupl
 
 
 def accuracy_interval(margins: torch.Tensor) -> dict:
-    """How many of n margins (n,), chosen minus rejected, are positive, a tie counted half, with the
-    95 % interval of Wilson (1927)."""
+    """The share of margins (n,) above 0, a tie half, with the 95 % interval of Wilson (1927)."""
     p, z2 = accuracy(margins).mean().item(), Z_95**2 / len(margins)
     half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
     low, high = ((p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))

@@ -15,7 +15,7 @@ from typing import Literal
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from finetune_data.rows import download_rows
-from minigpt2.config import flag, parse_config, run_main
+from minigpt2.config import ROOT, flag, parse_config, run_main
 
 REPO, COMMIT = "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 
@@ -24,8 +24,7 @@ REPO, COMMIT = "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 class HHConfig:
     subset: Literal["helpful-base", "harmless-base", "helpful-online",
                     "helpful-rejection-sampled"] = flag("helpful-base", "which part to download")
-    out_dir: str = flag(str(pathlib.Path(__file__).resolve().parent), "folder to write to",
-                        is_path=True)
+    out_dir: str = flag(str(ROOT / "rlhf_data"), "folder to write to", is_path=True)
 
 
 def main() -> None:

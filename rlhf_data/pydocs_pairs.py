@@ -15,19 +15,17 @@ from dataclasses import dataclass
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from finetune_data.rows import write_rows
-from minigpt2.config import flag, parse_config, run_main
+from minigpt2.config import ROOT, flag, parse_config, run_main
 from pretrain_data.pydocs import question_and_answer, read_documents
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    out: str = flag(str(pathlib.Path(__file__).resolve().parent / "pydocs_pairs.json"),
-                    "file to write", is_path=True)
+    out: str = flag(str(ROOT / "rlhf_data" / "pydocs_pairs.json"), "file to write", is_path=True)
 
 
 def make_rows(answers: dict[str, str]) -> list[dict[str, str]]:
-    """A pair for each question, in a seeded order, given question -> answer. Pairs with two equal
-    answers are left out."""
+    """A pair for each question, in a seeded order, given question -> answer; no equal answers."""
     order = random.Random(1337)
     questions = sorted(answers)
     order.shuffle(questions)

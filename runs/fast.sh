@@ -6,7 +6,8 @@
 # (docs/benchmarks.md); they were not tried at 124M.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
-gpus=${1:-8}
+gpus=8
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then gpus=$1; shift; fi
 torchrun --standalone --nproc-per-node="$gpus" trainer.py --out-dir out/fast --resume \
   --optimizer muon --muon-lr 0.006 --schedule linear --zero-init \
-  --max-lr 0.012 --min-lr 0 --warmup-steps 250 "${@:2}"
+  --max-lr 0.012 --min-lr 0 --warmup-steps 250 "$@"

@@ -15,14 +15,17 @@ dtype=float32  # bfloat16 is faster where the processor supports it natively
 if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
 
 trial() { # the flags that differ from the center
+  set -e
+  trap 'exit 130' INT TERM  # bash -c has no trap of ours; a run that saved and stopped exits with 0
   local folder
   folder="$out/run$(tr -d ' ' <<< "$*")"
   if [[ ! -f $folder/figures.json ]]; then
     python finetune.py --resume --checkpoint "$base" --data "$rows" --out-dir "$folder" \
       --device cpu --dtype "$dtype" --max-lr 1e-3 --batch-size 32 --epochs 2 --weight-decay 0 \
-      --eval-interval 100000 --save-interval 100000 --keep-last 1 "$@" > "$folder.log" 2>&1
+      --eval-interval 100000 --save-interval 100000 --keep-last 1 "$@" > "$folder.log" 2>&1 ||
+      { tail -n 1 "$folder.log" >&2; exit 1; }
     python judge.py "$folder" --data "$rows" --temperature 0 --device cpu \
-      --out-dir "$folder/judge" > "$folder.txt" 2>&1
+      --out-dir "$folder/judge" > "$folder.txt" 2>&1 || { tail -n 1 "$folder.txt" >&2; exit 1; }
     cp "$folder/judge/judge.json" "$folder/figures.json"
   fi
 }

@@ -5,12 +5,13 @@
 # If interrupted, rerun the same command to resume.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
-gpus=${1:-8}
+gpus=8
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then gpus=$1; shift; fi
 out=out/gpt2_124m
 
 python pretrain_data/fineweb_downloader.py --out-dir pretrain_data/fineweb
 torchrun --standalone --nproc-per-node="$gpus" trainer.py --data-dir pretrain_data/fineweb \
-  --out-dir "$out/pretrain" --resume "${@:2}"
+  --out-dir "$out/pretrain" --resume "$@"
 
 python finetune_data/alpaca_downloader.py
 torchrun --standalone --nproc-per-node="$gpus" finetune.py --checkpoint "$out/pretrain" \

@@ -14,8 +14,7 @@ dtype=float32  # bfloat16 is faster where the processor supports it natively
 if grep -qsw avx512_bf16 /proc/cpuinfo; then dtype=bfloat16; fi
 settings=(--resume --device cpu --dtype "$dtype" --keep-last 2)
 
-[[ -f $out/data/manifest.json ]] || python pretrain_data/text_to_shards.py "$stories" \
-  --out-dir "$out/data"
+python pretrain_data/text_to_shards.py "$stories" --out-dir "$out/data"
 
 # Requests: each asks for two things that its story has. The first 4,000 are for tuning, the others
 # are prompts for the policy.

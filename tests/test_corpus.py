@@ -187,7 +187,8 @@ def test_splitting_a_text_file_does_not_change_the_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PART_BYTES", 100)
     for number, alphabet in enumerate([
             ["word", " ", "  ", "\n", "\n\n", "'s", "1", "é", "日本", "\x1c", "\u2028", "."],
-            ["日本", "。", "\n", "\u3000", "語", "\x85", "\xa0", " "]]):
+            ["日本", "。", "\n", "\u3000", "語", "\x85", "\xa0", " "],
+            ["日本語。", "\r\n", "\r", "\t", "\r\n\r\n"]]):
         text = "".join(random.Random(0).choices(alphabet, k=5000))
         path, out = tmp_path / f"{number}.txt", tmp_path / f"out{number}"
         path.write_text(text, encoding="utf-8", newline="")
@@ -898,6 +899,34 @@ def test_a_file_that_changes_while_it_is_read_stops_the_build(tmp_path, small_pa
     assert file_bytes(out) == before and "manifest.json" not in before
 
 
+def test_a_table_that_changes_before_a_part_is_read_stops_the_build(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=20)
+    parts = list(file_source([path]).open_unit(0))  # as they wait for a worker
+    assert list(parts[0].read()) == TEXTS[:20]
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[::-1]}), path, row_group_size=20)
+    assert "a.parquet changed while it was read" in user_error(lambda: list(parts[1].read()))
+
+
+def test_the_order_of_files_does_not_depend_on_how_they_are_given(tmp_path, monkeypatch):
+    for name in ("here/notes", "zbooks"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.txt").write_text(name)
+    monkeypatch.chdir(tmp_path / "here")
+    for inputs in (["notes", str(tmp_path / "zbooks")], [str(tmp_path / "zbooks"), "../here/notes"],
+                   [str(tmp_path / "here" / "notes"), "../zbooks"]):
+        assert [path.read_text() for path in select_files(inputs)[0]] == ["here/notes", "zbooks"]
+
+
+def test_a_path_with_spaces_is_quoted_in_advice(tmp_path):
+    out = tmp_path / "my corpus"
+    write(TEXTS, out)
+    assert f"rm -r '{out}'" in user_error(
+        write_corpus, {"name": "other"}, None, out, name="x", shard_tokens=300)
+    (out / "x_val_000000.npy").write_bytes(b"")
+    assert f"rm -f '{out}/x_val_000000.npy'" in user_error(verify_corpus, out)
+
+
 def lines(seed: int, count: int) -> str:
     return "".join(json.dumps({"text": f"{seed} {i} some words"}) + "\n" for i in range(count))
 
@@ -1197,7 +1226,8 @@ def test_line_ends_and_another_column_on_the_command_line(tmp_path):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"story": text}) + "\n"
                                               for text in TEXTS[5:9]))
     arguments = [TEXT, tmp_path / "a.parquet", tmp_path / "b.jsonl", "--out-dir", tmp_path / "out"]
-    run_script(*arguments, "--text-column", "story")
+    result = run_script(*arguments, "--text-column", "story", "--separator", "x")
+    assert "--separator: ignored, there is no .txt file" in result.stdout
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS[:9]
     wrong = run_script(*arguments, "--text-column", "words", check=False)
     assert_user_error(wrong, "column words", "'story': 'string'", "--text-column")

@@ -858,7 +858,7 @@ def test_the_best_policy_by_hand():
     ({"reward": "{folder}/nowhere"}, "nowhere"),
     ({"reward": "{folder}/reference"}, "is a language model, expected a reward model"),
     ({"checkpoint": "{folder}/model"}, "is a reward model, expected a language model"),
-    ({"max_lr": 0.0, "value_lr": 1e-4, "advantage": "gae"}, "--max-lr is 0, whose schedule --value-lr has"),
+    ({"max_lr": 0.0, "value_lr": 1e-4, "advantage": "gae"}, "--max-lr is 0, whose schedule"),
     ({"prompts": "{folder}/none.json"}, "none.json (No such file"),
     ({"prompts": "{folder}/empty.json"}, "0 prompts of 0 rows"),
     ({"prompts": "{folder}/bad.json"}, "row 1"),

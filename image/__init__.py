@@ -1,0 +1,1 @@
+"""Figures: the scripts that draw and check them, and the logs that they come from."""
