@@ -7,7 +7,10 @@
 set -euo pipefail
 rlhf=
 if [[ ${1:-} == --rlhf ]]; then rlhf=1; shift; fi
-if [[ $# -gt 1 || ${1:-} == -* ]]; then echo "usage: bash runs/demo.sh [--rlhf] [folder]" >&2; exit 2; fi
+if [[ $# -gt 1 || ${1:-} == -* ]]; then
+  echo "usage: bash runs/demo.sh [--rlhf] [folder]" >&2
+  exit 2
+fi
 out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
 [[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # relative to the caller's folder
 source "$(dirname "$0")/setup.sh" requirements.txt
