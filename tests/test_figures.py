@@ -6,14 +6,15 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers.common import ROOT
+from helpers.common import ROOT, main_error
 from matplotlib.image import imread
 
-from image import plot_frontier, plot_loss, plot_report
+from image import plot_frontier, plot_loss, plot_report, plot_samples
 from minigpt2.metrics import read_log
 
 IMAGE = ROOT / "image"
-SCRIPTS = {"loss": plot_loss, "report": plot_report, "frontier": plot_frontier}
+SCRIPTS = {"loss": plot_loss, "report": plot_report, "frontier": plot_frontier,
+           "samples": plot_samples}
 
 
 def lines_of_figures() -> dict[str, tuple[str, list[str]]]:
@@ -40,6 +41,25 @@ def test_every_committed_figure_is_that_of_its_logs(figure, tmp_path, monkeypatc
     drawn, committed = imread(tmp_path / "x.png"), imread(IMAGE / f"{figure}.png")
     # floating-point differences between machines may change a few pixels
     assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.002
+
+
+def test_samples_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
+    """What inference.py prints is read back whole: lines, a blank response, its end."""
+    one, two, none = (tmp_path / name for name in ("a_one.txt", "a_two.txt", "none.txt"))
+    one.write_text("prompt:   a\nresponse: two\n\nlines\n          [3 tokens, ended by x]\n\n"
+                   "prompt:   b\nresponse: \n          [blank, 1 tokens, ended by y]\n\n")
+    two.write_text("prompt:   a\nresponse: b\n          [3 tokens, ended by x]\n\n")
+    none.write_text("step 1: loss 2\n")
+    first, second = plot_samples.read_samples(one)
+    assert first == (["a"], ["two", "lines", "[3 tokens, ended by x]"])
+    assert second == (["b"], ["[blank, 1 tokens, ended by y]"])
+    for files, words in (((one, two), "equally many prompts"), ((), "one file or more"),
+                         ((one, none), f"{none} holds no prompt")):
+        arguments = [*map(str, files), "--out", str(tmp_path / "x.png")]
+        assert words in main_error(plot_samples.main, arguments, monkeypatch, capsys)
+    monkeypatch.setattr("sys.argv", ["plot_samples.py", str(one), "--out", str(tmp_path / "x.png")])
+    plot_samples.main()
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def commit_of(log: Path) -> str | None:
