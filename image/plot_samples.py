@@ -21,7 +21,7 @@ from minigpt2.files import atomic_write
 
 PRINTED = re.compile(r"prompt:   (.*?)\nresponse: (.*?)\n {10}\[(.*?)\]\n", re.DOTALL)
 COLUMN, LINE, FONT = 4.0, 0.125, 7.5  # inches, inches, points
-WIDTH = 68  # characters of a line
+WIDTH = 64  # characters of a line
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main() -> None:
         raise UserError("expected one file or more, with equally many prompts")
     heights = [max(len(prompt) + len(text) for prompt, text in row) + 1
                for row in zip(*columns, strict=True)]
-    figure = Figure(figsize=(COLUMN * len(columns), LINE * (sum(heights) + 3)), dpi=120)
+    figure = Figure(figsize=(COLUMN * len(columns), LINE * (sum(heights) + 3)), dpi=100)
     height = figure.get_figheight()
 
     def write(lines: list[str], column: int, line: int, **style) -> None:

@@ -14,4 +14,5 @@ draw loss recipes recipes/gpt2_*.jsonl recipes/fast_*.jsonl --group \
   --title "Two recipes, three seeds each; 4,096 tokens per step"
 draw report judge judge.json
 draw report stories_rlhf stories_judge.json
+draw samples stories stories_base.txt stories_tuned.txt stories_aligned.txt
 draw frontier frontier rlhf_short_fast.jsonl rlhf_short.jsonl --successes frontier.json

@@ -64,7 +64,7 @@ python rlhf.py "${settings[@]}" --checkpoint "$out/finetune" --prompts "$out/pro
   --out-dir "$out/rlhf" --advantage group --reward "$out/rewards.py:short_tale" --max-tokens 200 \
   --batch-size 64 --kl-coef 0.05 --max-lr 7e-5 --max-steps 30 --eval-interval 10 --epochs 1
 python judge.py "$out/finetune" "$out/rlhf" --data "$out/prompts.json" --out-dir "$out/judge" \
-  --device cpu --proxy "$out/rewards.py:short_tale" --max-tokens 200 --rows 100 --best-of 4
+  --device cpu --proxy "$out/rewards.py:short_tale" --max-tokens 200 --samples 4 --best-of 4
 
 # Five stories of each model. The base model gets a beginning, since it continues text.
 for model in pretrain finetune rlhf; do
