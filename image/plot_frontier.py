@@ -96,14 +96,14 @@ def success_of_reference(settings: dict, samples: int) -> np.ndarray:
     return scores.view(-1, samples).mean(1).numpy()
 
 
-def load_successes(path: pathlib.Path) -> np.ndarray:
+def load_successes(path: pathlib.Path, flag: str = "--successes") -> np.ndarray:
     """p0 (n,) from a file that an earlier call has written. Raises UserError on anything else."""
     try:
         p0 = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=float)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--successes {path}: {error}") from None
+        raise UserError(f"{flag} {path}: {error}") from None
     if p0.ndim != 1 or not p0.size or not ((p0 >= 0) & (p0 <= 1)).all():
-        raise UserError(f"--successes {path} is no list of fractions between 0 and 1")
+        raise UserError(f"{flag} {path} is no list of fractions between 0 and 1")
     return p0
 
 
@@ -125,8 +125,8 @@ def main() -> None:
     image = pathlib.Path(config.out)
     check_image(image)
     estimates = image.with_suffix(".json")
-    if estimates.exists() and not config.successes:
-        raise UserError(f"{estimates} exists: use --successes {estimates}, or another --out")
+    if estimates.exists():
+        load_successes(estimates, "the file beside --out,")  # another one is not overwritten
     paths = [path / "metrics.jsonl" if path.is_dir() else path
              for path in map(pathlib.Path, config.runs)]
     logs = [read_log(path) for path in paths]

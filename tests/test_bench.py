@@ -182,7 +182,7 @@ def test_training_beside_another_process():
     seen = []
 
     def measure(config, kind, *training):
-        busy = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], check=True,
+        busy = subprocess.run(["ps", "-ww", "-o", "args=", "--ppid", str(os.getpid())], check=True,
                               capture_output=True, text=True).stdout
         seen.append(("os.getppid() == parent" in busy, training[-1]))
 
