@@ -165,9 +165,9 @@ def main() -> None:
         launch.barrier()  # the other ranks wait for the files
         if not config.checkpoints:
             return
-        tasks, results = parse_tasks(config), {}
-        for name, folder in [(name, find_checkpoint(name)) for name in config.checkpoints]:
-            results[name] = evaluate_checkpoint(folder, config, launch, tasks)
+        folders, tasks = list(map(find_checkpoint, config.checkpoints)), parse_tasks(config)
+        results = {name: evaluate_checkpoint(folder, config, launch, tasks)
+                   for name, folder in zip(config.checkpoints, folders, strict=True)}
         launch.print0(benchmarks.table(results))
         if config.json and launch.is_master:
             write_json(Path(config.json), results)

@@ -52,7 +52,7 @@ class JudgeConfig:
     gold: str | None = flag(None, "reward that decides who wins (default: --proxy)", is_path=True)
     best_of: int = flag(0, "also best-of-n up to this n, from that many responses", minimum=0)
     samples: int = flag(1, "responses of each policy to a prompt", minimum=1)
-    rows: int = flag(200, "number of held-out prompts", minimum=1)
+    rows: int = flag(200, "held-out prompts, at most", minimum=1)
     max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
     temperature: float = flag(1.0, "sampling temperature; 0: greedy", minimum=0)
     val_fraction: float = flag(0.05, "fraction held out, as in finetune.py", minimum=0, below=1)

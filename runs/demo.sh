@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A small GPT-2 from corpus to answers on a CPU, in about ten minutes on two cores:
+# A small GPT-2 from corpus to answers on a CPU, in 10 to 15 minutes on two cores:
 # corpus -> pre-training -> loss graph -> instruction tuning -> loss graph -> answers.
 #   bash runs/demo.sh [--rlhf] [output folder; default: a new one under out/]
 # --rlhf adds policy optimization, a few minutes more. If interrupted, the same command with the
@@ -15,6 +15,7 @@ out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
 [[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # relative to the caller's folder
 source "$(dirname "$0")/setup.sh" requirements.txt
 start=$SECONDS
+echo "results: $out; to resume an interrupted run: bash runs/demo.sh ${rlhf:+--rlhf }$out"
 step() { echo; echo "== [$((SECONDS - start)) s] $1"; }
 
 # bfloat16 is faster where the processor supports it natively: there, more steps fit into the time

@@ -825,11 +825,11 @@ def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
             plot_frontier.main, [*again, str(tmp_path / "wrong.json")], monkeypatch, capsys)
     message = main_error(plot_frontier.main, argv(outs[0], outs[2]), monkeypatch, capsys)
     assert "max_tokens 3" in message
+    message = main_error(plot_frontier.main, argv(outs[0] / rlhf.SAMPLES), monkeypatch, capsys)
+    assert "is not the log of a run of rlhf.py" in message
     (tmp_path / "f.json").write_text('{"results": {}}')  # a report, not estimates
     assert f"the file beside --out, {tmp_path / 'f.json'}" in main_error(
         plot_frontier.main, argv(outs[0]), monkeypatch, capsys)
-    message = main_error(plot_frontier.main, argv(outs[0] / rlhf.SAMPLES), monkeypatch, capsys)
-    assert "is not the log of a run of rlhf.py" in message
 
 
 def test_the_best_policy_by_hand():
