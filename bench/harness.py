@@ -117,7 +117,7 @@ def start_worker(make: Callable[..., Step], *arguments) -> ProcessPoolExecutor:
 
 
 def exit_with_benchmark() -> None:
-    """Makes a worker exit when the benchmark is killed, and leaves Ctrl-C to the benchmark."""
+    """As exit_with_parent of pretrain_data.corpus, whose imports would count in every peak."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -5,8 +5,10 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.common import assert_user_error
+from helpers.common import assert_user_error, user_error
 from helpers.hub_server import run_module, serve
+
+from finetune_data.rows import download_rows
 
 FILE = "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
 
@@ -72,3 +74,8 @@ def test_a_missing_data_set_is_reported(tmp_path, repos, words):
         result = download(tmp_path, environment, check=False)
     assert_user_error(result, *words)
     assert not list(tmp_path.glob("new/*"))
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    assert f"--out {tmp_path} is a folder" in user_error(
+        download_rows, "a/b", "0" * 40, "c.json", (), tmp_path)

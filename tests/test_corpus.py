@@ -11,6 +11,7 @@ import string
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -33,11 +34,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from dataloader import TokenLoader
 from minigpt2 import hub
 from minigpt2.config import UserError
-from minigpt2.files import sha256_of
+from minigpt2.files import sha256_of, write_json
 from minigpt2.hub import retried
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
-from pretrain_data import corpus, documents, text_to_shards
+from pretrain_data import corpus, documents, pretokenized_downloader, text_to_shards
 from pretrain_data.corpus import verify_corpus, write_corpus
 from pretrain_data.documents import (
     Part,
@@ -733,6 +734,18 @@ def test_pretokenized_shards(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     result = run_script(TEXT, tmp_path / "a.txt", "--out-dir", out, check=False)
     assert_user_error(result, "another corpus", "kjj0")
+
+
+def test_a_full_disk_leaves_finished_pretokenized_shards(tmp_path, monkeypatch):
+    """The disk is checked before the manifest is removed."""
+    source = {"name": pretokenized_downloader.REPO, "revision": pretokenized_downloader.COMMIT}
+    write_json(tmp_path / "manifest.json", {"source": source, "tokens": 0, "shards": []})
+    monkeypatch.setattr(pretokenized_downloader, "list_files", lambda *_: [
+        types.SimpleNamespace(path=f"fineweb_{name}_000000.bin", size=10**18)
+        for name in ("val", "train")])
+    monkeypatch.setattr("sys.argv", ["pretokenized_downloader.py", "--out-dir", str(tmp_path)])
+    assert "MB are free" in user_error(pretokenized_downloader.main)
+    assert read_manifest(tmp_path)["source"] == source
 
 
 def all_foreign_tokens(out: Path) -> list[int]:

@@ -316,3 +316,9 @@ def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monke
     assert len(make_questions(path, read_rows(path), multiple_choice, 64)) == 16
     monkeypatch.setattr(evaluate, "fetch", None)
     evaluate.download_benchmark(path)
+
+
+def test_a_wrong_checkpoint_is_named_before_a_missing_benchmark(tmp_path, monkeypatch, capsys):
+    arguments = [tmp_path, "--tasks", "hellaswag", "--eval-dir", tmp_path]
+    assert f"{tmp_path} is not a checkpoint" in main_error(
+        evaluate.main, arguments, monkeypatch, capsys)
