@@ -743,6 +743,7 @@ def test_a_full_disk_leaves_finished_pretokenized_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(pretokenized_downloader, "list_files", lambda *_: [
         types.SimpleNamespace(path=f"fineweb_{name}_000000.bin", size=10**18)
         for name in ("val", "train")])
+    monkeypatch.setattr(pretokenized_downloader, "fetch", None)  # nothing is downloaded
     monkeypatch.setattr("sys.argv", ["pretokenized_downloader.py", "--out-dir", str(tmp_path)])
     assert "MB are free" in user_error(pretokenized_downloader.main)
     assert read_manifest(tmp_path)["source"] == source
