@@ -7,6 +7,7 @@ stands in gray above each response. Nothing is left out: what a response lacks, 
 write, or its token limit cut.
 """
 
+import io
 import pathlib
 import re
 import sys
@@ -43,6 +44,7 @@ def read_samples(path: pathlib.Path) -> list[tuple[list[str], list[str]]]:
 
 def main() -> None:
     from matplotlib.figure import Figure  # slow to import
+    from PIL import Image  # which Matplotlib requires
     config = parse_config(SamplesConfig, description=__doc__)
     image, paths = pathlib.Path(config.out), list(map(pathlib.Path, config.files))
     check_image(image)
@@ -65,8 +67,10 @@ def main() -> None:
             top = 2 + sum(heights[:row])
             write(prompt, column, top, color="gray")
             write(text, column, top + len(prompt))
-    with atomic_write(image) as file:
-        figure.savefig(file, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    with atomic_write(image) as file:  # in shades of gray, a third of the size
+        Image.open(drawn).convert("L").save(file, format="png", optimize=True)
     print(f"wrote {image}")
 
 
