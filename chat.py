@@ -53,9 +53,8 @@ class Conversation:
     def turns_with(self, message: str) -> list[list[int]]:
         """The turns that the model sees: a new one with the message, after as many earlier ones as
         leave room for a response. Raises UserError if the message alone fills the context."""
-        start = "\n" if self.turns else ""  # plain text only
         turn = encode(format_prompt(message, "", self.template) if self.template else
-                      start + message)
+                      "\n" * bool(self.turns) + message)
         if len(turn) >= self.block_size:
             raise UserError(f"the message has {len(turn)} tokens; the context is {self.block_size},"
                             " response included: shorten it")

@@ -12,16 +12,15 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import torch
 from torch import Tensor
@@ -244,23 +243,37 @@ def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fra
     """(training prompts, held-out prompts, summary), see `split_rows`: the different prompts of a
     file of instructions, conversations (the first), pairs, with room for max_tokens. UserError."""
     rows = read_columns(Path(path), columns, INSTRUCTIONS)
+    found = [row_prompt(row, place, template) for place, row in rows]
     prompts: dict[tuple[int, ...], Prompt] = {}
-    for place, row in rows:
-        if isinstance(row, dict) and row.keys() & {"instruction", "prompt"}:  # all that is needed
-            given = {name: value for name, value in row.items() if value is not None}
-            row = dict.fromkeys(("output", "completion"), given.get("chosen", "")) | given
-        texts = text_turns(row, place)[0]
-        ids = encode(format_prompt(*texts[:2], template))
-        prompts.setdefault(tuple(ids), Prompt(place, *texts, ids))
+    for prompt in filter(None, found):
+        prompts.setdefault(tuple(prompt.ids), prompt)
     fitting = [prompt for prompt in prompts.values() if len(prompt.ids) + max_tokens <= block_size]
+    unusable = found.count(None)
     summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: "
-               f"{len(rows) - len(prompts):,} repeated, {len(prompts) - len(fitting):,} without "
-               f"room for {max_tokens} tokens in a context of {block_size})")
+               + f"{unusable:,} unusable pairs of transcripts, " * bool(unusable)
+               + f"{len(rows) - unusable - len(prompts):,} repeated, "
+               f"{len(prompts) - len(fitting):,} without room for {max_tokens} tokens in a context "
+               f"of {block_size})")
     if not fitting:
         raise UserError(f"{flag} {path}: {summary}: lower --max-tokens, or give other rows")
     keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in fitting]
     trained, held_out, split = split_rows(fitting, keys, val_fraction)
     return trained, held_out, f"{summary}; {split}"
+
+
+def row_prompt(row: object, place: str, template: str) -> Prompt | None:
+    """The prompt of a row; None for transcripts that are no pair. Raises UserError."""
+    names = {name for name, value in row.items() if value is not None} if (
+        isinstance(row, dict)) else set()
+    if names & {"instruction", "prompt"}:  # all that is needed
+        given = {name: row[name] for name in row if name in names}
+        row = dict.fromkeys(("output", "completion"), given.get("chosen", "")) | given
+    elif names >= {"chosen", "rejected"} and "messages" not in names:
+        pairs, _ = make_pairs([(place, row)], sys.maxsize, template)
+        return next((Prompt(place, pair.instruction, "", decode(pair.chosen[:-1]), pair.prompt)
+                     for pair in pairs), None)
+    texts = text_turns(row, place)[0]
+    return Prompt(place, *texts, encode(format_prompt(*texts[:2], template)))
 
 
 def read_turns(path: Path, columns: str = "") -> list[list[TextTurn]]:
@@ -369,7 +382,7 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float, val_start: float = 0
     """(training pairs, held-out pairs by length, summary), as for fine-tuning: `split_rows`."""
     keys = [(pair.instruction, pair.input, decode(pair.chosen[:-1])) for pair in pairs]
     trained, held_out, summary = split_rows(pairs, keys, val_fraction, val_start)
-    return trained, sorted(held_out, key=attrgetter("num_tokens")), summary
+    return trained, sorted(held_out, key=lambda pair: pair.num_tokens), summary
 
 
 def row_batches(rows: Sequence, length_of: Callable[[object], int], batch_size: int, seed: int,

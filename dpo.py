@@ -16,10 +16,8 @@ if __name__ == "__main__":
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -60,18 +58,17 @@ FIXED_ON_RESUME = ("beta", "label_smoothing", "length_normalized", "batch_size",
                    "val_fraction", "columns", "seed", "data_sha256", "reference_sha256")
 
 
-def collate_pairs(pairs: Sequence[Pair], block_size: int,
+def collate_pairs(pairs: list[Pair], block_size: int,
                   device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs -> inputs and targets (2 R, T): chosen and rejected in turn."""
     return response_batch([(pair.prompt, response) for pair in pairs
                            for response in (pair.chosen, pair.rejected)], block_size, device)
 
 
-def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
-                  ) -> dict[str, list[float]] | None:
+def pair_logprobs(model: GPT, batches: list[list[Pair]], run: Run) -> dict[str, list[float]] | None:
     """The log-probabilities of both responses of every pair, by its place, on every rank, in the
     micro-batches of training; for None see `share_rows`. Raises UserError if one is not finite."""
-    def work(parts: list[Sequence[Pair]]) -> list[list[list[float]]]:
+    def work(parts: list[list[Pair]]) -> list[list[list[float]]]:
         inputs, targets = collate_pairs(parts[0], model.config.block_size, run.launch.device)
         with autocast(run.launch.device, run.dtype):
             _, losses = model(inputs, targets, reduction="none", return_logits=False)
@@ -91,7 +88,7 @@ def pair_logprobs(model: GPT, batches: Sequence[Sequence[Pair]], run: Run,
     return found
 
 
-def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: Run,
+def reference_logprobs(reference: GPT, batches: list[list[Pair]], run: Run,
                        ) -> dict[str, list[float]] | None:
     """`pair_logprobs` of the reference, from OUT_DIR/reference.json if that file holds them for the
     same weights, batches and precision; else they are computed and stored there."""
@@ -111,7 +108,7 @@ def reference_logprobs(reference: GPT, batches: Sequence[Sequence[Pair]], run: R
     return found
 
 
-def figure_sums(logprobs: torch.Tensor, pairs: Sequence[Pair], ref: dict[str, list[float]],
+def figure_sums(logprobs: torch.Tensor, pairs: list[Pair], ref: dict[str, list[float]],
                 config: DPOConfig) -> torch.Tensor:
     """The sums of FIGURES over R pairs (5,), from the policy's log-probabilities (R, 2) and the
     reference's by place. The first is the loss, with its gradient."""
@@ -126,7 +123,7 @@ def figure_sums(logprobs: torch.Tensor, pairs: Sequence[Pair], ref: dict[str, li
         [accuracy(margins), margins, *changes.unbind(1)]).detach().sum(1)])
 
 
-def held_out_means(policy: GPT, pairs: Sequence[Pair], ref: dict[str, list[float]],
+def held_out_means(policy: GPT, pairs: list[Pair], ref: dict[str, list[float]],
                    run: Run) -> dict[str, float | None]:
     """The means of FIGURES over held-out pairs; a loss of None after a signal."""
     found = pair_logprobs(policy, [pairs], run)
@@ -139,22 +136,20 @@ def held_out_means(policy: GPT, pairs: Sequence[Pair], ref: dict[str, list[float
 
 def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Trains for the given epochs, or until a signal; returns the final policy."""
-    device = launch.device
-
     # 1. The reference, the pairs, and the checkpoint to resume from
-    reference = load_gpt2(config.checkpoint, device)
+    reference = load_gpt2(config.checkpoint, launch.device)
     block_size, template = reference.config.block_size, shared_template(config.checkpoint)
     pairs, summary = load_pairs(config.data, "--data", block_size, template, config.columns)
     train_pairs, val_pairs, split_summary = split_pairs(pairs, config.val_fraction)
     run = Run(config, launch, stop, label="DPO", graph="dpo_loss.png", fixed=FIXED_ON_RESUME,
               loss_name="DPO loss, nats per pair", data={"sha256": sha256_of(Path(config.data))},
               prompt_template=template, reference_sha256=weights_sha256(reference))
-    raw_model = load_gpt2(run.checkpoint, device) if run.is_resumed else reference
+    raw_model = load_gpt2(run.checkpoint, launch.device) if run.is_resumed else reference
 
     # 2. The number of steps, the optimizer, and the micro-batch
     model = run.prepare_epochs(raw_model, len(train_pairs), block_size)
     launch.print0(f"{summary}; {split_summary}\n{run.summary}")
-    epoch, batches = (row_batches(train_pairs, attrgetter("num_tokens"), run.batch_size,
+    epoch, batches = (row_batches(train_pairs, lambda pair: pair.num_tokens, run.batch_size,
                                   config.seed, step) for step in (0, run.step))
 
     with run:
@@ -176,10 +171,10 @@ def train(config: DPOConfig, launch: Launch, stop: StopRequest | None = None) ->
             set_lr(run.optimizer, lr)
             batch = next(batches)  # of all ranks
             micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
-            sums = torch.zeros(len(FIGURES), device=device)
+            sums = torch.zeros(len(FIGURES), device=launch.device)
             for mine in run.micro_steps(micro_batches):
-                inputs, targets = collate_pairs(mine, block_size, device)  # (2 R, T)
-                with autocast(device, run.dtype):
+                inputs, targets = collate_pairs(mine, block_size, launch.device)  # (2 R, T)
+                with autocast(launch.device, run.dtype):
                     _, losses = model(inputs, targets, reduction="none", return_logits=False)
                 logprobs = -losses.sum(1)[: 2 * len(mine)].view(-1, 2)  # (R, 2)
                 # Means over the pairs of the global batch, not means of means

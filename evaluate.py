@@ -28,7 +28,7 @@ import torch
 from dataloader import TokenLoader, read_rows
 from inference import load_gpt2
 from minigpt2 import benchmarks
-from minigpt2.checkpoint import find_checkpoint
+from minigpt2.checkpoint import find_checkpoint, read_config
 from minigpt2.config import ROOT, UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, SamplingDtype, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
@@ -79,10 +79,9 @@ def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
     """The mean loss over the first targets of the validation split, in nats per token, and in bits
     per byte of their text; of the latter, <|endoftext|>, which is no text, is left out."""
     T = model.config.block_size
-    loader = TokenLoader(Path(config.data_dir), "val", sequence_length=T,
-                         micro_batch_size=max(1, config.batch_tokens // T), total_batch_size=T,
-                         vocab_size=model.config.vocab_size, seed=0, rank=launch.rank,
-                         world_size=launch.world_size)
+    loader = TokenLoader(Path(config.data_dir), "val", sequence_length=T, total_batch_size=T,
+                         micro_batch_size=max(1, config.batch_tokens // T), rank=launch.rank,
+                         vocab_size=model.config.vocab_size, world_size=launch.world_size)
     text_of = load_tokenizer().decode_single_token_bytes
     byte_counts = torch.tensor([*(len(text_of(token)) for token in range(EOT_TOKEN)), 0])  # (V,)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens; those of <|endoftext|>, bytes
@@ -98,7 +97,8 @@ def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
     nats, tokens, end_nats, num_bytes = launch.sum(sums).tolist()
     if not num_bytes:
         raise UserError(f"--data-dir {config.data_dir}: the validation split holds no text")
-    return {"loss": nats / tokens, "perplexity": math.exp(nats / tokens), "tokens": int(tokens),
+    perplexity = torch.tensor(nats / tokens, dtype=torch.float64).exp().item()  # or inf
+    return {"loss": nats / tokens, "perplexity": perplexity, "tokens": int(tokens),
             "bits_per_byte": (nats - end_nats) / (math.log(2) * num_bytes), "bytes": int(num_bytes)}
 
 
@@ -113,7 +113,8 @@ def parse_tasks(config: EvaluateConfig) -> dict[str, Path | None]:
             raise UserError(f"--tasks {word}: the name {key} is taken: give another as NAME=FILE")
         if name != "val" and not path.is_file():
             fix = "add --download" if name in FILES else f"name one of val, {', '.join(FILES)}"
-            raise UserError(f"--tasks {word}: {path} does not exist: {fix}, or give NAME=FILE")
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"--tasks {word}: {path} {problem}: {fix}, or give NAME=FILE")
         tasks[key] = None if name == "val" else path
     return tasks
 
@@ -157,6 +158,8 @@ def main() -> None:
     config = parse_config(EvaluateConfig, description=__doc__)
     if not config.checkpoints and not config.download:
         raise UserError("no checkpoint given: python evaluate.py out/pretrain")
+    if config.json and Path(config.json).is_dir():
+        raise UserError(f"--json {config.json} is a folder, expected a file")
     if config.json:
         check_folder(Path(config.json).parent, f"--json {config.json}")
     with launched(config.device) as launch:
@@ -166,6 +169,8 @@ def main() -> None:
         if not config.checkpoints:
             return
         folders, tasks = list(map(find_checkpoint, config.checkpoints)), parse_tasks(config)
+        for folder in folders:
+            read_config(folder)  # refuses one at once, before the others are evaluated
         results = {name: evaluate_checkpoint(folder, config, launch, tasks)
                    for name, folder in zip(config.checkpoints, folders, strict=True)}
         launch.print0(benchmarks.table(results))

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     from minigpt2.config import share_cores
     share_cores()  # before PyTorch is imported
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,7 +57,7 @@ FIXED_ON_RESUME = ("template", "columns", "batch_size", "epochs", "val_fraction"
                    "data_sha256")
 
 
-def collate(rows: Sequence[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(rows: list[Example], B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows -> right-padded inputs (B, T) int64, and their targets, the tokens of responses only."""
     inputs = torch.zeros((B, T), dtype=torch.int64)  # padded with any id, also by whole rows
     targets = torch.full((B, T), IGNORE_INDEX)
@@ -71,22 +70,15 @@ def collate(rows: Sequence[Example], B: int, T: int) -> tuple[torch.Tensor, torc
     return inputs, targets
 
 
-def padded_to(rows: Sequence[Example], block_size: int) -> int:
-    """The T to which the rows of a micro-batch are padded."""
-    return min(padded_length(max(map(num_inputs, rows), default=1)), block_size)
-
-
 def micro_batches(rows: list[Example], B: int, block_size: int, launch: Launch,
                   ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's micro-batches of the rows, as inputs and targets (B, T); see `rank_share`."""
-    return [collate(part, B, padded_to(part, block_size))
+    return [collate(part, B, min(padded_length(max(map(num_inputs, part), default=1)), block_size))
             for part in rank_share(rows, B, launch.rank, launch.world_size)]
 
 
 def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = None) -> GPT:
     """Fine-tunes for the given epochs, or until a signal; returns the final model."""
-    device = launch.device
-
     # 1. The rows, the model, and the checkpoint to resume from
     turns = read_turns(Path(config.data), config.columns)
     run = Run(config, launch, stop, label="fine-tuning", graph="finetune_loss.png",
@@ -96,13 +88,13 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
     if run.is_resumed and template != shared_template(base):
         raise UserError(f"--resume: {base} was trained with another --template: restore that")
     run.prompt_template = template
-    raw_model = load_gpt2(base, device, config.dropout)
+    raw_model = load_gpt2(base, launch.device, config.dropout)
     block_size = raw_model.config.block_size
     train_rows, val_rows, summary = split_examples(turns, block_size, config.val_fraction, template)
 
     # 2. The number of steps, the optimizer, and the micro-batch
-    model = run.prepare_epochs(raw_model, len(train_rows),
-                               padded_to(train_rows + val_rows, block_size))
+    longest = min(padded_length(max(map(num_inputs, train_rows + val_rows))), block_size)
+    model = run.prepare_epochs(raw_model, len(train_rows), longest)
     B = run.micro_batch_size
     prompt, response = map(decode, train_rows[0][0])
     sample_prompt = (encode_example(config.sample_prompt, "", "", template)[0]
@@ -127,10 +119,10 @@ def train(config: FinetuneConfig, launch: Launch, stop: StopRequest | None = Non
             set_lr(run.optimizer, lr)
             batch = next(global_batches)  # of all ranks
             num_valid_tokens = sum(len(response) for row in batch for _, response in row)
-            loss_sum = torch.zeros((), device=device)
-            for inputs, targets in run.micro_steps(micro_batches(batch, B, block_size, launch)):
-                inputs, targets = to_device(inputs, device), to_device(targets, device)  # (B, T)
-                with autocast(device, run.dtype):
+            loss_sum = torch.zeros((), device=launch.device)
+            for micro_batch in run.micro_steps(micro_batches(batch, B, block_size, launch)):
+                inputs, targets = (to_device(x, launch.device) for x in micro_batch)  # (B, T)
+                with autocast(launch.device, run.dtype):
                     _, loss = model(inputs, targets, reduction="sum", return_logits=False)
                 # Mean over the response tokens of the global batch, not a mean of means
                 loss = loss * (launch.world_size / num_valid_tokens)

@@ -399,8 +399,10 @@ def main() -> None:
     prompts = read_prompts(config)
     tokenize_batch_input(prompts[:1])  # refuses an empty list at once
     model, params, template = config.load()
-    if config.input and not (template and all(map(str.strip, prompts))):
+    if config.input and not template:
         raise UserError("--input: no template is applied here; write the input into the prompt")
+    if config.input and not all(map(str.strip, prompts)):
+        raise UserError("--input: a prompt is blank, to which no template is applied: leave it out")
     rows = [encode(format_prompt(p, config.input, template) if template else p) if p.strip() else
             [EOT_TOKEN] for p in prompts]
     seeds = row_seeds(list(map(tuple, rows)), config.seed)

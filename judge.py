@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dataloader import Prompt, load_prompts, normalize
 from image.plot_report import binary_kl, draw_policies
@@ -72,6 +71,8 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     _, held_out, summary = load_prompts(
         config.data, "--data", min(size.block_size for size in sizes), config.max_tokens,
         config.val_fraction, template, config.columns)
+    for reward in rewards.values():
+        reward.check_rows(held_out)
     run = run_metadata(config, world_size=launch.world_size, device=launch.device,
                        data={"sha256": sha256_of(Path(config.data))})
     launch.check_same(run | {"template": template}, except_for=("data", "device", "device_name"))
@@ -140,7 +141,7 @@ def plain(text: str) -> str:
     return normalize(text).rstrip(" .,;:!?")
 
 
-def summarize(values: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
+def summarize(values: dict[str, torch.Tensor], prompts: list[Prompt]) -> dict[str, float]:
     """Means over all responses (K, P) with standard errors over prompts; of exact_match only over
     prompts with a short reference, which a response can be expected to match."""
     rows = {figure: row.mean(0) for figure, row in values.items()}  # (P,) each
@@ -179,7 +180,7 @@ def add_comparisons(results: dict, values: dict[str, dict], config: JudgeConfig)
         results[f"best of {n}"]["kl_upper_bound"] = math.log(n) - (n - 1) / n
 
 
-def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
+def best_of_n(proxy: torch.Tensor, gold: torch.Tensor, n: int) -> torch.Tensor:
     """The expected gold reward (R,) of the response with the largest proxy among n, without bias
     from N >= n responses (R, N) (Nakano et al. 2021). Those of equal proxy share their gold."""
     equal = (proxy[:, :, None] == proxy[:, None, :]).to(gold.dtype)  # (R, N, N)
@@ -189,7 +190,7 @@ def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     return shared.gather(1, proxy.argsort(1)) @ weights
 
 
-def win_rate(scores: Tensor, baseline: Tensor) -> dict:
+def win_rate(scores: torch.Tensor, baseline: torch.Tensor) -> dict:
     """How often a response wins against the reference's, by rewards (K, P) and (K', P) of responses
     to the same prompts, ties half; with a 95 % interval, bootstrapped over prompts."""
     wins = accuracy(scores[:, None] - baseline[: len(scores)]).mean((0, 1))  # (P,)

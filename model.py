@@ -148,10 +148,9 @@ class GPT(nn.Module):
                 parameter.zero_()
             elif parameter.dim() == 1:  # LayerNorm
                 parameter.fill_(1.0)
-            elif name.endswith("c_proj.weight"):
-                parameter.normal_(std=INIT_STD / math.sqrt(2 * self.config.n_layer))
             else:
-                parameter.normal_(std=INIT_STD)
+                depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+                parameter.normal_(std=INIT_STD / math.sqrt(depth))
 
     def num_parameters(self) -> int:
         """124,439,808 for the default config; the tied head is counted once."""

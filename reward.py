@@ -14,9 +14,7 @@ if __name__ == "__main__":
     share_cores()  # before PyTorch is imported
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ from image.plot_report import draw_calibration
 from inference import load_gpt2, sample_responses
 from minigpt2.advantages import accuracy, preference_loss
 from minigpt2.checkpoint import load_model, shared_template, weights_sha256
-from minigpt2.config import ROOT, flag
+from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of, write_json
@@ -75,10 +73,10 @@ def read_splits(config: RewardConfig, block_size: int, template: str) -> tuple[l
     prompts = {tuple(pair.prompt) for pair in pairs}
     seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
     return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "
-                             "with the prompt of a training pair")
+                             "with the prompt of a training pair; --val-fraction is not used")
 
 
-def pair_margins(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.Tensor | None:
+def pair_margins(model: RewardModel, pairs: list[Pair], run: Run) -> torch.Tensor | None:
     """The margins (R,) float64 of R pairs: score of the chosen minus score of the rejected. None
     after a signal. Raises UserError naming a pair whose score is not finite."""
     scores = score_rows(model, sequences(pairs), [pair.place for pair in pairs for _ in range(2)],
@@ -88,10 +86,8 @@ def pair_margins(model: RewardModel, pairs: Sequence[Pair], run: Run) -> torch.T
 
 def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None) -> RewardModel:
     """Trains for the given epochs, or until a signal; returns the final, normalized model."""
-    device = launch.device
-
     # 1. The model, the pairs, and the checkpoint to resume from
-    base = load_gpt2(config.checkpoint, device, config.dropout)
+    base = load_gpt2(config.checkpoint, launch.device, config.dropout)
     block_size, template = base.config.block_size, shared_template(config.checkpoint)
     train_pairs, val_pairs, summary = read_splits(config, block_size, template)
     run = Run(config, launch, stop, label="reward model", graph="reward_loss.png",
@@ -100,14 +96,14 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
               fixed=FIXED_ON_RESUME, prompt_template=template, model_class=RewardModel,
               reference_sha256=weights_sha256(base))
     is_normalized = run.is_resumed and "normalized" in run.saved["facts"]
-    raw_model = (load_model(run.checkpoint, device, RewardModel, config.dropout)
+    raw_model = (load_model(run.checkpoint, launch.device, RewardModel, config.dropout)
                  if run.is_resumed else RewardModel.from_language_model(base, config.seed))
     del base  # a new run trains its tensors
 
     # 2. The number of steps, the optimizer, and the micro-batch
     model = run.prepare_epochs(raw_model, len(train_pairs), block_size)
     launch.print0(f"{summary}\n{run.summary}")
-    batches = row_batches(train_pairs, attrgetter("num_tokens"), run.batch_size, config.seed,
+    batches = row_batches(train_pairs, lambda pair: pair.num_tokens, run.batch_size, config.seed,
                           run.step)
     recent = deque(maxlen=2)  # batches: on a GPU, the host reads a loss one step late
 
@@ -116,11 +112,9 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
         while True:
             if run.eval_due():
                 margins = pair_margins(raw_model, val_pairs, run)
-                if margins is None:  # a signal came
-                    run.log_validation(None)
-                else:
-                    run.log_validation(preference_loss(margins).mean().item(),
-                                       accuracy=accuracy(margins).mean().item())
+                loss, right = (None, None) if margins is None else (  # None: a signal came
+                    figure(margins).mean().item() for figure in (preference_loss, accuracy))
+                run.log_validation(loss, accuracy=right)
             if run.save_or_finish():
                 break
 
@@ -128,11 +122,11 @@ def train(config: RewardConfig, launch: Launch, stop: StopRequest | None = None)
             set_lr(run.optimizer, lr)
             recent.append(batch := next(batches))  # of all ranks
             micro_batches = rank_share(batch, run.micro_batch_size, launch.rank, launch.world_size)
-            sums = torch.zeros(3, device=device)  # of loss, accuracy and margin
+            sums = torch.zeros(3, device=launch.device)  # of loss, accuracy and margin
             for pairs in run.micro_steps(micro_batches):
                 # A rank without pairs takes part in the step with two rows that count for nothing
-                ids, masks = pad_batch(sequences(pairs) or [[0], [0]], block_size, device)
-                with autocast(device, run.dtype):
+                ids, masks = pad_batch(sequences(pairs) or [[0], [0]], block_size, launch.device)
+                with autocast(launch.device, run.dtype):
                     scores = model(ids, masks)  # (2B,)
                 margins = (scores[::2] - scores[1::2])[: len(pairs)]  # (B,)
                 figures = torch.stack([preference_loss(margins), accuracy(margins), margins])
@@ -164,9 +158,14 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
     mean, deviation = (0.0, 0.0) if len(scores) < MIN_SAMPLES else (
         scores.mean().item(), scores.std(correction=0).item())
     if run.launch.is_master:
+        margins, swapped_margins = margins.split([len(val_pairs), len(swapped)])  # (n,), (n',)
+        rules, (error, bins) = rule_margins(val_pairs, train_pairs), calibration(margins)
+        rows = {"reward model": margins, "chosen is the shorter": margins[rules["shorter"] > 0],
+                "against another prompt's": swapped_margins, **rules}
         report = {"loss": run.state.val_loss, "samples": len(scores), "mean": mean,
-                  "deviation": deviation} | make_report(
-                      *margins.split([len(val_pairs), len(swapped)]), val_pairs, train_pairs)
+                  "deviation": deviation, "calibration_error": error, "calibration": bins,
+                  "accuracy": {name: accuracy_interval(row)
+                               for name, row in rows.items() if len(row)}}
         draw_calibration(report["calibration"], run.out_dir / CALIBRATION)
         write_json(run.out_dir / REPORT, report)
         print_accuracies(report["accuracy"])
@@ -192,9 +191,14 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
     order = permutation(len(pairs), config.seed)[: config.normalize_samples]
     prompts = [pairs[i].prompt for i in order]
     seeds = np.random.SeedSequence(config.seed).generate_state(len(prompts), np.uint64).tolist()
-    base = prepare_to_sample(load_gpt2(config.checkpoint, run.launch.device), run.dtype)
-    responses = sample_responses(base, prompts, seeds, config.max_tokens, run.launch,
-                                 should_stop=run.stop.requested)
+    base = load_gpt2(config.checkpoint, run.launch.device)
+    if weights_sha256(base) != run.metadata["reference_sha256"]:
+        raise UserError(f"--checkpoint {config.checkpoint} has changed since the start of the run, "
+                        "and scores are normalized on its samples: restore it, then --resume")
+    on_cpu = run.launch.device.type == "cpu" and run.dtype == torch.float16  # which cannot sample
+    responses = sample_responses(
+        prepare_to_sample(base, torch.float32 if on_cpu else run.dtype), prompts, seeds,
+        config.max_tokens, run.launch, should_stop=run.stop.requested)
     if responses is None:
         return None
     rows = [one.prompt + one.tokens for one in responses if one.stopped]
@@ -209,17 +213,6 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
                zip(others, others[1:] + others[:1], strict=True) if pair.prompt != other.prompt]
     return [pair for pair in swapped
             if pair.num_tokens <= block_size and pair.chosen != pair.rejected]
-
-
-def make_report(margins: torch.Tensor, swapped: torch.Tensor, pairs: Sequence[Pair],
-                training_pairs: Sequence[Pair]) -> dict:
-    """Accuracies and calibration of margins (n,), and of those with swapped prompts (n',)."""
-    rules = rule_margins(pairs, training_pairs)
-    rows = {"reward model": margins, "chosen is the shorter": margins[rules["shorter"] > 0],
-            "against another prompt's": swapped, **rules}
-    error, bins = calibration(margins)
-    return {"calibration_error": error, "calibration": bins,
-            "accuracy": {name: accuracy_interval(row) for name, row in rows.items() if len(row)}}
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:

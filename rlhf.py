@@ -15,7 +15,6 @@ if __name__ == "__main__":
     share_cores()  # before PyTorch is imported
 
 import copy
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,7 +28,7 @@ from dataloader import Prompt, load_prompts, permutation
 from inference import load_gpt2, sample_responses
 from minigpt2 import advantages as A
 from minigpt2.checkpoint import shared_template, weights_sha256
-from minigpt2.config import ROOT, UserError, flag
+from minigpt2.config import ROOT, UserError, flag, flag_name
 from minigpt2.distributed import Launch, autocast, share_rows, to_device
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of
@@ -118,11 +117,12 @@ class PolicyAndValue(nn.Module):
         return torch.stack([-losses, values], -1)[targets != IGNORE_INDEX]
 
 
-def load_value_model(config: RLHFConfig, reward: Reward, run: Run) -> RewardModel | None:
+def load_value_model(config: RLHFConfig, reward: Reward, reference: GPT,
+                     run: Run) -> RewardModel | None:
     """The value model: at first the reward model's weights, or the policy's, with a head of 0."""
     if config.advantage == "group":
         return None
-    value = (RewardModel.from_language_model(load_gpt2(config.checkpoint, run.launch.device), 0)
+    value = (RewardModel.from_language_model(copy.deepcopy(reference), 0)
              if reward.model is None else copy.deepcopy(reward.model)).requires_grad_(True)
     nn.init.zeros_(value.score.weight)
     if run.is_resumed:
@@ -158,7 +158,7 @@ class Rollouts:
                 "response_tokens": n / len(self.responses)}
 
 
-def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Sequence[Prompt],
+def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: list[Prompt],
              stream: tuple[int, ...], config: RLHFConfig, run: Run) -> Rollouts | None:
     """Stages 2 and 3: one response to each of R prompts, sampled from the policy, its score, and
     the log-probabilities and values of its tokens. Row i draws from a random stream of its own,
@@ -176,7 +176,7 @@ def roll_out(module: PolicyAndValue, reference: GPT, reward: Reward, prompts: Se
     scores = reward(responses, prompts, launch, run.dtype, 2 * config.micro_batch_size,
                     run.stop.requested)
 
-    def work(batch: list[Response]) -> Iterable[torch.Tensor]:
+    def work(batch: list[Response]) -> list[torch.Tensor]:
         inputs, targets = response_batch([(one.prompt, one.tokens) for one in batch],
                                          module.block_size, launch.device)  # (B, T)
         with autocast(launch.device, run.dtype):
@@ -214,7 +214,7 @@ def advantages_and_returns(rollouts: Rollouts, config: RLHFConfig, kl_coef: floa
     return A.whiten(advantages, mask), returns, {"explained_variance": explained}
 
 
-def step_prompts(prompts: Sequence[Prompt], config: RLHFConfig, step: int) -> list[Prompt]:
+def step_prompts(prompts: list[Prompt], config: RLHFConfig, step: int) -> list[Prompt]:
     """Stage 1: the prompts of a step, each group_size times, from seeded epochs."""
     P, n = config.batch_size // config.group_size, len(prompts)
     chosen = [permutation(n, config.seed, k // n)[k % n] for k in range(step * P, (step + 1) * P)]
@@ -283,12 +283,14 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     train_prompts, val_prompts, summary = load_prompts(
         config.prompts, "--prompts", block_size, config.max_tokens, config.val_fraction, template,
         config.columns)
+    reward.check_rows(train_prompts + val_prompts)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
               loss_name="KL-penalized reward, negative", prompt_template=template,
               reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
-    policy = load_gpt2(run.checkpoint or config.checkpoint, launch.device)
-    value = load_value_model(config, reward, run)
+    policy = (load_gpt2(run.checkpoint, launch.device) if run.is_resumed else
+              copy.deepcopy(reference).requires_grad_(True))
+    value = load_value_model(config, reward, reference, run)
     optimizer = config.make_optimizer(policy, run.shard_optimizer)
     if value is not None:
         optimizer.add_param_group({"params": list(value.parameters()), "weight_decay": 0.0,
@@ -299,6 +301,9 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     kl_coef = config.kl_coef if run.state.kl_coef is None else run.state.kl_coef
     launch.print0(f"{summary}\n{run.summary}; {config.max_steps:,} steps of "
                   f"{config.batch_size} responses, {config.group_size} per prompt")
+    for name in ("value_lr", "value_clip", "gae_lambda"):
+        if value is None and getattr(config, name) != getattr(RLHFConfig, name):
+            launch.print0(f"{flag_name(name)} is ignored: --advantage group has no value model")
 
     with run:
         while True:

@@ -15,13 +15,11 @@ if __name__ == "__main__":
     from minigpt2.config import share_cores
     share_cores()  # before PyTorch is imported
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn as nn
 
 from dataloader import TokenLoader, read_rows
 from inference import check_sample_prompt, write_sample
@@ -81,7 +79,7 @@ def model_config(config: TrainerConfig) -> GPTConfig:
     names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
-        sizes = dataclasses.replace(PRESETS[config.preset], **given)
+        sizes = replace(PRESETS[config.preset], **given)
     except ValueError as error:
         raise UserError(f"{error}: change --n-embd or --n-head") from None
     if config.sequence_length > sizes.block_size:
@@ -95,17 +93,16 @@ def new_model(config: TrainerConfig, sizes: GPTConfig, device: torch.device) -> 
     torch.manual_seed(config.seed)
     model = GPT(sizes)
     for block in model.transformer.h if config.zero_init else ():
-        nn.init.zeros_(block.attn.c_proj.weight)
-        nn.init.zeros_(block.mlp.c_proj.weight)
+        torch.nn.init.zeros_(block.attn.c_proj.weight)
+        torch.nn.init.zeros_(block.mlp.c_proj.weight)
     return model.to(device)
 
 
 def optimizer_for(model: GPT, config: TrainerConfig, shard: bool) -> torch.optim.Optimizer:
     """Raises UserError for learning rates that the chosen optimizer cannot use."""
-    uses_muon = config.optimizer == "muon"
-    if not uses_muon and config.muon_lr != TrainerConfig.muon_lr:
+    if config.optimizer != "muon" and config.muon_lr != TrainerConfig.muon_lr:
         raise UserError("--muon-lr needs --optimizer muon: add that, or leave --muon-lr out")
-    if uses_muon and config.max_lr == 0:
+    if config.optimizer == "muon" and config.max_lr == 0:
         raise UserError("--max-lr is 0, expected a positive number: with --optimizer muon, the "
                         "schedule scales --muon-lr by lr / --max-lr")
     return make_optimizer(model, lr=config.max_lr, betas=(config.beta1, config.beta2),
@@ -128,15 +125,6 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
         return [B]
     share = total // per_micro_step  # windows
     return [size for size in range(share, 0, -1) if share % size == 0]
-
-
-def one_epoch(config: TrainerConfig, loader: TokenLoader) -> int:
-    """The full steps in one pass over the shards; fewer windows than a step are left over."""
-    if loader.windows_per_epoch < loader.windows_per_step:
-        raise UserError(f"one epoch of {config.data_dir} has {loader.windows_per_epoch:,} windows "
-                        f"of {config.sequence_length} tokens, fewer than one step: lower "
-                        "--total-batch-size or give --max-steps")
-    return loader.windows_per_epoch // loader.windows_per_step
 
 
 def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:
@@ -162,12 +150,16 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     check_sample_prompt(sample_prompt, config, sizes.block_size)
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png",
               data=read_manifest(Path(config.data_dir)), fixed=FIXED_ON_RESUME,
-              **dataclasses.asdict(sizes))
+              **asdict(sizes))
     train_loader, val_loader = (TokenLoader(
         Path(config.data_dir), split, sequence_length=T, micro_batch_size=1,  # chosen below
         total_batch_size=config.total_batch_size, vocab_size=sizes.vocab_size, seed=config.seed,
         rank=launch.rank, world_size=launch.world_size) for split in ("train", "val"))
-    max_steps = config.max_steps or one_epoch(config, train_loader)
+    max_steps = config.max_steps or train_loader.windows_per_epoch // train_loader.windows_per_step
+    if max_steps == 0:  # windows of an epoch that do not fill a step are left over
+        raise UserError(f"one epoch of {config.data_dir} has {train_loader.windows_per_epoch:,} "
+                        f"windows of {T} tokens, fewer than one step: lower --total-batch-size or "
+                        "give --max-steps")
     if config.warmup_steps > max_steps:
         launch.print0(f"the warm-up of {config.warmup_steps} steps is longer than the run of "
                       f"{max_steps}: --max-lr will not be reached")

@@ -31,9 +31,7 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, label_smoothin
     """Losses and margins, both (R,), of DPO (Rafailov et al. 2023, equation 7), from summed
     log-probabilities (R, 2) of whole responses under policy and reference. label_smoothing: the
     probability that a label is wrong (Mitchell 2023). `lengths` (R, 2): for means (Tulu 3)."""
-    gains = logprobs - ref_logprobs  # (R, 2)
-    if lengths is not None:
-        gains = gains / lengths
+    gains = (logprobs - ref_logprobs) / (1 if lengths is None else lengths)  # (R, 2)
     margins = beta * (gains[:, 0] - gains[:, 1])  # (R,)
     losses = ((1 - label_smoothing) * preference_loss(margins)
               + label_smoothing * preference_loss(-margins))

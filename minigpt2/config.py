@@ -105,13 +105,16 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
         stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     try:
         main()
+        print(end="", flush=True)  # a write that fails is reported here, not by Python at exit
     except UserError as error:
         sys.exit(fail(str(error)))
     except BrokenPipeError:  # the reader of a pipe exited, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in NO_SPACE:
+            if error.filename is None and sys.stdout is not None:
+                discard(sys.stdout)
             sys.exit(fail(f"no space left while writing {error.filename or 'output'}; files "
                           "completed earlier are intact: free some space and run again"))
         if error.filename is None or error.strerror is None:
@@ -127,6 +130,11 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)
+
+
+def discard(stream: typing.TextIO) -> None:
+    """Drops what a stream still holds; else Python fails to write it at exit, with status 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def share_cores() -> None:

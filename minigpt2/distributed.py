@@ -9,14 +9,13 @@ import secrets
 import sys
 import time
 import timeit
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from minigpt2.config import UserError
 from minigpt2.loss import IGNORE_INDEX
@@ -131,8 +130,7 @@ def use_fastest_exact_matmul() -> None:
     """Uses oneDNN for float32 products on a CPU, twice as fast as MKL on AMD. PyTorch does so only
     under "medium" precision, where AMX may round to bfloat16: a trial product decides."""
     torch.set_float32_matmul_precision("medium")
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 256, 256, generator=generator)
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
     if (a @ b - exact).norm() > 2e-6 * exact.norm():  # in bfloat16 the error is 2e-3
         torch.set_float32_matmul_precision("highest")
@@ -201,15 +199,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-@contextlib.contextmanager
-def allow_nondeterministic() -> Iterator[None]:
-    """Allows nondeterministic algorithms for work that does not affect training."""
-    mode = torch.get_deterministic_debug_mode()
+def allow_nondeterministic() -> contextlib.ExitStack:
+    """Allows nondeterministic algorithms, until its end, for work that does not affect training."""
+    stack = contextlib.ExitStack()
+    stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
     torch.set_deterministic_debug_mode("default")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
+    return stack
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
@@ -219,8 +214,8 @@ def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:
         return model
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=[launch.device]
-                                   if launch.device.type == "cuda" else None)
+    gpus = [launch.device] if launch.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, gpus, gradient_as_bucket_view=True)
 
 
 @torch.no_grad()

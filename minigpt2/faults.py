@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from minigpt2.config import UserError, first_line, is_out_of_memory
+from minigpt2.config import UserError, discard, first_line, is_out_of_memory
 from minigpt2.distributed import Launch, autocast, start
 from minigpt2.loss import on_cpu
 from model import GPT
@@ -46,15 +46,16 @@ class IgnoreBrokenPipe:
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            try:
+                self.stream.flush()
+            except BrokenPipeError:
+                discard(self.stream)
 
 
 class StopRequest(contextlib.ExitStack):
     """While entered, a stop signal is only recorded; a second Ctrl-C ends the process at once."""
 
-    def __init__(self):
-        super().__init__()  # of what is restored on exit: signal handlers, output streams
-        self.name, self.since = None, 0.0  # of the signal
+    name, since = None, 0.0  # of the signal; the stack restores signal handlers, output streams
 
     def requested(self) -> bool:
         return self.name is not None
@@ -76,10 +77,12 @@ class StopRequest(contextlib.ExitStack):
         out, err = (stream and IgnoreBrokenPipe(stream) for stream in (sys.stdout, sys.stderr))
         self.enter_context(contextlib.redirect_stdout(out))
         self.enter_context(contextlib.redirect_stderr(err))
+        for stream in filter(None, (out, err)):
+            self.callback(stream.flush)
         return self
 
 
-class RankMonitor:
+class RankMonitor(contextlib.AbstractContextManager):
     """A thread that ends this process when another rank fails, its torchrun is killed, or a rank
     no longer increments its counter in torchrun's store, as all do once a second."""
 
@@ -89,10 +92,7 @@ class RankMonitor:
         self.leaving = threading.Event()
         self.store_thread = ThreadPoolExecutor(1)  # a store on a dead node may never answer
         self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def __enter__(self) -> "RankMonitor":
         self.thread.start()  # torchrun may die before the ranks have met
-        return self
 
     def watch(self, launch: Launch) -> None:
         """Starts to watch the other ranks as well."""
@@ -185,8 +185,8 @@ def count_skipped(skipped: int, loss: float, grad_norm: float, scaler: torch.amp
     if skipped + 1 < MAX_SKIPPED:
         return skipped + 1
     raise UserError(f"the run has diverged: {MAX_SKIPPED} consecutive steps had a non-finite loss "
-                    f"({loss}) or gradient norm ({grad_norm}) and changed nothing: lower --max-lr; "
-                    f"{RESUME_HINT}")
+                    f"({loss}) or gradient norm ({grad_norm}); such updates are skipped: lower "
+                    f"--max-lr; {RESUME_HINT}")
 
 
 def find_micro_batch(model: GPT, candidates: list[int], *, launch: Launch, dtype: torch.dtype,

@@ -18,25 +18,29 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
     """Plots (label, run log)s into a PNG, one color per label. Raises UserError without losses."""
     from matplotlib.figure import Figure  # slow to import
     logs = [(f"{label} " if len(runs) > 1 else "", read_log(path)) for label, path in runs]
-    if not any(points(log, kind, "loss")[0] for _, log in logs for kind in ("train", "val")):
+    curves = [points(log, kind, "loss") for _, log in logs for kind in ("train", "val")]
+    if not any(steps for steps, _ in curves):
         raise UserError(f"no loss to plot in {', '.join(str(path) for _, path in runs)}")
     panels = [panel for panel in PANELS if any(points(log, *panel)[0] for _, log in logs)]
     figure = Figure(figsize=(8, 4.2 + 1.1 * len(panels)), dpi=120, layout="constrained")
     loss, *below = figure.subplots(1 + len(panels), squeeze=False, sharex=True,
                                    height_ratios=[3.5, *[1] * len(panels)])[:, 0]
-    labels = list(dict.fromkeys(label for label, _ in logs))
+    colors = {label: f"C{i}" for i, label in enumerate(dict(logs))}
     for label, log in logs:
-        color = f"C{labels.index(label)}"
-        draw_loss(loss, label, log, color)
+        draw_loss(loss, label, log, colors[label])
         for axes, panel in zip(below, panels, strict=True):
-            axes.plot(*points(log, *panel), color=color, linewidth=0.8,
+            axes.plot(*points(log, *panel), color=colors[label], linewidth=0.8,
                       marker="" if panel[0] == "train" else ".")
             axes.set_ylabel(PANELS[panel])
     loss.set_ylabel(loss_name)
     handles = {line.get_label(): line for line in loss.lines}  # legend() omits labels like "_a"
     for text in (loss.set_title(title), *loss.legend(handles.values(), handles.keys()).texts):
         text.set_parse_math(False)  # $ is only a character
-    limit_loss(loss, [points(log, kind, "loss") for _, log in logs for kind in ("train", "val")])
+    # Leave out a fall in the first tenth of the steps that would take over half of the axis
+    steps, losses = np.concatenate([np.array(curve) for curve in curves], axis=1)  # (N,) each
+    low, high = losses.min(), losses[steps >= steps.max() / 10].max()
+    if losses.max() - low > 2 * (high - low) > 0:
+        loss.set_ylim(1.05 * low - 0.05 * high, 1.05 * high - 0.05 * low)
     norms = [norm for _, log in logs for norm in points(log, "train", "grad_norm")[1]]
     if norms and max(norms) > 10 * min(norms) > 0:
         below[-1].set_yscale("log")
@@ -47,14 +51,6 @@ def draw_runs(runs: list[tuple[str, Path]], image: Path, title: str,
     figure.align_ylabels()
     with atomic_write(image) as file:
         figure.savefig(file, format="png")
-
-
-def limit_loss(axes, curves: list[tuple[list[int], list[float]]]) -> None:
-    """Leaves out a fall in the first tenth of the steps that would take over half of the axis."""
-    found = np.concatenate([np.array(curve).T for curve in curves])  # (N, 2) steps, losses
-    low, high = found[:, 1].min(), found[found[:, 0] >= found[:, 0].max() / 10, 1].max()
-    if found[:, 1].max() - low > 2 * (high - low) > 0:
-        axes.set_ylim(1.05 * low - 0.05 * high, 1.05 * high - 0.05 * low)
 
 
 def draw_loss(axes, label: str, log: dict, color: str) -> None:

@@ -87,7 +87,6 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
             raise UserError(f"{path} line {n} is no record, delete it: {error!r:.99}") from None
         if kind == "run":
             for other, old in records.items():
-                end = step if other == "train" else step + 1
-                records[other] = {s: old[s] for s in old if s < end}
+                records[other] = {s: old[s] for s in old if s < step + (other != "train")}
         records.setdefault(kind, {})[step] = record
     return records

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from minigpt2.distributed import Launch
 
@@ -58,8 +57,7 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # AdamW expects one in every state
             momentum = state["momentum"].lerp_(parameter.grad.masked_fill_(skip, 0.0), share)
             parameter.mul_(decay)
-            rows, columns = parameter.shape
-            parts = 3 if rows == 3 * columns else 1  # q, k, v
+            parts = 3 if parameter.size(0) == 3 * parameter.size(1) else 1  # q, k, v
             for views in zip(*(tensor.chunk(parts) for tensor in
                                (parameter, parameter.grad, momentum)), strict=True):
                 tall = views[0].size(0) > views[0].size(1)
@@ -118,11 +116,10 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def step_if_finite(optimizer: torch.optim.Optimizer, numbers: torch.Tensor) -> None:
     """Takes a step if all `numbers` (n,) are finite. Fused optimizers decide that on the device."""
-    is_finite = numbers.isfinite().all()  # ()
-    if getattr(local_optimizer(optimizer), "_step_supports_amp_scaling", False):
-        local_optimizer(optimizer).found_inf = is_finite.logical_not().float()
-        optimizer.step()
-    elif is_finite:
+    is_finite, local = numbers.isfinite().all(), local_optimizer(optimizer)
+    if on_device := getattr(local, "_step_supports_amp_scaling", False):
+        local.found_inf = is_finite.logical_not().float()  # ()
+    if on_device or is_finite:
         optimizer.step()
 
 
@@ -131,19 +128,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, launch: Launch,
     """The full optimizer state on rank 0, None elsewhere. A collective. `copy(value, name)` copies
     it. Tensors travel one by one: `consolidate_state_dict` would block heartbeats for minutes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = local_optimizer(optimizer).state
+    local = local_optimizer(optimizer)
     held = [(index, name, value.to("meta") if torch.is_tensor(value) else value)
-            for index, p in enumerate(params) for name, value in states.get(p, {}).items()]
-    is_sharded = local_optimizer(optimizer) is not optimizer
+            for index, p in enumerate(params) for name, value in local.state.get(p, {}).items()]
     gathered: dict[int, dict] = defaultdict(dict)
-    for owner, keys in enumerate(launch.gather(held) if is_sharded else [held]):
+    for owner, keys in enumerate([held] if local is optimizer else launch.gather(held)):
         for index, name, value in keys:
             param = params[index]
             if torch.is_tensor(value):
-                value = (states[param][name].to(param.device) if param in states else
+                value = (local.state[param][name].to(param.device) if param in local.state else
                          torch.empty_like(value, device=param.device))
                 if owner > 0:
-                    dist.broadcast(value, src=owner)
+                    torch.distributed.broadcast(value, src=owner)
             if launch.is_master:
                 gathered[index][name] = copy(value, f"optimizer/{index}/{name}")
     settings = torch.optim.Optimizer.state_dict(optimizer)  # of a sharded optimizer, only these

@@ -122,6 +122,14 @@ class Reward:
         default = 0.0 if self.model is None else -1.0
         self.unstopped_score = default if unstopped_score is None else unstopped_score
 
+    def check_rows(self, rows: Sequence) -> None:
+        """Raises UserError if a row lacks the output that the function compares responses with."""
+        needs_output = self.spec.rstrip("=") in ("function:contains", "function:equals")
+        places = [row.place for row in rows if needs_output and not row.output]
+        if places:
+            raise UserError(f"{self.spec} compares with a row's output: {len(places):,} rows have "
+                            f"none, the first is {places[0]}: leave them out, or give =TEXT")
+
     def __call__(self, responses: Sequence[Response], rows: Sequence, launch: Launch,
                  dtype: torch.dtype, batch_size: int = 32,
                  should_stop: Callable[[], bool] = bool) -> torch.Tensor | None:
@@ -156,18 +164,13 @@ class Reward:
 
 def built_in(name: str, argument: str) -> Callable[[dict, str], float]:
     """The function `name` of a row and a response that ended. Raises one of USER_ERRORS."""
-    def wanted(row: dict) -> str:
-        if not (argument or row["output"]):
-            raise ValueError("the row has no output, and the function no =TEXT")
-        return argument or row["output"]
-
     if name == ("stops" if argument else "at_most_words"):
         raise ValueError(f"{name} {'takes no' if argument else 'needs an'} argument")
     longest = int(argument) if name == "at_most_words" else 0
     return {"stops": lambda row, text: True,
             "at_most_words": lambda row, text: len(text.split()) <= longest,
-            "contains": lambda row, text: wanted(row).casefold() in text.casefold(),
-            "equals": lambda row, text: wanted(row).split() == text.split()}[name]
+            "contains": lambda row, text: (argument or row["output"]).casefold() in text.casefold(),
+            "equals": lambda row, text: (argument or row["output"]).split() == text.split()}[name]
 
 
 def load_function(path: Path, name: str) -> Callable[[dict, str], float]:

@@ -132,7 +132,8 @@ class Run:
         self.model, self.optimizer, self.value = model, optimizer, value
         self.trained = model if trained is None else trained
         self.max_steps, self.milestones = max_steps, {max_steps, *milestones}
-        model.checkpoint_activations = config.activation_checkpointing
+        for one in filter(None, (model, value)):
+            one.checkpoint_activations = config.activation_checkpointing
         if self.is_resumed:
             self.state = resume.restore(self.checkpoint, self.saved, optimizer, self.scaler)
             self.saved = None  # free it: the moments are twice the size of the weights
@@ -143,7 +144,8 @@ class Run:
                           f"{max_steps:,} steps")
         compiled = launch.device.type == "cuda" if config.compile is None else config.compile
         if compiled:
-            model.compile(dynamic=False, recompile_limit=64)  # in place: names stay; once per shape
+            torch._dynamo.config.recompile_limit = 64  # shapes; compile() takes it since 2.13 only
+            model.compile(dynamic=False)  # in place, so names stay
         self.micro_batch_size = micro_batch_sizes[0]
         if config.micro_batch_size == "auto":
             model.train()
@@ -253,8 +255,7 @@ class Run:
             self.begin("saving", self.config.save_interval)
             self.writer.save(self.state, self.model, self.optimizer, self.scaler, self.value)
         finished = self.stopping or self.step >= self.max_steps
-        if finished:
-            self.writer.wait()
+        self.writer.wait(block=finished)
         self.pace.begin()
         resume.seed_rank(self.config.seed, self.step, self.launch)
         return finished
@@ -318,8 +319,6 @@ class Run:
             loss /= self.launch.world_size
             figures |= {"loss": loss, "grad_norm": grad_norm, **dict(zip(names, sums, strict=True))}
             state.skipped = count_skipped(state.skipped, loss, grad_norm, self.scaler)
-            if state.skipped:
-                figures["skipped"] = state.skipped
             seconds = self.pace.end_step()  # reading has waited for the step
             rate, peak = tokens / seconds, peak_flops(self.launch.device)
             mfu = flops / seconds / peak / self.launch.world_size if peak else None
@@ -327,9 +326,10 @@ class Run:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s"
                                      + (f", MFU {mfu:.1%}" if mfu else ""), refresh=False)
             if self.launch.is_master:
-                self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
                 if state.skipped:
+                    figures["skipped"] = state.skipped
                     self.bar.write(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
+                self.log.write(step, "train", **figures, tokens_per_sec=rate, mfu=mfu)
 
     def begin(self, part: str, every: int = 0) -> None:
         """Begins a part that is not training. First reads all steps: a checkpoint counts skips."""

@@ -521,6 +521,15 @@ def test_config_that_is_not_gpt2(saved, changes, word):
     assert word in message and "config.json" in message
 
 
+def test_an_error_of_the_hubs_xet_client_is_one_line(tmp_path, monkeypatch):
+    def snapshot_download(*arguments, **options):
+        raise RuntimeError("Data processing error: connection reset")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert "did not provide it (Data processing error: connection reset)" in user_error(
+        load_model, "gpt2")
+
+
 def test_paths_that_are_not_checkpoints(tmp_path, saved):
     assert "is not a local folder" in user_error(load_model, tmp_path / "a" / "b" / "none")
     (tmp_path / "empty").mkdir()

@@ -192,6 +192,17 @@ def test_a_closed_pipe_gives_no_traceback():
     assert (result.stdout, result.stderr) == ("line 0\n", "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_a_full_disk_is_reported_when_the_last_lines_are_flushed():
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom minigpt2.config import run_main\n"
+            "run_main(lambda: print('a line'))\n")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
+                                text=True)
+    assert "error: no space left while writing output" in result.stderr
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
 def test_an_unexpected_error_keeps_its_traceback():
     def bug():
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))

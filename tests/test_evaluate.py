@@ -33,6 +33,7 @@ from minigpt2.benchmarks import (
     score,
 )
 from minigpt2.checkpoint import save_checkpoint
+from minigpt2.rewards import RewardModel
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT, GPTConfig
 
@@ -284,6 +285,9 @@ def test_wrong_files_and_tasks(files, monkeypatch, capsys):
     assert "two `choices`" in error("--tasks", f"hellaswag={files / 'passages.jsonl'}")
     assert "--download" in error("--tasks", "hellaswag", "--eval-dir", str(files))
     assert "nothing.jsonl does not exist" in error("--tasks", "val,nothing.jsonl")
+    assert f"{files} is a folder" in error("--tasks", str(files))
+    for folder in (str(files), "."):
+        assert f"--json {folder} is a folder, expected a file" in error("--json", folder)
     stories = files / "stories.jsonl"
     for tasks in (f"{stories},{stories}", "val,val", f"val={stories}", f"a={stories},a={stories}",
                   str(write_rows(files / "lambada.jsonl", STORIES))):
@@ -316,6 +320,14 @@ def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monke
     assert len(make_questions(path, read_rows(path), multiple_choice, 64)) == 16
     monkeypatch.setattr(evaluate, "fetch", None)
     evaluate.download_benchmark(path)
+
+
+def test_a_second_checkpoint_is_checked_before_the_first_is_evaluated(files, monkeypatch, capsys):
+    save_checkpoint(files / "reward", 0, RewardModel(SIZES))
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)
+    message = main_error(evaluate.main, [*arguments(files), str(files / "reward")], monkeypatch,
+                         capsys)
+    assert "a reward model, expected a language model" in message
 
 
 def test_a_wrong_checkpoint_is_named_before_a_missing_benchmark(tmp_path, monkeypatch, capsys):

@@ -223,6 +223,7 @@ def test_the_old_name_of_max_tokens_stays_accepted(base):
     (["--checkpoint", "TUNED", "a", "", "--input", "x"], ["--input", "no template"]),
     (["--checkpoint", "BASE", "a", "--input", "x"], ["--input", "no template"]),
     (["--checkpoint", "TUNED", "a", "--raw", "--input", "x"], ["--input", "no template"]),
+    (["--checkpoint", "TUNED", "a", " ", "--input", "x"], ["--input", "a prompt is blank"]),
     (["--checkpoint", "TUNED", "a", "--input", "word " * 64], ["tokens", "context is 64"]),
     (["--checkpoint", "BASE", "word " * 64], ["tokens", "context is 64"]),
     (["--checkpoint", "BASE", "a", "--temperature", "-1"], ["--temperature", "at least 0"]),

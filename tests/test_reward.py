@@ -23,7 +23,7 @@ import inference
 import reward
 from dataloader import row_batches
 from inference import sample_responses
-from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoint
+from minigpt2.checkpoint import load_model, read_prompt_template, save_checkpoint, weights_sha256
 from minigpt2.metrics import read_log
 from minigpt2.preferences import make_pairs, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
@@ -383,10 +383,17 @@ def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, rows_fil
     pairs, _, _ = reward.read_splits(config, 128, ALPACA)
     fresh = RewardConfig(**vars(config) | {"seed": 7})
     run = SimpleNamespace(launch=CPU_LAUNCH, dtype=torch.float32, micro_batch_size=8,
-                          stop=SimpleNamespace(requested=bool))
+                          stop=SimpleNamespace(requested=bool),
+                          metadata={"reference_sha256": weights_sha256(load_model(base))})
     scores = reward.sampled_scores(fresh, model, pairs, run)
     assert not torch.equal(scores, reward.sampled_scores(config, model, pairs, run))
     assert abs(scores.mean()) < 0.2 and 0.8 < scores.std() < 1.2
+    run.dtype = torch.float16  # in which a CPU trains, but cannot sample
+    half = reward.sampled_scores(fresh, model, pairs, run)
+    torch.testing.assert_close(half, scores, atol=0.05, rtol=0.01)
+    run.metadata["reference_sha256"] = "of another model"
+    assert "has changed since the start" in user_error(reward.sampled_scores, fresh, model, pairs,
+                                                       run)
     report = report_of(tmp_path / "out")
     assert report["samples"] == len(pairs) and report["deviation"] != pytest.approx(1, abs=0.01)
 
@@ -430,7 +437,9 @@ def test_held_out_pairs_of_a_file_of_their_own(base, rows_file, tmp_path, capsys
     config = tiny(base, rows_file, tmp_path / "out", val_data=str(tmp_path / "val.json"))
     train(config, CPU_LAUNCH)
     assert report_of(tmp_path / "out")["accuracy"]["reward model"]["n"] == 4
-    assert "4 of 4 pairs (left out: none) held out, 3 of them" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 of 4 pairs (left out: none) held out, 3 of them" in printed
+    assert "--val-fraction is not used" in printed
     (tmp_path / "val.json").write_text(json.dumps(ROWS[:2]))
     again = RewardConfig(**vars(config) | {"resume": True})
     assert "trained with other data" in user_error(train, again, CPU_LAUNCH)

@@ -41,8 +41,15 @@ def test_functions(spec, output, texts, expected):
 
 @pytest.mark.parametrize("spec", ["function:contains", "function:equals"])
 def test_an_output_that_is_needed_but_missing(spec):
-    message = user_error(scores, spec, ["cat"])
-    assert "the row has no output" in message and "rows.json row 1" in message
+    """Is refused before anything is sampled."""
+    rows = [Prompt(f"rows.json row {n}", "Say it.", "", output, [0])
+            for n, output in enumerate(("cat", "", ""), 1)]
+    for spelled in (spec, f"{spec}="):
+        message = user_error(Reward(spelled, "--reward", CPU).check_rows, rows)
+        assert "2 rows have none, the first is rows.json row 2" in message
+    for fine in (f"{spec}=cat", "function:stops"):
+        Reward(fine, "--reward", CPU).check_rows(rows)
+    Reward(spec, "--reward", CPU).check_rows(rows[:1])
 
 
 def test_a_function_of_a_file(tmp_path):
@@ -105,6 +112,25 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
     assert all(parts) and f"{len(parts[0])} to train on, {len(parts[1])} held out" in summary
     message = user_error(load_prompts, str(path), "--prompts", 30, 20, 0.0)
     assert "0 prompts of 9 rows" in message and "lower --max-tokens" in message
+
+
+def test_prompts_of_transcripts(tmp_path):
+    """As hh-rlhf has them: all turns before the last answer, which is the output."""
+    start = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Sing.\n\nAssistant:"
+    rows = [{"chosen": f"{start} La.", "rejected": f"{start} No."},
+            {"chosen": f"{start} La la.", "rejected": f"{start} Never."},
+            {"chosen": f"{start} La.", "rejected": "\n\nHuman: Other\n\nAssistant: No."},
+            {"chosen": "\n\nHuman: Go\n\nAssistant: I go.", "rejected":
+             "\n\nHuman: Go\n\nAssistant: Why?"}]
+    *parts, summary = load_prompts(str(write_rows(tmp_path / "rows.jsonl", rows)), "--prompts", 200,
+                                   20, 0.0)
+    prompts = sorted(itertools.chain(*parts), key=lambda prompt: prompt.place)
+    assert [(p.instruction, p.output) for p in prompts] == [
+        (start.removesuffix("\n\nAssistant:"), "La."), ("\n\nHuman: Go", "I go.")]
+    first = encode(format_prompt("Hi")) + encode("Yes?") + [EOT_TOKEN]
+    assert prompts[0].ids == first + encode(format_prompt("Sing."))
+    assert summary.startswith("2 prompts of 4 rows (left out: 1 unusable pairs of transcripts, "
+                              "1 repeated, 0 without room")
 
 
 @pytest.mark.parametrize("row", [3, {"text": "a"}, {"prompt": 3}, {"prompt": ""},

@@ -318,6 +318,24 @@ def test_the_policy_starts_at_the_reference(advantage, tmp_path, monkeypatch):
                                             micro_batch_size=3))
 
 
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_the_checkpoint_is_read_once(advantage, tmp_path, monkeypatch, capsys):
+    """A run in it that saves meanwhile must not make policy and reference differ. The value model
+    recomputes its activations, too; without one, its settings are reported as ignored."""
+    TREE.use_small_vocabulary(monkeypatch)
+    loaded, values = [], []
+    monkeypatch.setattr(rlhf, "load_gpt2", lambda *arguments, real=rlhf.load_gpt2: (
+        loaded.append(arguments), real(*arguments))[1])
+    monkeypatch.setattr(rlhf, "load_value_model", lambda *arguments, real=rlhf.load_value_model: (
+        values.append(real(*arguments)), values[0])[1])
+    policy = train(settings(TREE, tmp_path, advantage=advantage, max_steps=1,
+                            activation_checkpointing=True), CPU_LAUNCH)
+    assert len(loaded) == 1
+    assert all(model is None or model.checkpoint_activations for model in (policy, *values))
+    is_ignored = "--value-lr is ignored" in capsys.readouterr().out
+    assert is_ignored == (advantage == "group") == (values == [None])
+
+
 def test_dropout_in_a_folder_of_transformers_is_not_used(tmp_path, monkeypatch):
     TREE.use_small_vocabulary(monkeypatch)
     torch.manual_seed(0)

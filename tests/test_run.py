@@ -101,6 +101,21 @@ def test_all_training_scripts_share_the_flags_of_a_run():
         assert {field.name for field in dataclasses.fields(config)} > shared
 
 
+def test_compiling_needs_no_more_than_torch_2_11(tmp_path, monkeypatch):
+    """torch.compile takes recompile_limit since 2.13 only; up to 26 shapes occur."""
+    def compile(model=None, *, fullgraph=False, dynamic=None, backend="inductor", mode=None,
+                options=None, disable=False):
+        limits.append(torch._dynamo.config.recompile_limit)
+        assert dynamic is False
+        return model
+
+    limits = []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", compile)
+    toy_script.train(toy(tmp_path / "out", compile=True), CPU_LAUNCH)
+    assert limits == [64]
+
+
 def test_only_the_training_step_is_compiled(tmp_path, monkeypatch):
     """Validations in eager mode, of any shape; the weights are those of an eager run."""
     counter, real = CompileCounter(), torch.nn.Module.compile
