@@ -1,6 +1,7 @@
 """Atomic file writes, checksums, a lock for output folders, and what is text."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -75,6 +76,10 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
             yield
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: use another --out-dir") from None
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
+            raise
+        raise UserError(f"{out_dir}: its file system has no locks: use another") from None
 
 
 def check_text(path: Path, text: str) -> None:

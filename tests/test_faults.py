@@ -2,6 +2,7 @@
 one line; no rank hangs and no step is lost."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -542,6 +543,16 @@ def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
     assert "another process is writing" in user_error(train, config, CPU_LAUNCH)
     ranks.kill(number=signal.SIGTERM)
     assert ranks.wait() == [0], ranks.output()
+
+
+def test_a_file_system_without_locks_is_one_line(corpus, tmp_path, monkeypatch):
+    """Such as NFS without its lock service."""
+    def flock(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert "its file system has no locks" in user_error(train, tiny(corpus, tmp_path / "out"),
+                                                        CPU_LAUNCH)
 
 
 @pytest.mark.parametrize("flag, word", [
