@@ -34,7 +34,7 @@ class SamplesConfig:
 
 def read_samples(path: pathlib.Path) -> list[tuple[list[str], list[str]]]:
     """The lines of each prompt and of its response, wrapped. Raises UserError if there are none."""
-    found = PRINTED.findall(path.read_text(encoding="utf-8"))
+    found = PRINTED.findall(path.read_text(encoding="utf-8", errors="replace"))
     if not found:
         raise UserError(f"{path} holds no prompt and response as inference.py prints them")
     return [(textwrap.wrap(prompt, WIDTH), [

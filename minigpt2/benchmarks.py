@@ -1,12 +1,10 @@
 """HellaSwag, LAMBADA and multiple choice: log-probabilities of continuations, and accuracies."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError
@@ -92,7 +90,7 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
         step, _ = block_sizes(device)
         for hidden, ids in zip(x.split(step), target.split(step), strict=True):
             logits = model.lm_head(hidden)[:, :N_VOCAB].float()
-            logprobs = -F.cross_entropy(logits, ids, reduction="none")
+            logprobs = -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
             parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
     tokens = torch.cat(parts).cpu().double().split([length for _, length in rows])  # (length, 2)
     return torch.stack([torch.stack([part[:, 0].sum(), part[:, 1].min(), part[-1, 1]])
@@ -134,7 +132,7 @@ def means(values: dict[str, Sequence[float]]) -> dict[str, float]:
         row = torch.as_tensor(row, dtype=torch.float64)
         figures[name] = row.mean().item()
         if len(row) > 1:
-            figures[f"{name}_stderr"] = row.std().item() / math.sqrt(len(row))
+            figures[f"{name}_stderr"] = (row.std() / row.new_tensor(len(row)).sqrt()).item()
     return figures
 
 

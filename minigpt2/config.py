@@ -4,14 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import functools
 import math
 import os
 import re
 import signal
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -70,13 +68,13 @@ def parse_config(cls: type[Config], argv: list[str] | None = None, *, descriptio
 def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hint) -> None:
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     options = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    kind, *words = (arm for arm in typing.get_args(hint | None) if arm is not types.NoneType)
+    kind, *words = (arm for arm in typing.get_args(hint | None) if arm is not type(None))
     if field.metadata["is_path"]:
         options["type"] = os.path.expanduser
     elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif words:  # int | Literal[...]
-        options["type"] = functools.partial(int_or_word, words=typing.get_args(words[0]))
+        options["type"] = lambda text: int_or_word(text, typing.get_args(words[0]))
     elif typing.get_origin(kind) is typing.Literal:
         options["choices"] = typing.get_args(kind)
     elif not field.metadata["positional"]:

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -118,7 +117,7 @@ class RankMonitor(contextlib.AbstractContextManager):
         return counts, (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
 
     def run(self) -> None:
-        counters, unchanged = {}, Counter()  # by rank: its counter, and for how many heartbeats
+        unchanged = {}  # (rank, its counter) -> for how many heartbeats
         while not self.leaving.wait(HEARTBEAT_SECONDS):
             if self.parent not in (None, os.getppid()):
                 self.end(f"the torchrun that started rank {self.rank} was killed. {RESUME_HINT}")
@@ -132,10 +131,9 @@ class RankMonitor(contextlib.AbstractContextManager):
                 return
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
-            for rank, count in enumerate(counts):  # not by the clock: all may have been suspended
-                unchanged[rank] = unchanged[rank] + 1 if count == counters.get(rank) else 0
-                counters[rank] = count
-                if unchanged[rank] * HEARTBEAT_SECONDS > SILENT_SECONDS:
+            unchanged = {seen: unchanged.get(seen, -1) + 1 for seen in enumerate(counts)}
+            for (rank, _), beats in unchanged.items():  # no clock: all may have been suspended
+                if beats * HEARTBEAT_SECONDS > SILENT_SECONDS:
                     self.end(f"rank {rank} is lost: no heartbeat for {SILENT_SECONDS:.0f} s "
                              f"(killed, or its node is down). {RESUME_HINT}")
 
@@ -214,14 +212,13 @@ def step_fits(model: GPT, size: int, sequence_length: int, device: torch.device,
               dtype: torch.dtype, optimizer_bytes: int) -> bool:
     """Whether a step fits beside `optimizer_bytes` still to come and headroom; leaves gradients."""
     try:
-        ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
+        _ballast = torch.empty(optimizer_bytes + HEADROOM_BYTES, dtype=torch.uint8, device=device)
         for parameter in model.parameters():  # as in most micro-steps; DDP's buckets
             parameter.grad = torch.zeros_like(parameter)
         tokens = torch.zeros(2, size, sequence_length, dtype=torch.int64, device=device)
         with autocast(device, dtype):
             _, loss = model(*tokens, reduction="sum", return_logits=False)
         loss.backward()
-        del ballast
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

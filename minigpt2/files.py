@@ -24,6 +24,10 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     mode, encoding = ("w", "utf-8") if text else ("wb", None)
+    if path.exists() and not path.is_file() and not path.is_dir():  # such as /dev/stdout
+        with open(path, mode, encoding=encoding) as file:
+            yield file
+        return
     try:
         with open(temporary, mode, encoding=encoding, newline="\n" if text else None) as file:
             yield file
@@ -59,8 +63,13 @@ def sync(path: Path) -> None:
     """Flushes a file, or a folder's entries, to disk: a rename in it survives a power failure."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # some file systems, such as shared folders, cannot flush a folder
+            if error.errno != errno.EINVAL or path.is_file():
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -72,12 +81,12 @@ def sha256_of(path: Path) -> str:
 def folder_lock(out_dir: Path) -> Iterator[None]:
     """Locks a folder, created if needed. The system releases the lock of a killed process."""
     try:
-        with filelock.FileLock(out_dir / ".lock", timeout=0):
+        with filelock.FileLock(out_dir / ".lock", timeout=0, fallback_to_soft=False):
             yield
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: use another --out-dir") from None
     except OSError as error:
-        if error.errno != errno.ENOLCK:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         raise UserError(f"{out_dir}: its file system has no locks: use another") from None
 

@@ -3,6 +3,7 @@
 import fnmatch
 import time
 from collections.abc import Callable
+from errno import EACCES, EROFS
 from pathlib import Path
 
 import huggingface_hub  # loads its modules lazily
@@ -16,17 +17,18 @@ INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every
 
 def retried(request: Callable, what: str, max_retries: int = 8):
     """Returns request(), retried while the network or the hub fails. Raises UserError on `what`."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # hides the client's own messages
     for attempt in range(max_retries + 1):
         try:
             return request()
         except (HTTPError, OSError, RuntimeError) as error:  # the Xet client's: RuntimeError
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
-                raise
+            if isinstance(error, OSError) and error.errno in {*NO_SPACE, EACCES, EROFS}:
+                raise  # a fault of this machine
             status = getattr(getattr(error, "response", None), "status_code", None)
-            if attempt == max_retries or status in PERMANENT:
+            is_offline = isinstance(error, OfflineModeIsEnabled)
+            if attempt == max_retries or status in PERMANENT or is_offline:
                 raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
                                 "check network, access and commit, then rerun") from None
             delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
@@ -42,12 +44,15 @@ def list_files(repo: str, commit: str, pattern: str) -> list:
     files = [entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)
              and fnmatch.fnmatchcase(entry.path, pattern)]
     if not files:
-        raise UserError(f"{repo} has no {pattern} at {commit}: choose another commit")
+        raise UserError(f"{repo} has no {pattern} at {commit}")
     return sorted(files, key=lambda file: file.path)
 
 
 def fetch(repo: str, commit: str, file: "huggingface_hub.RepoFile", folder: Path) -> Path:
     """Downloads a file into `folder`, unless it is there, and verifies it. Raises UserError."""
+    for left in (folder / ".cache").rglob("*.incomplete"):  # of a killed run, never resumed
+        left.unlink(missing_ok=True)
+
     def request() -> Path:
         path = Path(huggingface_hub.hf_hub_download(
             repo, file.path, repo_type="dataset", revision=commit, local_dir=folder))

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # a target ignored by the loss
 # Rows of logits held at a time (512 x 50257 bfloat16: 51 MB; a GPU needs larger products), and of
@@ -107,7 +106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() if summed else losses
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses):
         if ctx.summed:  # in ignored rows, the gradient of x is dropped by `where`
             grad_x, grad_weight = (gradient * grad_losses for gradient in ctx.saved_tensors)

@@ -92,8 +92,7 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, betas: tuple[float, flo
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and embeddings, not on biases
     and LayerNorms; or of another kind, "muon": Muon for the blocks' matrices, AdamW for the rest.
     `shard` splits the state over the ranks (ZeRO stage 1, Rajbhandari et al. 2020)."""
-    # fused: one kernel instead of a dozen passes over memory per parameter
-    options = {"betas": betas, "eps": eps, "fused": True}
+    options = {"betas": betas, "eps": eps, "fused": True}  # one kernel, not a dozen passes
     optimizer_class = {"adamw": torch.optim.AdamW, "muon": Muon}[kind]
     named = list(model.named_parameters())  # a tied weight occurs once
     muon_params = [p for name, p in named if kind == "muon" and is_block_matrix(name, p)]

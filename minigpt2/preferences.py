@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
-from operator import itemgetter
 
 from minigpt2.config import UserError
 from minigpt2.tokenizer import ALPACA, encode_example
@@ -107,7 +106,7 @@ def transcript_turns(text: str) -> list[tuple[str, str]]:
     """The turns as (question, answer), the last answer empty. Those of one speaker are joined."""
     _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     texts = ["\n\n".join(filter(None, (said.strip() for _, said in turns)))
-             for _, turns in groupby(zip(parts[::2], parts[1::2], strict=True), itemgetter(0))]
+             for _, turns in groupby(zip(parts[::2], parts[1::2], strict=True), lambda t: t[0])]
     return list(zip_longest(texts[::2], texts[1::2], fillvalue=""))
 
 

@@ -1,13 +1,10 @@
 """Checkpoints of a run in progress: written in the background, found again, and restored."""
 
 import contextlib
-import dataclasses
-import math
-import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +28,7 @@ class TrainState:
 
     step: int = 0  # steps taken, skipped ones included
     val_loss: float | None = None  # of the current weights; None until they are validated
-    best_loss: float = math.inf  # lowest validation loss of a checkpoint
+    best_loss: float = float("inf")  # lowest validation loss of a checkpoint
     best_step: int | None = None  # the step of that checkpoint
     skipped: int = 0  # consecutive steps skipped for a non-finite loss or gradient norm
     kl_coef: float | None = None  # of policy optimization, which may adapt it
@@ -64,7 +61,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if not self.launch.is_master:
             return
         parameters = self.copy(dict(model.named_parameters()), "model")
-        saved = {"progress": dataclasses.asdict(state), "optimizer": moments,
+        saved = {"progress": asdict(state), "optimizer": moments,
                  "scaler": scaler.state_dict(), "facts": self.metadata,
                  "value": value and self.copy(dict(value.named_parameters()), "value")}
         if self.launch.device.type == "cuda":
@@ -135,7 +132,7 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
         else:
             for other in damaged:
                 shutil.rmtree(f"{other}.damaged", ignore_errors=True)
-                os.replace(other, f"{other}.damaged")
+                other.replace(f"{other}.damaged")
             return folder
     if damaged:
         raise UserError(f"none of the {len(damaged)} checkpoints in {out_dir} is intact: restore "

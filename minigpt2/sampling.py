@@ -3,9 +3,10 @@ et al. 2014, section 2.1), with counter-based noise for each row and token (Salm
 
 import hashlib
 import numbers
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -100,11 +101,9 @@ def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[in
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one < 2**64 for one in seeds):
         raise UserError(f"seed is {seed!r:.60}, expected 0 to 2**64 - 1, or a list of one per row")
-    repetitions = Counter()
-    for i, prompt in enumerate(() if one_per_row else prompts):
-        seeds[i] += repetitions[prompt]
-        repetitions[prompt] += 1
-    return list(map(int, seeds))
+    repetitions = defaultdict(count)  # prompt -> 0, 1, ...
+    return [int(one) + (0 if one_per_row else next(repetitions[prompt]))
+            for one, prompt in zip(seeds, prompts, strict=True)]
 
 
 def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> torch.Tensor:

@@ -87,7 +87,8 @@ def read_record(path: Path) -> dict:
                     or Path(name).name != name):
                 raise ValueError(f"{tokens!r} tokens in {name!r}, split {split!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # also: not JSON, not UTF-8
-        raise UserError(f"{path} is damaged ({error!r}): delete its folder and run again") from None
+        raise UserError(f"{path} is damaged, or of another program ({error!r}): use another "
+                        "folder, or delete this file") from None
     return record
 
 

@@ -78,16 +78,12 @@ def load_record(out_dir: Path, finished: bool, settings: dict, max_tokens: int |
         return settings | {"max_tokens": max_tokens, **copy.deepcopy(FIRST), "shards": []}
     record = shards.read_record(path)
     if record.keys() & {"open_start", "counted"}:
-        raise UserError(f"{out_dir} was begun by an older version: {remove(out_dir)} and run again")
+        raise UserError(f"{out_dir} was begun by an older version: use another --out-dir")
     check_same_corpus(out_dir, record, settings)
     if max_tokens is not None and record["tokens"] > max_tokens:
         raise UserError(f"{out_dir} already holds {record['tokens']:,} tokens, more than "
-                        f"--max-tokens {max_tokens:,}: use another --out-dir, or {remove(out_dir)}")
+                        f"--max-tokens {max_tokens:,}: use another --out-dir")
     return record
-
-
-def remove(out_dir: Path) -> str:
-    return f"rm -r {shlex.quote(str(out_dir))}"
 
 
 def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
@@ -98,8 +94,7 @@ def check_same_corpus(out_dir: Path, record: dict, settings: dict) -> None:
             if key == "source" and old and (files := old.get("files", {}).items()):
                 changed = sorted({name for name, _ in files ^ new.get("files", {}).items()})
                 found = f"changed files: {', '.join(changed[:5])}" if changed else found
-            raise UserError(f"{out_dir} holds another corpus: {found}; choose another --out-dir, "
-                            f"or delete that folder to start again: {remove(out_dir)}")
+            raise UserError(f"{out_dir} holds another corpus: {found}; use another --out-dir")
 
 
 def rewind(record: dict, out_dir: Path, max_tokens: int | None) -> None:

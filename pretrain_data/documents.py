@@ -81,7 +81,7 @@ def local_source(inputs: Sequence[str], **options) -> tuple[dict, Source]:
         for number, part in enumerate(open_parts(path, **options)):
             if number and size > MEASURED_BYTES:
                 break
-            size += sum(len(text) for text in part.read() if text)
+            size += sum(len(text.encode("utf-8", INVALID_UTF8)) for text in part.read() if text)
     source.text_bytes = size if size <= MEASURED_BYTES else max(size, source.text_bytes)
     root = os.path.commonpath([path.parent.absolute() for path in paths])
     with ThreadPoolExecutor() as pool:
@@ -262,7 +262,8 @@ def text_parts(path: Path, separator: str | None) -> Iterator[Part]:
     """A text file is one document, or several with `separator` between them. It is cut after a
     separator or else between a word and whitespace: GPT-2's pattern always splits there, so the
     cuts do not change the token ids."""
-    with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline="") as file:
+    newline = None if "\n" in (separator or "") else ""  # None: \r\n and \r are line ends, too
+    with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline=newline) as file:
         text, continues = "", False
         while block := file.read(PART_BYTES):
             check_text(path, block)

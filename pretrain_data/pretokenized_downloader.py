@@ -52,15 +52,15 @@ def main() -> None:
         for path in filter(pathlib.Path.exists, (progress, manifest)):
             check_same_corpus(out_dir, shards.read_record(path), {"source": source})
         check_disk(out_dir, sum(f.size for f in files if not (out_dir / f.path).exists()))
-        write_json(progress, {"source": source, "shards": []})  # now unfinished
-        manifest.unlink(missing_ok=True)
+        if not manifest.exists():  # else the corpus stays usable until it is extended
+            write_json(progress, {"source": source, "shards": []})
         for file in progress_bar(len(files), 0, "downloading", unit="shard", over=files):
             path = fetch(REPO, COMMIT, file, out_dir)
             done.append({"file": file.path, "split": file.path.split("_")[1],
                          "tokens": len(shards.open_shard(path)), "sha256": file.lfs.sha256})
         tokens = sum(shard["tokens"] for shard in done)
         write_json(manifest, {"source": source, "tokens": tokens, "shards": done})
-        progress.unlink()
+        progress.unlink(missing_ok=True)
     shutil.rmtree(out_dir / ".cache", ignore_errors=True)  # download metadata of the hub's client
     print(f"wrote {out_dir}: {tokens:,} tokens, {len(done)} shards, the first for validation")
 

@@ -39,12 +39,15 @@ def main() -> None:
     config = parse_config(TextConfig, description=__doc__)
     if not (config.inputs and config.out_dir):
         raise UserError("no input or no --out-dir, expected INPUT... --out-dir DIR")
+    out_dir = pathlib.Path(config.out_dir)
+    if any(out_dir.resolve() in pathlib.Path(one, "x").resolve().parents for one in config.inputs):
+        raise UserError(f"--out-dir {out_dir} holds an input: use a folder of its own")
     separator = config.separator and config.separator.replace("\\n", "\n")
     options = {"separator": separator, "column": config.text_column}
     description, source = local_source(config.inputs, **options)
     if separator and not any(file_format(name) == ".txt" for name in description["files"]):
         print("--separator: ignored, there is no .txt file", flush=True)
-    write_corpus(description, lambda: source, pathlib.Path(config.out_dir), name="text",
+    write_corpus(description, lambda: source, out_dir, name="text",
                  shard_tokens=SHARD_TOKENS, workers=config.workers,
                  val_tokens=validation_tokens(int(source.text_bytes / BYTES_PER_TOKEN)))
 

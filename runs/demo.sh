@@ -15,7 +15,7 @@ out=${1:-out/demo-$(date +%Y%m%d-%H%M%S)}
 [[ -z ${1:-} || $out == /* ]] || out=$PWD/$out  # relative to the caller's folder
 source "$(dirname "$0")/setup.sh" requirements.txt
 start=$SECONDS
-echo "results: $out; to resume an interrupted run: bash runs/demo.sh ${rlhf:+--rlhf }${out@Q}"
+echo "results: $out; to resume an interrupted run: bash runs/demo.sh ${rlhf:+--rlhf }$(printf %q "$out")"
 step() { echo; echo "== [$((SECONDS - start)) s] $1"; }
 
 # bfloat16 is faster where the processor supports it natively: there, more steps fit into the time

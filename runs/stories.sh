@@ -27,7 +27,7 @@ THINGS = set("""ball bear bed bench bird boat book box branch bug bunny bus butt
     princess puppy queen rabbit river robot rock room school shoe squirrel star store swing table
     tower toy train tree truck turtle wolf""".split())
 rows = []
-for story in pq.read_table(sys.argv[1], columns=["text"])["text"].to_pylist():
+for story in filter(None, pq.read_table(sys.argv[1], columns=["text"])["text"].to_pylist()):
     words = collections.Counter(re.findall("[a-z]+", story))
     things = [word for word, _ in words.most_common() if word in THINGS]
     if 50 <= len(story.split()) <= 160 and len(things) >= 2:

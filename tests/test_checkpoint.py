@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from minigpt2.checkpoint import (
     save_checkpoint,
     to_gpt2_layout,
 )
+from minigpt2.files import sync, write_json
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.tokenizer import ALPACA, encode, vocabulary_path
 from model import GPT, GPTConfig
@@ -519,6 +521,34 @@ def test_config_that_is_not_gpt2(saved, changes, word):
     edit_config(saved, **changes)
     message = user_error(load_model, saved)
     assert word in message and "config.json" in message
+
+
+def test_a_device_is_written_and_not_replaced(tmp_path):
+    """As root, a rename would replace /dev/stdout itself."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, [1])
+    assert os.read(reader, 100) == b"[\n 1\n]\n" and not pipe.is_file()
+    os.close(reader)
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    """Such as the shared folders of virtual machines; a file that cannot be flushed is an error."""
+    def fsync(descriptor, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or refuse_files:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    refuse_files = False
+    monkeypatch.setattr("os.fsync", fsync)
+    write_json(tmp_path / "a.json", [1])
+    sync(tmp_path)
+    refuse_files = True
+    for call in (lambda: sync(tmp_path / "a.json"), lambda: write_json(tmp_path / "b.json", [1])):
+        with pytest.raises(OSError, match="Invalid argument"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_an_error_of_the_hubs_xet_client_is_one_line(tmp_path, monkeypatch):

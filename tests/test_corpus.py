@@ -1,6 +1,7 @@
 """Building a corpus: formats, resume after kill -9, the hub, and bad input."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import json
@@ -29,7 +30,7 @@ from helpers.common import (
     user_error,
 )
 from helpers.hub_server import run_module, serve
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from dataloader import TokenLoader
 from minigpt2 import hub
@@ -38,7 +39,13 @@ from minigpt2.files import sha256_of, write_json
 from minigpt2.hub import retried
 from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
-from pretrain_data import corpus, documents, pretokenized_downloader, text_to_shards
+from pretrain_data import (
+    corpus,
+    documents,
+    fineweb_downloader,
+    pretokenized_downloader,
+    text_to_shards,
+)
 from pretrain_data.corpus import verify_corpus, write_corpus
 from pretrain_data.documents import (
     Part,
@@ -451,7 +458,8 @@ def test_kill_at_20_random_times_gives_the_same_bytes(tmp_path):
         while process.poll() is None and tokens_on_record(out) < target:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has finished
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reached.append(tokens_on_record(out))
         assert reached[-1] >= previous
@@ -489,14 +497,71 @@ def test_workers_exit_when_their_parent_is_killed(tmp_path):
                 stats += [path.parent.name] if int(group) == process.pid and state != "Z" else []
         return stats
 
-    while tokens_on_record(tmp_path / "out") == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(alive()) > 2  # the parent, its workers and the resource tracker
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    while alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert alive() == []
+    try:
+        while tokens_on_record(tmp_path / "out") == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(alive()) > 2  # the parent, its workers and the resource tracker
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert alive() == []
+    finally:  # else it would write without end
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_parts_are_read_as_workers_need_them(monkeypatch):
+    """The memory of a build does not grow with its corpus."""
+    read = []
+    results = corpus.ordered_map(abs, (read.append(n) or n for n in range(1000)), 2)
+    assert next(results) == 0 and len(read) < 10
+    results.close()
+
+
+def test_at_most_two_downloads_are_kept(tmp_path, monkeypatch):
+    """The file that is read, and the one before it, where the incomplete shard may begin."""
+    files = [types.SimpleNamespace(path=f"{n}.parquet", size=1000) for n in range(4)]
+    seen = []
+
+    def fetch(repo, commit, file, folder):
+        folder.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[:15]}), folder / file.path)
+        seen.append(len(list(folder.iterdir())))
+        return folder / file.path
+
+    monkeypatch.setattr(fineweb_downloader, "list_files", lambda *arguments: files)
+    monkeypatch.setattr(fineweb_downloader, "fetch", fetch)
+    write_corpus({"name": "hub"}, lambda: fineweb_downloader.hub_source(
+        "owner/name", "0" * 40, tmp_path / "scratch"), tmp_path / "out", name="x",
+        shard_tokens=300, workers=1)
+    assert seen == [1, 2, 2, 2]
+
+
+def test_what_a_killed_download_left_is_deleted(tmp_path, monkeypatch):
+    left = tmp_path / ".cache" / "huggingface" / "download" / "x.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    (tmp_path / "a.bin").touch()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download",
+                        lambda *arguments, **options: str(tmp_path / "a.bin"))
+    file = types.SimpleNamespace(path="a.bin", size=0, lfs=None)
+    assert hub.fetch("owner/name", "0" * 40, file, tmp_path) == tmp_path / "a.bin"
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("error, message", [
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (OfflineModeIsEnabled("offline mode is enabled"), "offline mode")])
+def test_what_waiting_does_not_mend_is_not_retried(error, message):
+    def request():
+        asked.append(1)
+        raise error
+
+    asked = []
+    with pytest.raises((PermissionError, UserError), match=message):
+        hub.retried(request, "a file")
+    assert len(asked) == 1
 
 
 def tokens_on_record(out: Path) -> int:
@@ -578,7 +643,7 @@ def test_an_unfinished_build_of_an_older_version_is_refused(tmp_path):
     out.mkdir()
     record = {"source": {"name": "test"}, "tokens": 5, "shards": [], "open_start": None}
     (out / "progress.json").write_text(json.dumps(record))
-    assert f"rm -r {out}" in user_error(write, TEXTS, out)
+    assert "older version: use another --out-dir" in user_error(write, TEXTS, out)
     assert "unfinished" in user_error(read_manifest, out)
 
 
@@ -724,6 +789,8 @@ def test_pretokenized_shards(tmp_path):
     fetch("--max-tokens", 1500)
     names = [shard["file"] for shard in read_manifest(out)["shards"]]
     assert names == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
+    assert_user_error(fetch(gone={"fineweb_train_000002.bin"}, check=False), "000002.bin")
+    assert read_manifest(out)["tokens"] == 2000  # it stays usable until it is extended
     fetch(faults=["flip", 503])
     assert read_manifest(out)["tokens"] == 4000
     assert all_foreign_tokens(out) == tokens.tolist()
@@ -858,7 +925,7 @@ def test_a_source_edited_under_an_unfinished_build_is_refused(tmp_path, monkeypa
     edit_in_place(path)
     before = file_bytes(out)
     message = user_error(build_from_files, path, out)
-    assert "changed files: a.txt;" in message and f"rm -r {out}" in message
+    assert "changed files: a.txt; use another --out-dir" in message
     assert file_bytes(out) == before
     path.write_text(prose(1))  # of another length
     assert "a.txt" in user_error(build_from_files, path, out)
@@ -935,8 +1002,6 @@ def test_the_order_of_files_does_not_depend_on_how_they_are_given(tmp_path, monk
 def test_a_path_with_spaces_is_quoted_in_advice(tmp_path):
     out = tmp_path / "my corpus"
     write(TEXTS, out)
-    assert f"rm -r '{out}'" in user_error(
-        write_corpus, {"name": "other"}, None, out, name="x", shard_tokens=300)
     (out / "x_val_000000.npy").write_bytes(b"")
     assert f"rm -f '{out}/x_val_000000.npy'" in user_error(verify_corpus, out)
 
@@ -957,8 +1022,8 @@ def test_a_damaged_line_is_found_before_anything_is_written(tmp_path, small_part
     build_from_files(folder, out)
     assert read_manifest(out)["documents"] == 800
     (folder / "b.jsonl").write_text(lines(5, 200))
-    assert f"b.jsonl; choose another --out-dir, or delete that folder to start again: rm -r {out}" \
-        in user_error(build_from_files, folder, out)
+    assert "changed files: b.jsonl; use another --out-dir" in user_error(
+        build_from_files, folder, out)
 
 
 def test_a_damaged_file_behind_the_text_that_is_measured(tmp_path, small_parts, monkeypatch):
@@ -1196,6 +1261,26 @@ def test_stories_in_one_file_are_split_on_request(tmp_path, monkeypatch, part_by
     assert manifest["outcomes"] == Counter(empty=0, failed=0, repaired=0, cut=0, marked=1)
     other = user_error(build_from_files, tmp_path / "*.*", tmp_path / "out", 300)
     assert "'separator': None" in other
+
+
+def test_a_separator_with_line_ends_is_found_in_windows_files(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One\r\nstory.\r\n\r\nAnother.\r\n")
+    build_from_files(tmp_path / "a.txt", tmp_path / "out", 5, separator="\n\n")
+    assert documents_of(all_tokens(tmp_path / "out")) == ["One\nstory.", "Another."]
+
+
+def test_an_output_folder_that_holds_an_input_is_refused(tmp_path, monkeypatch, capsys):
+    """Advice to delete the output would delete the input."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("words " * 5000)
+    for given in (texts, texts / "a.txt", texts / "*.txt"):
+        message = main_error(text_to_shards.main, [str(given), "--out-dir", str(texts)],
+                             monkeypatch, capsys)
+        assert "holds an input: use a folder of its own" in message
+    monkeypatch.setattr("sys.argv", ["x", str(texts), "--out-dir", str(texts / "out")])
+    text_to_shards.main()
+    assert read_manifest(texts / "out")["tokens"] > 5000
 
 
 @pytest.mark.parametrize("separator", ["\n\n\n", "\n", " -- ", "==", "the end of it"])

@@ -4,17 +4,23 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from helpers.common import ROOT, TINY_FLAGS, assert_user_error, run_script, run_torchrun
 
 from finetune_data import alpaca_downloader
+from minigpt2.checkpoint import save_checkpoint
+from minigpt2.config import parse_config
 from minigpt2.metrics import read_log
+from model import GPT, GPTConfig
 
 SENTENCES = ["The cat sat on the mat and slept.", "A dog ran over the hill to the sea.",
              "Rain fell all night on the old roof.", "She read the letter twice and smiled."]
@@ -110,6 +116,64 @@ def test_docs_and_shell_scripts_use_only_flags_that_exist():
                 names = {flag, flag.replace("_", "-")}
                 assert names & (known | of_others), f"{path}: --{flag} in {line}"
     assert checked > 100
+
+
+RECORD = """#!/usr/bin/env bash
+printf '%s\\037' "$(basename "$0")" "$@" >> "$RECORD"; echo >> "$RECORD"
+"""  # in place of python and torchrun: one command per line
+
+
+@pytest.mark.parametrize("script, arguments, stages", [
+    ("demo.sh", ["--rlhf", "FOLDER"], ["pydocs_corpus", "trainer", "pydocs_questions", "finetune",
+                                       "inference", "rlhf", "plot_frontier", "inference"]),
+    ("stories.sh", ["FOLDER/stories.parquet", "FOLDER"], [
+        "text_to_shards", "trainer", "finetune", "rlhf", "judge", *["inference"] * 3]),
+    ("gpt2_124m.sh", ["4"], ["fineweb_downloader", "trainer", "alpaca_downloader", "finetune",
+                             "inference"]),
+    ("fast.sh", ["2", "--max-steps", "9"], ["trainer"]),
+    ("figures.sh", ["FOLDER"], [*["plot_loss"] * 3, *["plot_report"] * 2, "plot_samples",
+                                "plot_frontier"])])
+def test_every_command_of_a_pipeline_is_accepted(script, arguments, stages, tmp_path):
+    """All stages, in order, with paths that have a space: their scripts accept the arguments."""
+    folder, tools = tmp_path / "a b", tmp_path / "tools"
+    folder.mkdir()
+    tools.mkdir()
+    (folder / "stories.parquet").touch()
+    for name in ("python", "torchrun"):
+        (tools / name).write_text(RECORD)
+        (tools / name).chmod(0o755)
+    subprocess.run(["bash", f"runs/{script}", *(word.replace("FOLDER", str(folder))
+                                                for word in arguments)],
+                   cwd=ROOT, check=True, capture_output=True, env=os.environ | {
+                       "PATH": f"{tools}:{os.environ['PATH']}", "VIRTUAL_ENV": "active",
+                       "RECORD": str(tmp_path / "record")})
+    ran = []
+    for line in (tmp_path / "record").read_text().split("\037\n")[:-1]:
+        words = line.split("\037")
+        path = next((Path(word) for word in words if word.endswith(".py") and word[0] != "/"), None)
+        if path:  # not pip, and no program on standard input
+            module = importlib.import_module(".".join(("image", path.stem) if path.parts[0] == ".."
+                                                      else path.with_suffix("").parts))
+            configs = [value for value in vars(module).values() if inspect.isclass(value)
+                       and value.__module__ == module.__name__
+                       and value.__name__.endswith("Config")]
+            parse_config(configs[-1], words[words.index(str(path)) + 1 :], description="")
+            ran.append(path.stem)
+    assert ran == stages
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+def test_the_python_program_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "out" / "finetune", 0,
+                    GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=16)))
+    [program] = [block for block in re.findall(
+        "```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+        if "load_model" in block]
+    (tmp_path / "program.py").write_text(program)
+    runpy.run_path(str(tmp_path / "program.py"))
+    assert "[" in capsys.readouterr().out  # a list of one text
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -33,6 +35,7 @@ from minigpt2.benchmarks import (
     score,
 )
 from minigpt2.checkpoint import save_checkpoint
+from minigpt2.files import sha256_of
 from minigpt2.rewards import RewardModel
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
 from model import GPT, GPTConfig
@@ -312,6 +315,19 @@ def test_benchmarks_are_downloaded_and_verified(tmp_path):
                             env=environment | {"HF_HOME": str(tmp_path / "hf")})
     assert result.returncode == 2 and "expected SHA-256" in result.stderr
     assert list(out.iterdir()) == []
+
+
+def test_a_verified_benchmark_is_kept(tmp_path, monkeypatch):
+    made = write_rows(tmp_path / "made.jsonl", PASSAGES)
+    monkeypatch.setitem(evaluate.DOWNLOADS, "lambada_test.jsonl",
+                        ("owner/name", "0" * 40, "x.jsonl", sha256_of(made)))
+    monkeypatch.setattr(evaluate, "list_files", lambda *arguments: [None])
+    monkeypatch.setattr(evaluate, "fetch", lambda repo, commit, file, folder: Path(
+        shutil.copy(made, folder / "x.jsonl")))
+    target = tmp_path / "out" / "lambada_test.jsonl"
+    evaluate.download_benchmark(target)
+    assert list(target.parent.iterdir()) == [target]
+    assert target.read_bytes() == made.read_bytes()
 
 
 def test_a_downloaded_benchmark_is_read_and_not_downloaded_again(tmp_path, monkeypatch):

@@ -39,8 +39,9 @@ def test_every_committed_figure_is_that_of_its_logs(figure, tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", [script, *arguments, "--out", str(tmp_path / "x.png")])
     SCRIPTS[script].main()
     drawn, committed = imread(tmp_path / "x.png"), imread(IMAGE / f"{figure}.png")
-    # floating-point differences between machines may change a few pixels
-    assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.002
+    assert drawn.shape == committed.shape
+    changed = abs(drawn - committed).max(-1) > 0.5  # a marker that moves changes 160 pixels
+    assert changed.sum() < 100, "floating-point differences between machines change a few"
 
 
 def test_samples_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):

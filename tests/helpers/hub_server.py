@@ -129,6 +129,7 @@ def serve(repos: dict[str, dict[str, bytes]], faults: list = (),
     thread.start()
     try:
         yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1",
+               "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}, pending
     finally:
         server.shutdown()
