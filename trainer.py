@@ -111,8 +111,8 @@ def optimizer_for(model: GPT, config: TrainerConfig, shard: bool) -> torch.optim
 
 
 def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
-    """The micro-batches to choose from, largest first: the one given, or with "auto" every divisor
-    of a rank's share of a step. Raises UserError if they do not divide a step evenly."""
+    """The micro-batches to choose from, largest first: the one given, or with "auto" the divisors,
+    up to 128, of a rank's share of a step. Raises UserError if they do not divide it evenly."""
     B = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
     T, total = config.sequence_length, config.total_batch_size
     per_micro_step = B * T * launch.world_size  # tokens
@@ -124,7 +124,7 @@ def micro_batch_sizes(config: TrainerConfig, launch: Launch) -> list[int]:
     if config.micro_batch_size != "auto":
         return [B]
     share = total // per_micro_step  # windows
-    return [size for size in range(share, 0, -1) if share % size == 0]
+    return [size for size in range(min(share, 128), 0, -1) if share % size == 0]
 
 
 def read_hellaswag(config: TrainerConfig, block_size: int) -> list[Question]:

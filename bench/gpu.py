@@ -47,11 +47,11 @@ def bench_gpu(config: BenchConfig) -> None:
     dtype = torch.bfloat16 if device.type == "cpu" else pick_dtype("auto", device)
     [matmul_flops] = measure_limits(config, device, [dtype], size, num_bytes)
     torch.cuda.empty_cache()  # what follows runs in processes that need the whole memory
-    jobs = [(f"training, {way}, micro-batch {B}", measure_micro_batch, way, name, B, T, dtype,
-             device, matmul_flops) for B in micro_batches
-            for way in (WAYS if B == micro_batches[len(micro_batches) // 2] else WAYS[:1])]
-    jobs += [(f"sampling, {B} x {T}", measure_decoding, name, zipf_tokens(B * T).view(B, T),
-              new_tokens, dtype, str(device)) for B, T in decoded]
+    jobs = [(f"sampling, {B} x {T}", measure_decoding, name, zipf_tokens(B * T).view(B, T),
+             new_tokens, dtype, str(device)) for B, T in decoded]
+    jobs += [(f"training, {way}, micro-batch {B}", measure_micro_batch, way, name, B, T, dtype,
+              device, matmul_flops) for B in micro_batches
+             for way in (WAYS if B == micro_batches[len(micro_batches) // 2] else WAYS[:1])]
     for what, measure, *arguments in jobs:
         try:
             measure(config, *arguments)

@@ -63,7 +63,7 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
         torch.backends.cuda.enable_cudnn_sdp(way != "ours_without_cudnn")
         model.compile(options={"coordinate_descent_tuning": way == "ours_tuned"})
     (B, T), window = shape, shape[0] * shape[1] + 1
-    batches = itertools.cycle(tokens[: len(tokens) // window * window].view(-1, window))
+    batches = itertools.cycle(tokens[: len(tokens) // window * window].view(-1, window).to(device))
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if ours:
@@ -74,9 +74,8 @@ def make_training(way: str, sizes: GPTConfig, shape: Shape, dtype: torch.dtype,
 
     def step() -> float:
         for batch in itertools.islice(batches, micro_steps):
-            ids = batch.to(device)
             with autocast(torch.device(device), dtype):
-                loss = loss_of(ids[:-1].view(B, T), ids[1:].view(B, T)) / micro_steps
+                loss = loss_of(batch[:-1].view(B, T), batch[1:].view(B, T)) / micro_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

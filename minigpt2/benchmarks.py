@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minigpt2.config import UserError
 from minigpt2.distributed import Launch, autocast, share_rows
-from minigpt2.loss import block_sizes
+from minigpt2.loss import LOSS_ROWS_CPU, LOSS_ROWS_GPU, on_cpu
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, encode
 from model import GPT
 
@@ -87,9 +87,12 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
     parts = []
     with autocast(device, dtype):
         x = model.hidden_states(inputs.to(device))[row, position]  # (N, C)
-        step, _ = block_sizes(device)
+        step = LOSS_ROWS_CPU if on_cpu(device) else LOSS_ROWS_GPU
         for hidden, ids in zip(x.split(step), target.split(step), strict=True):
-            logits = model.lm_head(hidden)[:, :N_VOCAB].float()
+            is_exact = not hidden.is_cuda or dtype == torch.float32
+            logits = model.lm_head(hidden).float() if is_exact else torch.mm(  # see loss.py
+                hidden.to(dtype), model.lm_head.weight.to(dtype).t(), out_dtype=torch.float32)
+            logits = logits[:, :N_VOCAB]
             logprobs = -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
             parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
     tokens = torch.cat(parts).cpu().double().split([length for _, length in rows])  # (length, 2)

@@ -27,8 +27,8 @@ def retried(request: Callable, what: str, max_retries: int = 8):
             if isinstance(error, OSError) and error.errno in {*NO_SPACE, EACCES, EROFS}:
                 raise  # a fault of this machine
             status = getattr(getattr(error, "response", None), "status_code", None)
-            is_offline = isinstance(error, OfflineModeIsEnabled)
-            if attempt == max_retries or status in PERMANENT or is_offline:
+            if isinstance(error, OfflineModeIsEnabled) or status in PERMANENT or (
+                    attempt == max_retries):
                 raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
                                 "check network, access and commit, then rerun") from None
             delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)

@@ -50,11 +50,6 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def block_sizes(device: torch.device) -> tuple[int, int]:  # rows of logits, of their softmax
-    return ((LOSS_ROWS_CPU, SOFTMAX_ROWS_CPU) if on_cpu(device) else
-            (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
-
-
 def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                          scales: torch.Tensor | None = None, gradients: bool = True,
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,7 +57,8 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     weight (V, C), one block of logits at a time. x is in the compute dtype, 0 in ignored rows;
     weight is float32. `scales` (N,) weigh the rows in that sum; `gradients` may be left out."""
     N, V, device = len(x), len(weight), x.device
-    rows, softmax_rows = block_sizes(device)
+    rows, softmax_rows = ((LOSS_ROWS_CPU, SOFTMAX_ROWS_CPU) if on_cpu(device) else
+                          (LOSS_ROWS_GPU, SOFTMAX_ROWS_GPU))
     head = F.pad(weight.to(x.dtype), (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
     ignored, targets = targets < 0, targets.clamp(min=0)
     losses, grad_x = torch.empty(N, device=device), torch.empty_like(x)
@@ -73,7 +69,10 @@ def losses_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     for start in range(0, N, rows):
         block = x[start : start + rows]
         logits = all_logits[: len(block)]  # (rows, V')
-        torch.mm(block, head.t(), out=logits)
+        if gradients or not x.is_cuda or x.dtype == torch.float32:
+            torch.mm(block, head.t(), out=logits)
+        else:  # log-probabilities: rounded to bfloat16, GPT-2's logits are off by up to a quarter
+            logits = torch.mm(block, head.t(), out_dtype=torch.float32)
         for first in range(0, len(block), softmax_rows):
             low = logits[first : first + softmax_rows, :V]
             part = slice(start + first, start + first + len(low))

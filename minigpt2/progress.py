@@ -1,7 +1,5 @@
 """The progress bar of all scripts. This file does not import torch: the data scripts use it too."""
 
-import io
-import math
 import os
 import sys
 from collections import deque
@@ -66,7 +64,7 @@ class Bar(tqdm):
 
     def __init__(self, *arguments, pace: Pace | None, seconds: float, **options):
         self.pace = pace
-        super().__init__(*arguments, mininterval=seconds if pace is None else math.inf, **options)
+        super().__init__(*arguments, mininterval=float("inf") if pace else seconds, **options)
         if pace is not None and not self.disable:
             Thread(target=self.draw, args=[seconds], daemon=True).start()
 
@@ -87,7 +85,7 @@ class Bar(tqdm):
             "prefix": ", ".join(filter(None, (self.desc, self.pace.doing)))}
 
 
-class Lines(io.TextIOBase):
+class Lines:
     """Standard error, in whole lines: for a bar that is not on a terminal."""
 
     def write(self, text: str) -> None:

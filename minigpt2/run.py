@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +107,7 @@ class Run:
             self.saved = checkpoint.load_training_state(self.checkpoint)
             resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
         self.state, self.stopping = resume.TrainState(), False
-        self.unread, self.updates = deque(), []
+        self.unread, self.updates = [], []
         self.dtype = distributed.pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
@@ -266,9 +265,10 @@ class Run:
         follow, and `finish_step` discards the sum; a step with an update is completed."""
         for number, batch in enumerate(batches, 1):
             is_last = number == len(batches)
-            # The first rank that has a signal, or enters its last micro-step, decides for all: one
-            # that reads "stop" leaves no other waiting, since none can enter its last one any more
-            choice = "stop" if self.stop.requested() else "go" if is_last else ""
+            # The first rank that has a signal, or enters a forward pass that waits for all (the
+            # last; in the second step any, where DDP rebuilds buckets), decides: none waits in vain
+            waits = is_last or self.step == self.first_step + 1
+            choice = "stop" if self.stop.requested() else "go" if waits else ""
             if not self.updates and self.launch.first_choice(f"step {self.step}", choice) == "stop":
                 self.stopping = True
                 return
@@ -314,7 +314,7 @@ class Run:
         """Reads and logs the numbers of the steps taken, but for the last `all_but`."""
         while len(self.unread) > all_but:
             step, state = self.step - len(self.unread), self.state
-            numbers, names, tokens, flops, figures = self.unread.popleft()
+            numbers, names, tokens, flops, figures = self.unread.pop(0)
             loss, *sums, grad_norm = numbers.read()
             loss /= self.launch.world_size
             figures |= {"loss": loss, "grad_norm": grad_norm, **dict(zip(names, sums, strict=True))}

@@ -1,5 +1,6 @@
 """minigpt2/run.py serves scripts that do not exist yet, and what it gives them all."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 import finetune
 import trainer
 from minigpt2.checkpoint import list_checkpoints
+from minigpt2.distributed import Launch
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
 from minigpt2.run import RunConfig
@@ -99,6 +101,29 @@ def test_all_training_scripts_share_the_flags_of_a_run():
     for config in (trainer.TrainerConfig, finetune.FinetuneConfig):
         assert issubclass(config, RunConfig)
         assert {field.name for field in dataclasses.fields(config)} > shared
+
+
+def test_in_the_second_step_no_rank_stops_before_the_first_forward_pass(tmp_path, monkeypatch):
+    """There DDP rebuilds its buckets, a collective: a rank that stops would leave the others
+    waiting in it. In other steps only the last micro-step is one."""
+    class Wrapped(torch.nn.Module):  # as DDP does
+        def __init__(self, model, _):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *arguments, **options):
+            return self.module(*arguments, **options)
+
+        def no_sync(self):
+            return contextlib.nullcontext()
+
+    choices = []
+    monkeypatch.setattr("minigpt2.distributed.data_parallel", Wrapped)
+    monkeypatch.setattr(Launch, "first_choice", lambda self, name, choice: (
+        choices.append((name, choice)), choice)[1])
+    toy_script.train(toy(tmp_path / "out", micro_batch_size=4, steps=3), CPU_LAUNCH)
+    assert choices == [("step 0", ""), ("step 0", "go"), ("step 1", "go"), ("step 1", "go"),
+                       ("step 2", ""), ("step 2", "go")]
 
 
 def test_compiling_needs_no_more_than_torch_2_11(tmp_path, monkeypatch):
