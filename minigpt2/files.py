@@ -81,12 +81,12 @@ def sha256_of(path: Path) -> str:
 def folder_lock(out_dir: Path) -> Iterator[None]:
     """Locks a folder, created if needed. The system releases the lock of a killed process."""
     try:
-        with filelock.FileLock(out_dir / ".lock", timeout=0, fallback_to_soft=False):
+        with filelock.FileLock(out_dir / ".lock", timeout=0):
             yield
     except filelock.Timeout:
         raise UserError(f"another process is writing to {out_dir}: use another --out-dir") from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         raise UserError(f"{out_dir}: its file system has no locks: use another") from None
 
