@@ -323,6 +323,7 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(base, row
     ranks = Ranks(world_size, "dpo", [*argv, "--out-dir", str(out)], tmp_path / "c")
     assert ranks.wait() == [0] * world_size, ranks.output()
     assert_same_run(out, whole)
+    assert max(read_log(out / "metrics.jsonl")["run"]) > 0, "it never resumed"
 
 
 @pytest.mark.slow

@@ -802,6 +802,7 @@ def test_a_run_killed_4_times_ends_bit_equal_to_an_uninterrupted_one(base, rows_
     ranks = Ranks(world_size, "finetune", [*argv, "--out-dir", str(out)], tmp_path / "c")
     assert ranks.wait() == [0] * world_size, ranks.output()
     assert_same_tuning(out, whole)
+    assert max(read_log(out / "metrics.jsonl")["run"]) > 0, "it never resumed"
     assert read_prompt_template(out) == ALPACA
 
 

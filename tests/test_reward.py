@@ -270,6 +270,7 @@ def test_a_killed_run_resumes_exactly(base, rows_file, tmp_path, world_size):
     ranks = Ranks(world_size, "reward", argv, tmp_path / "c")
     assert ranks.wait() == [0] * world_size, ranks.output()
     assert_same_reward_run(out, tmp_path / "whole")
+    assert max(read_log(out / "metrics.jsonl")["run"]) > 0, "it never resumed"
 
 
 def assert_same_reward_run(a, b) -> None:

@@ -669,6 +669,7 @@ def test_a_run_killed_at_random_ends_bit_equal_to_an_uninterrupted_one(tmp_path,
         assert ranks.wait() == [-9] * world_size, ranks.output()
     finished(world_size, config, tmp_path / "c")
     assert_same_run(out, whole)
+    assert max(read_log(out / "metrics.jsonl")["run"]) > 0, "it never resumed"
     values = [final_state(folder)["value"] for folder in (out, whole)]
     assert (values[0] is None) == (advantage == "group")
     for name in values[0] or ():

@@ -50,6 +50,7 @@ def test_a_new_script_resumes_exactly_after_kills(tmp_path, world_size):
     last = Ranks(world_size, "toy", [*ARGV, "--out-dir", str(out)], tmp_path / "last")
     assert last.wait() == [0] * world_size, last.output()
     assert_same_run(whole, out)
+    assert max(read_log(out / "metrics.jsonl")["run"]) > 0, "it never resumed"
 
 
 def test_losses_do_not_depend_on_the_micro_batch(tmp_path):
