@@ -72,7 +72,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
         config.data, "--data", min(size.block_size for size in sizes), config.max_tokens,
         config.val_fraction, template, config.columns)
     for reward in rewards.values():
-        reward.check_rows(held_out)
+        reward.check_rows(held_out[: config.rows])
     run = run_metadata(config, world_size=launch.world_size, device=launch.device,
                        data={"sha256": sha256_of(Path(config.data))})
     launch.check_same(run | {"template": template}, except_for=("data", "device", "device_name"))

@@ -24,7 +24,7 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     mode, encoding = ("w", "utf-8") if text else ("wb", None)
-    if path.exists() and not path.is_file() and not path.is_dir():  # such as /dev/stdout
+    if path.parent == Path("/dev") or (path.exists() and not (path.is_file() or path.is_dir())):
         with open(path, mode, encoding=encoding) as file:
             yield file
         return

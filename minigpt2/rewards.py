@@ -124,7 +124,7 @@ class Reward:
 
     def check_rows(self, rows: Sequence) -> None:
         """Raises UserError if a row lacks the output that the function compares responses with."""
-        needs_output = self.spec.rstrip("=") in ("function:contains", "function:equals")
+        needs_output = self.spec.removesuffix("=") in ("function:contains", "function:equals")
         places = [row.place for row in rows if needs_output and not row.output]
         if places:
             raise UserError(f"{self.spec} compares with a row's output: {len(places):,} rows have "

@@ -81,7 +81,7 @@ def local_source(inputs: Sequence[str], **options) -> tuple[dict, Source]:
         for number, part in enumerate(open_parts(path, **options)):
             if number and size > MEASURED_BYTES:
                 break
-            size += sum(len(text.encode("utf-8", INVALID_UTF8)) for text in part.read() if text)
+            size += sum(len(text.encode("utf-8", "surrogatepass")) for text in part.read() if text)
     source.text_bytes = size if size <= MEASURED_BYTES else max(size, source.text_bytes)
     root = os.path.commonpath([path.parent.absolute() for path in paths])
     with ThreadPoolExecutor() as pool:

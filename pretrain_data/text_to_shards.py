@@ -42,7 +42,7 @@ def main() -> None:
     out_dir = pathlib.Path(config.out_dir)
     if any(out_dir.resolve() in pathlib.Path(one, "x").resolve().parents for one in config.inputs):
         raise UserError(f"--out-dir {out_dir} holds an input: use a folder of its own")
-    separator = config.separator and config.separator.replace("\\n", "\n")
+    separator = config.separator and config.separator.replace("\\n", "\n").replace("\r\n", "\n")
     options = {"separator": separator, "column": config.text_column}
     description, source = local_source(config.inputs, **options)
     if separator and not any(file_format(name) == ".txt" for name in description["files"]):

@@ -384,6 +384,13 @@ def test_pathological_documents_do_not_affect_others(tmp_path):
     assert manifest["outcomes"] == {"empty": 1, "failed": 0, "repaired": 1, "cut": 4, "marked": 0}
 
 
+def test_a_lone_surrogate_is_repaired_in_a_file_of_ones_own(tmp_path):
+    """As in a cut emoji; the size of the text is measured before."""
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d here"}\n' * 20)
+    build_from_files(tmp_path / "a.jsonl", tmp_path / "out", 20)
+    assert set(documents_of(all_tokens(tmp_path / "out"))) == {"cut \ufffd here"}
+
+
 def test_invalid_utf8_is_repaired_and_counted(tmp_path):
     good, bad = "déjà vu, été, là".encode(), b"caf\xe9 \xff\xfe"
     (tmp_path / "a.txt").write_bytes(bad * 20 + good * 20)
@@ -804,7 +811,7 @@ def test_pretokenized_shards(tmp_path):
 
 
 def test_a_full_disk_leaves_finished_pretokenized_shards(tmp_path, monkeypatch):
-    """The disk is checked before the manifest is removed."""
+    """And the manifest, with which they stay usable."""
     source = {"name": pretokenized_downloader.REPO, "revision": pretokenized_downloader.COMMIT}
     write_json(tmp_path / "manifest.json", {"source": source, "tokens": 0, "shards": []})
     monkeypatch.setattr(pretokenized_downloader, "list_files", lambda *_: [
@@ -1263,10 +1270,15 @@ def test_stories_in_one_file_are_split_on_request(tmp_path, monkeypatch, part_by
     assert "'separator': None" in other
 
 
-def test_a_separator_with_line_ends_is_found_in_windows_files(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"One\r\nstory.\r\n\r\nAnother.\r\n")
-    build_from_files(tmp_path / "a.txt", tmp_path / "out", 5, separator="\n\n")
-    assert documents_of(all_tokens(tmp_path / "out")) == ["One\nstory.", "Another."]
+def test_a_separator_with_line_ends_is_found_in_windows_files(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"One\r\nstory.\r\n\r\nAnother.\r\n" * 300)
+    for number, given in enumerate((r"\n\n", "\n\n", "\r\n\r\n")):
+        out = tmp_path / str(number)
+        monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "a.txt"), "--out-dir", str(out),
+                                         "--separator", given, "--workers", "1"])
+        text_to_shards.main()
+        assert documents_of(all_tokens(out))[:3] == ["One\nstory.", "Another.\nOne\nstory.",
+                                                     "Another.\nOne\nstory."]
 
 
 def test_an_output_folder_that_holds_an_input_is_refused(tmp_path, monkeypatch, capsys):

@@ -95,19 +95,20 @@ def test_a_signal_to_one_rank_saves_and_stops_both(corpus, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_after_a_micro_step(corpus, tmp_path):
     """Rank 0 is held in a micro-step that is not its last while rank 1, which got the signal, has
-    already left the step: neither waits for the other. Steps have 32 micro-steps."""
+    already left the step: neither waits for the other. Steps have 32 micro-steps; the second one,
+    in which DDP rebuilds its buckets, would be completed."""
     whole, out = (tiny(corpus, tmp_path / name, max_steps=3, save_interval=1000, resume=True,
                        eval_interval=1000, micro_batch_size=1, total_batch_size=1024)
                   for name in ("whole", "out"))
     ranks = Ranks(2, "trainer", flags(whole), tmp_path / "uninterrupted")
     assert ranks.wait() == [0, 0], ranks.output()
     ranks = Ranks(2, "trainer", flags(out), tmp_path / "ranks", signal_in_micro_step={
-        "rank": 1, "number": 32 + 5, "held": 32 + 9, "folder": str(tmp_path)})
+        "rank": 1, "number": 64 + 5, "held": 64 + 9, "folder": str(tmp_path)})
     assert ranks.wait() == [0, 0], ranks.output()
-    assert final_state(tmp_path / "out")["progress"]["step"] == 1
+    assert final_state(tmp_path / "out")["progress"]["step"] == 2
     counts = [int((tmp_path / f"micro_steps_{rank}").read_text()) for rank in (0, 1)]
-    assert counts == [32 + 9, 32 + 5]
-    assert "a signal to another rank: stopped after 1 of 3 steps" in ranks.output()
+    assert counts == [64 + 9, 64 + 5]
+    assert "a signal to another rank: stopped after 2 of 3 steps" in ranks.output()
     ranks = Ranks(2, "trainer", flags(out), tmp_path / "last")
     assert ranks.wait() == [0, 0], ranks.output()
     assert_same_run(tmp_path / "out", tmp_path / "whole")
@@ -119,7 +120,8 @@ def micro_steps_of_ranks(random, store, step: int, signals: dict[int, int]) -> l
     module = torch.nn.Identity()
     runs = [SimpleNamespace(
         stop=StopRequest(), launch=Launch(rank, len(signals), torch.device("cpu"), store),
-        step=step, updates=[], stopping=False, train_model=module, trained=module)
+        step=step, first_step=step, updates=[], stopping=False, train_model=module,
+        trained=module)
         for rank in signals]
     generators = [Run.micro_steps(run, range(4)) for run in runs]
     counts, unfinished = [0] * len(runs), list(signals)

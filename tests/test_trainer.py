@@ -283,7 +283,8 @@ def test_a_micro_batch_divides_a_ranks_share_of_a_step(world_size, windows):
     else:
         assert trainer.micro_batch_sizes(config, launch) == [32]
         sizes = trainer.micro_batch_sizes(auto, launch)
-        assert sizes == [windows >> n for n in range(windows.bit_length())]
+        largest = min(windows, 128)
+        assert sizes == [largest >> n for n in range(largest.bit_length())]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
