@@ -77,11 +77,13 @@ print(f"{right} of {sum(one in known for one in (out / 'asked.txt').read_text().
 END
 
 if [[ $rlhf ]]; then
-  step "policy optimization: a reward of 1 for an answer of at most 7 words"
+  step "--rlhf, about 6 minutes: policy optimization, a reward of 1 for at most 7 words"
   python rlhf.py --resume --checkpoint "$out/finetune" --prompts "$out/questions.json" \
     --out-dir "$out/rlhf" --device cpu --advantage group --reward function:at_most_words=7 \
     --kl-coef 0.3 --max-steps 60 --batch-size 64 --max-tokens 48 --max-lr 2e-4 --eval-interval 15
   python image/plot_frontier.py "$out/rlhf" --out "$out/rlhf.png"
+  echo "(success: the share of answers that get the reward, before and after; docs/alignment.md)"
+  echo "answers of the aligned model:"
   python inference.py --checkpoint "$out/rlhf" --device cpu --temperature 0.3 --max-tokens 60 \
     "What does the Python function json.dumps do?" "What is the Python class threading.Thread?"
 fi
@@ -90,4 +92,7 @@ step "done: $out"
 echo "loss graphs:  $out/pretrain/pretrain_loss.png and $out/finetune/finetune_loss.png"
 echo "ask more:     $(command -v python) chat.py --checkpoint $out/finetune --temperature 0"
 echo "base model:   $(command -v python) inference.py --checkpoint $out/pretrain \"Return a new\""
-echo "your text:    docs/data.md; your questions: docs/training.md; rewards: --rlhf"
+if [[ $rlhf ]]; then
+  echo "aligned:      $(command -v python) chat.py --checkpoint $out/rlhf; figure: $out/rlhf.png"
+fi
+echo "your text:    docs/data.md; your questions: docs/training.md; rewards: docs/alignment.md"
