@@ -523,8 +523,11 @@ def test_config_that_is_not_gpt2(saved, changes, word):
     assert word in message and "config.json" in message
 
 
-def test_a_device_is_written_and_not_replaced(tmp_path):
-    """As root, a rename would replace /dev/stdout itself."""
+def test_a_device_is_written_and_not_replaced(tmp_path, monkeypatch, capfd):
+    """As root, a rename would replace /dev/stdout itself, here a link to a regular file."""
+    monkeypatch.setattr("os.replace", None)
+    write_json(Path("/dev/stdout"), [1])
+    assert capfd.readouterr().out == "[\n 1\n]\n"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

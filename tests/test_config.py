@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from helpers.common import ROOT, assert_user_error, run_script
+from helpers.common import ROOT, assert_user_error, run_script, script_env
 
 from minigpt2.config import UserError, first_line, flag, parse_config, run_main
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_reported_when_the_last_lines_are_flushed():
             "run_main(lambda: print('a line'))\n")
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
-                                text=True)
+                                text=True, env=script_env())
     assert "error: no space left while writing output" in result.stderr
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 

@@ -560,7 +560,9 @@ def test_what_a_killed_download_left_is_deleted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error, message", [
     (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     (OfflineModeIsEnabled("offline mode is enabled"), "offline mode")])
-def test_what_waiting_does_not_mend_is_not_retried(error, message):
+def test_what_waiting_does_not_mend_is_not_retried(error, message, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
     def request():
         asked.append(1)
         raise error

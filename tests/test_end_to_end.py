@@ -163,6 +163,17 @@ def test_every_command_of_a_pipeline_is_accepted(script, arguments, stages, tmp_
     assert ran == stages
 
 
+def test_the_requests_of_stories_leave_out_rows_without_text(tmp_path):
+    """Too few stories are one line."""
+    program = (ROOT / "runs" / "stories.sh").read_text(encoding="utf-8")
+    program = program.partition("<< 'END'\n")[2].partition("\nEND\n")[0]
+    story = "The cat saw a ball. " * 20
+    pyarrow.parquet.write_table(pyarrow.table({"text": [story, None]}), tmp_path / "a.parquet")
+    result = run_script("-c", program, tmp_path / "a.parquet", tmp_path, check=False)
+    assert result.returncode == 1 and result.stderr.strip().endswith(
+        "has 1 stories of 50 to 160 words with two things to ask for, expected at least 5,000")
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
 def test_the_python_program_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -178,6 +178,11 @@ def test_bits_per_byte_by_hand(tmp_path):
     assert figures["bytes"] == num_bytes
     assert figures["bits_per_byte"] == pytest.approx(
         nats * len(text_tokens) / math.log(2) / num_bytes)
+    with torch.no_grad():  # a model that has diverged: exp of its loss is over the largest float
+        model.transformer.wte.weight.normal_(std=1e4)
+    assert math.isinf(validation_figures(model, EvaluateConfig(data_dir=str(data)), CPU_LAUNCH,
+                                         torch.float32)["perplexity"])
+    torch.nn.init.zeros_(model.transformer.wte.weight)
     fewer = EvaluateConfig(data_dir=str(data), eval_tokens=10)
     assert validation_figures(model, fewer, CPU_LAUNCH, torch.float32)["tokens"] == 10
 

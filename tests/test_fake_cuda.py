@@ -15,6 +15,7 @@ import inference
 from dpo import DPOConfig, collate_pairs, figure_sums
 from finetune import collate
 from inference import DecodingBatch, KVCache
+from minigpt2.benchmarks import score_batch
 from minigpt2.distributed import autocast
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
@@ -109,6 +110,29 @@ def test_validation_stays_on_the_gpu(device, dtype):
     with autocast(device, dtype):
         _, loss = new_model(device)(idx, idx, reduction="sum", return_logits=False)
     assert (loss.device, loss.dtype) == (device, torch.float32)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@torch.no_grad()
+def test_log_probabilities_come_from_float32_logits(device, gradients, monkeypatch):
+    """Also of a policy in training, but not the loss of pre-training, whose gradients are made in
+    the forward pass."""
+    def mm(a, b, real=torch.mm, **options):
+        if b.size(1) >= TINY.vocab_size:  # the logits
+            seen.append(options.get("out_dtype"))
+        return real(a, b, **options)
+
+    seen = []
+    monkeypatch.setattr(torch, "mm", mm)
+    idx, model = torch.zeros(2, 32, dtype=torch.int64, device=device), new_model(device)
+    with autocast(device, torch.bfloat16), torch.set_grad_enabled(gradients):
+        model(idx, idx, reduction="none", return_logits=False)
+        assert seen == [torch.float32]
+        model(idx, idx, reduction="sum", return_logits=False)
+    assert seen == [torch.float32, None if gradients else torch.float32]
+    seen.clear()
+    score_batch(model, [([1, 2, 3], 1)], device, torch.bfloat16)
+    assert seen == [torch.float32]
 
 
 def decoding_batch(device, dtype: torch.dtype, options: dict) -> DecodingBatch:

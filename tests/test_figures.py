@@ -50,7 +50,7 @@ def test_samples_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     one.write_text("prompt:   a\nresponse: two\n\nlines\n          [3 tokens, ended by x]\n\n"
                    "prompt:   b\nresponse: \n          [blank, 1 tokens, ended by y]\n\n")
     two.write_text("prompt:   a\nresponse: b\n          [3 tokens, ended by x]\n\n")
-    none.write_text("step 1: loss 2\n")
+    none.write_bytes(b"step 1: loss 2 \xff\n")
     first, second = plot_samples.read_samples(one)
     assert first == (["a"], ["two", "lines", "[3 tokens, ended by x]"])
     assert second == (["b"], ["[blank, 1 tokens, ended by y]"])

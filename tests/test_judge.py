@@ -333,6 +333,8 @@ def test_mistakes_are_named(files, monkeypatch, capsys):
     assert "expected a finite number" in error(sft, "--proxy", f"{files / 'rewards.py'}:nothing")
     assert "cannot be written" in error(sft, "--out-dir", files / "rows.jsonl")
     assert "cannot read" in error(sft, "--data", files / "missing.json")
+    write_rows(files / "rows.jsonl", [row | {"output": None} for row in ROWS])
+    assert "rows have none" in error(sft, "--proxy", "function:contains")
     write_rows(files / "rows.jsonl", ROWS[:1])
     assert "--val-fraction" in error(sft)
     assert not (files / "out").exists()

@@ -871,6 +871,7 @@ def test_the_best_policy_by_hand():
     ({"minibatches": 17}, "--batch-size 16: expected at least 2"),
     ({"unstopped_score": math.nan}, "--unstopped-score is nan"),
     ({"reward": "function:nonsense"}, "function:nonsense: KeyError"),
+    ({"reward": "function:equals"}, "rows have none, the first is prompts.jsonl line 1"),
     ({"reward": "function:at_most_words"}, "needs an argument"),
     ({"reward": "function:at_most_words=many"}, "ValueError: invalid literal"),
     ({"reward": "{folder}/no.py:score"}, "no.py"),

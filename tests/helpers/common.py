@@ -95,7 +95,8 @@ def run_torchrun(nproc: int, *arguments, check: bool = True) -> subprocess.Compl
 
 
 def script_env() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    """Standard output is buffered, as it is for users: some CI systems set PYTHONUNBUFFERED."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": ""}
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
