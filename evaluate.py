@@ -165,7 +165,7 @@ def main() -> None:
     with launched(config.device) as launch:
         for file in DOWNLOADS if config.download and launch.is_master else ():
             download_benchmark(Path(config.eval_dir) / file)
-        launch.barrier()  # the other ranks wait for the files
+        launch.gather(None)  # the other ranks wait for the files
         if not config.checkpoints:
             return
         folders, tasks = list(map(find_checkpoint, config.checkpoints)), parse_tasks(config)

@@ -29,9 +29,8 @@ from minigpt2.checkpoint import load_model, shared_template, weights_sha256
 from minigpt2.config import UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch
 from minigpt2.files import atomic_write, write_json
-from minigpt2.graphs import points
 from minigpt2.kernels import prepare_to_sample
-from minigpt2.metrics import read_log
+from minigpt2.metrics import points, read_log
 from minigpt2.rewards import Reward
 
 # Settings that determine the frontier

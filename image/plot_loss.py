@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from image.plot_report import check_image
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.graphs import draw_runs
+from minigpt2.metrics import draw_runs
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, label_smoothin
     probability that a label is wrong (Mitchell 2023). `lengths` (R, 2): for means (Tulu 3)."""
     gains = (logprobs - ref_logprobs) / (1 if lengths is None else lengths)  # (R, 2)
     margins = beta * (gains[:, 0] - gains[:, 1])  # (R,)
-    losses = ((1 - label_smoothing) * preference_loss(margins)
-              + label_smoothing * preference_loss(-margins))
+    losses = torch.lerp(preference_loss(margins), preference_loss(-margins), label_smoothing)
     return losses, margins
 
 

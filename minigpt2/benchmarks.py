@@ -71,9 +71,8 @@ def score(model: GPT, pairs: list[Pair], launch: Launch, dtype: torch.dtype, *,
     the most likely ones, and whether the last is: (N, 3) float64. Long contexts lose their left."""
     limit = model.config.block_size + 1  # the last token is only a target
     rows = [((context + choice)[-limit:], len(choice)) for context, choice in pairs]
-    scores = share_rows(
-        rows, lambda batch: score_batch(model, batch, launch.device, dtype).tolist(), launch,
-        size_of=lambda row: len(row[0]), batch_tokens=batch_tokens, **options)
+    scores = share_rows(rows, lambda part: score_batch(model, part, launch.device, dtype).tolist(),
+                        launch, size_of=lambda r: len(r[0]), batch_tokens=batch_tokens, **options)
     return scores and torch.tensor(scores, dtype=torch.float64)
 
 

@@ -162,8 +162,7 @@ def find_checkpoint(path: str | Path) -> Path:
     from huggingface_hub import errors, snapshot_download  # slow to import, rarely needed
     try:
         return Path(snapshot_download(str(path), allow_patterns=[
-            CONFIG_FILE, "model*.safetensors", INDEX_FILE, "tokenizer*.json", "added_tokens.json",
-            *VOCABULARY]))
+            CONFIG_FILE, "model*.safetensors*", "tokenizer*.json", "added*.json", *VOCABULARY]))
     except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # Xet's
         raise UserError(f"checkpoint {path} is not a local folder, and the Hugging Face hub "
                         f"did not provide it ({first_line(error)})") from None

@@ -51,7 +51,7 @@ class Launch:
         return tensor
 
     def gather(self, value: object) -> list:
-        """A picklable value from every rank, by rank."""
+        """A picklable value from every rank, by rank. No rank returns before all have called it."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -66,10 +66,6 @@ class Launch:
                     raise UserError(
                         f"{name} differs: {first[name]!r:.80} on rank 0, {theirs.get(name)!r:.80} "
                         f"on rank {rank}; all nodes need the same code, flags, packages and data")
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
     def first_choice(self, key: str, choice: str) -> str:
         """The first choice, other than "", of any rank under this key. Waits for no other rank."""
@@ -261,19 +257,6 @@ def share_rows(rows: Sequence, work: Callable[[list], Iterable], launch: Launch,
         return None
     merged = {row: result for part in parts for row, result in part.items()}
     return [merged[row] for row in range(len(rows))]
-
-
-class HostCopy:
-    """A copy of a device tensor in host memory. `read` waits for it, not for work queued later."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory
-        self.copied = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
-
-    def read(self) -> list:
-        if self.copied:
-            self.copied.synchronize()
-        return self.copy.numpy().tolist()
 
 
 def device_time(device: torch.device) -> float:

@@ -126,8 +126,7 @@ class RankMonitor(contextlib.AbstractContextManager):
             try:
                 counts, failed = self.store_thread.submit(self.heartbeat).result(SILENT_SECONDS)
             except (RuntimeError, TimeoutError) as error:
-                self.end(f"the node of rank 0 does not answer ({first_line(error):.60}). "
-                         f"{RESUME_HINT}")
+                self.end(f"rank 0's node does not answer ({first_line(error):.60}). {RESUME_HINT}")
                 return
             if failed is not None:
                 self.end(failed[1:], int(failed[0]))
@@ -155,7 +154,7 @@ def launched(device: str, deterministic: bool = False) -> Iterator[Launch]:
             launch = start(device, deterministic)
             monitor.watch(launch)
             yield launch
-            launch.barrier()  # no rank falls silent while another is still writing
+            launch.gather(None)  # no rank falls silent while another is still writing
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(f"out of memory ({first_line(error):.120}): lower "

@@ -39,13 +39,12 @@ class Muon(torch.optim.AdamW):
     def step(self):
         all_groups, self.param_groups = self.param_groups, []
         for group in all_groups:
-            (self.step_matrices if group.get("muon") else self.param_groups.append)(group)
+            is_muon = group.get("muon") and group["params"]  # a rank may own no matrix
+            (self.step_matrices if is_muon else self.param_groups.append)(group)
         super().step()
         self.param_groups = all_groups
 
     def step_matrices(self, group: dict) -> None:
-        if not group["params"]:  # of a rank that owns no matrix
-            return
         skip = getattr(self, "found_inf", group["params"][0].new_zeros(())).bool()  # ()
         decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])  # ()
         share = torch.where(skip, 0.0, 1 - group["momentum"])  # (), of the gradient

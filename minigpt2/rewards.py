@@ -1,9 +1,8 @@
 """Rewards: functions, and a model like transformers' `GPT2ForSequenceClassification`."""
 
-import importlib.util
 import math
 import re
-import sys
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import SubprocessError
@@ -111,7 +110,9 @@ class Reward:
                 name, _, argument = spec.removeprefix("function:").partition("=")
                 self.function = built_in(name, argument)
             elif file.endswith(".py"):
-                self.function = load_function(Path(file), name)
+                self.function = runpy.run_path(file).get(name)
+                if not callable(self.function):
+                    raise ValueError(f"it has no function {name!r}")
                 self.sha256 = f"{sha256_of(Path(file))}:{name}"
             else:
                 self.model = load_model(spec, device, RewardModel).requires_grad_(False)
@@ -171,13 +172,3 @@ def built_in(name: str, argument: str) -> Callable[[dict, str], float]:
             "at_most_words": lambda row, text: len(text.split()) <= longest,
             "contains": lambda row, text: (argument or row["output"]).casefold() in text.casefold(),
             "equals": lambda row, text: (argument or row["output"]).split() == text.split()}[name]
-
-
-def load_function(path: Path, name: str) -> Callable[[dict, str], float]:
-    """A function of a user's file, which this runs. May raise any of USER_ERRORS."""
-    spec = importlib.util.spec_from_file_location(f"rewards in {path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(function := getattr(module, name, None)):
-        raise ValueError(f"it has no function {name!r}")
-    return function

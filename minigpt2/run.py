@@ -12,11 +12,10 @@ import torch
 
 from minigpt2 import checkpoint, distributed, resume
 from minigpt2.config import UserError, flag, parse_config, run_main
-from minigpt2.distributed import Dtype, HostCopy, Launch, device_time
+from minigpt2.distributed import Dtype, Launch, device_time
 from minigpt2.faults import RESUME_HINT, StopRequest, count_skipped, find_micro_batch, launched
 from minigpt2.files import check_folder, folder_lock
-from minigpt2.graphs import draw_runs
-from minigpt2.metrics import RunLog, peak_flops, run_metadata
+from minigpt2.metrics import RunLog, draw_runs, peak_flops, run_metadata
 from minigpt2.optimizer import learning_rate, make_optimizer, missing_bytes, step_if_finite
 from minigpt2.progress import Pace, progress_bar
 from model import GPT
@@ -184,8 +183,7 @@ class Run:
                     checkpoint.write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(RunLog(
                     self.out_dir / "metrics.jsonl", fresh=not self.is_resumed)))
-                self.log.write(self.step, "run", time=strftime("%Y-%m-%dT%H:%M:%S%z"),
-                               **self.metadata)
+                self.log.write(self.step, "run", time=strftime("%FT%T%z"), **self.metadata)
             self.writer = stack.enter_context(resume.CheckpointWriter(
                 self.out_dir, self.launch, self.metadata, prompt_template=self.prompt_template,
                 keep_last=config.keep_last, saved_step=self.step if self.is_resumed else None))
@@ -304,7 +302,9 @@ class Run:
         self.update(loss_sum, sums.values())
         numbers, self.updates = torch.stack(self.updates).mean(0), []
         flops = tokens * self.model.flops_per_token(sequence_length)
-        self.unread.append((HostCopy(numbers), list(sums), tokens, flops, {"lr": lr, **figures}))
+        copy = numbers.to("cpu", non_blocking=numbers.is_cuda)  # into pinned memory
+        copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
+        self.unread.append((copy, copied, list(sums), tokens, flops, {"lr": lr, **figures}))
         self.state.val_loss = None
         self.state.step += 1
         self.read_steps(all_but=STEPS_LATE[self.launch.device.type])
@@ -314,8 +314,10 @@ class Run:
         """Reads and logs the numbers of the steps taken, but for the last `all_but`."""
         while len(self.unread) > all_but:
             step, state = self.step - len(self.unread), self.state
-            numbers, names, tokens, flops, figures = self.unread.pop(0)
-            loss, *sums, grad_norm = numbers.read()
+            copy, copied, names, tokens, flops, figures = self.unread.pop(0)
+            if copied:
+                copied.synchronize()  # waits for this copy, not for steps queued later
+            loss, *sums, grad_norm = copy.numpy().tolist()
             loss /= self.launch.world_size
             figures |= {"loss": loss, "grad_norm": grad_norm, **dict(zip(names, sums, strict=True))}
             state.skipped = count_skipped(state.skipped, loss, grad_norm, self.scaler)

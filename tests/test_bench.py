@@ -24,7 +24,7 @@ from bench import harness
 from bench import memory as bench_memory
 from bench import train as bench_train
 from bench.harness import BenchConfig, alternate, compare
-from minigpt2.graphs import draw_runs
+from minigpt2.metrics import draw_runs
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=16)
@@ -267,7 +267,7 @@ def test_runs_of_one_name_are_drawn_in_one_color(tmp_path, monkeypatch):
         lines = [{"step": step, "kind": "val", "loss": 3.0 - step} for step in (0, 1)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     colors = []
-    monkeypatch.setattr("minigpt2.graphs.draw_loss", lambda axes, label, records, color: (
+    monkeypatch.setattr("minigpt2.metrics.draw_loss", lambda axes, label, records, color: (
         colors.append(color), axes.plot([0, 1], color=color, label=label)))
     runs = [("x", tmp_path / "a.jsonl"), ("y", tmp_path / "b.jsonl"), ("x", tmp_path / "b.jsonl")]
     draw_runs(runs, tmp_path / "out.png", "")

@@ -21,7 +21,7 @@ TORCH_FREE = {"minigpt2.config", "minigpt2.files", "minigpt2.tokenizer", "minigp
 SHARED_NAMES = {"main", "train"}  # each script's own story
 CONSTANT_CALLS = {"TypeVar", "compile", "resolve", "Path", "GPTConfig", "flag", "str"}
 # Lines, docstrings and comments included; README in bytes
-BUDGETS = {"root": 2700, "minigpt2": 3340, "bench": 900, "data": 1200}  # minigpt2: aim at 3300
+BUDGETS = {"root": 2700, "minigpt2": 3300, "bench": 900, "data": 1200}
 LONGEST_ROOT_FILE, LONGEST_README = 420, 12 * 1024
 
 
@@ -150,7 +150,7 @@ def test_line_budgets():
 
 
 @pytest.mark.parametrize("path, lines", [
-    ("trainer.py", 421), ("minigpt2/more.py", 3340), ("bench/more.py", 900),
+    ("trainer.py", 421), ("minigpt2/more.py", 3300), ("bench/more.py", 900),
     ("rlhf_data/more.py", 1200), ("evaluate.py", 2700)])
 def test_an_exceeded_budget_is_found(path, lines):
     assert over_budget(line_counts() | {Path(path): lines})

@@ -23,8 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from image.plot_loss import main
 from image.plot_report import check_image
 from minigpt2 import metrics
-from minigpt2.graphs import draw_runs
-from minigpt2.metrics import RunLog, peak_flops, read_log, run_metadata
+from minigpt2.metrics import RunLog, draw_runs, peak_flops, read_log, run_metadata
 from model import GPT, GPTConfig
 
 

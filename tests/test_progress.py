@@ -121,15 +121,15 @@ class Slow:
                 self.lefts.append((self.clock.now, this.pace.left(this.bar.n, this.max_steps)))
             return real_micro_steps(this, batches)
 
-        def read(copy, real=run.HostCopy.read):  # the host waits for the step
+        def end_step(pace, real=run.Pace.end_step):  # the host has waited for the step
             number = next(count)
             self.clock.sleep(step * (1 + 0.1 * (-1) ** number) if number else first)
-            return real(copy)
+            return real(pace)
 
         monkeypatch.setattr(run.Run, "eval_due", eval_due)
         monkeypatch.setattr(run.resume.CheckpointWriter, "save", save)
         monkeypatch.setattr(run.Run, "micro_steps", micro_steps)
-        monkeypatch.setattr(run.HostCopy, "read", read)
+        monkeypatch.setattr(run.Pace, "end_step", end_step)
 
 
 @pytest.mark.parametrize("late", [0, 1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch._dynamo  # noqa: F401
 
 from helpers import ranks  # noqa: F401
-from minigpt2.graphs import draw_runs
+from minigpt2.metrics import draw_runs
 
 with tempfile.TemporaryDirectory() as folder:  # the first graph loads matplotlib and its fonts
     log = Path(folder) / "metrics.jsonl"
