@@ -54,18 +54,14 @@ class Source:
 
     num_units: int
     open_unit: Callable[[int], Iterator[Part]]
-    text_bytes: int  # roughly, to estimate the disk space for the shards
+    text_bytes: int = 0  # roughly, to estimate disk space, and the tokens for validation
 
 
 def memory_source(texts: list[str]) -> Source:
     """A source of documents in memory."""
     def open_unit(unit: int) -> Iterator[Part]:
-        start, size = 0, 0
-        for stop, text in enumerate(texts, 1):
-            size += len(text)
-            if size >= PART_BYTES or stop == len(texts):
-                yield Part(functools.partial(list, texts[start:stop]))
-                start, size = stop, 0
+        for start in range(0, len(texts), 1000):
+            yield Part(functools.partial(list, texts[start : start + 1000]))
 
     return Source(1, open_unit, sum(map(len, texts)))
 
@@ -76,13 +72,18 @@ def local_source(inputs: Sequence[str], **options) -> tuple[dict, Source]:
     paths, skipped = select_files(inputs)
     print(f"reading {len(paths):,} files: {count_kinds(map(file_format, paths))}; "
           f"skipped: {count_kinds(skipped.values())}", flush=True)
-    source, size = file_source(paths, **options), 0  # it notices changes from now on
+    source = file_source(paths, **options)  # it notices changes from now on
     for path in paths:
-        for number, part in enumerate(open_parts(path, **options)):
-            if number and size > MEASURED_BYTES:
+        size, parts = 0, open_parts(path, **options)  # size: of the text of this file
+        for number, part in enumerate(parts):
+            if number and source.text_bytes + size > MEASURED_BYTES:  # the others are as large
+                raw_size = path.stat().st_size * (1 if file_format(path) in RAW else 2)
+                left = (1 + sum(1 for _ in parts) if file_format(path) == ".parquet" else
+                        max(0, raw_size // PART_BYTES - number))
+                size += size * left // number
                 break
             size += sum(len(text.encode("utf-8", "surrogatepass")) for text in part.read() if text)
-    source.text_bytes = size if size <= MEASURED_BYTES else max(size, source.text_bytes)
+        source.text_bytes += size
     root = os.path.commonpath([path.parent.absolute() for path in paths])
     with ThreadPoolExecutor() as pool:
         files = {os.path.relpath(path, root): digest
@@ -147,8 +148,7 @@ def file_source(paths: list[Path], **options) -> Source:
             for part in open_parts(path, **options):
                 yield Part(functools.partial(read_checked, path, stamp, part.read), part.continues)
 
-    sizes = [path.stat().st_size * (1 if file_format(path) in RAW else 2) for path in paths]
-    return Source(1, open_unit, sum(sizes))
+    return Source(1, open_unit)
 
 
 def read_checked(path: Path, stamp: tuple, read: Callable) -> Iterator[str | None]:
@@ -173,12 +173,9 @@ def open_parts(path: Path, separator: str | None = None, column: str = TEXT_COLU
             if file.read(256).startswith(POINTERS):
                 raise UserError(f"{path} is a pointer of Git LFS or git-annex, not the data: fetch "
                                 "it with `git lfs pull` or `git annex get`")
-        if file_format(path) == ".txt":
-            yield from text_parts(path, separator)
-        elif file_format(path) == ".parquet":
-            yield from parquet_parts(path, column)
-        else:
-            yield from json_lines_parts(path, column)
+        kind = file_format(path)
+        yield from (text_parts(path, separator) if kind == ".txt" else parquet_parts(path, column)
+                    if kind == ".parquet" else json_lines_parts(path, column))
     except (OSError, EOFError, zlib.error) as error:  # gzip raises two of them
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
 

@@ -1089,15 +1089,33 @@ def test_shards_after_the_first_have_their_usual_size(tmp_path, monkeypatch):
     assert sizes == [1250, 5000, 5000, 5000, 3752]  # 100,000 characters
 
 
-def test_a_large_corpus_is_measured_in_part(tmp_path, monkeypatch):
-    """The rest is estimated from the sizes of the files, by which the text is not overestimated."""
+@pytest.mark.parametrize("suffix, least", [(".jsonl", 0.9), (".parquet", 0.9), (".jsonl.gz", 0.1)])
+def test_a_large_corpus_is_measured_in_part(tmp_path, monkeypatch, suffix, least):
+    """The rest is estimated from what was read. Other columns, here nine tenths of the bytes, do
+    not count: else a split by their size would leave nothing to train on."""
+    texts = [json.loads(line)["text"] for line in lines(1, 900).splitlines()]
+    rows = [{"id": i, "page": 9 * text.upper(), "text": text} for i, text in enumerate(texts)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text(lines(1, 900))
+        path = tmp_path / f"{name}{suffix}"
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=300)
+        else:
+            path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     size = documents.local_source([str(tmp_path)])[1].text_bytes
-    assert size == 2 * sum(len(json.loads(line)["text"]) for line in lines(1, 900).splitlines())
-    monkeypatch.setattr(documents, "PART_BYTES", 200)
-    monkeypatch.setattr(documents, "MEASURED_BYTES", 1000)
-    assert documents.local_source([str(tmp_path)])[1].text_bytes == 2 * len(lines(1, 900))
+    assert size == 2 * sum(map(len, texts))
+    monkeypatch.setattr(documents, "PART_BYTES", 2000)
+    monkeypatch.setattr(documents, "MEASURED_BYTES", size // 10)
+    read = []
+    real = documents.open_parts
+
+    def open_parts(path, **options):
+        for part in real(path, **options):
+            yield documents.Part(lambda part=part: read.append(part) or part.read())
+
+    monkeypatch.setattr(documents, "open_parts", open_parts)
+    assert least * size <= documents.local_source([str(tmp_path)])[1].text_bytes <= 1.1 * size
+    assert 1 < len(read) < sum(len(list(real(path))) for path in tmp_path.iterdir()) / 2
 
 
 @pytest.mark.parametrize("moment", ["before replace 1", "after replace 2", "before replace 3",
