@@ -79,7 +79,7 @@ def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: s
     if is_terminal:
         with contextlib.suppress(ImportError):  # enables line editing and history in input()
             import readline  # noqa: F401
-        print("/help shows the commands, Ctrl-D quits", flush=True)
+        print("/help shows the commands, Ctrl-D quits")
     while True:
         try:
             line = input("> " if is_terminal else "")
@@ -91,18 +91,18 @@ def chat(config: SamplingConfig, model: GPT, params: SamplingParams, template: s
                 return
             elif command == "/reset":
                 conversation.turns.clear()
-                print("(conversation cleared)", flush=True)
+                print("(conversation cleared)")
             elif command in SETTINGS:
                 params = change_setting(params, command, argument)
             elif message:
-                print(HELP if command == "/help" else f"(unknown {command}: see /help)", flush=True)
+                print(HELP if command == "/help" else f"(unknown {command}: see /help)")
         except EOFError:
             print()
             return
         except KeyboardInterrupt:  # while a message is typed
-            print("\n(Ctrl-D or /exit quits)", flush=True)
+            print("\n(Ctrl-D or /exit quits)")
         except UserError as error:
-            print(f"({error})", flush=True)
+            print(f"({error})")
 
 
 def change_setting(params: SamplingParams, command: str, argument: str) -> SamplingParams:
@@ -113,7 +113,7 @@ def change_setting(params: SamplingParams, command: str, argument: str) -> Sampl
     except ValueError:
         wanted = "a number" if kind is float else "an integer"
         raise UserError(f"{command} {argument}: expected {wanted}") from None
-    print(f"{command[1:]} {getattr(params, name):g}", flush=True)
+    print(f"{command[1:]} {getattr(params, name):g}")
     return params
 
 
@@ -128,7 +128,7 @@ def stream_response(config: SamplingConfig, model: GPT, params: SamplingParams,
 
     turns, decoder, tokens, interrupts = conversation.turns_with(message), StreamDecoder(), [], []
     if dropped := len(conversation.turns) + 1 - len(turns):
-        print(f"(context full; oldest turns dropped: {dropped})", flush=True)
+        print(f"(context full; oldest turns dropped: {dropped})")
     prompt = [token for turn in turns for token in turn]
     handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
@@ -142,7 +142,7 @@ def stream_response(config: SamplingConfig, model: GPT, params: SamplingParams,
     finally:
         signal.signal(signal.SIGINT, handler)
     conversation.add_response(turns, tokens)
-    print(decoder.feed([], final=True) + note, flush=True)
+    print(decoder.feed([], final=True) + note)
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def reference_logprobs(reference: GPT, batches: list[list[Pair]], run: Run,
         try:
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            print(f"{path} is damaged ({error}): computing it again", flush=True)
+            print(f"{path} is damaged ({error}): computing it again")
     found = run.launch.gather(saved["logprobs"] if saved.get("key") == key else None)[0]
     if found is None:
         found = pair_logprobs(reference, batches, run)

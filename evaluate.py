@@ -173,9 +173,9 @@ def main() -> None:
             read_config(folder)  # refuses one at once, before the others are evaluated
         results = {name: evaluate_checkpoint(folder, config, launch, tasks)
                    for name, folder in zip(config.checkpoints, folders, strict=True)}
-        launch.print0(benchmarks.table(results))
         if config.json and launch.is_master:
             write_json(Path(config.json), results)
+        launch.print0(benchmarks.table(results))
 
 
 if __name__ == "__main__":

@@ -386,12 +386,12 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
             print(json.dumps({
                 "prompt": prompt, "response": text, "prompt_tokens": n, "tokens": one.tokens,
                 "logprobs": scores[i][n - 1 : n - 1 + len(one.tokens)],
-                "finish_reason": one.finish_reason}), flush=True)
+                "finish_reason": one.finish_reason}))
             continue
         blank = "" if text.strip() else "blank, "
         end = {"stop": "<|endoftext|>", "length": "--max-tokens", "context": "a full context"}
         print(f"prompt:   {prompt}\nresponse: {text}\n          [{blank}{len(one.tokens)} tokens, "
-              f"ended by {end[one.finish_reason]}]\n", flush=True)
+              f"ended by {end[one.finish_reason]}]\n")
 
 
 def main() -> None:

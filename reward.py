@@ -171,7 +171,7 @@ def finish(config: RewardConfig, run: Run, model: RewardModel, train_pairs: list
         print_accuracies(report["accuracy"])
         print("loss {loss:.4f}, expected calibration error {calibration_error:.4f}; {samples} "
               "sampled responses: mean score {mean:.4f}, deviation {deviation:.4f}"
-              .format(**report), flush=True)
+              .format(**report))
     if deviation < MIN_DEVIATION:
         if config.normalize_samples:
             run.launch.print0(f"scores are not normalized: {len(scores)} samples ended within "

@@ -56,7 +56,7 @@ def bench_gpu(config: BenchConfig) -> None:
         try:
             measure(config, *arguments)
         except (RuntimeError, AssertionError, UserError) as error:
-            print(f"{what}: not measured: {first_line(error)}", flush=True)
+            print(f"{what}: not measured: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def record(config: BenchConfig, name: str, **figures) -> None:
     figures = {key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
                for key, value in figures.items()}
     print(f"{name}: " + ", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else
-                                  f"{key} {value}" for key, value in figures.items()), flush=True)
+                                  f"{key} {value}" for key, value in figures.items()))
     if config.log:
         with open(config.log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"bench": name, **figures}) + "\n")

@@ -100,7 +100,8 @@ def flag_name(field_name: str) -> str:
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
     """Runs `main` and exits: with one line and status 2 after a UserError or a failed file."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it is closed
-        stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+        # Not every terminal is UTF-8, and in a log file lines should be seen at once
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         print(end="", flush=True)  # a write that fails is reported here, not by Python at exit

@@ -41,7 +41,7 @@ class Launch:
 
     def print0(self, *values) -> None:
         if self.is_master:
-            print(*values, flush=True)
+            print(*values)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks; a collective, as are the next three."""

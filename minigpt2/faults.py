@@ -142,7 +142,6 @@ class RankMonitor(contextlib.AbstractContextManager):
             return
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, below the progress bar
             print(f"\n{os.path.basename(sys.argv[0])}: error: {why}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
         os._exit(status)
 
 

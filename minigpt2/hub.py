@@ -32,7 +32,7 @@ def retried(request: Callable, what: str, max_retries: int = 8):
                 raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
                                 "check network, access and commit, then rerun") from None
             delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)
-            print(f"{what}: {first_line(error)}; retrying in {delay:g} s", flush=True)
+            print(f"{what}: {first_line(error)}; retrying in {delay:g} s")
             time.sleep(delay)
 
 

@@ -127,7 +127,7 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
         except UserError as error:
-            print(f"--resume: skipping {folder.name}: {error}", flush=True)
+            print(f"--resume: skipping {folder.name}: {error}")
             damaged.append(folder)
         else:
             for other in damaged:

@@ -115,7 +115,7 @@ def write_shards(source: Source, out_dir: Path, name: str, record: dict, workers
     deletes what was written, if there is no training shard."""
     limit, tokens_before = record["max_tokens"] or sys.maxsize, record["tokens"]
     if tokens_before:
-        print(f"{out_dir}: resuming after {tokens_before:,} tokens", flush=True)
+        print(f"{out_dir}: resuming after {tokens_before:,} tokens")
     expected = min(int(source.text_bytes / BYTES_PER_TOKEN), limit)
     on_disk = sum(path.stat().st_size for path in out_dir.glob("*.npy"))
     check_disk(out_dir, max(0, expected * shards.TOKEN_DTYPE().itemsize - on_disk))
@@ -179,7 +179,7 @@ def check_disk(out_dir: Path, needed: int) -> None:
     """Prints how many bytes are needed and free. Raises UserError if there are too few."""
     free = shutil.disk_usage(out_dir).free
     state = f"{out_dir} needs about {needed / 1e6:,.0f} MB more, {free / 1e6:,.0f} MB are free"
-    print(state, flush=True)
+    print(state)
     if needed > free:
         raise UserError(f"{state}: free some, use another --out-dir, or a (smaller) --max-tokens")
 

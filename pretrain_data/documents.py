@@ -71,7 +71,7 @@ def local_source(inputs: Sequence[str], **options) -> tuple[dict, Source]:
     those of `open_parts`. Raises UserError for what is not text, if a first part shows it."""
     paths, skipped = select_files(inputs)
     print(f"reading {len(paths):,} files: {count_kinds(map(file_format, paths))}; "
-          f"skipped: {count_kinds(skipped.values())}", flush=True)
+          f"skipped: {count_kinds(skipped.values())}")
     source = file_source(paths, **options)  # it notices changes from now on
     for path in paths:
         size, parts = 0, open_parts(path, **options)  # size: of the text of this file

@@ -47,7 +47,7 @@ def hub_source(repo: str, commit: str, scratch: pathlib.Path) -> Source:
     def open_unit(unit: int) -> Iterator[Part]:
         for done in files[: max(0, unit - 1)]:
             (scratch / done.path).unlink(missing_ok=True)
-        print(f"reading {repo} {files[unit].path} ({unit + 1} of {len(files)})", flush=True)
+        print(f"reading {repo} {files[unit].path} ({unit + 1} of {len(files)})")
         return open_parts(fetch(repo, commit, files[unit], scratch))
 
     return Source(len(files), open_unit, int(TEXT_RATIO * sum(file.size for file in files)))

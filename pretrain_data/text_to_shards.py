@@ -46,7 +46,7 @@ def main() -> None:
     options = {"separator": separator, "column": config.text_column}
     description, source = local_source(config.inputs, **options)
     if separator and not any(file_format(name) == ".txt" for name in description["files"]):
-        print("--separator: ignored, there is no .txt file", flush=True)
+        print("--separator: ignored, there is no .txt file")
     write_corpus(description, lambda: source, out_dir, name="text",
                  shard_tokens=SHARD_TOKENS, workers=config.workers,
                  val_tokens=validation_tokens(int(source.text_bytes / BYTES_PER_TOKEN)))

@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -192,10 +193,21 @@ def test_a_closed_pipe_gives_no_traceback():
     assert (result.stdout, result.stderr) == ("line 0\n", "")
 
 
+def test_a_log_file_shows_every_line_at_once():
+    """Else a validation loss would stand there minutes later, after all progress lines."""
+    code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from minigpt2.config import run_main\n"
+            "run_main(lambda: (print('val loss'), os.kill(os.getpid(), 9)))\n")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env=script_env())
+    assert (result.returncode, result.stdout) == (-signal.SIGKILL, "val loss\n")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
-def test_a_full_disk_is_reported_when_the_last_lines_are_flushed():
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_full_disk_is_reported_when_the_last_line_is_written(end):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom minigpt2.config import run_main\n"
-            "run_main(lambda: print('a line'))\n")
+            f"run_main(lambda: print('a line', end={end!r}))\n")
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
                                 text=True, env=script_env())
