@@ -20,7 +20,7 @@ from bench.harness import BenchConfig, Step, compare, measure_limits, record, ru
 from bench.train import DTYPES, LIMITS, SIZES, as_hugging_face, zipf_tokens
 from inference import generate
 from minigpt2.checkpoint import save_checkpoint
-from minigpt2.kernels import prepare_to_sample
+from minigpt2.kernels import can_pack, prepare_to_sample
 from model import GPT, GPTConfig
 
 # Random weights repeat one token; scaled like this they do not, and round like trained weights
@@ -102,7 +102,8 @@ def bench_decode(config: BenchConfig) -> None:
         ("124M", (1, 8, 32), (32, 512), 128, DTYPES))
     prompts = [zipf_tokens(batch * length).view(batch, length)
                for batch, length in itertools.product(batches, lengths)]
-    for dtype, ids in itertools.product((*dtypes, torch.int8), prompts):
+    dtypes = (*dtypes, *[torch.int8] * can_pack(torch.int8))  # where the processor has it
+    for dtype, ids in itertools.product(dtypes, prompts):
         measure_decoding(config, name, ids, new_tokens, dtype)
 
 
