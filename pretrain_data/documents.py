@@ -60,8 +60,12 @@ class Source:
 def memory_source(texts: list[str]) -> Source:
     """A source of documents in memory."""
     def open_unit(unit: int) -> Iterator[Part]:
-        for start in range(0, len(texts), 1000):
-            yield Part(functools.partial(list, texts[start : start + 1000]))
+        start, size = 0, 0
+        for stop, text in enumerate(texts, 1):
+            size += len(text)
+            if size >= PART_BYTES or stop == len(texts):
+                yield Part(functools.partial(list, texts[start:stop]))
+                start, size = stop, 0
 
     return Source(1, open_unit, sum(map(len, texts)))
 
