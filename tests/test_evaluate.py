@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from minigpt2.benchmarks import (
     score,
 )
 from minigpt2.checkpoint import save_checkpoint
+from minigpt2.distributed import Launch
 from minigpt2.files import sha256_of
 from minigpt2.rewards import RewardModel
 from minigpt2.tokenizer import EOT_TOKEN, decode, encode
@@ -240,6 +242,11 @@ def test_the_table_has_a_column_for_each_checkpoint(files, monkeypatch, capsys):
         assert ("mine accuracy_summed_stderr" in results[copy]) == (limit > 1)
         assert ("lambada accuracy_last_word_stderr" in results[copy]) == (limit > 1)
     output = capsys.readouterr().out
+    monkeypatch.setattr(Launch, "print0", unittest.mock.Mock(side_effect=BrokenPipeError))
+    (files / "new" / "results.json").unlink()
+    with pytest.raises(BrokenPipeError):  # as after `| head -1`
+        evaluate.main()
+    assert json.loads((files / "new" / "results.json").read_text()) == results
     assert "nan" not in output
     header, *rows = output.splitlines()[-9:]
     assert header.split() == list(results)

@@ -5,6 +5,8 @@ import pty
 import subprocess
 import sys
 import termios
+import types
+import unittest.mock
 
 import pytest
 import torch
@@ -211,3 +213,16 @@ def test_a_terminal_without_a_size_gets_lines(size, expected):
     os.close(theirs)
     assert expected in os.read(ours, 100_000).decode()
     os.close(ours)
+
+
+def test_the_numbers_of_a_step_are_read_after_their_copy():
+    """On a GPU, the host's copy holds nothing before its event is reached."""
+    copy, logged = torch.zeros(2), {}
+    event = types.SimpleNamespace(synchronize=lambda: copy.copy_(torch.tensor([2.5, 0.5])))
+    ours = object.__new__(run.Run)
+    ours.unread, ours.state = [(copy, event, [], 4, 1.0, {})], run.resume.TrainState(step=1)
+    ours.launch, ours.pace = CPU_LAUNCH, Pace()
+    ours.scaler, ours.bar = torch.amp.GradScaler("cpu", enabled=False), unittest.mock.Mock()
+    ours.log = types.SimpleNamespace(write=lambda step, kind, **values: logged.update(values))
+    ours.read_steps()
+    assert (logged["loss"], logged["grad_norm"], ours.unread) == (2.5, 0.5, [])
