@@ -7,6 +7,7 @@ from helpers.common import CPU_LAUNCH, TINY, user_error
 from helpers.training import assert_same_run, interrupted, tiny
 
 from minigpt2.optimizer import (
+    Muon,
     is_block_matrix,
     learning_rate,
     load_optimizer_state,
@@ -315,3 +316,14 @@ def test_a_state_that_does_not_fit_says_what_is_missing(saved, loaded, held, wan
         assert "moment is of (50257, 16), not (50258, 16)" in user_error(
             restore, tmp_path / "x", state, own_optimizer("lion", wider),
             torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_a_rank_may_own_no_matrix():
+    """As when there are more ranks than ZeRO has parameters to give them."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    muon = Muon([{"params": [], "muon": True, "momentum": 0.95}, *optimizer.param_groups], lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 2)).sum().backward()
+    muon.step()
+    assert all((p != old).all() for p, old in zip(model.parameters(), before, strict=True))
