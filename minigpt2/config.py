@@ -99,6 +99,8 @@ def flag_name(field_name: str) -> str:
 
 def run_main(main: Callable[[], None]) -> typing.NoReturn:
     """Runs `main` and exits: with one line and status 2 after a UserError or a failed file."""
+    # A thread of gloo that frees a tensor while Python exits aborts the process: ranks skip that
+    leave = os._exit if os.environ.get("RANK") else sys.exit
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it is closed
         # Not every terminal is UTF-8, and in a log file lines should be seen at once
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -106,29 +108,29 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
         main()
         print(end="", flush=True)  # a write that fails is reported here, not by Python at exit
     except UserError as error:
-        sys.exit(fail(str(error)))
+        leave(fail(str(error)))
     except BrokenPipeError:  # the reader of a pipe exited, as `| head` does
         discard(sys.stdout)
-        sys.exit(128 + signal.SIGPIPE)
+        leave(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in NO_SPACE:
             if error.filename is None and sys.stdout is not None:
                 discard(sys.stdout)
-            sys.exit(fail(f"no space left while writing {error.filename or 'output'}; files "
-                          "completed earlier are intact: free some space and run again"))
+            leave(fail(f"no space left while writing {error.filename or 'output'}; files "
+                       "completed earlier are intact: free some space and run again"))
         if error.filename is None or error.strerror is None:
             raise
-        sys.exit(fail(f"{error.filename}: {error.strerror}"))
+        leave(fail(f"{error.filename}: {error.strerror}"))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(fail(f"out of memory ({first_line(error):.120}): free some, or lower "
-                      "--batch-size or --workers, where there is one"))
+        leave(fail(f"out of memory ({first_line(error):.120}): free some, or lower --batch-size or "
+                   "--workers, where there is one"))
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    sys.exit(0)
+        leave(128 + signal.SIGINT)
+    leave(0)
 
 
 def discard(stream: typing.TextIO) -> None:

@@ -47,10 +47,9 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -
     return vars(config) | {
         "python": platform.python_version(), "torch": str(torch.__version__),
         "numpy": np.__version__, "cuda": torch.version.cuda, "git_commit": commit,
-        "code_sha256": code, "world_size": world_size,
-        "data_sha256": hashlib.sha256(canonical).hexdigest(),
-        "device_name": (torch.cuda.get_device_name(device) if device.type == "cuda" else
-                        f"{device.type} {platform.machine()}")}
+        "code_sha256": code, "data_sha256": hashlib.sha256(canonical).hexdigest(),
+        "world_size": world_size, "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda" else f"{device.type} {platform.machine()}"}
 
 
 class RunLog:

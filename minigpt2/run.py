@@ -105,8 +105,7 @@ class Run:
         if self.is_resumed:
             self.saved = checkpoint.load_training_state(self.checkpoint)
             resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
-        self.state, self.stopping = resume.TrainState(), False
-        self.unread, self.updates = [], []
+        self.state, self.stopping, self.unread, self.updates = resume.TrainState(), False, [], []
         self.dtype = distributed.pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1

@@ -296,6 +296,22 @@ def test_sigterm_to_a_worker_of_torchrun_is_a_success(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("end", "status"), [("return", 0), ("raise UserError('no data')", 2)])
+def test_a_rank_can_exit_while_a_thread_is_in_pytorch(end, status):
+    """As gloo's threads are when they free the tensors of the last collective. They outlive the
+    process group, and Python's own exit would abort the process: "terminate called"."""
+    code = (f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
+            "from minigpt2.config import UserError, run_main\n"
+            "torch.set_num_threads(1)\nx, busy = torch.ones(300, 300), threading.Event()\n"
+            "def multiply():\n    while True: busy.set() or torch.mm(x, x)\n"
+            "def main():\n    threading.Thread(target=multiply, daemon=True).start()\n"
+            f"    busy.wait()\n    print('a line')\n    {end}\nrun_main(main)\n")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env=script_env() | {"RANK": "0"}, timeout=120)
+    assert (result.returncode, result.stdout) == (status, "a line\n"), result.stderr
+
+
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_on_all_ranks(corpus, tmp_path):
     """torchrun forwards the signal, waits, and fails with an error of its own."""
     agent = torchrun("--standalone", "--nproc-per-node=2", SCRIPT,
