@@ -126,6 +126,7 @@ class RankMonitor(contextlib.AbstractContextManager):
             try:
                 counts, failed = self.store_thread.submit(self.heartbeat).result(SILENT_SECONDS)
             except (RuntimeError, TimeoutError) as error:
+                self.leaving.wait(HEARTBEAT_SECONDS)  # rank 0 may host the store, and have finished
                 self.end(f"rank 0's node does not answer ({first_line(error):.60}). {RESUME_HINT}")
                 return
             if failed is not None:

@@ -15,20 +15,19 @@ PERMANENT = {400, 401, 403, 404, 410, 416}  # HTTP status codes that are not ret
 INITIAL_DELAY_S, MAX_DELAY_S = 2.0, 300.0  # before a retry; doubled after every failure
 
 
-def retried(request: Callable, what: str, max_retries: int = 8):
+def retried(request: Callable, what: str, retries: int = 8):
     """Returns request(), retried while the network or the hub fails. Raises UserError on `what`."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # hides the client's own messages
-    for attempt in range(max_retries + 1):
+    for attempt in range(retries + 1):
         try:
             return request()
         except (HTTPError, OSError, RuntimeError) as error:  # the Xet client's: RuntimeError
             if isinstance(error, OSError) and error.errno in {*NO_SPACE, EACCES, EROFS}:
                 raise  # a fault of this machine
             status = getattr(getattr(error, "response", None), "status_code", None)
-            if isinstance(error, OfflineModeIsEnabled) or status in PERMANENT or (
-                    attempt == max_retries):
+            if isinstance(error, OfflineModeIsEnabled) or status in PERMANENT or attempt == retries:
                 raise UserError(f"cannot download {what} from the hub ({first_line(error)}): "
                                 "check network, access and commit, then rerun") from None
             delay = min(INITIAL_DELAY_S * 2**attempt, MAX_DELAY_S)

@@ -1,6 +1,7 @@
 """Fault tolerance: signals, lost ranks, non-finite losses, full disks, out of memory. Each ends in
 one line; no rank hangs and no step is lost."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -309,6 +310,38 @@ def test_a_rank_can_exit_while_a_thread_is_in_pytorch(end, status):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                             env=script_env() | {"RANK": "0"}, timeout=120)
     assert (result.returncode, result.stdout) == (status, "a line\n"), result.stderr
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_rank_that_finishes_may_find_the_store_gone(finishes, monkeypatch, capsys):
+    """Without torchrun, rank 0 hosts the store, and may have exited a moment earlier."""
+    class Leaving(threading.Event):
+        waits = 0
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            if self.waits > 1 and finishes:  # the first wait is for the next heartbeat
+                self.set()
+            return self.is_set()
+
+    def lost():
+        raise RuntimeError("Connection reset by peer")
+
+    def stopped(status):
+        statuses.append(status)
+        raise SystemExit
+
+    statuses = []
+    monkeypatch.setattr("minigpt2.faults.os._exit", stopped)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    monitor = faults.RankMonitor()
+    monitor.store, monitor.leaving, monitor.heartbeat = object(), Leaving(), lost
+    monitor.store_thread = SimpleNamespace(
+        submit=lambda call: SimpleNamespace(result=lambda seconds: call()))
+    with contextlib.suppress(SystemExit):
+        monitor.run()
+    assert statuses == ([] if finishes else [1])
+    assert ("node does not answer (Connection reset" in capsys.readouterr().err) != finishes
 
 
 @pytest.mark.slow
@@ -702,7 +735,7 @@ def assert_only_the_first_checkpoint(out_dir, finished_run) -> None:
     assert curves(out_dir)["train"].keys() <= curves(finished_run)["train"].keys()
 
 
-@contextmanager
+@contextlib.contextmanager
 def file_size_limit(kilobytes: int):
     """As `ulimit -f`: a write beyond the limit fails with EFBIG."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
