@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from helpers.common import ROOT, assert_user_error, run_script, script_env
+from helpers.common import ROOT, assert_user_error, exit_status, run_script, script_env
 
 from minigpt2.config import UserError, first_line, flag, parse_config, run_main
 
@@ -128,10 +128,7 @@ def test_flags_are_inherited_and_overridden(capsys):
 
 
 def exit_of(main, capsys) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minigpt2.config.os._exit", sys.exit)  # how ranks end
-        run_main(main)
-    return stopped.value.code, capsys.readouterr().err
+    return exit_status(main), capsys.readouterr().err
 
 
 def test_run_main_reports_an_error_in_one_line(capsys, monkeypatch):

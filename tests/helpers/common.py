@@ -127,11 +127,18 @@ def run_to_end(script) -> None:
 def main_error(main, argv: list, monkeypatch, capsys) -> str:
     """Runs a script's main in this process, asserts exit status 2 and returns the error line."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main)
+    status = exit_status(main)
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stopped.value.code == 2 and len(lines) == 1, (stopped.value.code, lines)
+    assert status == 2 and len(lines) == 1, (status, lines)
     return lines[0]
+
+
+def exit_status(main) -> int:
+    """Runs a script's main in this process, which `run_main` would end if RANK is set."""
+    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", sys.exit)
+        run_main(main)
+    return stopped.value.code
 
 
 def user_error(call, *arguments, **options) -> str:
