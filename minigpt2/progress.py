@@ -101,4 +101,4 @@ def progress_bar(total: int, initial: int, label: str, *, unit: str = "step", en
     options = ({"seconds": 0.5, "dynamic_ncols": True} if is_drawn else
                {"seconds": LINE_SECONDS, "ncols": 120, "ascii": True, "file": Lines()})
     return Bar(over, total=total, initial=initial, desc=label, unit=unit, pace=pace,
-               disable=not enabled, unit_scale=unit != "step", smoothing=0.05, **options)
+               disable=not enabled, unit_scale=unit == "token", smoothing=0.05, **options)

@@ -197,6 +197,7 @@ def test_other_bars_write_lines_too(capsys):
     assert list(progress_bar(3, 0, "reading", unit="file", over=[1, 2, 3])) == [1, 2, 3]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("reading:   0%") and lines[-1].startswith("reading: 100%")
+    assert "| 0/3 [" in lines[0] and "| 3/3 [" in lines[-1]  # not 3.00/3.00, as of many tokens
     with progress_bar(3, 0, "reading", enabled=False, pace=Pace()):
         pass
     assert capsys.readouterr().err == ""
