@@ -112,20 +112,21 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
     except BrokenPipeError:  # the reader of a pipe exited, as `| head` does
         discard(sys.stdout)
         leave(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno in NO_SPACE:
+    except Exception as error:
+        if is_out_of_memory(error):
+            leave(fail(f"out of memory ({first_line(error):.120}): free some, or lower "
+                       "--batch-size or --workers, where there is one"))
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             if error.filename is None and sys.stdout is not None:
                 discard(sys.stdout)
             leave(fail(f"no space left while writing {error.filename or 'output'}; files "
                        "completed earlier are intact: free some space and run again"))
-        if error.filename is None or error.strerror is None:
+        if isinstance(error, OSError) and None not in (error.filename, error.strerror):
+            leave(fail(f"{error.filename}: {error.strerror}"))
+        if leave is sys.exit:
             raise
-        leave(fail(f"{error.filename}: {error.strerror}"))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        leave(fail(f"out of memory ({first_line(error):.120}): free some, or lower --batch-size or "
-                   "--workers, where there is one"))
+        sys.excepthook(*sys.exc_info())
+        leave(1)
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -167,10 +168,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def fail(message: str) -> int:
-    """Prints an error, returns 2. Other ranks wait first: if rank 0 fails too, they are stopped."""
+    """Prints an error, returns 2. Ranks wait: if rank 0, or their node's first, fails, they end."""
     rank = os.environ.get("RANK") or "0"
     if rank != "0":
-        time.sleep(RANK_DELAY_S)
+        time.sleep(RANK_DELAY_S * (2 if rank != os.environ.get("LOCAL_RANK", rank) != "0" else 1))
         message += f" (rank {rank})"
     message = message.replace("\n", "\\n")  # a path may hold one
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)

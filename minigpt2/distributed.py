@@ -80,7 +80,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
     rank, local_rank, world_size = read_launch()
     if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
-    torch_device = pick_device(device, local_rank)
+    torch_device = pick_device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     elif torch_device.type == "cpu":
@@ -151,16 +151,16 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     return mine
 
 
-def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """"auto" is CUDA if available, else the CPU; MPS only on request. Raises UserError."""
+def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.device:
+    """"auto" is CUDA if available, else the CPU. Raises UserError, alike on the node's `ranks`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", device):
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     count = torch.get_device_module(picked).device_count()
-    if (picked.index or 0) >= count:
-        raise UserError(f"--device {device}: there is no {picked}, {count} are visible; lower "
+    if count < (needed := max((picked.index or 0) + 1, ranks * (device == "cuda"))):
+        raise UserError(f"--device {device} needs {needed} devices, {count} are visible: lower "
                         "--nproc-per-node, or use --device cpu")
     return picked
 
@@ -224,8 +224,7 @@ def mean_loss(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
             inputs, targets = to_device(inputs, launch.device), to_device(targets, launch.device)
             with autocast(launch.device, dtype):
                 _, loss = model(inputs, targets, reduction="sum", return_logits=False)
-            valid = (targets != IGNORE_INDEX).sum()
-            sums += torch.tensor([loss.item(), valid.item(), should_stop()])
+            sums += torch.tensor([loss.item(), int((targets != IGNORE_INDEX).sum()), should_stop()])
             if sums[2]:
                 break
     summed, count, stopped = launch.sum(sums).tolist()

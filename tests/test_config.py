@@ -179,8 +179,12 @@ def test_rank_0_reports_an_error_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data (rank 3)\n")
     assert delays == [3.0]  # if rank 0 has failed too, torchrun stops this rank meanwhile
-    monkeypatch.setenv("RANK", "")
-    assert exit_of(mistake, capsys) == (2, "trainer.py: error: no data\n") and len(delays) == 1
+    for rank, local_rank in (("9", "1"), ("8", "0"), ("1", "1"), ("", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        note = f" (rank {rank})" if rank else ""
+        assert exit_of(mistake, capsys) == (2, f"trainer.py: error: no data{note}\n")
+    assert delays == [3.0, 6.0, 3.0, 3.0]  # rank 8 speaks for the second node, rank 0 for all
 
 
 def test_a_closed_pipe_gives_no_traceback():

@@ -297,8 +297,10 @@ def test_sigterm_to_a_worker_of_torchrun_is_a_success(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("end", "status"), [("return", 0), ("raise UserError('no data')", 2)])
-def test_a_rank_can_exit_while_a_thread_is_in_pytorch(end, status):
+@pytest.mark.parametrize(("end", "status", "error"), [
+    ("return", 0, ""), ("raise UserError('no data')", 2, "-c: error: no data\n"),
+    ("raise KeyError('x')", 1, "KeyError: 'x'\n")])
+def test_a_rank_can_exit_while_a_thread_is_in_pytorch(end, status, error):
     """As gloo's threads are when they free the tensors of the last collective. They outlive the
     process group, and Python's own exit would abort the process: "terminate called"."""
     code = (f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
@@ -310,6 +312,7 @@ def test_a_rank_can_exit_while_a_thread_is_in_pytorch(end, status):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                             env=script_env() | {"RANK": "0"}, timeout=120)
     assert (result.returncode, result.stdout) == (status, "a line\n"), result.stderr
+    assert result.stderr.endswith(error) and ("Traceback" in result.stderr) == (status == 1)
 
 
 @pytest.mark.parametrize("finishes", [True, False])

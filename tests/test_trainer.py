@@ -628,6 +628,23 @@ def test_dtype_and_device():
         assert "--device cuda" in user_error(pick_device, "cuda", 0)
 
 
+def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch):
+    """Else those that have a GPU would wait for the others until torchrun kills them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(4):
+        message = user_error(pick_device, "cuda", rank, 4)
+        assert message.startswith("--device cuda needs 4 devices, 2 are visible"), message
+    assert pick_device("cuda", 1, 2) == pick_device("cuda:1") == torch.device("cuda", 1)
+    assert "cuda:2 needs 3 devices" in user_error(pick_device, "cuda:2")
+    assert pick_device("cpu", 3, 4) == torch.device("cpu")
+    picked = []
+    monkeypatch.setattr("minigpt2.distributed.pick_device", lambda *given: picked.append(given)
+                        or torch.device("cpu"))
+    set_launch(monkeypatch, **ONLY | {"LOCAL_WORLD_SIZE": "4"})
+    start("cuda")
+    assert picked == [("cuda", 0, 4)]
+
+
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_is_bfloat16_only_on_gpus_that_support_it(native, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation:
