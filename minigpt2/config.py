@@ -112,7 +112,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
     except BrokenPipeError:  # the reader of a pipe exited, as `| head` does
         discard(sys.stdout)
         leave(128 + signal.SIGPIPE)
-    except Exception as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             leave(fail(f"out of memory ({first_line(error):.120}): free some, or lower "
                        "--batch-size or --workers, where there is one"))
