@@ -358,7 +358,7 @@ def test_rank_is_not_local_rank(monkeypatch):
     monkeypatch.setattr("minigpt2.distributed.agree_on_attempt",
                         lambda store, rank, world_size: "first")
     picked = []
-    monkeypatch.setattr("minigpt2.distributed.pick_device", lambda device, local_rank: (
+    monkeypatch.setattr("minigpt2.distributed.pick_device", lambda device, local_rank, ranks: (
         picked.append(local_rank) or torch.device("cpu")))
     launch = start("cpu")
     assert (launch.rank, launch.world_size, picked) == (11, 16, [3])
