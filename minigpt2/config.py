@@ -125,7 +125,7 @@ def run_main(main: Callable[[], None]) -> typing.NoReturn:
             leave(fail(f"{error.filename}: {error.strerror}"))
         if leave is sys.exit:
             raise
-        sys.excepthook(*sys.exc_info())
+        sys.excepthook(*sys.exc_info())  # prints the traceback
         leave(1)
     except KeyboardInterrupt:
         if (os.environ.get("RANK") or "0") == "0":

@@ -152,15 +152,15 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.device:
-    """"auto" is CUDA if available, else the CPU. Raises UserError, alike on the node's `ranks`."""
+    """"auto": CUDA, else CPU. Raises UserError, on all `ranks` of a node unless each sees 1 GPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", device):
         raise UserError(f"--device {device} is unknown, expected auto, cpu, cuda, cuda:N or mps")
     picked = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     count = torch.get_device_module(picked).device_count()
-    if count < (needed := max((picked.index or 0) + 1, ranks * (device == "cuda"))):
-        raise UserError(f"--device {device} needs {needed} devices, {count} are visible: lower "
+    if count < (needed := max((picked.index or 0) + 1, ranks * (device == "cuda" and count > 1))):
+        raise UserError(f"--device {device}: {needed} needed, {count} visible: lower "
                         "--nproc-per-node, or use --device cpu")
     return picked
 

@@ -633,10 +633,12 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank in range(4):
         message = user_error(pick_device, "cuda", rank, 4)
-        assert message.startswith("--device cuda needs 4 devices, 2 are visible"), message
+        assert message.startswith("--device cuda: 4 needed, 2 visible: lower"), message
     assert pick_device("cuda", 1, 2) == pick_device("cuda:1") == torch.device("cuda", 1)
-    assert "cuda:2 needs 3 devices" in user_error(pick_device, "cuda:2")
+    assert "cuda:2: 3 needed" in user_error(pick_device, "cuda:2")
     assert pick_device("cpu", 3, 4) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # torchrun --virtual-local-rank
+    assert pick_device("cuda", 0, 8) == torch.device("cuda", 0)
     picked = []
     monkeypatch.setattr("minigpt2.distributed.pick_device", lambda *given: picked.append(given)
                         or torch.device("cpu"))
