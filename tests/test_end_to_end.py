@@ -132,6 +132,7 @@ printf '%s\\037' "$(basename "$0")" "$@" >> "$RECORD"; echo >> "$RECORD"
     ("gpt2_124m.sh", ["4"], ["fineweb_downloader", "trainer", "alpaca_downloader", "finetune",
                              "inference"]),
     ("fast.sh", ["2", "--max-steps", "9"], ["trainer"]),
+    ("recipes.sh", ["FOLDER"], [*["trainer"] * 6, "plot_loss"]),
     ("figures.sh", ["FOLDER"], [*["plot_loss"] * 3, *["plot_report"] * 2, "plot_samples",
                                 "plot_frontier"])])
 def test_every_command_of_a_pipeline_is_accepted(script, arguments, stages, tmp_path):

@@ -1,13 +1,14 @@
 """Rows of HellaSwag per second: our scoring against lm-evaluation-harness, in turn, in float32.
 
-    python tests/referees/hellaswag_speed.py --file hellaswag_val.jsonl --quick
-    python tests/referees/hellaswag_speed.py --file hellaswag_val.jsonl --checkpoint gpt2
+    python tests/referees/hellaswag_speed.py --file eval_data/hellaswag_val.parquet --quick
+    python tests/referees/hellaswag_speed.py --file eval_data/hellaswag_val.parquet --checkpoint gpt2
 
 A step reads nothing but rows that are in memory or in the harness's cache, and ends with the
 accuracies, which are compared. The harness's batches have a fixed size: its "auto" begins at 512
 rows, which no CPU has the memory for. Without --checkpoint, the model has random weights.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from model import GPT
 
 @dataclass(frozen=True)
 class SpeedConfig(BenchConfig):
-    file: str | None = flag(None, "HellaSwag as JSON Lines", is_path=True)
+    file: str | None = flag(None, "HellaSwag as JSON Lines or parquet", is_path=True)
     checkpoint: str | None = flag(None, "folder or hub name", is_path=True)
     model: str = flag("124M", f"size of a random model: {', '.join(SIZES)}")
     rows: int = flag(100, "the first rows of the file", minimum=1)
@@ -57,23 +58,22 @@ def make_scoring(way: str, checkpoint: Path, path: Path, batch_size: int, max_le
 
 def measure_hellaswag(config: SpeedConfig) -> None:
     if config.file is None:
-        raise UserError("no rows given: --file hellaswag_val.jsonl")
+        raise UserError("no rows given: --file eval_data/hellaswag_val.parquet")
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the worker processes
     name = "tiny" if config.quick else config.model
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = (find_checkpoint(config.checkpoint) if config.checkpoint else
                       save_checkpoint(Path(folder), 0, GPT(SIZES[name])))
         path, count = Path(folder) / "rows.jsonl", 8 if config.quick else config.rows
-        with open(config.file, encoding="utf-8") as file:
-            lines = [line for line, _ in zip(file, range(count), strict=False)]
-        path.write_text("".join(lines), encoding="utf-8")
+        rows = [row for _, row in read_rows(Path(config.file))][:count]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         timings = compare(("ours", "lm_eval"), config.rounds + 1, make_scoring, checkpoint, path,
                           config.harness_batch_size, 1024)
     ours, theirs = timings.values()
-    record(config, "hellaswag", model=config.checkpoint or name, rows=len(lines),
+    record(config, "hellaswag", model=config.checkpoint or name, rows=len(rows),
            harness_batch_size=config.harness_batch_size, threads=torch.get_num_threads(),
-           ours_rows_per_sec=len(lines) / ours.seconds,
-           lm_eval_rows_per_sec=len(lines) / theirs.seconds, ratio=theirs.seconds / ours.seconds,
+           ours_rows_per_sec=len(rows) / ours.seconds,
+           lm_eval_rows_per_sec=len(rows) / theirs.seconds, ratio=theirs.seconds / ours.seconds,
            ours_accuracy=ours.results[0], lm_eval_accuracy=theirs.results[0],
            ours_bytes=ours.peak, lm_eval_bytes=theirs.peak)
 

@@ -4,6 +4,7 @@ and equal accuracies. Rows of HellaSwag and LAMBADA can be given in two environm
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +46,7 @@ def made_rows() -> dict[str, list[dict]]:
 def rows_of(task: str) -> list[dict]:
     given = os.environ.get("HELLASWAG_FILE" if task == "hellaswag" else "LAMBADA_FILE")
     if given:
-        with open(given, encoding="utf-8") as file:
-            rows = [json.loads(line) for line, _ in zip(file, range(ROWS), strict=False)]
+        rows = [row for _, row in read_rows(Path(given))][:ROWS]
     else:
         rows = made_rows()["lambada" if task == "lambada" else "hellaswag"]
     return rows
