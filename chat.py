@@ -113,7 +113,7 @@ def change_setting(params: SamplingParams, command: str, argument: str) -> Sampl
     except ValueError:
         wanted = "a number" if kind is float else "an integer"
         raise UserError(f"{command} {argument}: expected {wanted}") from None
-    print(f"{command[1:]} {getattr(params, name):g}")
+    print(f"{command[1:]} {str(getattr(params, name)).removesuffix('.0')}")
     return params
 
 

@@ -221,8 +221,8 @@ def load_pairs(path: str, flag: str, block_size: int, template: str,
     """The usable pairs of a file given by `flag`, and a summary. Raises UserError."""
     rows = read_columns(Path(path), columns, "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
     pairs, summary = make_pairs(rows, block_size, template)
-    if len(pairs) < 2:  # one to train on, one to validate on
-        raise UserError(f"{flag} {path}: {summary}; expected at least 2: give other rows, or a "
+    if len(pairs) < 2 - (flag == "--val-data"):  # one to train on, one to validate on
+        raise UserError(f"{flag} {path}: {summary}; expected more: give other rows, or a "
                         "model with a longer context")
     return pairs, summary
 
@@ -240,25 +240,26 @@ class Prompt:
 
 def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fraction: float,
                  template: str = ALPACA, columns: str = "") -> tuple[list, list, str]:
-    """(training prompts, held-out prompts, summary), see `split_rows`: the different prompts of a
-    file of instructions, conversations (the first), pairs, with room for max_tokens. UserError."""
+    """(training prompts, held-out prompts, summary): the different prompts of instructions,
+    conversations (the first) or pairs, with room for max_tokens. A prompt is held out if
+    `split_rows` holds out all of its rows, as for fine-tuning, or else the last. UserError."""
     rows = read_columns(Path(path), columns, INSTRUCTIONS)
     found = [row_prompt(row, place, template) for place, row in rows]
-    prompts: dict[tuple[int, ...], Prompt] = {}
-    for prompt in filter(None, found):
-        prompts.setdefault(tuple(prompt.ids), prompt)
-    fitting = [prompt for prompt in prompts.values() if len(prompt.ids) + max_tokens <= block_size]
-    unusable = found.count(None)
-    summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: "
-               + f"{unusable:,} unusable pairs of transcripts, " * bool(unusable)
-               + f"{len(rows) - unusable - len(prompts):,} repeated, "
-               f"{len(prompts) - len(fitting):,} without room for {max_tokens} tokens in a context "
-               f"of {block_size})")
-    if not fitting:
+    known = [prompt for prompt in found if prompt]
+    prompts = [*{tuple(prompt.ids): prompt for prompt in known[::-1]}.values()][::-1]
+    fitting = [prompt for prompt in prompts if len(prompt.ids) + max_tokens <= block_size]
+    unusable = f"{found.count(None):,} unusable pairs of transcripts, " * (None in found)
+    summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: {unusable}"
+               f"{len(known) - len(prompts):,} repeated, {len(prompts) - len(fitting):,} without "
+               f"room for {max_tokens} tokens in a context of {block_size})")
+    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in known]
+    seen = {tuple(prompt.ids) for prompt in fitting and split_rows(known, keys, val_fraction)[0]}
+    train = [prompt for prompt in fitting if tuple(prompt.ids) in seen]
+    held_out = [prompt for prompt in fitting if tuple(prompt.ids) not in seen] or train[-1:]
+    train = train[:-1] if held_out == train[-1:] else train
+    if not held_out or not (train or val_fraction >= 1):
         raise UserError(f"{flag} {path}: {summary}: lower --max-tokens, or give other rows")
-    keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in fitting]
-    trained, held_out, split = split_rows(fitting, keys, val_fraction)
-    return trained, held_out, f"{summary}; {split}"
+    return train, held_out, f"{summary}; {len(train):,} to train on, {len(held_out):,} held out"
 
 
 def row_prompt(row: object, place: str, template: str) -> Prompt | None:
@@ -356,9 +357,9 @@ def split_rows(rows: Sequence, keys: Sequence[tuple[str, ...]], val_fraction: fl
     below = max(val_fraction, math.nextafter(min(hashes, default=0), 1))
     train, held_out = ([row for row, value in zip(rows, hashes, strict=True)
                         if (value < below) == side] for side in (False, True))
-    if not train:
-        raise UserError(f"all {len(keys)} usable rows are held out at --val-fraction {val_fraction}"
-                        ": lower it, or give rows with more different prompts")
+    if not train and val_fraction < 1:
+        raise UserError(f"none of {len(keys)} usable rows is left to train on at --val-fraction "
+                        f"{val_fraction}: lower it, or give rows with more different prompts")
     summary = (f"{len(train):,} to train on, {len(held_out):,} held out; "
                f"{len(keys) - len(counts):,} repeat another's prompt")
     if common:

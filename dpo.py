@@ -92,7 +92,7 @@ def reference_logprobs(reference: GPT, batches: list[list[Pair]], run: Run,
                        ) -> dict[str, list[float]] | None:
     """`pair_logprobs` of the reference, from OUT_DIR/reference.json if that file holds them for the
     same weights, batches and precision; else they are computed and stored there."""
-    facts = ["float32 logits", run.metadata["reference_sha256"], run.dtype, batches]
+    facts = ["logits in float32", run.metadata["reference_sha256"], run.dtype, batches]
     key, path = hashlib.sha256(repr(facts).encode()).hexdigest(), run.out_dir / CACHE
     saved = {}
     if run.launch.is_master and path.exists():

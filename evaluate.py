@@ -28,7 +28,7 @@ import torch
 from dataloader import TokenLoader, read_rows
 from inference import load_gpt2
 from minigpt2 import benchmarks
-from minigpt2.checkpoint import find_checkpoint, read_config
+from minigpt2.checkpoint import find_checkpoint, read_config, weights_sha256
 from minigpt2.config import ROOT, UserError, flag, parse_config, run_main
 from minigpt2.distributed import Launch, SamplingDtype, autocast, pick_dtype, to_device
 from minigpt2.faults import launched
@@ -37,7 +37,7 @@ from minigpt2.hub import fetch, list_files
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.progress import progress_bar
-from minigpt2.tokenizer import EOT_TOKEN, load_tokenizer
+from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, load_tokenizer
 from model import GPT
 
 FILES = {"hellaswag": "hellaswag_val.parquet", "lambada": "lambada_test.jsonl"}  # in --eval-dir
@@ -71,7 +71,7 @@ def lambada(row: dict) -> benchmarks.Question:
     context, _, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
     if not context or not word:
         raise ValueError("expected a `text` that ends with a space and a word")
-    return benchmarks.make_question([context], [word], 0)
+    return benchmarks.make_question([text.removesuffix(word)], [word], 0)
 
 
 def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
@@ -81,7 +81,7 @@ def validation_figures(model: GPT, config: EvaluateConfig, launch: Launch,
     T = model.config.block_size
     loader = TokenLoader(Path(config.data_dir), "val", sequence_length=T, total_batch_size=T,
                          micro_batch_size=max(1, config.batch_tokens // T), rank=launch.rank,
-                         vocab_size=model.config.vocab_size, world_size=launch.world_size)
+                         vocab_size=N_VOCAB, world_size=launch.world_size)
     text_of = load_tokenizer().decode_single_token_bytes
     byte_counts = torch.tensor([*(len(text_of(token)) for token in range(EOT_TOKEN)), 0])  # (V,)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens; those of <|endoftext|>, bytes
@@ -123,6 +123,8 @@ def evaluate_checkpoint(folder: Path, config: EvaluateConfig, launch: Launch,
                         tasks: dict[str, Path | None]) -> dict[str, float]:
     """The figures of a checkpoint, named "TASK FIGURE"."""
     model, dtype = load_gpt2(folder, launch.device), pick_dtype(config.dtype, launch.device)
+    launch.check_same(vars(config) | {"weights": weights_sha256(model), "rows": [
+        sha256_of(path) for path in tasks.values() if path]}, except_for=("checkpoints",))
     if dtype == torch.int8:  # what is not in int8 is in float32
         model, dtype = prepare_to_sample(model, dtype), torch.float32
     results = {}

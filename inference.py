@@ -62,7 +62,7 @@ def generated_rows(output_ids: Tensor, output_masks: Tensor, prompt_masks: Tenso
 def decode_generation(output_ids: Tensor, output_masks: Tensor,
                       prompt_masks: Tensor | None = None) -> list[str]:
     """The text of each row, or its new part given prompt_masks, without <|endoftext|>."""
-    return [decode(row[:-1] if row and row[-1] == EOT_TOKEN else row)
+    return [decode([token for token in row if token != EOT_TOKEN])
             for row in generated_rows(output_ids, output_masks, prompt_masks)]
 
 
@@ -383,10 +383,9 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
     for i, (prompt, one) in enumerate(zip(prompts, responses, strict=True)):
         n, text = len(one.prompt), decode(one.tokens[: -1 if one.stopped else None])
         if config.json:
-            print(json.dumps({
-                "prompt": prompt, "response": text, "prompt_tokens": n, "tokens": one.tokens,
-                "logprobs": scores[i][n - 1 : n - 1 + len(one.tokens)],
-                "finish_reason": one.finish_reason}))
+            print(json.dumps({"prompt": prompt, "response": text, "prompt_tokens": n,
+                              "tokens": one.tokens, "finish_reason": one.finish_reason,
+                              "logprobs": scores[i][n - 1 : n - 1 + len(one.tokens)]}))
             continue
         blank = "" if text.strip() else "blank, "
         end = {"stop": "<|endoftext|>", "length": "--max-tokens", "context": "a full context"}

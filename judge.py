@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloader import Prompt, load_prompts, normalize
+from dataloader import NO_ANSWER, Prompt, load_prompts, normalize
 from image.plot_report import binary_kl, draw_policies
 from inference import load_gpt2, sample_responses
 from minigpt2.advantages import accuracy
 from minigpt2.benchmarks import means, score, table
-from minigpt2.checkpoint import find_checkpoint, read_config, shared_template
+from minigpt2.checkpoint import find_checkpoint, read_config, shared_template, weights_sha256
 from minigpt2.config import ROOT, UserError, flag, parse_config, run_main
 from minigpt2.distributed import Dtype, Launch, pick_dtype
 from minigpt2.faults import launched
@@ -54,7 +54,7 @@ class JudgeConfig:
     rows: int = flag(200, "held-out prompts, at most", minimum=1)
     max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
     temperature: float = flag(1.0, "sampling temperature; 0: greedy", minimum=0)
-    val_fraction: float = flag(0.05, "fraction held out, as in finetune.py", minimum=0, below=1)
+    val_fraction: float = flag(0.05, "fraction held out, as in finetune.py; 1: all", minimum=0)
     seed: int = flag(0, "seed of the responses, the same for all policies", minimum=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "dtype of samples and rewards; losses and KL: float32")
@@ -74,8 +74,8 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     for reward in rewards.values():
         reward.check_rows(held_out[: config.rows])
     run = run_metadata(config, world_size=launch.world_size, device=launch.device,
-                       data={"sha256": sha256_of(Path(config.data))})
-    launch.check_same(run | {"template": template}, except_for=("data", "device", "device_name"))
+                       data=[sha256_of(Path(config.data)), *(r.sha256 for r in rewards.values())])
+    launch.check_same(run | {"template": template}, except_for=("data",))
     launch.print0(summary)
     prompts = held_out[: config.rows]
     shown = [{"prompt": decode(prompt.ids), "reference": prompt.output, "responses": {}}
@@ -87,8 +87,8 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     dtype, values, results, reference = pick_dtype(config.dtype, launch.device), {}, {}, None
     for name, folder in folders.items():
         policy = load_gpt2(folder, launch.device)
-        reference = reference or policy
-        rows = prompts * (config.samples if results else most)
+        launch.check_same({"weights": weights_sha256(policy)})
+        reference, rows = reference or policy, prompts * (config.samples if results else most)
         responses = sample_responses(
             prepare_to_sample(copy.deepcopy(policy), dtype), [row.ids for row in rows],
             seeds[: len(rows)], config.max_tokens, launch, temperature=config.temperature,
@@ -154,7 +154,8 @@ def response_loss(model: GPT, prompts: list[Prompt], launch: Launch) -> dict[str
     """The loss of the reference responses that fit into the context, in nats per token,
     <|endoftext|> included: what learning from rewards costs. Empty if there are none."""
     pairs = [(prompt.ids, [*encode(prompt.output), EOT_TOKEN])
-             for prompt in prompts if prompt.output.strip()]
+             for prompt in prompts
+             if (text := normalize(prompt.output)) and not text.startswith(NO_ANSWER)]
     pairs = [pair for pair in pairs if sum(map(len, pair)) - 1 <= model.config.block_size]
     if not pairs:
         return {}

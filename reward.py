@@ -29,7 +29,7 @@ from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast
 from minigpt2.faults import StopRequest
 from minigpt2.files import sha256_of, write_json
-from minigpt2.kernels import prepare_to_sample
+from minigpt2.kernels import can_pack, prepare_to_sample
 from minigpt2.optimizer import set_lr
 from minigpt2.preferences import Pair, rank_share, sequences
 from minigpt2.rewards import RewardModel, pad_batch, score_rows
@@ -72,8 +72,8 @@ def read_splits(config: RewardConfig, block_size: int, template: str) -> tuple[l
                                        config.columns)
     prompts = {tuple(pair.prompt) for pair in pairs}
     seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
-    return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} of them "
-                             "with the prompt of a training pair; --val-fraction is not used")
+    return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} with a "
+                             "training prompt; --val-fraction and --val-start are not used")
 
 
 def pair_margins(model: RewardModel, pairs: list[Pair], run: Run) -> torch.Tensor | None:
@@ -195,9 +195,9 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
     if weights_sha256(base) != run.metadata["reference_sha256"]:
         raise UserError(f"--checkpoint {config.checkpoint} has changed since the start of the run, "
                         "and scores are normalized on its samples: restore it, then --resume")
-    on_cpu = run.launch.device.type == "cpu" and run.dtype == torch.float16  # which cannot sample
+    is_slow = run.launch.device.type == "cpu" and not can_pack(run.dtype)  # or not implemented
     responses = sample_responses(
-        prepare_to_sample(base, torch.float32 if on_cpu else run.dtype), prompts, seeds,
+        prepare_to_sample(base, torch.float32 if is_slow else run.dtype), prompts, seeds,
         config.max_tokens, run.launch, should_stop=run.stop.requested)
     if responses is None:
         return None

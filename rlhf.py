@@ -288,6 +288,7 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,
               loss_name="KL-penalized reward, negative", prompt_template=template,
               reference_sha256=weights_sha256(reference), reward_sha256=reward.sha256)
+    prepare_to_sample(copy.deepcopy(reference), run.dtype)  # refuses a dtype before it writes
     policy = (load_gpt2(run.checkpoint, launch.device) if run.is_resumed else
               copy.deepcopy(reference).requires_grad_(True))
     value = load_value_model(config, reward, reference, run)

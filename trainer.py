@@ -24,7 +24,7 @@ import torch
 from dataloader import TokenLoader, read_rows
 from inference import check_sample_prompt, write_sample
 from minigpt2.benchmarks import Question, make_questions, multiple_choice, question_figures
-from minigpt2.checkpoint import load_model
+from minigpt2.checkpoint import load_model, with_hash
 from minigpt2.config import ROOT, UserError, flag
 from minigpt2.distributed import Launch, autocast, mean_loss, to_device
 from minigpt2.faults import StopRequest
@@ -55,7 +55,7 @@ class TrainerConfig(RunConfig):
     schedule: Literal["cosine", "linear"] = flag("cosine", "learning-rate decay after the warm-up")
     warmup_steps: int = flag(715, "steps of linear warm-up", minimum=0)
     max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
-    min_lr: float = flag(6e-5, "learning rate after the last step", minimum=0)
+    min_lr: float = flag(6e-5, "learning rate after the last step, at most --max-lr", minimum=0)
     muon_lr: float = flag(6e-3, "Muon's learning rate, on the schedule of AdamW's", minimum=0)
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings", minimum=0)
     beta1: float = flag(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)
@@ -150,7 +150,7 @@ def train(config: TrainerConfig, launch: Launch, stop: StopRequest | None = None
     check_sample_prompt(sample_prompt, config, sizes.block_size)
     run = Run(config, launch, stop, label="pre-training", graph="pretrain_loss.png",
               data=read_manifest(Path(config.data_dir)), fixed=FIXED_ON_RESUME,
-              **asdict(sizes))
+              hellaswag_sha256=with_hash(repr(questions))["sha256"], **asdict(sizes))
     train_loader, val_loader = (TokenLoader(
         Path(config.data_dir), split, sequence_length=T, micro_batch_size=1,  # chosen below
         total_batch_size=config.total_batch_size, vocab_size=sizes.vocab_size, seed=config.seed,

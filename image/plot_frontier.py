@@ -13,6 +13,7 @@ all prompts: the curve is then a lower bound of the KL, since kl is convex.
 """
 
 import json
+import math
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -147,12 +148,15 @@ def main() -> None:
         steps, scores = points(log, "val", "score")
         by_step.plot(steps, scores, "o-", color=color, label=label)
         by_step.axhline(best, color=color, linestyle="--", linewidth=1)
-        by_kl.plot(points(log, "val", "kl")[1], scores, "o", color=color, label=label)
+        kl_at = dict(zip(*points(log, "val", "kl"), strict=True))  # one that is not finite has none
+        finite = [(kl_at[step], score) for step, score in zip(steps, scores, strict=True)
+                  if step in kl_at]
+        by_kl.plot([x for x, _ in finite], [y for _, y in finite], "o", color=color, label=label)
         by_kl.plot([kl], [best], "*", markersize=14, color=color,
                    label=f"optimum at kl_coef {chosen['kl_coef']:g}")
         print(f"{label}: success {scores[0]:.3f} -> {scores[-1]:.3f}, KL "
-              f"{points(log, 'val', 'kl')[1][-1]:.3f}; reference {p0.mean():.3f}, optimum "
-              f"{best:.3f} at KL {kl:.3f}")
+              f"{finite[-1][0] if finite else math.nan:.3f}; reference {p0.mean():.3f} on "
+              f"{p0.size} prompts, optimum {best:.3f} at KL {kl:.3f}")
     by_step.set(xlabel="step", ylabel="success on held-out prompts")
     by_kl.set(xlabel="KL to the reference, nats per response")
     for axes in (by_step, by_kl):

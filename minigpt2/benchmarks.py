@@ -86,14 +86,14 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
     parts = []
     with autocast(device, dtype):
         x = model.hidden_states(inputs.to(device))[row, position]  # (N, C)
-        step = LOSS_ROWS_CPU if on_cpu(device) else LOSS_ROWS_GPU
-        for hidden, ids in zip(x.split(step), target.split(step), strict=True):
-            is_exact = not hidden.is_cuda or dtype == torch.float32
-            logits = model.lm_head(hidden).float() if is_exact else torch.mm(  # see loss.py
-                hidden.to(dtype), model.lm_head.weight.to(dtype).t(), out_dtype=torch.float32)
-            logits = logits[:, :N_VOCAB]
-            logprobs = -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
-            parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
+    step = LOSS_ROWS_CPU if on_cpu(device) else LOSS_ROWS_GPU
+    for hidden, ids in zip(x.split(step), target.split(step), strict=True):
+        in_float32 = not hidden.is_cuda or dtype == torch.float32
+        logits = model.lm_head(hidden.float()) if in_float32 else torch.mm(  # see loss.py
+            hidden.to(dtype), model.lm_head.weight.to(dtype).t(), out_dtype=torch.float32)
+        logits = logits[:, :N_VOCAB]
+        logprobs = -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+        parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
     tokens = torch.cat(parts).cpu().double().split([length for _, length in rows])  # (length, 2)
     return torch.stack([torch.stack([part[:, 0].sum(), part[:, 1].min(), part[-1, 1]])
                         for part in tokens])

@@ -61,7 +61,7 @@ class Launch:
         """Raises UserError, on every rank, if one of the facts differs between ranks."""
         first, *others = self.gather(facts)
         for rank, theirs in enumerate(others, 1):
-            for name in sorted(first.keys() - set(except_for)):
+            for name in sorted(first.keys() - {"device", "device_name", "git_commit", *except_for}):
                 if theirs.get(name) != first[name]:
                     raise UserError(
                         f"{name} differs: {first[name]!r:.80} on rank 0, {theirs.get(name)!r:.80} "
@@ -77,10 +77,10 @@ def start(device: str, deterministic: bool = False) -> Launch:
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
-    rank, local_rank, world_size = read_launch()
+    rank, local_rank, world_size, local_world_size = read_launch()
     if world_size > 1 and re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"--device {device} would put every process on one GPU: use --device cuda")
-    torch_device = pick_device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    torch_device = pick_device(device, local_rank, local_world_size)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     elif torch_device.type == "cpu":
@@ -99,17 +99,17 @@ def start(device: str, deterministic: bool = False) -> Launch:
     return Launch(rank, world_size, torch_device, store)
 
 
-def read_launch() -> tuple[int, int, int]:
-    """torchrun's rank, rank on this node and world size; (0, 0, 1) without it. Raises UserError."""
+def read_launch() -> tuple[int, int, int, int]:
+    """torchrun's rank, also on this node, and numbers of ranks; else (0, 0, 1, 1). UserError."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if not given.keys() & set(names[:3]):
-        return 0, 0, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
+        return 0, 0, 1, 1  # MASTER_ADDR and MASTER_PORT alone do no harm
     with contextlib.suppress(KeyError, ValueError):  # missing, or not a number
         rank, local_rank, world_size = (int(given[name]) for name in names[:3])
-        can_meet = world_size == 1 or (given["MASTER_ADDR"] and int(given["MASTER_PORT"]) > 0)
-        if can_meet and 0 <= local_rank <= rank < world_size:
-            return rank, local_rank, world_size
+        meet = world_size == 1 or (given["MASTER_ADDR"] and 0 < int(given["MASTER_PORT"]) < 2**16)
+        if meet and 0 <= local_rank <= rank < world_size:
+            return rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     raise UserError(f"launch variables {given} are missing or invalid: use torchrun or unset them")
 
 

@@ -91,11 +91,11 @@ def folder_lock(out_dir: Path) -> Iterator[None]:
         raise UserError(f"{out_dir}: its file system has no locks: use another") from None
 
 
-def check_text(path: Path, text: str) -> None:
-    """Raises UserError if a text, decoded with INVALID_UTF8, is binary or of another encoding."""
+def check_text(path: Path, text: str, before: int = 0) -> None:
+    """UserError if a text, after `before` bytes decoded with INVALID_UTF8, is no text in UTF-8."""
     invalid = re.findall("[\udc80-\udcff]", text)
     valid = len(re.findall("[^\0-\x7f]", text)) - len(invalid)
-    if "\0" in text or len(invalid) > max(valid, len(text) // RARE):
+    if "\0" in text or len(invalid) > max(valid, (before + len(text)) // RARE):
         encoding = "UTF-16" if "\0" in text else "WINDOWS-1252"
         start = text.index("\0" if "\0" in text else invalid[0])
         found = text[max(0, start - 20) : start + 20].encode("utf-8", INVALID_UTF8)

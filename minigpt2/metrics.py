@@ -30,11 +30,11 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     words = set(re.split("[-_ ]", torch.cuda.get_device_name(device)))
     known = [name for name in PEAK_TFLOPS if set(name.split()) <= words
-             and not words & {"Laptop", "MIG", "NVL", "Ti"} - set(name.split())]  # other chips
+             and not words & {"D", "Laptop", "MIG", "NVL", "Ti"} - set(name.split())]  # other chips
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
-def run_metadata(config, *, world_size: int, device: torch.device, data: dict) -> dict:
+def run_metadata(config, *, world_size: int, device: torch.device, data: dict | list) -> dict:
     """What reproduces a run. `git_commit` ends with "+changes" if tracked files are modified."""
     files = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("minigpt2/*.py"))]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -93,8 +93,8 @@ def transcript_pair(place: str, chosen: str, rejected: str, template: str) -> Pa
     if text != other:
         return "whose prompts differ"
     *earlier, (question, missing) = turns = transcript_turns(text)
-    if missing or not all(human for human, _ in turns):
-        return "without a question before the response"
+    if missing or not all(human for human, _ in turns) or "\n\nHuman:" in chosen + rejected:
+        return "without a question before the response, or with one after it"
     context = [token for human, answer in earlier
                for part in encode_example(human, "", answer, template) for token in part]
     last = plain_pair(place, question, "", chosen.strip(), rejected.strip(), template)

@@ -14,8 +14,7 @@ LINE_SECONDS = 20.0  # between two lines
 
 
 class Pace:
-    """How long steps and parts of a run take, and the time left. A part, such as validating, recurs
-    after `every` steps, and at the `milestones`."""
+    """Seconds of steps, and of parts such as validating, which recur every n steps."""
 
     def __init__(self, milestones: Iterable[int] = ()):
         self.milestones, self.overhead_s = set(milestones), 0.0  # of all parts but steps

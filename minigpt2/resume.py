@@ -145,14 +145,13 @@ def check_settings(folder: Path, saved: dict, metadata: dict, fixed: tuple, laun
     before = saved["facts"]  # older versions lack newer settings
     changed = {name: (before[name], metadata[name]) for name in metadata.keys() & before.keys()
                if before[name] != metadata[name]}
-    for name in ("label", *fixed):
-        if name in changed:
-            what = OTHER.get(name, "{} {}, not {}".format(flag_name(name), *changed[name]))
-            raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start "
-                            "in another --out-dir")
+    for name in filter(changed.get, ("label", *fixed)):
+        what = OTHER.get(name, "{} {}, not {}".format(flag_name(name), *changed[name]))
+        raise UserError(f"--resume: {folder} was trained with {what}: restore that, or start in "
+                        "another --out-dir")
     for name, (was, now) in sorted(changed.items()):
-        if name == "checkpoint":
-            launch.print0(f"--resume: --checkpoint {now} is ignored, the run started from {was}")
+        if name in ("checkpoint", "zero_init"):
+            launch.print0(f"--resume: {flag_name(name)} {now} is ignored, the run began with {was}")
         elif name != "resume" and (name, now) != ("micro_batch_size", "auto"):
             launch.print0(f"--resume: {name} was {was}, is now {now}")
 

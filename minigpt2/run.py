@@ -50,7 +50,7 @@ class TuningConfig(RunConfig):
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
     micro_batch_size: int = flag(8, "rows per rank and micro-step", minimum=1)
     max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
-    min_lr: float = flag(0.0, "learning rate at the end of the cosine", minimum=0)
+    min_lr: float = flag(0.0, "learning rate at the end, at most --max-lr", minimum=0)
     warmup_fraction: float = flag(0.03, "warm-up, as a fraction of all steps", minimum=0, below=1)
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
     columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
@@ -98,8 +98,7 @@ class Run:
             raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata | {"label": label}
-        launch.check_same(self.metadata, except_for=(
-            "checkpoint", "data", "data_dir", "device", "device_name", "hellaswag"))
+        launch.check_same(self.metadata, except_for=("checkpoint", "data", "data_dir", "hellaswag"))
         self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch, model_class)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:
@@ -178,6 +177,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             if is_master:
                 stack.enter_context(folder_lock(self.out_dir))  # a second run would delete ours
+                if (checkpoint.list_checkpoints(self.out_dir) or [None])[-1] != self.checkpoint:
+                    raise UserError(f"another run has written to {self.out_dir}: start again")
                 if self.is_resumed:  # a kill may have come before they were written
                     checkpoint.write_pointers(self.out_dir, self.step, self.state.best_step)
                 self.log = stack.enter_context(contextlib.closing(RunLog(
@@ -208,8 +209,9 @@ class Run:
             print(f"{self.stop.name or 'a signal to another rank'}: stopped after {self.step:,} of "
                   f"{self.max_steps:,} steps: {folder}. {RESUME_HINT}")
         elif is_reported:
-            draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
-                      f"{self.label.capitalize()} loss", self.loss_name)
+            if self.step > self.first_step or not self.image.exists():
+                draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
+                          f"{self.label.capitalize()} loss", self.loss_name)
             print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "
                   f"{folder}, graph {self.image}")
 

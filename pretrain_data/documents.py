@@ -1,6 +1,6 @@
 """Documents: files of several formats, split into parts that any process can read.
 
-A part has about PART_BYTES of text, so memory does not grow with the size of files: some rows of a
+A part has about PART_BYTES of text, so that memory does not grow with files: some rows of a
 parquet row group, or a block of a JSON Lines file (plain or gzipped) or of a text file. Parts are
 the same in every run over the same files: a build can resume at (unit, part). Invalid UTF-8 is read
 as lone surrogates, which `tokenizer.repair` replaces. Which files are read: docs/data.md.
@@ -241,7 +241,7 @@ def json_lines_parts(path: Path, column: str) -> Iterator[Part]:
 def parse_json_lines(path: Path, column: str, first: int, block: bytes) -> Iterator[str | None]:
     """The texts of a block of JSON Lines. Raises UserError for an invalid line."""
     content = block.decode("utf-8", INVALID_UTF8)
-    check_text(path, content)
+    check_text(path, content, PART_BYTES * (first > 1))
     for number, line in enumerate(content.split("\n"), first):
         if not line.strip():
             continue
@@ -267,7 +267,7 @@ def text_parts(path: Path, separator: str | None) -> Iterator[Part]:
     with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline=newline) as file:
         text, continues = "", False
         while block := file.read(PART_BYTES):
-            check_text(path, block)
+            check_text(path, block, file.buffer.tell() - len(block))
             text, start = text + block, len(text)
             if len(block) < PART_BYTES:  # the end of the file
                 break

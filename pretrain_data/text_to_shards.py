@@ -45,8 +45,9 @@ def main() -> None:
     separator = config.separator and config.separator.replace("\\n", "\n").replace("\r\n", "\n")
     options = {"separator": separator, "column": config.text_column}
     description, source = local_source(config.inputs, **options)
-    if separator and not any(file_format(name) == ".txt" for name in description["files"]):
-        print("--separator: ignored, there is no .txt file")
+    is_txt = {file_format(name) == ".txt" for name in description["files"]}
+    if len(is_txt) == 1 and (config.text_column != TEXT_COLUMN if True in is_txt else separator):
+        print(f"{'--text-column' if True in is_txt else '--separator'} is ignored for these files")
     write_corpus(description, lambda: source, out_dir, name="text",
                  shard_tokens=SHARD_TOKENS, workers=config.workers,
                  val_tokens=validation_tokens(int(source.text_bytes / BYTES_PER_TOKEN)))

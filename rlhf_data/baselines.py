@@ -31,9 +31,8 @@ def bag_of_words_margins(pairs: list[tuple[str, str]], training_pairs: list[tupl
     counts, fitted to the training pairs with an L2 penalty of half the squared norm."""
     columns, entries = {}, []  # word -> column; (row, column, 1 in chosen or -1 in rejected)
     for row, texts in enumerate([*pairs, *training_pairs]):
-        entries += [(row, columns.setdefault(word, len(columns)), sign)
-                    for text, sign in zip(texts, (1, -1), strict=True)
-                    for word in WORD.findall(text.lower())]
+        entries += [(row, columns.setdefault(word, len(columns)), sign) for text, sign in zip(
+            texts, (1, -1), strict=True) for word in WORD.findall(text.lower())]
     places, signs = torch.tensor(entries).t().split([2, 1])
     x = torch.sparse_coo_tensor(places, signs[0].double(), (row + 1, len(columns)),
                                 check_invariants=False).coalesce()  # adds up the counts

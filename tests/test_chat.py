@@ -121,8 +121,8 @@ def test_a_conversation_without_a_terminal(tuned, monkeypatch, capsys):
 def test_messages_and_commands(tuned, monkeypatch, capsys):
     lines = ["What is a list?", "And a tuple?", "  One  two ", "", " /exit",
              "/temperature", "/temperature -1", "/temperature hot", "/temperature 0.7",
-             "/top-k", "/top-k 50", "/top-k 1.5", "/top-k -1", "/top-p 0.9", "/top-p 2", "/top-k 0",
-             "/top-p 1", "/what",
+             "/top-k", "/top-k 1234567", "/top-k 50", "/top-k 1.5", "/top-k -1", "/top-p 0.9",
+             "/top-p 2", "/top-k 0", "/top-p 1", "/what",
              "/help", "/reset", "What is a list?", "a " * 1100, "And a tuple?", "/exit", "unread"]
     printed = typed(monkeypatch, capsys, "\n".join(lines), "--checkpoint", tuned)
     first, second = (Conversation(ALPACA, 1024, STEPS) for _ in range(2))
@@ -130,7 +130,7 @@ def test_messages_and_commands(tuned, monkeypatch, capsys):
         "What is a list?", "And a tuple?", "One  two", "/exit")]
     expected += ["temperature 0", "(temperature is -1.0, expected a finite number of at least 0)",
                  "(/temperature hot: expected a number)", "temperature 0.7",
-                 "top-k 0", "top-k 50", "(/top-k 1.5: expected an integer)",
+                 "top-k 0", "top-k 1234567", "top-k 50", "(/top-k 1.5: expected an integer)",
                  "(top_k is -1, expected an integer of at least 0)", "top-p 0.9",
                  "(top_p is 2.0, expected a number from 0 to 1)", "top-k 0", "top-p 1",
                  "(unknown /what: see /help)", chat.HELP, "(conversation cleared)",

@@ -261,6 +261,11 @@ def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
     write(TEXTS, out)
     before = file_bytes(out)
     verify_corpus(out)
+    manifest = read_manifest(out)
+    del manifest["shards"][0]["sha256"]  # as in one that was made by hand
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    assert "missing or damaged" in user_error(verify_corpus, tmp_path / "other")
     bad = [out / read_manifest(out)["shards"][i]["file"] for i in (2, 7)]
     for path in bad:
         content = bytearray(path.read_bytes())
@@ -1269,6 +1274,19 @@ def test_another_encoding_behind_the_first_bytes_is_refused(tmp_path, small_part
     assert "not UTF-8" in user_error(build_from_files, tmp_path / "a.txt", tmp_path / "out")
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_rare_invalid_byte_is_repaired_wherever_it_is(tmp_path, monkeypatch, suffix, late):
+    """One in so many characters of the file, not of a block, of which the last may be short."""
+    monkeypatch.setattr("minigpt2.files.RARE", 400)
+    monkeypatch.setattr(documents, "PART_BYTES", 500)
+    lines = [b"It was plain.\n" if suffix == ".txt" else b'{"text": "It was plain."}\n'] * 39
+    lines.insert(39 if late else 0, lines[0].replace(b"plain", b"caf\xe9"))
+    (tmp_path / f"a{suffix}").write_bytes(b"".join(lines))
+    manifest = build_from_files(tmp_path / f"a{suffix}", tmp_path / "out", 50)
+    assert manifest["outcomes"]["repaired"] == 1
+
+
 # -------------------------------------------------------- <|endoftext|> between stories in a file
 
 
@@ -1358,7 +1376,10 @@ def test_line_ends_and_another_column_on_the_command_line(tmp_path):
                                               for text in TEXTS[5:9]))
     arguments = [TEXT, tmp_path / "a.parquet", tmp_path / "b.jsonl", "--out-dir", tmp_path / "out"]
     result = run_script(*arguments, "--text-column", "story", "--separator", "x")
-    assert "--separator: ignored, there is no .txt file" in result.stdout
+    assert "--separator is ignored for these files" in result.stdout
+    result = run_script(TEXT, tmp_path / "a.txt", "--out-dir", tmp_path / "txt", "--text-column",
+                        "story")
+    assert "--text-column is ignored for these files" in result.stdout
     assert documents_of(all_tokens(tmp_path / "out")) == TEXTS[:9]
     wrong = run_script(*arguments, "--text-column", "words", check=False)
     assert_user_error(wrong, "column words", "'story': 'string'", "--text-column")

@@ -383,7 +383,7 @@ def test_what_is_no_language_model_is_refused(base, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[]", ["0 of 0 pairs", "at least 2"]),
+    ("[]", ["0 of 0 pairs", "expected more"]),
     ('[{"instruction": "a", "output": "b"}]', ["row 1 has the keys 'instruction, output'"]),
     ('[{"instruction": "a", "chosen": 3, "rejected": "b"}]', ["row 1: chosen is 3"]),
     (None, ["no.json", "hh_rlhf_downloader.py"])])

@@ -21,7 +21,7 @@ from helpers.common import (
     write_shard,
 )
 from helpers.hub_server import run_module, serve
-from helpers.ranks import Ranks
+from helpers.ranks import NO_WAIT, Ranks
 
 import evaluate
 from dataloader import pad_rows, read_rows
@@ -96,6 +96,8 @@ def test_continuations_carry_their_space():
     assert question.label == 0 and question.characters[1] == len("ate a fish and a loaf of bread.")
     (context, word), = lambada(PASSAGES[2]).pairs  # the last word is what follows the last space
     assert decode(word) == " the\nking" and decode(context).endswith("gave them to")
+    for space in ("  ", "\n ", " "):  # all of it, as in the text
+        assert lambada({"text": f"She{space}sat"}).pairs == [(encode("She"), encode(f"{space}sat"))]
     asked = multiple_choice({"context": "Q: 2+2?\nA:\n", "choices": ["4", "5"], "label": 0})
     assert decode(asked.pairs[0][0]) == "Q: 2+2?\nA:" and decode(asked.pairs[0][1]) == "\n4"
     sentences = multiple_choice({"context": "", "choices": ["It is.", "It are."], "label": 0})
@@ -156,6 +158,22 @@ def test_a_long_context_is_cut_on_the_left(model):
     assert torch.equal(scores, alone)
 
 
+def test_bfloat16_does_not_round_logits(model, tmp_path):
+    """GPT-2's logits are near -100, where the values of bfloat16 are half a nat apart. A constant
+    added to all of them leaves the probabilities as they are."""
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 0] = 1
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, -100
+    pairs = pairs_of([multiple_choice(row) for row in STORIES])
+    config = EvaluateConfig(data_dir=str(make_corpus(tmp_path / "data", [700, 500])))
+    exact, rounded = ((score(model, pairs, CPU_LAUNCH, dtype)[:, 0],
+                       validation_figures(model, config, CPU_LAUNCH, dtype)["loss"])
+                      for dtype in (torch.float32, torch.bfloat16))
+    lengths = torch.tensor([len(continuation) for _, continuation in pairs])
+    assert ((exact[0] - rounded[0]) / lengths).abs().max() < 2e-3
+    assert rounded[1] == pytest.approx(exact[1], abs=1e-4)
+
+
 # --------------------------------------------------------------------------- validation loss
 
 
@@ -189,6 +207,15 @@ def test_bits_per_byte_by_hand(tmp_path):
     assert validation_figures(model, fewer, CPU_LAUNCH, torch.float32)["tokens"] == 10
 
 
+def test_ids_of_a_padded_vocabulary_in_a_corpus_are_refused(tmp_path):
+    """They are not of GPT-2's encoding, and have no text."""
+    data = make_corpus(tmp_path / "data", [500, 500])
+    write_shard(data / "shard_000000.npy", np.full(500, 50300, dtype=np.uint16))
+    padded = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16)).eval()
+    assert "50300" in user_error(validation_figures, padded, EvaluateConfig(data_dir=str(data)),
+                                 CPU_LAUNCH, torch.float32)
+
+
 # ------------------------------------------------------------------------------- the script
 
 
@@ -205,6 +232,19 @@ def arguments(files) -> list[str]:
     return [str(files / "out"), "--data-dir", str(files / "data"), "--device", "cpu", "--tasks",
             f"val,hellaswag={files / 'stories.jsonl'},lambada={files / 'passages.jsonl'}",
             "--batch-tokens", "200"]
+
+
+@pytest.mark.slow
+def test_ranks_with_other_weights_or_rows_are_refused(files, tmp_path, model):
+    """A run that saves meanwhile, or a node's own files: the figures would be of neither."""
+    write_rows(files / "others.jsonl", STORIES[:9])
+    torch.nn.init.normal_(model.transformer.wte.weight)
+    save_checkpoint(files / "other", 1, model)
+    for name, (old, new) in {"weights": ("out", "other"),
+                             "rows": ("stories.jsonl", "others.jsonl")}.items():
+        ranks = Ranks(2, "evaluate", arguments(files), tmp_path / name, constants=NO_WAIT,
+                      other_files_on_rank_1=(str(files / old), str(files / new)))
+        assert ranks.wait() == [2, 2] and f"{name} differs" in ranks.output()
 
 
 @pytest.mark.slow

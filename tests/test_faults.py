@@ -590,6 +590,37 @@ def test_rank_0_reports_out_of_memory_on_another_rank_with_the_flag(corpus, tmp_
     assert "--micro-batch-size auto" in text and "Traceback" not in text
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ends_while_another_starts_is_not_overwritten(corpus, tmp_path, resume):
+    """Between the look into the folder and the lock, the other wrote a checkpoint."""
+    config = tiny(corpus, tmp_path / "out", max_steps=4, save_interval=2, resume=resume)
+    content = []
+    if resume:
+        train(dataclasses.replace(config, max_steps=2), CPU_LAUNCH)
+
+    def prepare(self, *arguments, real=Run.prepare, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "prepare", real)
+            train(config if resume else dataclasses.replace(config, seed=7), CPU_LAUNCH)
+        content.append((tmp_path / "out" / "metrics.jsonl").read_bytes())
+        return real(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "prepare", prepare)
+        message = user_error(train, config, CPU_LAUNCH)
+    assert "another run has written" in message
+    assert list_checkpoints(tmp_path / "out")[-1].name == "step_000004"
+    assert content == [(tmp_path / "out" / "metrics.jsonl").read_bytes()]
+
+
+def test_a_finished_run_without_its_log_is_still_finished(corpus, tmp_path, capsys):
+    config = tiny(corpus, tmp_path / "out", max_steps=2)
+    train(config, CPU_LAUNCH)
+    (tmp_path / "out" / "metrics.jsonl").unlink()
+    train(dataclasses.replace(config, resume=True), CPU_LAUNCH)
+    assert capsys.readouterr().out.count("finished 2 steps") == 2
+
+
 def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
     config = long(corpus, tmp_path / "out")
     ranks = Ranks(1, "trainer", flags(config), tmp_path / "ranks")

@@ -49,6 +49,14 @@ def test_prompts_are_right_padded_with_0():
         assert mask.tolist() == [1] * length + [0] * (max(lengths) - length)
 
 
+def test_an_empty_prompt_leaves_no_mark_in_the_text():
+    """It is <|endoftext|>, which is no text."""
+    output, masks = generate(sharp_model(), *tokenize_batch_input(["", "A"]), 1.0, 4, seed=0)
+    texts = decode_generation(output, masks)
+    assert output[0, 0] == EOT_TOKEN and all(EOT_TEXT not in text for text in texts)
+    assert texts[1].startswith("A") and all(texts)
+
+
 def test_endoftext_in_a_prompt_is_plain_text():
     ids, masks = tokenize_batch_input([f"a{EOT_TEXT}"])
     assert EOT_TOKEN not in ids and masks.sum() == ids.size(1) == 8

@@ -163,7 +163,7 @@ def test_figures_of_responses_by_hand():
 
 def test_the_response_loss_is_the_mean_over_all_tokens():
     """As in fine-tuning. References that do not fit are left out, as are prompts without one."""
-    model, outputs = make_policy(5.0), [*REFERENCES, "", "word " * 200]
+    model, outputs = make_policy(5.0), [*REFERENCES, "", "<nooutput>", "word " * 200]
     pairs = [encode_example("Q", "", output) for output in REFERENCES]
     ids, masks = pad_rows([context + response for context, response in pairs])
     starts = torch.tensor([len(context) for context, _ in pairs])
@@ -171,7 +171,7 @@ def test_the_response_loss_is_the_mean_over_all_tokens():
         expected = model(ids, response_targets(ids, starts, masks.sum(1)))[1].item()
     figures = response_loss(model, list(map(prompt, outputs)), CPU_LAUNCH)
     assert figures["response_loss"] == pytest.approx(expected, abs=1e-5)
-    assert response_loss(model, list(map(prompt, outputs[-2:])), CPU_LAUNCH) == {}
+    assert response_loss(model, list(map(prompt, outputs[-3:])), CPU_LAUNCH) == {}
 
 
 # ---------------------------------------------------------------------------- divergence
@@ -181,7 +181,7 @@ def test_a_copy_has_no_divergence_and_wins_half(files, monkeypatch):
     """Exactly: the policies sample with equal seeds, and their scores are made alike."""
     compared = []
     monkeypatch.setattr(Launch, "check_same", lambda self, facts, except_for=(): compared.append(
-        set(except_for)))
+        (facts.keys(), set(except_for))))
     results = results_of(files, monkeypatch, files / "sft", files / "copy", "--samples", "3",
                          "--best-of", "4", "--proxy", f"{files / 'rewards.py'}:words")
     sft, copy = results[str(files / "sft")], results[str(files / "copy")]
@@ -190,7 +190,8 @@ def test_a_copy_has_no_divergence_and_wins_half(files, monkeypatch):
     assert copy["win_rate_interval"] == pytest.approx([0.5, 0.5], abs=1e-12)
     assert copy["response_loss"] == sft["response_loss"]
     assert 0.2 < copy["stopped"] < 1
-    assert compared == [{"data", "device", "device_name"}]  # nodes may have other cards
+    (run, paths), *policies = compared  # the newest checkpoint may be another on a later rank
+    assert "data_sha256" in run and paths == {"data"} and policies == [({"weights"}, set())] * 2
 
 
 def test_the_divergence_is_that_of_an_enumeration(files, monkeypatch):
@@ -313,6 +314,13 @@ def test_prompts_of_pairs_and_conversations_are_judged(files, monkeypatch):
     results_of(files, monkeypatch, files / "sft")
     lines = samples_of(files)
     assert {line["reference"] for line in lines} == {"You.", "A thing."}
+
+
+def test_all_rows_of_a_test_file_may_be_judged(files, monkeypatch):
+    """Nothing is trained, so none must be left."""
+    write_rows(files / "rows.jsonl", ROWS[:1])
+    results_of(files, monkeypatch, files / "sft", "--val-fraction", "1")
+    assert len(samples_of(files)) == 1
 
 
 def test_mistakes_are_named(files, monkeypatch, capsys):

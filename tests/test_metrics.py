@@ -55,6 +55,7 @@ def test_flops_per_token_of_gpt2():
     ("NVIDIA A10", 125e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA L40S", 362e12),
     ("NVIDIA GeForce GTX 1080", None), ("NVIDIA A1000 Laptop GPU", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA GeForce RTX 4090 D", None),
     ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA H100 NVL", 835e12)])
 def test_peak_flops(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -105,12 +105,13 @@ def test_what_is_left_out_is_counted_by_reason():
                                                                 "rejected": f"{hi} "},  # empty
             {"chosen": f"{hi} a\n\nAssistant: b", "rejected": f"{hi} a\n\nAssistant: c"},
             {"chosen": HH.format("") + " b", "rejected": HH.format("") + " c"},  # no question
+            {"chosen": f"{hi} a\n\nHuman: More?", "rejected": f"{hi} b"},  # one after it
             {"prompt": "a", "chosen": "word " * 100, "rejected": "b"}]
     pairs, summary = pairs_of(*rows, block_size=100)
     assert [pair.place for pair in pairs] == ["x.jsonl line 1"]
-    assert summary == ("1 of 11 pairs (left out: 1 over 100 tokens, 2 whose prompts differ, 3 with "
-                       "an empty response, 2 with equal responses, 2 without a question before the "
-                       "response)")
+    assert summary == ("1 of 12 pairs (left out: 1 over 100 tokens, 2 whose prompts differ, 3 with "
+                       "an empty response, 2 with equal responses, 3 without a question before the "
+                       "response, or with one after it)")
     assert pairs_of(rows[0])[1] == "1 of 1 pairs (left out: none)"
 
 
@@ -169,8 +170,9 @@ def test_a_file_that_is_missing_or_has_too_few_pairs(tmp_path):
     missing = user_error(load_pairs, str(tmp_path / "no.json"), "--data", 64, ALPACA)
     assert "no.json" in missing and "hh_rlhf_downloader.py" in missing
     (tmp_path / "one.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
-    message = user_error(load_pairs, str(tmp_path / "one.json"), "--val-data", 64, ALPACA)
-    assert "--val-data" in message and "1 of 1 pairs" in message
+    assert len(load_pairs(str(tmp_path / "one.json"), "--val-data", 64, ALPACA)[0]) == 1
+    message = user_error(load_pairs, str(tmp_path / "one.json"), "--data", 64, ALPACA)
+    assert "--data" in message and "1 of 1 pairs" in message
 
 
 @pytest.mark.parametrize("script", [reward, dpo, rlhf, judge])

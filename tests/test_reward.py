@@ -432,6 +432,17 @@ def test_a_score_that_is_not_finite_stops_the_run_naming_the_row(base, rows_file
     assert f"the score of {rows_file.name} row 6 is nan" in user_error(train, config, CPU_LAUNCH)
 
 
+def test_a_processor_that_cannot_sample_in_bfloat16(base, rows_file, tmp_path, monkeypatch):
+    """The samples for the normalization, after the training, are in float32 then. One held-out pair
+    is enough."""
+    monkeypatch.setattr(reward, "can_pack", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("minigpt2.kernels.can_pack", lambda dtype=torch.float32: False)
+    (tmp_path / "val.json").write_text(json.dumps(ROWS[:1]))
+    train(tiny(base, rows_file, tmp_path / "out", dtype="bfloat16", max_tokens=2,
+               val_data=str(tmp_path / "val.json")), CPU_LAUNCH)
+    assert report_of(tmp_path / "out")["accuracy"]["reward model"]["n"] == 1
+
+
 @pytest.mark.slow
 def test_held_out_pairs_of_a_file_of_their_own(base, rows_file, tmp_path, capsys):
     (tmp_path / "val.json").write_text(json.dumps([*ROWS[:3], ROWS[3] | {"instruction": "New"}]))
@@ -439,8 +450,8 @@ def test_held_out_pairs_of_a_file_of_their_own(base, rows_file, tmp_path, capsys
     train(config, CPU_LAUNCH)
     assert report_of(tmp_path / "out")["accuracy"]["reward model"]["n"] == 4
     printed = capsys.readouterr().out
-    assert "4 of 4 pairs (left out: none) held out, 3 of them" in printed
-    assert "--val-fraction is not used" in printed
+    assert "4 of 4 pairs (left out: none) held out, 3 with a training prompt" in printed
+    assert "--val-fraction and --val-start are not used" in printed
     (tmp_path / "val.json").write_text(json.dumps(ROWS[:2]))
     again = RewardConfig(**vars(config) | {"resume": True})
     assert "trained with other data" in user_error(train, again, CPU_LAUNCH)

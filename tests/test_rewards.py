@@ -1,12 +1,13 @@
 """Reward functions, by name and from files, and the prompts they are asked about."""
 
 import itertools
+import json
 
 import pytest
 import torch
 from helpers.common import CPU_LAUNCH, user_error, write_rows
 
-from dataloader import Prompt, load_prompts
+from dataloader import Prompt, content_hash, load_prompts, read_turns, split_examples
 from minigpt2.rewards import Reward
 from minigpt2.sampling import Response
 from minigpt2.tokenizer import EOT_TOKEN, encode, format_prompt
@@ -112,6 +113,31 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
     assert all(parts) and f"{len(parts[0])} to train on, {len(parts[1])} held out" in summary
     message = user_error(load_prompts, str(path), "--prompts", 30, 20, 0.0)
     assert "0 prompts of 9 rows" in message and "lower --max-tokens" in message
+
+
+def test_prompts_are_held_out_as_in_fine_tuning(tmp_path):
+    """Of whose rows it trains on none, also if over a fifth of all rows share a prompt, which it
+    splits by their responses, and if the row of the lowest hash has no room for a response."""
+    common = [{"instruction": "Name a thing.", "output": f"thing {n}"} for n in range(40)]
+    rows = common + [{"instruction": f"Name {n} things.", "output": "a"} for n in range(60)]
+    (path := tmp_path / "rows.json").write_text(json.dumps(rows))
+    for fraction in (0.05, 0.3):
+        trained, held_out, _ = split_examples(read_turns(path), 100, fraction)
+        assert trained and held_out
+        seen = {tuple(prompt) for [(prompt, _)] in trained}
+        for prompts, is_seen in zip(load_prompts(str(path), "--prompts", 100, 20, fraction),
+                                    (True, False), strict=False):
+            assert prompts and all((tuple(prompt.ids) in seen) == is_seen for prompt in prompts)
+    few = [f"Name {'cheap ' * n}things." for n in range(8)]
+    lowest = min(few, key=lambda text: content_hash(text, ""))
+    rows = [{"instruction": text, "input": "", "output": "a"} for text in few]
+    (path := tmp_path / "few.json").write_text(json.dumps(rows))
+    assert content_hash(lowest, "") > 0.001 and lowest != few[0]
+    *_, (held_out,), _ = load_prompts(str(path), "--prompts", 100, 20, 0.001)
+    assert held_out.instruction == lowest
+    size = len(held_out.ids) + 19
+    trained, (other,), _ = load_prompts(str(path), "--prompts", size, 20, 0.001)
+    assert trained and other.instruction != lowest  # it has no room; one must be held out
 
 
 def test_prompts_of_transcripts(tmp_path):

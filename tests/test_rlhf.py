@@ -318,6 +318,14 @@ def test_the_policy_starts_at_the_reference(advantage, tmp_path, monkeypatch):
                                             micro_batch_size=3))
 
 
+def test_a_dtype_without_sampling_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    TREE.use_small_vocabulary(monkeypatch)
+    monkeypatch.setattr("minigpt2.kernels.can_pack", lambda dtype=torch.float32: False)
+    config = settings(TREE, tmp_path, dtype="bfloat16")
+    assert "no sampling in bfloat16 on cpu" in user_error(train, config, CPU_LAUNCH)
+    assert not Path(config.out_dir).exists()
+
+
 @pytest.mark.parametrize("advantage", ["gae", "group"])
 def test_the_checkpoint_is_read_once(advantage, tmp_path, monkeypatch, capsys):
     """A run in it that saves meanwhile must not make policy and reference differ. The value model

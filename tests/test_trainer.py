@@ -328,7 +328,8 @@ ONLY = dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
     ONLY | {"LOCAL_RANK": "1"}, ONLY | {"WORLD_SIZE": ""},
     {"RANK": "2"}, {"RANK": "-1"}, {"RANK": None}, {"RANK": "one"}, {"WORLD_SIZE": "0"},
     {"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"LOCAL_RANK": ""}, {"LOCAL_RANK": "1"},
-    {"MASTER_ADDR": None}, {"MASTER_ADDR": ""}, {"MASTER_PORT": None}, {"MASTER_PORT": "x"}])
+    {"MASTER_ADDR": None}, {"MASTER_ADDR": ""}, {"MASTER_PORT": None}, {"MASTER_PORT": "x"},
+    {"MASTER_PORT": "70000"}])
 @pytest.mark.parametrize("script", [trainer, finetune])
 def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, script, changes):
     """RANK=1 alone trained to the end and saved nothing; others were a traceback."""
@@ -342,11 +343,16 @@ def test_incomplete_launch_variables_are_refused(tmp_path, monkeypatch, capsys, 
 
 def test_complete_launch_variables(monkeypatch):
     set_launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8")
-    assert read_launch() == (5, 1, 8)
+    assert read_launch() == (5, 1, 8, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "x")
+    assert "launch variables" in user_error(read_launch)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_launch() == (5, 1, 8, 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     set_launch(monkeypatch, **ONLY | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-    assert read_launch() == (0, 0, 1)
+    assert read_launch() == (0, 0, 1, 1)
     set_launch(monkeypatch, **ONLY | {"MASTER_ADDR": "x", "MASTER_PORT": ""})
-    assert read_launch() == (0, 0, 1)
+    assert read_launch() == (0, 0, 1, 1)
 
 
 def test_rank_is_not_local_rank(monkeypatch):
@@ -642,7 +648,7 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch):
     picked = []
     monkeypatch.setattr("minigpt2.distributed.pick_device", lambda *given: picked.append(given)
                         or torch.device("cpu"))
-    set_launch(monkeypatch, **ONLY | {"LOCAL_WORLD_SIZE": "4"})
+    set_launch(monkeypatch, WORLD_SIZE="1", LOCAL_WORLD_SIZE="4")
     start("cuda")
     assert picked == [("cuda", 0, 4)]
 
@@ -848,14 +854,24 @@ def test_ranks_with_different_settings_name_the_setting(monkeypatch):
     launch.check_same({"data": "abc", "max_lr": 0.5})
 
 
-def test_paths_and_cards_may_differ_between_nodes(corpus, tmp_path, monkeypatch):
+def test_a_node_may_have_other_cards_and_no_git(monkeypatch):
+    def gather(values, value):
+        values[:] = [value, dict.fromkeys(value)]
+
+    monkeypatch.setattr("minigpt2.distributed.dist.all_gather_object", gather)
+    launch = Launch(0, 2, torch.device("cpu"))
+    launch.check_same({"device": "cuda:0", "device_name": "H100", "git_commit": "abc"})
+    assert "seed differs" in user_error(launch.check_same, {"seed": 1})
+
+
+def test_paths_may_differ_between_nodes(corpus, tmp_path, monkeypatch):
     compared = []
     monkeypatch.setattr(Launch, "check_same", lambda self, facts, except_for=(): compared.append(
         (facts.keys(), set(except_for))))
     train(tiny(corpus, tmp_path / "out", max_steps=1), CPU_LAUNCH)
     facts, except_for = compared[0]
-    assert {"data_dir", "hellaswag", "device_name"} <= except_for & facts
-    assert not except_for & {"max_lr", "code_sha256", "data_sha256", "seed"}
+    assert {"data_dir", "hellaswag"} <= except_for & facts
+    assert {"max_lr", "code_sha256", "data_sha256", "hellaswag_sha256"} <= facts - except_for
 
 
 def test_a_gpu_index_is_refused_under_torchrun(monkeypatch):

@@ -1,7 +1,7 @@
 """Rows of HellaSwag per second: our scoring against lm-evaluation-harness, in turn, in float32.
 
-    python tests/referees/hellaswag_speed.py --file eval_data/hellaswag_val.parquet --quick
-    python tests/referees/hellaswag_speed.py --file eval_data/hellaswag_val.parquet --checkpoint gpt2
+    python tests/referees/hellaswag_speed.py --file hellaswag_val.parquet --quick
+    python tests/referees/hellaswag_speed.py --file hellaswag_val.parquet --checkpoint gpt2
 
 A step reads nothing but rows that are in memory or in the harness's cache, and ends with the
 accuracies, which are compared. The harness's batches have a fixed size: its "auto" begins at 512
