@@ -1280,8 +1280,8 @@ def test_a_rare_invalid_byte_is_repaired_wherever_it_is(tmp_path, monkeypatch, s
     """One in so many characters of the file, not of a block, of which the last may be short."""
     monkeypatch.setattr("minigpt2.files.RARE", 400)
     monkeypatch.setattr(documents, "PART_BYTES", 500)
-    lines = [b"It was plain.\n" if suffix == ".txt" else b'{"text": "It was plain."}\n'] * 39
-    lines.insert(39 if late else 0, lines[0].replace(b"plain", b"caf\xe9"))
+    lines = [b"It was plain.\n" if suffix == ".txt" else b'{"text": "It was plain."}\n'] * 40
+    lines.insert(40 if late else 0, lines[0].replace(b"plain", b"caf\xe9"))
     (tmp_path / f"a{suffix}").write_bytes(b"".join(lines))
     manifest = build_from_files(tmp_path / f"a{suffix}", tmp_path / "out", 50)
     assert manifest["outcomes"]["repaired"] == 1

@@ -121,7 +121,7 @@ def test_prompts_are_held_out_as_in_fine_tuning(tmp_path):
     common = [{"instruction": "Name a thing.", "output": f"thing {n}"} for n in range(40)]
     rows = common + [{"instruction": f"Name {n} things.", "output": "a"} for n in range(60)]
     (path := tmp_path / "rows.json").write_text(json.dumps(rows))
-    for fraction in (0.05, 0.3):
+    for fraction in (0.05, content_hash("Name a thing.", "") + 0.01):
         trained, held_out, _ = split_examples(read_turns(path), 100, fraction)
         assert trained and held_out
         seen = {tuple(prompt) for [(prompt, _)] in trained}
