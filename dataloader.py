@@ -242,14 +242,15 @@ def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fra
                  template: str = ALPACA, columns: str = "") -> tuple[list, list, str]:
     """(training prompts, held-out prompts, summary): the different prompts of instructions,
     conversations (the first) or pairs, with room for max_tokens. A prompt is held out if
-    `split_rows` holds out all of its rows, as for fine-tuning, or else the last. UserError."""
+    `split_rows` holds out all of its rows (if none is, the last), as for fine-tuning. UserError."""
     rows = read_columns(Path(path), columns, INSTRUCTIONS)
-    found = [row_prompt(row, place, template) for place, row in rows]
-    known = [prompt for prompt in found if prompt]
-    prompts = [*{tuple(prompt.ids): prompt for prompt in known[::-1]}.values()][::-1]
+    known = list(filter(None, (row_prompt(row, place, template) for place, row in rows)))
+    first = {tuple(prompt.ids): prompt for prompt in known[::-1]}
+    prompts = [prompt for prompt in known if first[tuple(prompt.ids)] is prompt]
     fitting = [prompt for prompt in prompts if len(prompt.ids) + max_tokens <= block_size]
-    unusable = f"{found.count(None):,} unusable pairs of transcripts, " * (None in found)
-    summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: {unusable}"
+    unusable = len(rows) - len(known)
+    summary = (f"{len(fitting):,} prompts of {len(rows):,} rows (left out: "
+               + f"{unusable:,} unusable pairs of transcripts, " * bool(unusable) +
                f"{len(known) - len(prompts):,} repeated, {len(prompts) - len(fitting):,} without "
                f"room for {max_tokens} tokens in a context of {block_size})")
     keys = [(prompt.instruction, prompt.input, prompt.output) for prompt in known]

@@ -37,6 +37,7 @@ from minigpt2.hub import fetch, list_files
 from minigpt2.kernels import prepare_to_sample
 from minigpt2.loss import IGNORE_INDEX
 from minigpt2.progress import progress_bar
+from minigpt2.shards import read_manifest
 from minigpt2.tokenizer import EOT_TOKEN, N_VOCAB, load_tokenizer
 from model import GPT
 
@@ -123,8 +124,8 @@ def evaluate_checkpoint(folder: Path, config: EvaluateConfig, launch: Launch,
                         tasks: dict[str, Path | None]) -> dict[str, float]:
     """The figures of a checkpoint, named "TASK FIGURE"."""
     model, dtype = load_gpt2(folder, launch.device), pick_dtype(config.dtype, launch.device)
-    launch.check_same(vars(config) | {"weights": weights_sha256(model), "rows": [
-        sha256_of(path) for path in tasks.values() if path]}, except_for=("checkpoints",))
+    rows = [sha256_of(p) if p else read_manifest(Path(config.data_dir)) for p in tasks.values()]
+    launch.check_same({"weights": weights_sha256(model), "rows": rows, "limit": config.limit})
     if dtype == torch.int8:  # what is not in int8 is in float32
         model, dtype = prepare_to_sample(model, dtype), torch.float32
     results = {}
@@ -148,8 +149,7 @@ def download_benchmark(target: Path) -> None:
     repo, commit, path, digest = DOWNLOADS[target.name]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        [file] = list_files(repo, commit, path)
-        source = fetch(repo, commit, file, Path(scratch))
+        source = fetch(repo, commit, *list_files(repo, commit, path), Path(scratch))
         if sha256_of(source) != digest:
             raise UserError(f"{path} of {repo} does not have the expected SHA-256")
         source.replace(target)

@@ -54,7 +54,7 @@ class JudgeConfig:
     rows: int = flag(200, "held-out prompts, at most", minimum=1)
     max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
     temperature: float = flag(1.0, "sampling temperature; 0: greedy", minimum=0)
-    val_fraction: float = flag(0.05, "fraction held out, as in finetune.py; 1: all", minimum=0)
+    val_fraction: float = flag(0.05, "held out, as in finetune.py; 1: all", minimum=0, below=1.001)
     seed: int = flag(0, "seed of the responses, the same for all policies", minimum=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = flag("auto", "dtype of samples and rewards; losses and KL: float32")

@@ -280,9 +280,8 @@ def train(config: RLHFConfig, launch: Launch, stop: StopRequest | None = None) -
     reward = Reward(config.reward, "--reward", launch.device, config.unstopped_score)
     block_size = min(model.config.block_size for model in (reference, reward.model) if model)
     template = shared_template(config.checkpoint, *[config.reward] * bool(reward.model))
-    train_prompts, val_prompts, summary = load_prompts(
-        config.prompts, "--prompts", block_size, config.max_tokens, config.val_fraction, template,
-        config.columns)
+    train_prompts, val_prompts, summary = load_prompts(config.prompts, "--prompts", block_size,
+        config.max_tokens, config.val_fraction, template, config.columns)
     reward.check_rows(train_prompts + val_prompts)
     run = Run(config, launch, stop, label="policy optimization", graph="rlhf_reward.png",
               data={"sha256": sha256_of(Path(config.prompts))}, fixed=FIXED_ON_RESUME,

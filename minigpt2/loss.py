@@ -17,7 +17,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,);
     with `reduction="none"`, that of each row (N,). Rows whose target is IGNORE_INDEX count 0. A
     head in int8, which has no gradient, is given as the module. Eager code holds a few rows of
-    logits and never waits for a GPU; compiled code and float16 hold all."""
+    logits and never waits for a GPU. All are held under torch.compile and for sums in float16."""
     if isinstance(weight, torch.nn.Module):
         parts = zip(x.split(LOSS_ROWS_CPU), targets.split(LOSS_ROWS_CPU), strict=True)
         losses = torch.cat([F.cross_entropy(weight(rows), ids, ignore_index=IGNORE_INDEX,
@@ -26,7 +26,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     device_type, V = x.device.type, len(weight)
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    if torch.compiler.is_compiling() or dtype == torch.float16:  # fused; gradients scaled first
+    if torch.compiler.is_compiling() or (dtype == torch.float16 and reduction == "sum"):
         if device_type == "cuda":
             weight = F.pad(weight, (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
         logits = F.linear(x, weight)[:, :V].float()  # (N, V)

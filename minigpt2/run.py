@@ -209,7 +209,7 @@ class Run:
             print(f"{self.stop.name or 'a signal to another rank'}: stopped after {self.step:,} of "
                   f"{self.max_steps:,} steps: {folder}. {RESUME_HINT}")
         elif is_reported:
-            if self.step > self.first_step or not self.image.exists():
+            with contextlib.suppress(*[UserError] * (self.step == self.first_step)):  # no log
                 draw_runs([("", self.out_dir / "metrics.jsonl")], self.image,
                           f"{self.label.capitalize()} loss", self.loss_name)
             print(f"finished {self.max_steps:,} steps, validation loss {self.state.val_loss:.4f}: "

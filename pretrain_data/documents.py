@@ -267,7 +267,7 @@ def text_parts(path: Path, separator: str | None) -> Iterator[Part]:
     with open(path, encoding="utf-8-sig", errors=INVALID_UTF8, newline=newline) as file:
         text, continues = "", False
         while block := file.read(PART_BYTES):
-            check_text(path, block, file.buffer.tell() - len(block))
+            check_text(path, block, min(PART_BYTES, file.buffer.tell() - len(block)))
             text, start = text + block, len(text)
             if len(block) < PART_BYTES:  # the end of the file
                 break

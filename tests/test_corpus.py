@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import string
 import subprocess
@@ -263,9 +264,9 @@ def test_deleted_shards_are_rebuilt(tmp_path, small_parts, capsys):
     verify_corpus(out)
     manifest = read_manifest(out)
     del manifest["shards"][0]["sha256"]  # as in one that was made by hand
-    (tmp_path / "other").mkdir()
+    shutil.copytree(out, tmp_path / "other")
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
-    assert "missing or damaged" in user_error(verify_corpus, tmp_path / "other")
+    assert "1 of" in user_error(verify_corpus, tmp_path / "other")
     bad = [out / read_manifest(out)["shards"][i]["file"] for i in (2, 7)]
     for path in bad:
         content = bytearray(path.read_bytes())

@@ -158,7 +158,8 @@ def test_a_long_context_is_cut_on_the_left(model):
     assert torch.equal(scores, alone)
 
 
-def test_bfloat16_does_not_round_logits(model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_do_not_round_logits(model, tmp_path, dtype):
     """GPT-2's logits are near -100, where the values of bfloat16 are half a nat apart. A constant
     added to all of them leaves the probabilities as they are."""
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_bfloat16_does_not_round_logits(model, tmp_path):
     config = EvaluateConfig(data_dir=str(make_corpus(tmp_path / "data", [700, 500])))
     exact, rounded = ((score(model, pairs, CPU_LAUNCH, dtype)[:, 0],
                        validation_figures(model, config, CPU_LAUNCH, dtype)["loss"])
-                      for dtype in (torch.float32, torch.bfloat16))
+                      for dtype in (torch.float32, dtype))
     lengths = torch.tensor([len(continuation) for _, continuation in pairs])
     assert ((exact[0] - rounded[0]) / lengths).abs().max() < 2e-3
     assert rounded[1] == pytest.approx(exact[1], abs=1e-4)

@@ -616,7 +616,8 @@ def test_a_run_that_ends_while_another_starts_is_not_overwritten(corpus, tmp_pat
 def test_a_finished_run_without_its_log_is_still_finished(corpus, tmp_path, capsys):
     config = tiny(corpus, tmp_path / "out", max_steps=2)
     train(config, CPU_LAUNCH)
-    (tmp_path / "out" / "metrics.jsonl").unlink()
+    for name in ("metrics.jsonl", "pretrain_loss.png"):
+        (tmp_path / "out" / name).unlink()
     train(dataclasses.replace(config, resume=True), CPU_LAUNCH)
     assert capsys.readouterr().out.count("finished 2 steps") == 2
 

@@ -106,6 +106,7 @@ def test_different_prompts_are_read_from_all_kinds_of_rows(tmp_path):
     assert [(p.instruction, p.input, p.output) for p in prompts] == [
         ("Name a cat.", "", "Tom"), ("Add.", "1 2", "3"), ("Say yes.", "", "yes"),
         ("Choose.", "", "this"), ("Hello?", "", "Hello!"), ("Sing.", "", "")]
+    assert all(part == [one for one in prompts if one in part] for part in parts)  # in order
     assert all(p.ids == encode(format_prompt(p.instruction, p.input)) for p in prompts)
     assert [p.place.split()[-1] for p in prompts] == ["1", "3", "5", "6", "7", "9"]
     assert summary.startswith("6 prompts of 9 rows (left out: 2 repeated, 1 without room for 20 "
