@@ -219,7 +219,7 @@ def read_columns(path: Path, columns: str, made_by: str) -> list[tuple[str, obje
 def load_pairs(path: str, flag: str, block_size: int, template: str,
                columns: str = "") -> tuple[list[Pair], str]:
     """The usable pairs of a file given by `flag`, and a summary. Raises UserError."""
-    rows = read_columns(Path(path), columns, "rlhf_data/hh_rlhf_downloader.py or pydocs_pairs.py")
+    rows = read_columns(Path(path), columns, f"rlhf_data/hh_rlhf_downloader.py, or change {flag}")
     pairs, summary = make_pairs(rows, block_size, template)
     if len(pairs) < 2 - (flag == "--val-data"):  # one to train on, one to validate on
         raise UserError(f"{flag} {path}: {summary}; expected more: give other rows, or a "
@@ -243,7 +243,7 @@ def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fra
     """(training prompts, held-out prompts, summary): the different prompts of instructions,
     conversations (the first) or pairs, with room for max_tokens. A prompt is held out if
     `split_rows` holds out all of its rows (if none is, the last), as for fine-tuning. UserError."""
-    rows = read_columns(Path(path), columns, INSTRUCTIONS)
+    rows = read_columns(Path(path), columns, f"{INSTRUCTIONS}, or change {flag}")
     known = list(filter(None, (row_prompt(row, place, template) for place, row in rows)))
     first = {tuple(prompt.ids): prompt for prompt in known[::-1]}
     prompts = [prompt for prompt in known if first[tuple(prompt.ids)] is prompt]

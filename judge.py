@@ -109,7 +109,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
         add_comparisons(results, values, config)
 
     # 3. The table and the files
-    launch.print0(table(results))
+    launch.print0(f"{table(results)}\nresults: {config.out_dir}")
     if launch.is_master:
         folder = Path(config.out_dir)
         write_json(folder / "judge.json", {"flags": run, "prompts": P, "results": results})

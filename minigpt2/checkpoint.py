@@ -164,8 +164,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=[
             CONFIG_FILE, "model*.safetensors*", "tokenizer*.json", "added*.json", *VOCABULARY]))
     except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # Xet's
-        raise UserError(f"checkpoint {path} is not a local folder, and the Hugging Face hub "
-                        f"did not provide it ({first_line(error)})") from None
+        raise UserError(f"checkpoint {path} is no folder here: change --checkpoint; nor could the "
+                        f"Hugging Face hub provide it ({first_line(error)})") from None
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def prepare_to_sample(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     device, int8 = model.transformer.wte.weight.device, dtype == torch.int8
     on_cpu = device.type == "cpu"
     if (int8 or (on_cpu and dtype != torch.float32)) and not (on_cpu and can_pack(dtype)):
-        raise UserError(f"no sampling in {str(dtype)[6:]} on {device.type}: use --dtype float32")
+        raise UserError(f"no {str(dtype)[6:]} sampling on this {device.type}: use --dtype float32")
     if device.type == "cuda" and dtype != torch.float32:
         model.to(dtype).lm_head = Float32Head(model.transformer.wte.weight)
     elif not on_cpu:

@@ -212,7 +212,7 @@ def test_a_prompt_of_a_large_share_of_the_rows_is_split_by_response():
     fifths = [(f"Write story {n % 5}.", "", str(n)) for n in range(1000)]  # each exactly a fifth
     assert {len(split_rows(fifths, fifths, fraction)[1]) for fraction in (0.0, 0.05)} == {200}
     assert "split by response" not in split_rows(KEYS[:3], KEYS[:3], 0.0)[2]  # nothing repeats
-    assert "all 9 usable rows" in user_error(split_rows, range(9), answers[:1] * 9, 0.2)
+    assert "none of 9 usable rows" in user_error(split_rows, range(9), answers[:1] * 9, 0.2)
 
 
 # -------------------------------------------------------------------- steps by row length

@@ -322,7 +322,7 @@ def test_a_dtype_without_sampling_is_refused_before_anything_is_written(tmp_path
     TREE.use_small_vocabulary(monkeypatch)
     monkeypatch.setattr("minigpt2.kernels.can_pack", lambda dtype=torch.float32: False)
     config = settings(TREE, tmp_path, dtype="bfloat16")
-    assert "no sampling in bfloat16 on cpu" in user_error(train, config, CPU_LAUNCH)
+    assert "no bfloat16 sampling on this cpu" in user_error(train, config, CPU_LAUNCH)
     assert not Path(config.out_dir).exists()
 
 
