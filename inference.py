@@ -383,9 +383,9 @@ def print_responses(model: GPT, config: InferenceConfig, params: SamplingParams,
     for i, (prompt, one) in enumerate(zip(prompts, responses, strict=True)):
         n, text = len(one.prompt), decode(one.tokens[: -1 if one.stopped else None])
         if config.json:
-            print(json.dumps({"prompt": prompt, "response": text, "prompt_tokens": n,
-                              "tokens": one.tokens, "finish_reason": one.finish_reason,
-                              "logprobs": scores[i][n - 1 : n - 1 + len(one.tokens)]}))
+            tokens, logs = one.tokens, scores[i][n - 1 : n - 1 + len(one.tokens)]
+            print(json.dumps({"prompt": prompt, "response": text, "prompt_tokens": n, "tokens":
+                              tokens, "logprobs": logs, "finish_reason": one.finish_reason}))
             continue
         blank = "" if text.strip() else "blank, "
         end = {"stop": "<|endoftext|>", "length": "--max-tokens", "context": "a full context"}

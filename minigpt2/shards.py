@@ -98,7 +98,7 @@ def read_manifest(data_dir: Path) -> dict:
             f"{shlex.quote(str(data_dir))} --out-dir DIR")
     if not data_dir.exists():
         raise UserError(f"data folder {data_dir} does not exist: make one with text_to_shards.py, "
-                        "pydocs_corpus.py or fineweb_downloader.py, or change --data-dir")
+                        "or others in pretrain_data/, or change --data-dir")
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is a file, expected a folder of token shards: {make}")
     if (data_dir / MANIFEST).is_file():

@@ -14,6 +14,7 @@ from helpers.common import ROOT, TINY, assert_user_error, main_error, script_env
 import inference
 from inference import generate
 from minigpt2.checkpoint import load_model, save_checkpoint
+from minigpt2.kernels import can_pack
 from minigpt2.tokenizer import ALPACA, EOT_TOKEN, decode, encode, format_prompt
 from model import GPT, GPTConfig
 
@@ -126,6 +127,7 @@ def test_sampling_options_reach_generate(base, monkeypatch, capsys):
                      "max_steps": 4, "seed": [7]}
 
 
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="the CPU has no bfloat16")
 def test_dtype_of_the_weights(base):
     greedy = ["--checkpoint", base, "Hello there", "--temperature", 0, "--json"]
     single, half = (json.loads(run(*greedy, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
