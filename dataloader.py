@@ -40,7 +40,7 @@ Example = list[Turn]  # one turn, or those of a conversation
 NO_ANSWER = ("<nooutput>", "<no output>", "<noinput>")  # how such outputs begin in Alpaca
 FORMS = ("instruction", "input", "output"), ("prompt", "input", "completion"), ("messages",)
 COLUMNS = "instruction, prompt, input, output, completion, messages, chosen, rejected"
-INSTRUCTIONS = "finetune_data/alpaca_downloader.py or pydocs_questions.py"
+INSTRUCTIONS = "finetune_data/alpaca_downloader.py or pydocs_questions.py, or change --data"
 ROLES = "user and assistant in turn, at most one system message before them"
 
 
@@ -243,7 +243,7 @@ def load_prompts(path: str, flag: str, block_size: int, max_tokens: int, val_fra
     """(training prompts, held-out prompts, summary): the different prompts of instructions,
     conversations (the first) or pairs, with room for max_tokens. A prompt is held out if
     `split_rows` holds out all of its rows (if none is, the last), as for fine-tuning. UserError."""
-    rows = read_columns(Path(path), columns, f"{INSTRUCTIONS}, or change {flag}")
+    rows = read_columns(Path(path), columns, INSTRUCTIONS.replace("--data", flag))
     known = list(filter(None, (row_prompt(row, place, template) for place, row in rows)))
     first = {tuple(prompt.ids): prompt for prompt in known[::-1]}
     prompts = [prompt for prompt in known if first[tuple(prompt.ids)] is prompt]

@@ -195,9 +195,9 @@ def sampled_scores(config: RewardConfig, model: RewardModel, pairs: list[Pair],
     if weights_sha256(base) != run.metadata["reference_sha256"]:
         raise UserError(f"--checkpoint {config.checkpoint} has changed since the start of the run, "
                         "and scores are normalized on its samples: restore it, then --resume")
-    is_slow = run.launch.device.type == "cpu" and not can_pack(run.dtype)  # or not implemented
+    in_float32 = run.launch.device.type == "cpu" and not can_pack(run.dtype)
     responses = sample_responses(
-        prepare_to_sample(base, torch.float32 if is_slow else run.dtype), prompts, seeds,
+        prepare_to_sample(base, torch.float32 if in_float32 else run.dtype), prompts, seeds,
         config.max_tokens, run.launch, should_stop=run.stop.requested)
     if responses is None:
         return None

@@ -1288,6 +1288,14 @@ def test_a_rare_invalid_byte_is_repaired_wherever_it_is(tmp_path, monkeypatch, s
     assert manifest["outcomes"]["repaired"] == 1
 
 
+def test_invalid_bytes_late_in_a_large_text_are_still_refused(tmp_path, monkeypatch):
+    """What came before counts as one block at most: else a large file could hold any number."""
+    monkeypatch.setattr("minigpt2.files.RARE", 400)
+    monkeypatch.setattr(documents, "PART_BYTES", 500)
+    (tmp_path / "a.txt").write_bytes(b"It was plain.\n" * 800 + b"A caf\xe9.\n" * 9)
+    assert "not UTF-8" in user_error(build_from_files, tmp_path / "a.txt", tmp_path / "out", 50)
+
+
 # -------------------------------------------------------- <|endoftext|> between stories in a file
 
 

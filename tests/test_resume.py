@@ -366,6 +366,13 @@ def test_a_run_stopped_before_its_last_validation_gets_its_best(corpus, tmp_path
     assert final_state(tmp_path / "out")["progress"]["best_step"] == 1
 
 
+def test_zero_init_of_a_resumed_run_is_reported_as_ignored(corpus, tmp_path, finished_run, capsys):
+    out = interrupted(finished_run, tmp_path / "out", 5)
+    train(tiny(corpus, out, resume=True, zero_init=True), CPU_LAUNCH)
+    assert "--zero-init True is ignored, the run began with False" in capsys.readouterr().out
+    assert curves(out) == curves(finished_run)
+
+
 def test_a_checkpoint_of_an_older_version_is_resumed(corpus, tmp_path, finished_run):
     out = interrupted(finished_run, tmp_path / "out", 5)
     folder = out / "step_000005"

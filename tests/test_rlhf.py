@@ -846,6 +846,12 @@ def test_the_frontier_of_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plot_frontier.py", *again, str(tmp_path / "f.json")])
     plot_frontier.main()
     assert capsys.readouterr().out.splitlines()[:-1] == printed[-2:]
+    log = outs[0] / "metrics.jsonl"  # a KL that was not finite is null
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(record | {"kl": None} if (
+        record["kind"] == "val" and record["step"] == 1) else record) + "\n" for record in records))
+    plot_frontier.main()
+    assert capsys.readouterr().out.splitlines()[:-1] == printed[-2:]
     for wrong in ("[]", "[2]", "[[0.5]]", '["a"]', "{"):
         (tmp_path / "wrong.json").write_text(wrong)
         assert "--successes" in main_error(
