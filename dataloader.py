@@ -81,8 +81,8 @@ class TokenLoader:
         needed = self.sequence_length if self.split == "train" else 1  # targets in a row
         if max((len(tokens) - 1 for tokens in self.shards), default=0) < needed:
             raise UserError(f"{self.data_dir} has {len(entries)} {self.split} shards, none of them "
-                            f"with {needed} + 1 tokens for one window: lower --sequence-length or "
-                            "make a larger corpus")
+                            f"with {needed} + 1 tokens for one window: add one (docs/data.md), or "
+                            "lower --sequence-length")
 
     def locate(self, window: int) -> tuple[int, int]:
         """(shard, first token) of a window, counted from the start of the run."""
@@ -191,8 +191,7 @@ def read_rows(path: Path, made_by: str = "") -> list[tuple[str, object]]:
     place = str(path)
     try:
         if text.lstrip().startswith("["):
-            return [(f"{path.name} row {number}", row)
-                    for number, row in enumerate(json.loads(text), 1)]
+            return [(f"{path.name} row {n}", row) for n, row in enumerate(json.loads(text), 1)]
         return [(place := f"{path.name} line {number}", json.loads(line))
                 for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (ValueError, RecursionError) as error:  # also too many digits, or nested too deep
@@ -321,8 +320,7 @@ def make_examples(rows: list[list[TextTurn]], block_size: int,
     out: rows without an answer, and those longer than the context, whose end would be cut off."""
     answered = [turns for turns in rows if all(
         (text := normalize(output)) and not text.startswith(NO_ANSWER) for *_, output in turns)]
-    encoded = [(turns[0], [encode_example(*turn, template) for turn in turns])
-               for turns in answered]
+    encoded = [(turns[0], [encode_example(*one, template) for one in turns]) for turns in answered]
     usable = [(turn, example) for turn, example in encoded if num_inputs(example) <= block_size]
     keys, examples = [turn for turn, _ in usable], [example for _, example in usable]
     return keys, examples, (
@@ -344,7 +342,8 @@ def content_hash(*texts: str) -> float:
 def split_rows(rows: Sequence, keys: Sequence[tuple[str, ...]], val_fraction: float,
                val_start: float = 0.0) -> tuple[list, list, str]:
     """(training rows, held-out rows, summary). The key of a row is (instruction, input) or
-    (instruction, input, response); of a conversation, the first user message is the instruction.
+    (instruction, input, response); of a conversation, the first user message is the instruction,
+    with a system message before it.
 
     A row is held out if content_hash(instruction, input) is below val_fraction: the same rows in
     every file, those at 0.05 also at 0.15. If none is below, the lowest is held out. A prompt of

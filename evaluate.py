@@ -125,7 +125,9 @@ def evaluate_checkpoint(folder: Path, config: EvaluateConfig, launch: Launch,
     """The figures of a checkpoint, named "TASK FIGURE"."""
     model, dtype = load_gpt2(folder, launch.device), pick_dtype(config.dtype, launch.device)
     rows = [sha256_of(p) if p else read_manifest(Path(config.data_dir)) for p in tasks.values()]
-    launch.check_same({"weights": weights_sha256(model), "rows": rows, "limit": config.limit})
+    launch.check_same({"weights": weights_sha256(model), "rows": rows, "limit": config.limit,
+                       "--dtype": str(dtype)})
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:N_VOCAB])  # without padding
     if dtype == torch.int8:  # what is not in int8 is in float32
         model, dtype = prepare_to_sample(model, dtype), torch.float32
     results = {}

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     from minigpt2.config import share_cores
     share_cores()  # before PyTorch is imported
 
+import contextlib
 import json
 import numbers
 import sys
@@ -262,8 +263,10 @@ def generate(model: GPT, input_ids: Tensor, attention_masks: Tensor, temperature
         return ids, masks
     # one column more, into which finished rows write
     output_ids = F.pad(ids, (0, min(max_steps, block_size - ids.size(1)) + 1))
-    gpu = torch.cuda.device(device if device.type == "cuda" else -1)
-    with gpu, distributed.allow_nondeterministic():  # training may run with --deterministic
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.cuda.device(device if device.type == "cuda" else -1))
+        stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("default")  # training may run with --deterministic
         batch = DecodingBatch(model, params, prompts, output_ids, max_steps, keys)
         while batch.sync(on_tokens):
             batch.decode_several()
@@ -296,7 +299,7 @@ def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequen
 
 def check_sample_prompt(prompt: list[int], config, block_size: int) -> None:
     """Raises UserError if a run is to sample and its context has no room, before it starts."""
-    if config.sample_tokens and len(prompt) >= block_size:
+    if config.sample_tokens and max(1, len(prompt)) >= block_size:  # "" is <|endoftext|>
         raise UserError(f"--sample-prompt has {len(prompt)} tokens; the context is {block_size}, "
                         "response included: shorten it, or use --sample-tokens 0")
 

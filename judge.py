@@ -67,10 +67,10 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
                (("proxy", config.proxy), ("gold", config.gold)) if spec}
     models = {reward.spec: reward.model for reward in rewards.values() if reward.model}
     sizes = [*map(read_config, folders.values()), *(model.config for model in models.values())]
+    block_size = min(size.block_size for size in sizes)
     template = shared_template(*folders, *models)
-    _, held_out, summary = load_prompts(
-        config.data, "--data", min(size.block_size for size in sizes), config.max_tokens,
-        config.val_fraction, template, config.columns)
+    _, held_out, summary = load_prompts(config.data, "--data", block_size, config.max_tokens,
+                                        config.val_fraction, template, config.columns)
     for reward in rewards.values():
         reward.check_rows(held_out[: config.rows])
     run = run_metadata(config, world_size=launch.world_size, device=launch.device,
@@ -87,7 +87,7 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
     dtype, values, results, reference = pick_dtype(config.dtype, launch.device), {}, {}, None
     for name, folder in folders.items():
         policy = load_gpt2(folder, launch.device)
-        launch.check_same({"weights": weights_sha256(policy)})
+        launch.check_same({"weights": weights_sha256(policy), "--dtype": str(dtype)})
         reference, rows = reference or policy, prompts * (config.samples if results else most)
         responses = sample_responses(
             prepare_to_sample(copy.deepcopy(policy), dtype), [row.ids for row in rows],
@@ -101,7 +101,8 @@ def judge(config: JudgeConfig, launch: Launch) -> None:
                              - score(reference, pairs, launch, torch.float32))[:, 0]  # (K * P,)
         values[name] = {figure: torch.as_tensor(row, dtype=torch.float64).view(-1, P)
                         for figure, row in figures.items()}  # (K, P) each
-        results[name] = summarize(values[name], prompts) | response_loss(policy, held_out, launch)
+        results[name] = summarize(values[name], prompts) | response_loss(
+            policy, held_out, launch, block_size)
         for i, line in enumerate(shown):
             line["responses"][name] = {"text": decode(responses[i].tokens)} | {
                 figure: row[0, i].item() for figure, row in values[name].items()}
@@ -150,13 +151,12 @@ def summarize(values: dict[str, torch.Tensor], prompts: list[Prompt]) -> dict[st
     return means({figure: row for figure, row in rows.items() if len(row)})
 
 
-def response_loss(model: GPT, prompts: list[Prompt], launch: Launch) -> dict[str, float]:
-    """The loss of the reference responses that fit into the context, in nats per token,
-    <|endoftext|> included: what learning from rewards costs. Empty if there are none."""
-    pairs = [(prompt.ids, [*encode(prompt.output), EOT_TOKEN])
-             for prompt in prompts
-             if (text := normalize(prompt.output)) and not text.startswith(NO_ANSWER)]
-    pairs = [pair for pair in pairs if sum(map(len, pair)) - 1 <= model.config.block_size]
+def response_loss(model: GPT, prompts: list[Prompt], launch: Launch, limit: int) -> dict:
+    """The loss of the reference responses that fit into a context of `limit` tokens, in nats per
+    token, <|endoftext|> included: what learning from rewards costs. Empty if there are none."""
+    rows = [p for p in prompts if (text := normalize(p.output)) and not text.startswith(NO_ANSWER)]
+    pairs = [(row.ids, [*encode(row.output), EOT_TOKEN]) for row in rows]
+    pairs = [pair for pair in pairs if sum(map(len, pair)) - 1 <= limit]
     if not pairs:
         return {}
     total = score(model, pairs, launch, torch.float32, label="response loss")[:, 0].sum().item()

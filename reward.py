@@ -52,8 +52,7 @@ class RewardConfig(TuningConfig):
                                  "--val-fraction: a fold of a cross-validation", minimum=0, below=1)
     epochs: int = flag(1, "passes over the training pairs; a second one overfits", minimum=1)
     dropout: float = flag(0.0, "probability of dropout in training", minimum=0, below=1)
-    normalize_samples: int = flag(256, "responses sampled to normalize scores; 0: leave them",
-                                  minimum=0)
+    normalize_samples: int = flag(256, "responses sampled to normalize scores; 0: none", minimum=0)
     max_tokens: int = flag(128, "longest response, in tokens", minimum=1, old="max_response")
 
 
@@ -68,11 +67,10 @@ def read_splits(config: RewardConfig, block_size: int, template: str) -> tuple[l
     if config.val_data is None:
         trained, held_out, split = split_pairs(pairs, config.val_fraction, config.val_start)
         return trained, held_out, f"{summary}; {split}"
-    held_out, val_summary = load_pairs(config.val_data, "--val-data", block_size, template,
-                                       config.columns)
+    held_out, more = load_pairs(config.val_data, "--val-data", block_size, template, config.columns)
     prompts = {tuple(pair.prompt) for pair in pairs}
     seen = sum(tuple(pair.prompt) in prompts for pair in held_out)
-    return pairs, held_out, (f"{summary} to train on; {val_summary} held out, {seen:,} with a "
+    return pairs, held_out, (f"{summary} to train on; {more} held out, {seen:,} with a "
                              "training prompt; --val-fraction and --val-start are not used")
 
 
@@ -211,8 +209,7 @@ def swap_prompts(pairs: list[Pair], block_size: int) -> list[Pair]:
     others = [pairs[i] for i in permutation(len(pairs), 0)]
     swapped = [replace(pair, rejected=other.chosen) for pair, other in
                zip(others, others[1:] + others[:1], strict=True) if pair.prompt != other.prompt]
-    return [pair for pair in swapped
-            if pair.num_tokens <= block_size and pair.chosen != pair.rejected]
+    return [p for p in swapped if p.num_tokens <= block_size and p.chosen != p.rejected]
 
 
 def calibration(margins: torch.Tensor, bins: int = 10) -> tuple[float, list[dict]]:

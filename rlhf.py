@@ -245,10 +245,9 @@ def optimize(model: nn.Module, rollouts: Rollouts, advantages: torch.Tensor, ret
                 for x in (rollouts.logprobs, advantages, rollouts.values, returns))
             with autocast(device, run.dtype):
                 new, values = model(inputs, targets).unbind(1)  # (N,) each
-            losses = torch.stack([
-                *A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
-                A.value_loss(values, old_values, target, config.value_clip)])
-            losses = losses.sum(1) / num_tokens  # (3,)
+            losses = [*A.policy_loss(new, old, advantage, config.clip_low, config.clip_high),
+                      A.value_loss(values, old_values, target, config.value_clip)]
+            losses = torch.stack(losses).sum(1) / num_tokens  # (3,)
             run.scaler.scale((losses[0] + losses[2]) * launch.world_size).backward()
             sums += losses.detach()
         if run.stopping:  # a signal, before the first optimizer step

@@ -55,7 +55,7 @@ class TrainerConfig(RunConfig):
     schedule: Literal["cosine", "linear"] = flag("cosine", "learning-rate decay after the warm-up")
     warmup_steps: int = flag(715, "steps of linear warm-up", minimum=0)
     max_lr: float = flag(6e-4, "learning rate after the warm-up", minimum=0)
-    min_lr: float = flag(6e-5, "learning rate after the last step, at most --max-lr", minimum=0)
+    min_lr: float = flag(6e-5, "learning rate after the last step; --max-lr if lower", minimum=0)
     muon_lr: float = flag(6e-3, "Muon's learning rate, on the schedule of AdamW's", minimum=0)
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings", minimum=0)
     beta1: float = flag(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)

@@ -93,7 +93,7 @@ def score_batch(model: GPT, rows: list[tuple[list[int], int]], device: torch.dev
             hidden.to(dtype), model.lm_head.weight.to(dtype).t(), out_dtype=torch.float32)
         logits = logits[:, :N_VOCAB]
         logprobs = -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
-        parts.append(torch.stack([logprobs, logits.argmax(1) == ids], dim=1))
+        parts.append(torch.stack([logprobs, (logits.argmax(1) == ids) + 0 * logprobs], dim=1))
     tokens = torch.cat(parts).cpu().double().split([length for _, length in rows])  # (length, 2)
     return torch.stack([torch.stack([part[:, 0].sum(), part[:, 1].min(), part[-1, 1]])
                         for part in tokens])
@@ -117,7 +117,8 @@ def choice_figures(questions: list[Question], scores: torch.Tensor) -> dict[str,
     for question, logprobs in zip(questions, parts, strict=True):
         tokens = [len(continuation) for _, continuation in question.pairs]
         for hits, lengths in zip(right.values(), (1, tokens, question.characters), strict=True):
-            hits.append(int((logprobs / torch.tensor(lengths)).argmax()) == question.label)
+            best = (logprobs / torch.tensor(lengths)).argmax() + 0 * logprobs.sum()  # or NaN
+            hits.append(best if best.isnan() else best == question.label)
     return means(right) | {"rows": len(questions)}
 
 

@@ -94,6 +94,9 @@ def start(device: str, deterministic: bool = False) -> Launch:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=hosts, timeout=timeout, wait_for_workers=False)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+        store.set(f"backend/{rank}", backend)
+        if any(store.get(f"backend/{other}") != backend.encode() for other in range(world_size)):
+            raise UserError(f"--device {device}: only some ranks have a usable GPU: see nvidia-smi")
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=timeout, device_id=gpu)
     return Launch(rank, world_size, torch_device, store)
@@ -169,7 +172,8 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype. "auto" is bfloat16 on a GPU that supports it natively, float16 on other
     GPUs, float32 elsewhere: machines agree to rounding. Warns of one that a CPU only emulates."""
     if dtype == "auto" and device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     picked = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if device.type == "cpu" and picked in (torch.bfloat16, torch.float16):
@@ -192,14 +196,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         with torch.cuda.device(device):  # else a new thread initializes GPU 0
             return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def allow_nondeterministic() -> contextlib.ExitStack:
-    """Allows nondeterministic algorithms, until its end, for work that does not affect training."""
-    stack = contextlib.ExitStack()
-    stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
-    torch.set_deterministic_debug_mode("default")
-    return stack
 
 
 def data_parallel(model: torch.nn.Module, launch: Launch) -> torch.nn.Module:

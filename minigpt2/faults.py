@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 
 import torch
@@ -124,7 +124,10 @@ class RankMonitor(contextlib.AbstractContextManager):
             if self.store is None:
                 continue
             try:
-                counts, failed = self.store_thread.submit(self.heartbeat).result(SILENT_SECONDS)
+                beat = self.store_thread.submit(self.heartbeat)
+                for _ in range(round(SILENT_SECONDS / HEARTBEAT_SECONDS)):  # no clock, see below
+                    wait([beat], HEARTBEAT_SECONDS)
+                counts, failed = beat.result(0)
             except (RuntimeError, TimeoutError) as error:
                 self.leaving.wait(HEARTBEAT_SECONDS)  # rank 0 may host the store, and have finished
                 self.end(f"rank 0's node does not answer ({first_line(error):.60}). {RESUME_HINT}")

@@ -45,9 +45,10 @@ def atomic_write(path: Path, text: bool = False) -> Iterator[IO]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes an object as JSON, atomically."""
+    """Writes an object as JSON, atomically; numbers that are not finite become null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path, text=True) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(json.dumps(finite, indent=1) + "\n")
 
 
 def check_folder(folder: Path, what: str) -> None:

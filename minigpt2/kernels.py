@@ -12,6 +12,7 @@ from minigpt2.tokenizer import N_VOCAB
 from model import GPT
 
 ROWS_HINT = 8  # oneDNN picks the layout for this number of rows; any number works
+capture_stream = functools.cache(torch.cuda.Stream)  # one a device: each allocates a workspace
 
 
 class PackedLinear(nn.Module):
@@ -113,8 +114,3 @@ def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
         step()
     return graph
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one per device, because each allocates a workspace

@@ -17,7 +17,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     """The summed cross-entropy () float32, in nats, of x (N, C) @ weight.T (V, C) and targets (N,);
     with `reduction="none"`, that of each row (N,). Rows whose target is IGNORE_INDEX count 0. A
     head in int8, which has no gradient, is given as the module. Eager code holds a few rows of
-    logits and never waits for a GPU. All are held under torch.compile and for sums in float16."""
+    logits and never waits for a GPU; a compiled sum holds all of them."""
     if isinstance(weight, torch.nn.Module):
         parts = zip(x.split(LOSS_ROWS_CPU), targets.split(LOSS_ROWS_CPU), strict=True)
         losses = torch.cat([F.cross_entropy(weight(rows), ids, ignore_index=IGNORE_INDEX,
@@ -26,11 +26,13 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     device_type, V = x.device.type, len(weight)
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    if torch.compiler.is_compiling() or (dtype == torch.float16 and reduction == "sum"):
+    if torch.compiler.is_compiling():
+        if reduction == "none":  # log-probabilities must equal those of eager code
+            return torch.compiler.disable(linear_cross_entropy)(x, weight, targets, reduction)
         if device_type == "cuda":
             weight = F.pad(weight, (0, 0, 0, -V % HEAD_MULTIPLE))  # (V', C)
         logits = F.linear(x, weight)[:, :V].float()  # (N, V)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     valid = targets != IGNORE_INDEX  # (N,)
     if on_cpu(x.device):  # prompt and padding rows need no logits, beyond what completes a multiple
         padding = -int(valid.sum()) % ROW_MULTIPLE_CPU
@@ -39,7 +41,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     else:  # to select rows, the host would wait for their number
         x = x.where(valid[:, None], 0)
     x, summed = x.to(dtype), reduction == "sum"
-    losses = LinearCrossEntropy.apply(x, weight, targets, summed and torch.is_grad_enabled())
+    at_once = summed and torch.is_grad_enabled() and dtype != torch.float16  # needs the scale
+    losses = LinearCrossEntropy.apply(x, weight, targets, at_once)
     if summed or not on_cpu(x.device):
         return losses.sum() if summed else losses
     return losses.new_zeros(len(valid)).masked_scatter(valid, losses)

@@ -53,10 +53,10 @@ def run_metadata(config, *, world_size: int, device: torch.device, data: dict | 
 
 
 class RunLog:
-    """Appends records to a JSON Lines file, emptied first if `fresh`, else checked."""
+    """Appends records to a JSON Lines file, emptied first if `fresh`. A run log is else checked."""
 
     def __init__(self, path: Path, fresh: bool = False):
-        if path.exists() and not fresh:
+        if path.name == "metrics.jsonl" and path.exists() and not fresh:  # graphs are drawn from it
             read_log(path)
         self.file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115
         self.close = self.file.close

@@ -66,9 +66,8 @@ class Muon(torch.optim.AdamW):
             scale = group["lr"] * 0.2 * math.sqrt(max(shape))  # an RMS of 0.2, about AdamW's
             for first in range(0, len(batch), MUON_BATCH):
                 weights, grads, momenta = zip(*batch[first : first + MUON_BATCH], strict=True)
-                directions = torch.lerp(torch.stack(grads), torch.stack(momenta),
-                                        group["momentum"])  # Nesterov's
-                updates = orthogonal(directions).masked_fill_(skip, 0.0)
+                directions = torch.lerp(torch.stack(grads), torch.stack(momenta), group["momentum"])
+                updates = orthogonal(directions).masked_fill_(skip, 0.0)  # of Nesterov's momenta
                 for weight, update in zip(weights, updates, strict=True):
                     weight.sub_(update, alpha=scale)
 

@@ -1,13 +1,13 @@
 """Checkpoints of a run in progress: written in the background, found again, and restored."""
 
 import contextlib
+import errno
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minigpt2 import checkpoint
@@ -127,6 +127,8 @@ def newest_intact(out_dir: Path, model_class: type[GPT]) -> Path | None:
             if not isinstance(saved, dict) or not STATE_KEYS <= saved.keys():
                 raise UserError(f"{folder} was written by another version of this project")
         except UserError as error:
+            if getattr(error.__context__, "errno", errno.ENOENT) != errno.ENOENT:
+                raise  # the disk or the network failed, perhaps not for long
             print(f"--resume: skipping {folder.name}: {error}")
             damaged.append(folder)
         else:
@@ -169,9 +171,3 @@ def restore(folder: Path, saved: dict, optimizer: torch.optim.Optimizer,
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"--resume: {folder} does not fit this model and optimizer ({error}): "
                         "restore its settings, or start in another --out-dir") from None
-
-
-def seed_rank(seed: int, step: int, launch: Launch) -> None:
-    """Seeds this rank's generators for a step: a resumed run repeats its dropout."""
-    sequence = np.random.SeedSequence([seed, step, launch.rank])
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

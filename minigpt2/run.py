@@ -8,6 +8,7 @@ from pathlib import Path
 from time import strftime
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from minigpt2 import checkpoint, distributed, resume
@@ -50,7 +51,7 @@ class TuningConfig(RunConfig):
     batch_size: int = flag(64, "rows per step, over all ranks", minimum=1)
     micro_batch_size: int = flag(8, "rows per rank and micro-step", minimum=1)
     max_lr: float = flag(1e-5, "learning rate after the warm-up", minimum=0)
-    min_lr: float = flag(0.0, "learning rate at the end, at most --max-lr", minimum=0)
+    min_lr: float = flag(0.0, "learning rate at the end; --max-lr if that is lower", minimum=0)
     warmup_fraction: float = flag(0.03, "warm-up, as a fraction of all steps", minimum=0, below=1)
     weight_decay: float = flag(0.0, "weight decay of matrices and embeddings", minimum=0)
     columns: str = flag("", "your rows' keys: instruction=NAME,output=NAME", may_be_empty=True)
@@ -98,14 +99,15 @@ class Run:
             raise UserError(f"--out-dir {self.out_dir} is itself a checkpoint: choose another")
         self.metadata = run_metadata(config, world_size=launch.world_size, device=launch.device,
                                      data=data) | extra_metadata | {"label": label}
-        launch.check_same(self.metadata, except_for=("checkpoint", "data", "data_dir", "hellaswag"))
+        self.dtype = distributed.pick_dtype(config.dtype, launch.device)
+        launch.check_same(self.metadata | {"--dtype": str(self.dtype)},
+                          except_for=("checkpoint", "data", "data_dir", "hellaswag"))
         self.checkpoint = resume.find_resume(self.out_dir, config.resume, launch, model_class)
         self.is_resumed = self.checkpoint is not None
         if self.is_resumed:
             self.saved = checkpoint.load_training_state(self.checkpoint)
             resume.check_settings(self.checkpoint, self.saved, self.metadata, fixed, launch)
         self.state, self.stopping, self.unread, self.updates = resume.TrainState(), False, [], []
-        self.dtype = distributed.pick_dtype(config.dtype, launch.device)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=self.dtype == torch.float16)
         self.shard_optimizer = config.shard_optimizer and launch.world_size > 1
         if config.shard_optimizer and not self.shard_optimizer:
@@ -255,7 +257,8 @@ class Run:
         finished = self.stopping or self.step >= self.max_steps
         self.writer.wait(block=finished)
         self.pace.begin()
-        resume.seed_rank(self.config.seed, self.step, self.launch)
+        random = np.random.SeedSequence([self.config.seed, self.step, self.launch.rank])  # dropout
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
         return finished
 
     def micro_steps(self, batches: Sequence) -> Iterator:

@@ -96,7 +96,7 @@ def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
     """One seed per row; from one, a prompt's n-th repetition gets seed + n. Raises UserError."""
-    one_per_row = isinstance(seed, list | tuple)
+    one_per_row = isinstance(seed, Sequence)
     seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one < 2**64 for one in seeds):
@@ -113,12 +113,11 @@ def stream_keys(prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> tor
     return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
 
 
-def exponential_noise(keys: torch.Tensor, counter: torch.Tensor,
-                      token_ids: torch.Tensor) -> torch.Tensor:
-    """Noise of mean 1 (B, V) float32 of keys (B,), counter (B,) or (), and token_ids (V,)."""
+def exponential_noise(keys: torch.Tensor, counter: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Noise of mean 1 (B, V) float32 of keys (B,), counter (B,) or (), and token ids (V,)."""
     words = splitmix64(keys, counter).view(torch.int32).view(-1, 2)  # (B, 2)
     # the factor is 2654435761, a prime near 2**32 / golden ratio (Knuth), as int32
-    x = mix((token_ids * -0x61C8864F) ^ words[:, :1], FMIX32)  # (B, V)
+    x = mix((ids * -0x61C8864F) ^ words[:, :1], FMIX32)  # (B, V)
     x = mix(x ^ words[:, 1:], FMIX32)
     uniform = (x & 0x7FFFFFFF).float().mul_(2**-31)  # in [0, 1], with full precision near 0
     # exclude 0, with which any token would be sampled, and 1, with which none could be

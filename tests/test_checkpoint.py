@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import resource
@@ -545,7 +546,8 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
 
     refuse_files = False
     monkeypatch.setattr("os.fsync", fsync)
-    write_json(tmp_path / "a.json", [1])
+    write_json(tmp_path / "a.json", [1, math.nan, {"b": -math.inf}])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1, None, {"b": None}]  # NaN is no JSON
     sync(tmp_path)
     refuse_files = True
     for call in (lambda: sync(tmp_path / "a.json"), lambda: write_json(tmp_path / "b.json", [1])):

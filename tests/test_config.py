@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from helpers.common import ROOT, assert_user_error, exit_status, run_script, script_env
 
-from minigpt2.config import UserError, first_line, flag, parse_config, run_main
+from minigpt2.config import UserError, first_line, flag, parse_config, run_main, share_cores
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,17 @@ def test_torchruns_ranks_share_the_cores(chosen):
                 "env=os.environ | {'OMP_NUM_THREADS': '1', 'LOCAL_WORLD_SIZE': '1'})")
     threads = run_bare(torchrun, SHOW, **({"OMP_NUM_THREADS": "1"} if chosen else {})).split()[0]
     assert int(threads) == (1 if chosen else len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("ranks, threads", [("4", "2"), ("16", "1")])
+def test_each_rank_of_a_node_gets_its_part_of_the_cores(ranks, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"")  # the parent has chosen nothing
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize("script", ["trainer", "finetune", "reward", "dpo", "rlhf", "inference",

@@ -33,6 +33,7 @@ from minigpt2.benchmarks import (
     last_word_figures,
     make_questions,
     multiple_choice,
+    question_figures,
     score,
 )
 from minigpt2.checkpoint import save_checkpoint
@@ -86,6 +87,16 @@ def test_last_word_figures_by_hand():
     assert figures["perplexity_per_word"] == pytest.approx(math.exp(3))
     assert figures["accuracy_last_word_stderr"] == pytest.approx(
         np.std([1, 0, 0], ddof=1) / math.sqrt(3))
+
+
+def test_a_model_that_overflows_has_no_accuracy(model):
+    """The place of the largest NaN would be an answer."""
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.inf)
+    for questions in ([multiple_choice(row) for row in STORIES], [lambada(PASSAGES[0])]):
+        figures = question_figures(model, questions, CPU_LAUNCH, torch.float32)
+        values = {name: value for name, value in figures.items() if name != "rows"}
+        assert len(values) >= 3 and all(map(math.isnan, values.values())), figures
 
 
 def test_continuations_carry_their_space():
@@ -206,6 +217,42 @@ def test_bits_per_byte_by_hand(tmp_path):
     torch.nn.init.zeros_(model.transformer.wte.weight)
     fewer = EvaluateConfig(data_dir=str(data), eval_tokens=10)
     assert validation_figures(model, fewer, CPU_LAUNCH, torch.float32)["tokens"] == 10
+
+
+def test_windows_are_as_long_as_the_context(model, tmp_path, monkeypatch):
+    widths, real = set(), GPT.hidden_states
+    monkeypatch.setattr(GPT, "hidden_states", lambda self, idx, *more: (
+        widths.add(idx.size(1)), real(self, idx, *more))[1])
+    data = str(make_corpus(tmp_path / "data", [700, 500]))
+    validation_figures(model, EvaluateConfig(data_dir=data), CPU_LAUNCH, torch.float32)
+    assert widths == {SIZES.block_size}
+
+
+def test_padded_ids_are_no_part_of_any_figure(model, files):
+    """Their logits are 0, while those of text may all be near -100."""
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 0] = 1
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, -100
+    padded = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
+    padded.load_state_dict(model.state_dict() | {name: torch.cat([
+        model.transformer.wte.weight, torch.zeros(47, 16)])
+        for name in ("transformer.wte.weight", "lm_head.weight")})
+    config = EvaluateConfig(data_dir=str(files / "data"))
+    tasks, found = {"val": None, "lambada": files / "passages.jsonl"}, []
+    for name, one in (("plain", model), ("padded", padded)):
+        folder = save_checkpoint(files / name, 1, one)
+        found.append(evaluate.evaluate_checkpoint(folder, config, CPU_LAUNCH, tasks))
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0]["val loss"] < 20
+
+
+def test_int8_is_used_where_it_is_asked_for(files, monkeypatch):
+    """On any processor: what prepares the model is replaced."""
+    asked = []
+    monkeypatch.setattr(evaluate, "prepare_to_sample", lambda model, dtype: (
+        asked.append(dtype), model)[1])
+    config = EvaluateConfig(data_dir=str(files / "data"), dtype="int8")
+    evaluate.evaluate_checkpoint(files / "out", config, CPU_LAUNCH, {"val": None})
+    assert asked == [torch.int8]
 
 
 def test_ids_of_a_padded_vocabulary_in_a_corpus_are_refused(tmp_path):

@@ -4,6 +4,7 @@ one line; no rank hangs and no step is lost."""
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import resource
@@ -339,8 +340,6 @@ def test_a_rank_that_finishes_may_find_the_store_gone(finishes, monkeypatch, cap
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     monitor = faults.RankMonitor()
     monitor.store, monitor.leaving, monitor.heartbeat = object(), Leaving(), lost
-    monitor.store_thread = SimpleNamespace(
-        submit=lambda call: SimpleNamespace(result=lambda seconds: call()))
     with contextlib.suppress(SystemExit):
         monitor.run()
     assert statuses == ([] if finishes else [1])
@@ -549,6 +548,28 @@ def test_a_finished_rank_waits_for_a_slow_one(corpus, tmp_path):
     ranks.kill(number=signal.SIGTERM)
     assert ranks.wait() == [0, 0], ranks.output()
     assert "finished 10 steps" in ranks.output()
+
+
+def test_a_heartbeat_in_flight_outlives_a_suspension(monkeypatch):
+    """A clock would call it late, although the process was asleep for most of that time."""
+    monitor, times = faults.RankMonitor(), itertools.count(step=1000.0)
+    monitor.leaving.set()
+    monitor.thread.join()
+    monitor.store, monitor.leaving, beats = object(), threading.Event(), []
+
+    def heartbeat():
+        beats.append(threading.Event().wait(0.3))
+        if len(beats) == 3:
+            monitor.leaving.set()
+        return [len(beats)], None
+
+    monitor.heartbeat = heartbeat
+    for name, value in (("HEARTBEAT_SECONDS", 0.1), ("SILENT_SECONDS", 100.0)):
+        monkeypatch.setattr(faults, name, value)
+    monkeypatch.setattr("concurrent.futures._base.time.monotonic", lambda: next(times))
+    monkeypatch.setattr(faults.RankMonitor, "end", lambda self, *given: pytest.fail(given[0]))
+    monitor.run()
+    assert len(beats) == 3
 
 
 @pytest.mark.slow

@@ -214,6 +214,8 @@ def test_seeds():
     batch = tokenize_batch_input([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=1))
     assert [rows[0], rows[2]] == [first, second]  # a repeated prompt gets the next seed
+    assert all(map(torch.equal, generate(model, *batch, 1.0, 12, seed=range(3)),
+                   generate(model, *batch, 1.0, 12, seed=[0, 1, 2])))
     rows = rows_of(*generate(model, *batch, 1.0, 12, seed=[2, 0, 1]))
     assert [rows[0], rows[2]] == [second, first]
     for same in (np.int64(1), list(np.array([1, 1, 2])), (1, 1, 2)):

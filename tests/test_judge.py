@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,9 +170,9 @@ def test_the_response_loss_is_the_mean_over_all_tokens():
     starts = torch.tensor([len(context) for context, _ in pairs])
     with torch.no_grad():
         expected = model(ids, response_targets(ids, starts, masks.sum(1)))[1].item()
-    figures = response_loss(model, list(map(prompt, outputs)), CPU_LAUNCH)
+    figures = response_loss(model, list(map(prompt, outputs)), CPU_LAUNCH, 128)
     assert figures["response_loss"] == pytest.approx(expected, abs=1e-5)
-    assert response_loss(model, list(map(prompt, outputs[-3:])), CPU_LAUNCH) == {}
+    assert response_loss(model, list(map(prompt, outputs[-3:])), CPU_LAUNCH, 128) == {}
 
 
 # ---------------------------------------------------------------------------- divergence
@@ -191,7 +192,8 @@ def test_a_copy_has_no_divergence_and_wins_half(files, monkeypatch):
     assert copy["response_loss"] == sft["response_loss"]
     assert 0.2 < copy["stopped"] < 1
     (run, paths), *policies = compared  # the newest checkpoint may be another on a later rank
-    assert "data_sha256" in run and paths == {"data"} and policies == [({"weights"}, set())] * 2
+    assert "data_sha256" in run and paths == {"data"} and policies == [
+        ({"weights", "--dtype"}, set())] * 2
 
 
 def test_the_divergence_is_that_of_an_enumeration(files, monkeypatch):
@@ -321,6 +323,40 @@ def test_all_rows_of_a_test_file_may_be_judged(files, monkeypatch):
     write_rows(files / "rows.jsonl", ROWS[:1])
     results_of(files, monkeypatch, files / "sft", "--val-fraction", "1")
     assert len(samples_of(files)) == 1
+
+
+def test_policies_of_other_contexts_are_compared_on_the_same_rows(files, monkeypatch, capsys):
+    """The shortest context of all, also of rewards: the same weights have the same loss."""
+    policy = make_policy(10.8)
+    policy.config = replace(SIZES, block_size=72)
+    policy.transformer.wpe.weight = torch.nn.Parameter(policy.transformer.wpe.weight[:72])
+    save_checkpoint(files / "short", 1, policy)
+    rows = [row | {"output": "so " * (40 * (n % 2)) + "."} for n, row in enumerate(ROWS)]
+    write_rows(files / "rows.jsonl", rows)
+    results = results_of(files, monkeypatch, files / "sft", files / "short")
+    loss, other = (results[str(files / name)]["response_loss"] for name in ("sft", "short"))
+    assert loss == pytest.approx(other, abs=1e-5)
+    alone = results_of(files, monkeypatch, files / "sft")[str(files / "sft")]["response_loss"]
+    assert abs(alone - loss) > 0.01
+    save_checkpoint(files / "reward", 1, RewardModel.from_language_model(policy, 0))
+    message = main_error(judge.main, arguments(files, files / "sft", "--proxy", files / "reward",
+                                               "--max-tokens", "70"), monkeypatch, capsys)
+    assert "in a context of 72" in message
+
+
+def test_all_held_out_rows_count_in_the_loss_and_float32_in_the_divergence(files, monkeypatch):
+    """Of the prompts, --rows takes a part; a --dtype is for sampling and rewards."""
+    used, score = set(), judge.score
+    monkeypatch.setattr(judge, "score", lambda model, pairs, launch, dtype, **options: (
+        used.add(dtype), score(model, pairs, launch, dtype, **options))[1])
+    monkeypatch.setattr(judge, "prepare_to_sample", lambda model, dtype: model)
+    whole = results_of(files, monkeypatch, files / "sft", files / "rlhf")
+    part = results_of(files, monkeypatch, files / "sft", files / "rlhf", "--rows", "3", "--dtype",
+                      "bfloat16")
+    for name in ("sft", "rlhf"):
+        path = str(files / name)
+        assert part[path]["response_loss"] == pytest.approx(whole[path]["response_loss"], abs=1e-6)
+    assert used == {torch.float32}
 
 
 def test_mistakes_are_named(files, monkeypatch, capsys):

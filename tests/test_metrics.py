@@ -175,6 +175,8 @@ def test_run_metadata(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_git_commit(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)  # a hook sets GIT_DIR
     def git(*arguments):
         name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         return subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, text=True,

@@ -238,6 +238,49 @@ def test_a_compiled_step_equals_the_eager_one_and_evaluation_does_not_recompile(
         assert len(compilations) == before
 
 
+def test_log_probabilities_of_a_compiled_step_are_the_eager_ones():
+    """Those that PPO compares with them are eager: logits rounded to bfloat16 would clip ratios."""
+    model = small_model()
+    with torch.no_grad():  # logits near -100, as GPT-2's are
+        model.transformer.wte.weight[:, 0] = 1
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, -100
+    inputs, targets = random_batch(4)
+
+    def losses():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(inputs, targets, reduction="none", return_logits=False)[1]
+
+    eager = losses()
+    torch.compiler.reset()
+    model.compile(backend="aot_eager")
+    assert torch.equal(losses(), eager)
+    losses().sum().backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_float16_never_holds_all_logits(gradients, monkeypatch):
+    """And its gradients are made where the loss scale is known, in the backward pass."""
+    blocks, real = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **options: (
+        blocks.append(len(a)), real(a, b, **options))[1])
+    monkeypatch.setattr("minigpt2.loss.LOSS_ROWS_CPU", 16)
+    model, scale = small_model(), 2.0**8
+    inputs, targets = random_batch(4)
+    with torch.autocast("cpu", torch.float16), torch.set_grad_enabled(gradients):
+        loss = model(inputs, targets, reduction="sum", return_logits=False)[1]
+    assert max(blocks) == 16 and loss.dtype == torch.float32
+    expected = model(inputs, targets, reduction="sum")[1]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    if gradients:
+        expected.backward()
+        wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        (loss * scale).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad / scale, wanted[name], atol=2e-3, rtol=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])

@@ -1,5 +1,6 @@
 """The progress bar of a run: what it is doing, and a time left that is true."""
 
+import contextlib
 import os
 import pty
 import subprocess
@@ -210,9 +211,14 @@ def test_a_terminal_without_a_size_gets_lines(size, expected):
     termios.tcsetwinsize(theirs, size)
     code = ("from minigpt2.progress import progress_bar\n"
             "with progress_bar(3, 0, 'work') as bar: bar.update(3)")
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, cwd=ROOT,
+                   env=os.environ | {"PYTHONUTF8": "1"})
     os.close(theirs)
-    assert expected in os.read(ours, 100_000).decode()
+    output = b""
+    with contextlib.suppress(OSError):  # EIO is the end
+        while part := os.read(ours, 100_000):
+            output += part
+    assert expected in output.decode()
     os.close(ours)
 
 
@@ -227,3 +233,16 @@ def test_the_numbers_of_a_step_are_read_after_their_copy():
     ours.log = types.SimpleNamespace(write=lambda step, kind, **values: logged.update(values))
     ours.read_steps()
     assert (logged["loss"], logged["grad_norm"], ours.unread) == (2.5, 0.5, [])
+
+
+def test_speed_is_of_all_ranks_and_mfu_of_each(monkeypatch):
+    """4 tokens in 2 seconds, and 1 FLOP in them: half a FLOP/s by two GPUs of 0.25 FLOP/s."""
+    logged, ours = {}, object.__new__(run.Run)
+    ours.unread, ours.state = [(torch.ones(2), None, [], 4, 1.0, {})], run.resume.TrainState(step=1)
+    ours.launch = run.Launch(0, 2, torch.device("cpu"))
+    ours.pace = types.SimpleNamespace(end_step=lambda: 2.0)
+    ours.scaler, ours.bar = torch.amp.GradScaler("cpu", enabled=False), unittest.mock.Mock()
+    ours.log = types.SimpleNamespace(write=lambda step, kind, **values: logged.update(values))
+    monkeypatch.setattr(run, "peak_flops", lambda device: 0.25)
+    ours.read_steps()
+    assert (logged["tokens_per_sec"], logged["mfu"], logged["loss"]) == (2.0, 1.0, 0.5)

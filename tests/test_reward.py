@@ -374,13 +374,16 @@ def test_a_signal_in_the_final_evaluation_stops_the_run(base, rows_file, tmp_pat
 
 @pytest.mark.slow
 def test_scores_are_normalized_on_samples_of_the_first_checkpoint(base, rows_file, tmp_path,
-                                                                  always_stops):
+                                                                  always_stops, monkeypatch):
     """Fresh samples, of another seed, have a mean near 0 and a deviation near 1."""
     changes = {"normalize_samples": 200, "max_tokens": 8}
     rows = [row | {"instruction": f"{row['instruction']} {n}"} for n in range(3) for row in ROWS]
     rows_file.write_text(json.dumps(rows))
-    config = tiny(base, rows_file, tmp_path / "out", **changes)
+    config, temperatures = tiny(base, rows_file, tmp_path / "out", **changes), set()
+    monkeypatch.setattr(reward, "sample_responses", lambda *given, temperature=1.0, **options: (
+        temperatures.add(temperature), sample_responses(*given, **options))[1])
     model = train(config, CPU_LAUNCH)
+    assert temperatures == {1.0}
     pairs, _, _ = reward.read_splits(config, 128, ALPACA)
     fresh = RewardConfig(**vars(config) | {"seed": 7})
     run = SimpleNamespace(launch=CPU_LAUNCH, dtype=torch.float32, micro_batch_size=8,

@@ -318,6 +318,32 @@ def test_the_policy_starts_at_the_reference(advantage, tmp_path, monkeypatch):
                                             micro_batch_size=3))
 
 
+def test_the_value_model_has_its_own_clipping_and_learning_rate(tmp_path, monkeypatch):
+    clipped, real = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: (
+        clipped.append(limit), real(parameters, limit))[1])
+    TREE.use_small_vocabulary(monkeypatch)
+    train(settings(TREE, tmp_path, max_steps=1, epochs=1, minibatches=1, value_lr=0.0), CPU_LAUNCH)
+    assert clipped == [1.0, 1.0]
+    assert final_state(tmp_path / "out")["value"]["score.weight"].eq(0).all()
+
+
+def test_a_validation_is_of_as_many_prompts_as_asked_for(tmp_path, monkeypatch):
+    counts, real = [], rlhf.roll_out
+
+    def roll_out(module, reference, reward, prompts, stream, *more):
+        if stream[0] == 1:  # the validations' random streams
+            counts.append(len(prompts))
+        return real(module, reference, reward, prompts, stream, *more)
+
+    monkeypatch.setattr(rlhf, "roll_out", roll_out)
+    TREE.use_small_vocabulary(monkeypatch)
+    for rows in (1, 2):
+        train(settings(TREE, tmp_path, max_steps=1, val_fraction=0.9, eval_rows=rows,
+                       out_dir=str(tmp_path / f"out{rows}")), CPU_LAUNCH)
+    assert counts == [1, 1, 2, 2]
+
+
 def test_a_dtype_without_sampling_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     TREE.use_small_vocabulary(monkeypatch)
     monkeypatch.setattr("minigpt2.kernels.can_pack", lambda dtype=torch.float32: False)
@@ -514,6 +540,9 @@ def check_pipeline() -> None:
     config = RLHFConfig(advantage="gae", group_size=2, gae_lambda=0.95)
     rollouts = rollouts_by_hand(config)
     assert rollouts.kl.tolist() == pytest.approx([-1, 0, 1, 0])
+    figures = rollouts.figures(0.1)  # entropy: 8 tokens of 2 nats, less log ratios that sum to 0
+    assert [figures[name] for name in ("entropy", "kl_k3", "response_tokens", "score_std")] == (
+        pytest.approx([2.0, 1.51404, 2.0, 0.125 ** 0.5], abs=1e-4))
     found, returns, _ = rlhf.advantages_and_returns(rollouts, config, 0.1)
     raw = torch.tensor([[0.52675, 0.765, 0.7], [0, 0, 0], [0.3775, 0.45, 0], [0.48, 0.4, 0]])
     expected = ((raw - raw[rollouts.mask].mean()) / raw[rollouts.mask].std()).where(

@@ -12,14 +12,21 @@ from helpers.toy_script import ToyConfig
 from helpers.training import assert_same_run, final_state
 from torch._dynamo.testing import CompileCounter
 
+import dpo
 import finetune
+import reward
+import rlhf
 import trainer
+from minigpt2 import run
 from minigpt2.checkpoint import list_checkpoints
 from minigpt2.distributed import Launch
 from minigpt2.faults import StopRequest
 from minigpt2.metrics import read_log
+from minigpt2.resume import check_settings
 from minigpt2.run import RunConfig
+from model import GPT, GPTConfig
 
+TINY = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
 ARGV = ["--device", "cpu", "--steps", "40", "--save-interval", "2", "--eval-interval", "4",
         "--resume"]
 
@@ -99,9 +106,54 @@ def test_a_run_is_not_resumed_past_its_end_or_over_another(tmp_path):
 
 def test_all_training_scripts_share_the_flags_of_a_run():
     shared = {field.name for field in dataclasses.fields(RunConfig)}
-    for config in (trainer.TrainerConfig, finetune.FinetuneConfig):
+    for config in (trainer.TrainerConfig, finetune.FinetuneConfig, reward.RewardConfig,
+                   dpo.DPOConfig, rlhf.RLHFConfig):
         assert issubclass(config, RunConfig)
         assert {field.name for field in dataclasses.fields(config)} > shared
+
+
+@pytest.mark.parametrize("script, fixed", [
+    (trainer, "optimizer n_layer n_head n_embd block_size total_batch_size sequence_length seed "
+              "data_sha256 eval_tokens"),
+    (finetune, "template columns batch_size epochs val_fraction seed data_sha256"),
+    (reward, "columns batch_size epochs val_fraction val_start seed data_sha256 reference_sha256"),
+    (dpo, "beta label_smoothing length_normalized batch_size epochs val_fraction columns seed "
+          "data_sha256 reference_sha256")])
+def test_what_no_resumed_run_may_change(script, fixed):
+    assert sorted(script.FIXED_ON_RESUME) == sorted(fixed.split())
+
+
+@pytest.mark.parametrize("name", ["total_batch_size", "n_embd", "label_smoothing"])
+def test_any_setting_that_is_fixed_is_refused(tmp_path, name):
+    saved, now = {"facts": {"label": "x", name: 1}}, {"label": "x", name: 2}
+    check_settings(tmp_path, saved, now, ("seed",), CPU_LAUNCH)
+    message = user_error(check_settings, tmp_path, saved, now, ("seed", name), CPU_LAUNCH)
+    assert f"--{name.replace('_', '-')} 1, not 2" in message
+
+
+def test_every_flag_of_a_run_reaches_what_it_names(monkeypatch):
+    groups = finetune.FinetuneConfig(weight_decay=0.5, max_lr=1.0).make_optimizer(
+        GPT(TINY), False).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert all((group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8) for group in groups)
+    monkeypatch.setattr(run, "launched", lambda *given: asked.append(given) or (
+        contextlib.nullcontext(CPU_LAUNCH)))
+    monkeypatch.setattr("sys.argv", ["x.py", "--device", "cpu", "--deterministic"])
+    asked = []
+    with pytest.raises(SystemExit):
+        run.run_training(RunConfig, lambda *given: None, "")
+    assert asked == [("cpu", True)]
+
+
+def test_ranks_whose_gpus_pick_another_dtype_are_refused(tmp_path, monkeypatch):
+    """Of GPUs of two kinds: gradients in bfloat16 would be averaged with scaled ones in float16."""
+    def gather(self, facts):
+        return [facts, facts | {"--dtype": "torch.float16"}]
+
+    monkeypatch.setattr(Launch, "gather", gather)
+    message = user_error(toy_script.train, toy(tmp_path / "out"), CPU_LAUNCH)
+    assert "--dtype differs: 'torch.float32' on rank 0, 'torch.float16' on rank 1" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_in_the_second_step_no_rank_stops_before_the_first_forward_pass(tmp_path, monkeypatch):

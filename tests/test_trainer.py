@@ -359,8 +359,10 @@ def test_rank_is_not_local_rank(monkeypatch):
     set_launch(monkeypatch, RANK="11", LOCAL_RANK="3", WORLD_SIZE="16")
     monkeypatch.setattr("minigpt2.distributed.dist.init_process_group",
                         lambda *arguments, **options: None)
-    monkeypatch.setattr("minigpt2.distributed.dist.TCPStore",
-                        lambda *address, **options: HashStore())
+    store = HashStore()
+    monkeypatch.setattr("minigpt2.distributed.dist.TCPStore", lambda *address, **options: store)
+    for rank in range(16):
+        store.set(f"first/backend/{rank}", "gloo")
     monkeypatch.setattr("minigpt2.distributed.agree_on_attempt",
                         lambda store, rank, world_size: "first")
     picked = []
@@ -369,6 +371,8 @@ def test_rank_is_not_local_rank(monkeypatch):
     launch = start("cpu")
     assert (launch.rank, launch.world_size, picked) == (11, 16, [3])
     assert not launch.is_master
+    store.set("first/backend/7", "nccl")  # its group would wait for the others until the timeout
+    assert "only some ranks have a usable GPU" in user_error(start, "auto")
 
 
 def test_max_steps_defaults_to_one_epoch(corpus, tmp_path, capsys):
@@ -896,6 +900,18 @@ def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
         train, config, CPU_LAUNCH)
     assert not (tmp_path / "out").exists()  # before anything is written
     train(dataclasses.replace(config, sample_tokens=0), CPU_LAUNCH)
+    empty = tiny(corpus, tmp_path / "empty", block_size=1, sequence_length=1, sample_prompt="",
+                 sample_tokens=2, max_steps=1)  # it is <|endoftext|>, which fills this context
+    assert "shorten it" in user_error(train, empty, CPU_LAUNCH)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_validation_is_of_as_many_tokens_as_asked_for(corpus, tmp_path, monkeypatch):
+    asked, real = [], TokenLoader.eval_batches
+    monkeypatch.setattr(TokenLoader, "eval_batches", lambda self, tokens: (
+        asked.append(tokens), real(self, tokens))[1])
+    train(tiny(corpus, tmp_path / "out", max_steps=1, eval_tokens=160), CPU_LAUNCH)
+    assert {*asked} == {160}
 
 
 @pytest.mark.parametrize("changes, words", [
