@@ -96,7 +96,7 @@ def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 def row_seeds(prompts: Sequence[Hashable], seed: int | Sequence[int]) -> list[int]:
     """One seed per row; from one, a prompt's n-th repetition gets seed + n. Raises UserError."""
-    one_per_row = isinstance(seed, Sequence)
+    one_per_row = isinstance(seed, list | tuple | range)
     seeds = list(seed) if one_per_row else [seed] * len(prompts)
     if len(seeds) != len(prompts) or not all(
             isinstance(one, numbers.Integral) and 0 <= one < 2**64 for one in seeds):

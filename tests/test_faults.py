@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -328,9 +329,6 @@ def test_a_rank_that_finishes_may_find_the_store_gone(finishes, monkeypatch, cap
                 self.set()
             return self.is_set()
 
-    def lost():
-        raise RuntimeError("Connection reset by peer")
-
     def stopped(status):
         statuses.append(status)
         raise SystemExit
@@ -339,7 +337,10 @@ def test_a_rank_that_finishes_may_find_the_store_gone(finishes, monkeypatch, cap
     monkeypatch.setattr("minigpt2.faults.os._exit", stopped)
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     monitor = faults.RankMonitor()
-    monitor.store, monitor.leaving, monitor.heartbeat = object(), Leaving(), lost
+    monitor.store, monitor.leaving, monitor.heartbeat = object(), Leaving(), None
+    beat = Future()
+    beat.set_exception(RuntimeError("Connection reset by peer"))
+    monitor.store_thread = SimpleNamespace(submit=lambda call: beat)
     with contextlib.suppress(SystemExit):
         monitor.run()
     assert statuses == ([] if finishes else [1])

@@ -441,7 +441,7 @@ class FakeGraphs:
             self.warmups = 0
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr("minigpt2.kernels.capture_stream", lambda device: None)
         monkeypatch.setattr(torch.cuda, "graph", capture)
         monkeypatch.setattr(DecodingBatch, "step", step_or_record)
         monkeypatch.setattr(inference, "on_gpu", lambda device: True)

@@ -278,7 +278,7 @@ def test_float16_never_holds_all_logits(gradients, monkeypatch):
         model.zero_grad()
         (loss * scale).backward()
         for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad / scale, wanted[name], atol=2e-3, rtol=0.02)
+            assert (p.grad / scale - wanted[name]).norm() < 0.01 * wanted[name].norm(), name
 
 
 @pytest.mark.slow

@@ -339,7 +339,7 @@ def test_a_validation_is_of_as_many_prompts_as_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "roll_out", roll_out)
     TREE.use_small_vocabulary(monkeypatch)
     for rows in (1, 2):
-        train(settings(TREE, tmp_path, max_steps=1, val_fraction=0.9, eval_rows=rows,
+        train(settings(TREE, tmp_path, max_steps=1, val_fraction=0.6, eval_rows=rows,
                        out_dir=str(tmp_path / f"out{rows}")), CPU_LAUNCH)
     assert counts == [1, 1, 2, 2]
 
