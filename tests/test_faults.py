@@ -4,7 +4,6 @@ one line; no rank hangs and no step is lost."""
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import os
 import resource
@@ -552,25 +551,22 @@ def test_a_finished_rank_waits_for_a_slow_one(corpus, tmp_path):
 
 
 def test_a_heartbeat_in_flight_outlives_a_suspension(monkeypatch):
-    """A clock would call it late, although the process was asleep for most of that time."""
-    monitor, times = faults.RankMonitor(), itertools.count(step=1000.0)
-    monitor.leaving.set()
-    monitor.thread.join()
-    monitor.store, monitor.leaving, beats = object(), threading.Event(), []
+    """After it, every deadline has passed: the heartbeat gets as many waits as beats fit in."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    monitor, beat, waits = faults.RankMonitor(), Future(), []
 
-    def heartbeat():
-        beats.append(threading.Event().wait(0.3))
-        if len(beats) == 3:
+    def wait(futures, timeout):
+        waits.append(timeout)
+        if len(waits) == 3 and not beat.done():
+            beat.set_result(([1], None))
             monitor.leaving.set()
-        return [len(beats)], None
 
-    monitor.heartbeat = heartbeat
-    for name, value in (("HEARTBEAT_SECONDS", 0.1), ("SILENT_SECONDS", 100.0)):
+    for name, value in (("HEARTBEAT_SECONDS", 0.05), ("SILENT_SECONDS", 0.2), ("wait", wait)):
         monkeypatch.setattr(faults, name, value)
-    monkeypatch.setattr("concurrent.futures._base.time.monotonic", lambda: next(times))
-    monkeypatch.setattr(faults.RankMonitor, "end", lambda self, *given: pytest.fail(given[0]))
+    monkeypatch.setattr(faults.RankMonitor, "end", lambda self, why, status=1: pytest.fail(why))
+    monitor.store, monitor.store_thread = object(), SimpleNamespace(submit=lambda call: beat)
     monitor.run()
-    assert len(beats) == 3
+    assert waits == [0.05] * 4
 
 
 @pytest.mark.slow
