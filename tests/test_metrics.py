@@ -227,7 +227,8 @@ def documented_trackers() -> tuple[str, str]:
     code, = re.findall(r"metrics.jsonl \| python -c '\n(.*?)'\n```", docs, re.DOTALL)
     instead, = re.findall(r"```python\n(import wandb\n.*?)```", docs, re.DOTALL)
     lines, (*first, last) = code.splitlines(), instead.splitlines()
-    return code, "\n".join([lines[0], *first, *lines[3:-1], last])
+    assert last.endswith("'")  # the shell's, as in the last line that it replaces
+    return code, "\n".join([lines[0], *first, *lines[3:-1], last[:-1]])
 
 
 @pytest.fixture

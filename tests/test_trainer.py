@@ -1,5 +1,6 @@
 """trainer.py: the numbers of a run, what it writes, resume, devices, and bad settings."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -659,9 +660,19 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch):
 
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_is_bfloat16_only_on_gpus_that_support_it(native, dtype, monkeypatch):
+    """Of the GPU in use, which need not be the current one."""
+    current = []
+
+    @contextlib.contextmanager
+    def select(device):
+        current.append(device.index)
+        yield
+        current.clear()
+
+    monkeypatch.setattr(torch.cuda, "device", select)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation:
-                        native or including_emulation)
-    assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
+                        native and current == [1] or including_emulation)
+    assert pick_dtype("auto", torch.device("cuda", 1)) == dtype
 
 
 @pytest.mark.parametrize("factor, said", [(0.5, ""), (1.1, ""), (4.0, "4.0 times as long")])
