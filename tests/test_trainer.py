@@ -671,7 +671,7 @@ def test_auto_is_bfloat16_only_on_gpus_that_support_it(native, dtype, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "device", select)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation:
-                        native and current == [1] or including_emulation)
+                        (native and current == [1]) or including_emulation)
     assert pick_dtype("auto", torch.device("cuda", 1)) == dtype
 
 
