@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A small GPT-2 from corpus to answers on a CPU, in 10 to 15 minutes on two cores:
+# A small GPT-2 from corpus to answers on a CPU, in 10 to 20 minutes on two cores:
 # corpus -> pre-training -> loss graph -> instruction tuning -> loss graph -> answers.
 #   bash runs/demo.sh [--rlhf] [output folder; default: a new one under out/]
 # --rlhf adds policy optimization, a few minutes more. If interrupted, the same command with the
