@@ -299,8 +299,8 @@ def sample_responses(model: GPT, prompts: Sequence[Sequence[int]], seeds: Sequen
 
 def check_sample_prompt(prompt: list[int], config, block_size: int) -> None:
     """Raises UserError if a run is to sample and its context has no room, before it starts."""
-    if config.sample_tokens and max(1, len(prompt)) >= block_size:  # "" is <|endoftext|>
-        raise UserError(f"--sample-prompt has {len(prompt)} tokens; the context is {block_size}, "
+    if config.sample_tokens and (size := len(prompt) or 1) >= block_size:  # "" is <|endoftext|>
+        raise UserError(f"--sample-prompt has {size} tokens; the context is {block_size}, "
                         "response included: shorten it, or use --sample-tokens 0")
 
 

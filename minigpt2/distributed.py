@@ -94,6 +94,7 @@ def start(device: str, deterministic: bool = False) -> Launch:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=hosts, timeout=timeout, wait_for_workers=False)
         store = dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+        # The groups of two backends would wait for each other's ranks until the timeout
         store.set(f"backend/{rank}", backend)
         if any(store.get(f"backend/{other}") != backend.encode() for other in range(world_size)):
             raise UserError(f"--device {device}: only some ranks have a usable GPU: see nvidia-smi")

@@ -41,7 +41,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor | torch.nn.Module
     else:  # to select rows, the host would wait for their number
         x = x.where(valid[:, None], 0)
     x, summed = x.to(dtype), reduction == "sum"
-    at_once = summed and torch.is_grad_enabled() and dtype != torch.float16  # needs the scale
+    # Gradients in float16 need the loss scale, which is known in the backward pass only
+    at_once = summed and torch.is_grad_enabled() and dtype != torch.float16
     losses = LinearCrossEntropy.apply(x, weight, targets, at_once)
     if summed or not on_cpu(x.device):
         return losses.sum() if summed else losses

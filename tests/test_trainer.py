@@ -913,7 +913,7 @@ def test_a_sample_prompt_that_does_not_fit_is_refused(corpus, tmp_path):
     train(dataclasses.replace(config, sample_tokens=0), CPU_LAUNCH)
     empty = tiny(corpus, tmp_path / "empty", block_size=1, sequence_length=1, sample_prompt="",
                  sample_tokens=2, max_steps=1)  # it is <|endoftext|>, which fills this context
-    assert "shorten it" in user_error(train, empty, CPU_LAUNCH)
+    assert "--sample-prompt has 1 tokens; the context is 1" in user_error(train, empty, CPU_LAUNCH)
     assert not (tmp_path / "empty").exists()
 
 
